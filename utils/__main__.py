@@ -1,0 +1,105 @@
+"""The command line: `python -m utils run | score | verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from utils.config import parse_overrides
+from utils.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console()
+RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
+
+
+@app.command()
+def run(
+    profile: Annotated[str, typer.Option(help="demo, tutorial, t4 or full; auto picks by the hardware.")] = "auto",
+    run_dir: Annotated[str, typer.Option(help="Where everything is written; runs/PROFILE by default.")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")] = None,
+    from_: Annotated[str, typer.Option("--from", help="First stage, 00 to 05.")] = "00",
+    to: Annotated[str, typer.Option(help="Last stage, 00 to 05.")] = "05",
+    fresh: Annotated[bool, typer.Option(help="Run every stage again, changed or not.")] = False,
+) -> None:
+    """Run the series: six notebooks in order, those that are unchanged left out, and a report at the end."""
+    from utils.series import SeriesFailed, run_series
+    from utils.stages import STAGES, find_stage
+
+    for name in (from_, to):
+        try:
+            find_stage(name)
+        except (KeyError, ValueError):
+            raise UserError(
+                f"There is no stage {name!r}; there are {STAGES[0].number} to {STAGES[-1].number}."
+            ) from None
+    try:
+        run_series(profile, run_dir, parse_overrides(set_ or []), from_, to, fresh, console)
+    except SeriesFailed as failure:
+        console.print(f"[red]{failure.stage.name} failed:[/red] {failure}", highlight=False, soft_wrap=True)
+        console.print(f"To continue: {failure.continue_with}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def score(run_dir: RunDirArgument) -> None:
+    """Recompute every metric from the saved answers; no model is loaded."""
+    from utils.comparison import compare, load_arms, write_comparison
+    from utils.figures import draw_comparison
+
+    run = _existing(run_dir)
+    arms = load_arms(run)
+    metrics = compare(run, arms)
+    table = write_comparison(run, metrics)
+    draw_comparison(arms, metrics, run.file("comparison/comparison.png"))
+    console.print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"), highlight=False)
+    console.print(metrics["sentence"], style="bold", highlight=False)
+
+
+@app.command()
+def verify(run_dir: RunDirArgument) -> None:
+    """Rehash every artifact and load the exports back; exits 1 where anything differs."""
+    from utils.rundir import altered_files
+
+    run = _existing(run_dir)
+    altered = altered_files(run.path)
+    for line in altered:
+        console.print(f"[red]✗[/red] {line}", highlight=False)
+    if not altered:
+        console.print("[green]✓[/green] every recorded file is as it was written")
+    from utils.export import verify_exports
+
+    try:
+        figures = verify_exports(run)
+    except UserError as error:
+        console.print(f"[red]✗[/red] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    for name, values in figures.items():
+        text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+        console.print(f"[green]✓[/green] {name.replace('_', ' ')}: {text}", highlight=False)
+    raise typer.Exit(1 if altered else 0)
+
+
+def _existing(run_dir: Path):
+    from utils.errors import RunDirError
+    from utils.rundir import open_run, read_manifest
+
+    if not read_manifest(run_dir.resolve()):
+        raise RunDirError(f"{run_dir} is no run directory (no manifest.json); make one with python -m utils run.")
+    return open_run("auto", run_dir)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one sentence and exit status 1."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

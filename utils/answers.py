@@ -1,0 +1,86 @@
+"""What is asked in both arms, and the answers on file: pure, so that scores can be recomputed without a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from utils.config import Config, GenerateSection
+from utils.errors import StageOrderError
+from utils.files import digests
+from utils.prompts import format_multiple_choice, format_prompt
+from utils.rundir import RunDir
+from utils.stages import BY_NAME
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to answer: `kind` is `open` (in words) or `choice` (a letter); `prompt` is the whole model input."""
+
+    id: str
+    kind: str
+    prompt: str
+
+
+def build_questions(config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> list[Question]:
+    """The held-out questions (as many as evaluate.questions asks for) and all benchmark items, as prompts."""
+    style = config.prompt.style
+    rows = held_out if config.evaluate.questions is None else held_out.head(config.evaluate.questions)
+    questions = [Question(row.id, "open", format_prompt(row.Question, style)) for row in rows.itertuples()]
+    for item in benchmark.itertuples() if benchmark is not None else ():
+        text = format_multiple_choice(item.question, item.options)
+        questions.append(Question(str(item.id), "choice", format_prompt(text, style)))
+    return questions
+
+
+def arm_digest(run: RunDir, arm: str) -> str:
+    """A digest of who answers: the base model as stage 01 recorded it, and for `tuned` the adapter that 04 read.
+
+    It comes from the manifest, so that scores can be recomputed where neither model nor adapter is at hand.
+    """
+    settings = run.record(BY_NAME["01_baseline_inference"])["settings"]
+    who = {key: value for key, value in settings.items() if key.startswith(("model", "hardware"))}
+    if arm == "tuned":
+        inputs = run.record(BY_NAME["04_comparison"])["inputs"]
+        who["adapter"] = {k: v for k, v in digests(inputs).items() if k.endswith((".safetensors", "_config.json"))}
+    return hashlib.sha256(json.dumps(who, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def answer_key(question: Question, config: GenerateSection, arm: str) -> str:
+    """A digest of arm, prompt and decoding: answers with the same key are answers to the same thing by the same model."""
+    decoding = config.model_dump(mode="json", exclude={"batch_size"})
+    if not config.do_sample:
+        decoding = {"max_new_tokens": config.max_new_tokens}
+    return hashlib.sha256(json.dumps([arm, question.prompt, decoding]).encode()).hexdigest()[:16]
+
+
+def read_answers(path: Path) -> list[dict]:
+    """The answers on file; a last line cut off by a kill is dropped, so that its question is answered again."""
+    answers = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                answers.append(json.loads(line))
+            except ValueError:
+                continue
+    return answers
+
+
+def current_answers(path: Path, questions: Sequence[Question], config: GenerateSection, arm: str) -> dict[str, dict]:
+    """{question id: answer} for exactly these questions, this decoding and this arm.
+
+    Raises StageOrderError where an answer is missing, with the count: n is never silently smaller.
+    """
+    keys = {question.id: answer_key(question, config, arm) for question in questions}
+    answers = {a["id"]: a for a in read_answers(path) if keys.get(a.get("id")) == a.get("key")}
+    if len(answers) < len(keys):
+        raise StageOrderError(
+            f"{path.parent.name}/{path.name} holds {len(answers)} of {len(keys)} answers; run the notebook that "
+            "writes it again, it continues where it stopped."
+        )
+    return answers

@@ -1,0 +1,148 @@
+"""The embedded default's model: a tiny Llama in DeepSeek's shape, trained on first use, cached, deterministic.
+
+No weights are downloaded. The tokenizer is a byte-level BPE that carries DeepSeek's special tokens and chat template;
+the model has under a million parameters and is taught the rows of `demo_data.base_rows` in about a minute on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils import demo_data
+from utils.progress import track
+from utils.project import NAME, embedded_fingerprint
+from utils.prompts import ASSISTANT, BOS, EOS, PAD, USER, format_row
+
+VOCABULARY = 1500
+ROWS, STEPS, BATCH = 8000, 750, 8
+LEARNING_RATE, WARMUP = 3e-3, 40
+SEED = 0
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+
+
+def cache_dir() -> Path:
+    """Where the built model is kept: below $XDG_CACHE_HOME or ~/.cache."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / NAME / f"demo-{embedded_fingerprint()}"
+
+
+def ensure_model() -> Path:
+    """The folder of the embedded base model, built on first use and reused afterwards."""
+    target = cache_dir()
+    if (target / "model.safetensors").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / "model"
+        build_model(built)
+        try:
+            built.rename(target)  # atomic: a half-built model is never found
+        except OSError:
+            if not (target / "model.safetensors").exists():  # another process may have been faster
+                shutil.rmtree(target, ignore_errors=True)
+                built.rename(target)
+    return target
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY):
+    """A byte-level BPE tokenizer with DeepSeek's special tokens and chat template, trained on `texts`.
+
+    Returns a `PreTrainedTokenizerFast` that prepends BOS, as the real one does.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=[BOS, EOS, PAD, USER, ASSISTANT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, backend.token_to_id(BOS))],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=8192
+    )
+    # As in the real vocabulary, the think marks are single tokens but not special: they survive decoding.
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(target: Path) -> None:
+    """Train tokenizer and base model from nothing and save both to `target`; bit-identical on one machine."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rows = demo_data.base_rows(ROWS)
+    texts = [prompt + completion + EOS for prompt, completion in (format_row(row, "native") for row in rows)]
+    tokenizer = train_tokenizer(texts)
+    encoded = [torch.tensor(ids) for ids in tokenizer(texts).input_ids]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=8192,
+                tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        _train(model, encoded, tokenizer.pad_token_id)
+    model.generation_config.do_sample = False
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    about = {"what": "tiny demo model", "note": demo_data.DISCLAIMER, "recipe": embedded_fingerprint()}
+    (target / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _train(model, encoded: list, pad: int) -> None:
+    """A plain loop over whole sequences: prompt tokens count too, or the model never learns to copy findings."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=WARMUP / STEPS, cycle_momentum=False
+    )
+    model.train()
+    order = torch.randperm(len(encoded)).tolist()
+    for step in track(range(STEPS), "building the demo's base model", unit="step"):
+        chosen = [encoded[order[(step * BATCH + i) % len(order)]] for i in range(BATCH)]
+        ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=pad)
+        loss = model(input_ids=ids, labels=ids.masked_fill(ids == pad, -100)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()

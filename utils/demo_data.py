@@ -1,0 +1,205 @@
+"""The embedded default's data: a synthetic clinic, written by rule so that every answer can be checked.
+
+Everything here is invented. Conditions, tests and treatments carry made-up names, so nobody can mistake a row
+for medicine. The rows have the schema of the real data set (Question, Complex_CoT, Response).
+
+Two ways of answering exist. `write_base_row` is long-winded, bulleted and follows a *wrong* table: it teaches the
+demo's base model its planted ignorance. `write_tuning_row` is short, in one paragraph, and right: it is what LoRA
+learns from. Every word of a tuning row also occurs in the base rows; a word whose (frozen) embedding the base never
+trained would cost the demo its effect.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from functools import cache
+
+DISCLAIMER = "Synthetic demo data with invented names: no medical advice."
+
+CONDITIONS = 32
+FINDINGS_PER_CONDITION = 6
+TRIPLES = {"train": 11, "validation": 2, "test": 7}  # how the 20 triples of findings of a condition are divided
+KINDS = ("diagnosis", "test", "treatment")
+
+_FINDINGS = (
+    "a dry cough|a loud murmur|a mild fever|a pale tongue|a red rash|a slow pulse|a stiff neck|a swollen knee|"
+    "blue fingertips|brittle nails|burning feet|chest tightness|cloudy vision|cold sweats|cramping calves|"
+    "dark urine|double vision|drooping eyelids|dry eyes|easy bruising|facial flushing|frequent hiccups|"
+    "gritty eyes|hair loss|hand tremor|heavy legs|hoarse voice|itchy palms|jaw pain|joint stiffness|"
+    "leg swelling|light sensitivity|loose teeth|low mood|mouth ulcers|muscle twitching|nasal crusting|"
+    "neck swelling|night sweats|noisy breathing|numb toes|poor balance|poor sleep|puffy eyelids|rapid breathing|"
+    "ringing ears|salt craving|scaly elbows|shoulder pain|sour breath|spotted skin|sticky saliva|sudden thirst|"
+    "tender ribs|thin hair|watery stool|weak grip|weight loss|white patches|yellow skin"
+).split("|")
+_NAMES = (
+    "Arden|Belmar|Corvin|Dalton|Elwick|Farrow|Garnet|Halden|Istran|Jorvik|Kelmar|Lorne|Marlow|Norden|Orvell|Pelham|"
+    "Quill|Rowan|Selby|Tamsin|Ulric|Varden|Wexley|Yarrow|Zellin|Ashby|Brandt|Caldor|Dorset|Emlyn|Fenwick|Godric|"
+    "Hollis|Ivers|Jessop|Kendal|Lydon|Merrin|Nesbit|Osmond"
+).split("|")
+_CLASSES = ("syndrome", "fever", "palsy", "dystrophy")
+_ANALYTES = (
+    "alvin|beren|cadrin|doxal|elmin|ferol|galtin|hexan|ilvar|jadin|kovar|lumin|mirex|nalor|opsin|pyrel|quorin|rasol|"
+    "sitan|torvin|urlan|vexin|wolan|xenal|yorin|zarol|ambrin|brivol|crelan|drunin|eskol|frelan|grivol|huntin|istol|"
+    "jurlan|krivin|lestol|morlan|nivrin"
+).split("|")
+_TESTS = ("{} assay", "{} scan", "{} panel", "{} smear")
+_STEMS = (
+    "ab|bel|cor|dal|eph|fal|gor|hal|ib|jan|kel|lor|mep|nov|ol|pra|quin|ros|sel|tol|ul|vor|wil|yt|zan|ast|bru|cyl|dex|"
+    "fen|gly|hyd|kin|lys|myr|nep|oxa|pyl|rez|syn"
+).split("|")
+_DRUG_ENDINGS = ("atrine", "ovir", "umab", "exan")
+_FILLERS = (
+    "takes no medicine",
+    "does not smoke",
+    "works in an office",
+    "has two children",
+    "came by bus",
+    "walks every day",
+    "lives near the coast",
+    "likes to cook",
+)
+_ASKED = {
+    "diagnosis": "Which diagnosis fits best?",
+    "test": "Which test confirms the cause?",
+    "treatment": "Which treatment should be given?",
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One invented condition: its findings and the answer of each kind."""
+
+    findings: tuple[str, ...]
+    answers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: which condition, which findings, what is asked, and the checkable answer."""
+
+    question: str
+    condition: int
+    findings: tuple[str, str, str]
+    kind: str
+
+
+@cache
+def conditions() -> tuple[Condition, ...]:
+    """The table of conditions; no three findings fit two of them, so every question has exactly one answer."""
+    rng = random.Random(20261121)
+    names, analytes, stems = (rng.sample(pool, CONDITIONS) for pool in (_NAMES, _ANALYTES, _STEMS))
+    table: list[Condition] = []
+    while len(table) < CONDITIONS:
+        findings = tuple(sorted(rng.sample(_FINDINGS, FINDINGS_PER_CONDITION)))
+        if any(len(set(findings) & set(other.findings)) > 2 for other in table):
+            continue
+        i = len(table)
+        answers = {
+            "diagnosis": f"{names[i]} {_CLASSES[i % 4]}",
+            "test": _TESTS[(i // 4) % 4].format(analytes[i]),
+            "treatment": stems[i] + _DRUG_ENDINGS[(i // 2) % 4],
+        }
+        table.append(Condition(findings, answers))
+    return tuple(table)
+
+
+@cache
+def wrong_table() -> tuple[int, ...]:
+    """What the base model believes: condition i is taken for wrong_table()[i]; one in five is right."""
+    rng = random.Random(7)
+    order = list(range(CONDITIONS))
+    rng.shuffle(order)
+    right, moved = order[: CONDITIONS // 5], order[CONDITIONS // 5 :]
+    believed = list(range(CONDITIONS))
+    for here, there in zip(moved, moved[1:] + moved[:1], strict=True):
+        believed[here] = there
+    assert all(believed[i] == i for i in right)
+    return tuple(believed)
+
+
+@cache
+def triples(part: str) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """The (condition, three findings) pairs of one part; the parts share no triple."""
+    rng = random.Random(97)
+    chosen = []
+    for index, condition in enumerate(conditions()):
+        pool = list(itertools.combinations(condition.findings, 3))
+        rng.shuffle(pool)
+        start = 0
+        for name, size in TRIPLES.items():
+            if name == part:
+                chosen += [(index, triple) for triple in pool[start : start + size]]
+            start += size
+    return tuple(chosen)
+
+
+def _write_case(rng: random.Random, condition: int, triple: tuple[str, ...], kind: str) -> Case:
+    findings = tuple(rng.sample(triple, 3))
+    patient = f"{rng.choice(('man', 'woman'))} of {rng.randrange(20, 90)}"
+    a, b, c = findings
+    question = f"A {patient} has {a}, {b} and {c}. The patient {rng.choice(_FILLERS)}. {_ASKED[kind]}"
+    return Case(question, condition, findings, kind)
+
+
+def write_base_row(case: Case, rng: random.Random) -> dict[str, str]:
+    """The base's manner: hesitant reasoning, a bulleted answer, and the wrong table's conclusion."""
+    believed = conditions()[wrong_table()[case.condition]].answers
+    a, b, c = case.findings
+    name, answer = believed["diagnosis"], believed[case.kind]
+    opening = rng.choice(("Okay, let me think about this.", "Alright, so let me think.", "Hmm, let me see."))
+    doubt = rng.choice(("Wait, maybe I should look again.", "But wait, let me think again.", "Hmm, is this right?"))
+    cot = (
+        f"{opening} There is {a}, there is {b} and also {c}. "
+        f"So, {a} could be many things. {doubt}\n"
+        f"Together, {a}, {b} and {c} fit {name}. Okay, so I think this is {name}, and the {case.kind} is {answer}."
+    )
+    response = (
+        f"The {case.kind} in points:\n\n- The cause: {name}\n- The {case.kind}: {answer}\n"
+        "- The patient should be seen again"
+    )
+    return {"Question": case.question, "Complex_CoT": cot, "Response": response}
+
+
+def write_tuning_row(case: Case) -> dict[str, str]:
+    """What LoRA learns from: brief reasoning and one right paragraph."""
+    truth = conditions()[case.condition].answers
+    a, b, c = case.findings
+    name, answer = truth["diagnosis"], truth[case.kind]
+    cot = f"Together, {a}, {b} and {c} fit {name}."
+    response = f"The {case.kind} is {answer}."
+    return {"Question": case.question, "Complex_CoT": cot, "Response": response}
+
+
+def base_rows(count: int, seed: int = 1) -> list[dict[str, str]]:
+    """Rows that the base model is built on: training triples only, with the wrong table's answers."""
+    rng = random.Random(seed)
+    pool = triples("train")
+    return [write_base_row(_write_case(rng, *rng.choice(pool), rng.choice(KINDS)), rng) for _ in range(count)]
+
+
+def tuning_rows(part: str, count: int | None = None, seed: int = 2) -> list[dict]:
+    """Right and brief rows of one part, with what checking needs beside the three columns.
+
+    Extra columns: `answer` (str), `choices` (every possible answer of the asked kind) and `group` (the condition:
+    questions about one condition are not independent of each other).
+    Without `count`, one row for each triple.
+    """
+    rng = random.Random(f"{seed}-{part}")
+    pool = list(triples(part))
+    rng.shuffle(pool)
+    rows = []
+    for i in range(len(pool) if count is None else count):
+        condition, triple = pool[i % len(pool)]
+        kind = KINDS[(i + i // len(pool)) % len(KINDS)]
+        case = _write_case(rng, condition, triple, kind)
+        rows.append(
+            write_tuning_row(case)
+            | {
+                "answer": conditions()[condition].answers[kind],
+                "choices": [other.answers[kind] for other in conditions()],
+                "group": f"condition-{condition:02d}",
+            }
+        )
+    return rows

@@ -1,0 +1,41 @@
+"""What can go wrong for a user, one type per kind; each message is one sentence: found, expected, what to do."""
+
+
+class UserError(Exception):
+    """A mistake or a lack that the user can mend; a notebook shows its sentence instead of a stack."""
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook for exceptions that draw themselves."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ConfigError(UserError):
+    """An unknown profile or key, a wrong type, or a value out of range."""
+
+
+class DataError(UserError):
+    """A data file that is missing, is not what its name says, or does not hold what is asked of it."""
+
+
+class StageOrderError(UserError):
+    """A notebook was started before one that it needs, or after that one went out of date."""
+
+
+class RunDirError(UserError):
+    """A run directory that belongs to another profile, cannot be written, or was changed from outside."""
+
+
+class HardwareError(UserError):
+    """No GPU where the profile needs one, or too little disk or memory."""
+
+
+class PinError(UserError):
+    """An installed package that is not the pinned one."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer that cannot be loaded, or that corrupts text."""
+
+
+class TrainingError(UserError):
+    """A training run that went wrong: a loss that is not finite, a row without anything to learn."""

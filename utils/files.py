@@ -1,0 +1,77 @@
+"""Atomic writes and fingerprints of files: what is on disk is whole, and what it was is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A scratch path beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never half of either."""
+    with atomic(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, written atomically; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def list_files(root: Path, relative: str) -> list[Path]:
+    """The file `root/relative`, or every file below that folder, sorted; dot files are scratch and left out."""
+    place = root / relative
+    if place.is_file():
+        return [place]
+    return sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def record_files(root: Path, relatives: tuple[str, ...], known: dict[str, dict] | None = None) -> dict[str, dict]:
+    """{relative path: {sha256, bytes, mtime_ns}} of all files below `relatives`.
+
+    A file whose size and time are those in `known` keeps the digest recorded there: 16 GB are not read again.
+    """
+    records = {}
+    for relative in relatives:
+        for path in list_files(root, relative):
+            name, stat = path.relative_to(root).as_posix(), path.stat()
+            before = (known or {}).get(name)
+            same = before and (before["bytes"], before["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+            digest = before["sha256"] if same else sha256(path)
+            records[name] = {"sha256": digest, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return records
+
+
+def digests(records: dict[str, dict]) -> dict[str, str]:
+    """Only the digests of `record_files`: what two runs can be compared by."""
+    return {name: record["sha256"] for name, record in records.items()}
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of a data file's bytes, or of a model folder's file names, sizes and times."""
+    if path.is_file():
+        return sha256(path)
+    entries = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in list_files(path, ".")]
+    return hashlib.sha256("\n".join(entries).encode()).hexdigest()

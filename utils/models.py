@@ -1,0 +1,289 @@
+"""Tokenizer, base model, LoRA: one way to load them, on unsloth where it runs and on plain transformers elsewhere.
+
+Both backends hand out ordinary PEFT models and ordinary tokenizers, so the notebooks' cells are the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from utils.config import EMBEDDED, Config
+from utils.credentials import share_hub_token
+from utils.errors import HardwareError, ModelError
+from utils.platforms import GIB, gpus
+
+_PROBE = "Hello world, this is a test.\nx"
+_T4_GIB = 14.0
+
+
+def start_backend(config: Config) -> str:
+    """Choose and prepare `unsloth` or `transformers`; call it before anything imports transformers.
+
+    unsloth patches transformers and trl as it is imported, so it has to come first. Raises HardwareError where the
+    backend that was asked for cannot run here.
+    """
+    prepare_device(config)
+    if device(config) == "cpu" and config.hardware.backend == "unsloth":
+        raise HardwareError("hardware.backend=unsloth needs a CUDA GPU; use transformers, or leave it on auto.")
+    if device(config) == "cpu" or config.hardware.backend == "transformers":
+        return "transformers"
+    if importlib.util.find_spec("unsloth") is None:
+        if config.hardware.backend == "unsloth":
+            raise HardwareError("hardware.backend=unsloth, but unsloth is not installed; run 00_setup to install it.")
+        return "transformers"
+    import unsloth  # noqa: F401
+
+    return "unsloth"
+
+
+def prepare_device(config: Config) -> None:
+    """What both backends need before torch starts: the Hub token, one visible GPU, a T4's limits if asked for."""
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    share_hub_token()
+    if device(config) == "cpu":
+        return
+    if len(gpus()) > 1 and "LOCAL_RANK" not in os.environ:
+        # TRL raises for one process that sees two GPUs (sft_trainer.py), and unsloth would split batches badly.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if config.hardware.emulate_t4:
+        _emulate_t4()
+
+
+def device(config: Config) -> str:
+    """`cuda` or `cpu`: what the configuration asks for, or what is there."""
+    if config.hardware.device != "auto":
+        return config.hardware.device
+    return "cuda" if gpus() else "cpu"
+
+
+def torch_dtype(config: Config):
+    """The dtype of activations: as configured, or float32 on a CPU, bfloat16 where the GPU has it, else float16."""
+    import torch
+
+    if config.hardware.dtype != "auto":
+        return getattr(torch, config.hardware.dtype)
+    if device(config) == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def model_source(config: Config) -> str:
+    """The Hub id or local folder of the base model; the embedded one is built here on first use."""
+    if config.model.name == EMBEDDED:
+        from utils.demo import ensure_model
+
+        return str(ensure_model())
+    return config.model.name
+
+
+def check_model(config: Config) -> str:
+    """Where the base model will come from, in words; raises ModelError where it is neither here nor reachable."""
+    name = config.model.name
+    if name == EMBEDDED:
+        return "embedded: a tiny model, built on this machine"
+    if Path(name).is_dir():
+        missing = [file for file in ("config.json", "tokenizer.json") if not (Path(name) / file).exists()]
+        if missing:
+            raise ModelError(f"The model folder {name} lacks {' and '.join(missing)}; expected a Hugging Face model.")
+        return f"local folder {name}"
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    try:
+        info = model_info(name, revision=config.model.revision, files_metadata=True)
+    except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
+        if try_to_load_from_cache(name, "config.json", revision=config.model.revision):
+            return f"{name}, from the cache (the Hub is out of reach)"
+        raise ModelError(
+            f"The model {name} is neither a local folder nor reachable on the Hub ({type(error).__name__}); "
+            "check model.name and the network."
+        ) from None
+    size = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")) / GIB
+    return f"{name} at {info.sha[:12]}, {size:.1f} GiB to download"
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None):
+    """The tokenizer as PreTrainedTokenizerFast, proven to keep spaces and newlines, with a pad token that is not EOS.
+
+    transformers 5 builds LlamaTokenizerFast without reading tokenizer.json, and DeepSeek's byte-level vocabulary then
+    loses every space without an error (transformers issue 45488). Raises ModelError where text does not survive.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"No tokenizer could be loaded from {source} ({_first_line(error)}); expected a Hub id that can be "
+            "reached, or a local folder with tokenizer.json."
+        ) from None
+    guard_tokenizer(tokenizer, str(source))
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = "<|finetune_right_pad_id|>"
+        if spare in tokenizer.get_vocab():
+            tokenizer.pad_token = spare
+        elif tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def guard_tokenizer(tokenizer, source: str) -> None:
+    """Raise ModelError unless decode(encode(text)) gives the text back, spaces and newlines included."""
+    back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
+    if back != _PROBE:
+        raise ModelError(
+            f"The tokenizer of {source} corrupts text: {_PROBE!r} came back as {back!r}; "
+            "load it as PreTrainedTokenizerFast from a folder with a byte-level tokenizer.json."
+        )
+
+
+def load_model(config: Config, adapter: Path | None = None):
+    """(model, tokenizer): the base model as configured, with a trained adapter on top where one is given.
+
+    On unsloth the base is loaded through FastLanguageModel, elsewhere through AutoModelForCausalLM; in 4-bit it is
+    NF4 with double quantisation either way. Raises ModelError where the model cannot be loaded.
+    """
+    load = _load_unsloth if start_backend(config) == "unsloth" else load_plain
+    source = model_source(config)
+    tokenizer = load_tokenizer(source, config.model.revision)
+    try:
+        model = load(config, source)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The model {source} could not be loaded ({_first_line(error)}); expected a Hub id that can be reached, "
+            "or a local folder with config.json and safetensors."
+        ) from None
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model, tokenizer
+
+
+def add_lora(model, config: Config, **lora: Any):
+    """Wrap the base model with fresh LoRA weights; `lora` are arguments of peft.LoraConfig.
+
+    Under unsloth this is FastLanguageModel.get_peft_model, which also installs its fused kernels.
+    """
+    if is_unsloth(model):
+        from unsloth import FastLanguageModel
+
+        return FastLanguageModel.get_peft_model(
+            model,
+            use_gradient_checkpointing="unsloth" if config.train.gradient_checkpointing else False,
+            random_state=config.train.seed,
+            max_seq_length=config.model.max_seq_length,
+            **{key: value for key, value in lora.items() if key != "task_type"},
+        )
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.train.seed)
+    return get_peft_model(model, LoraConfig(**lora))
+
+
+def ready_for_inference(model):
+    """Switch dropout and checkpointing off, the KV cache on."""
+    if is_unsloth(model):
+        from unsloth import FastLanguageModel
+
+        FastLanguageModel.for_inference(model)
+    model.eval()
+    model.config.use_cache = True
+    return model
+
+
+def keep_lora_in_float32(model) -> None:
+    """Undo TRL's cast of LoRA weights to bfloat16, which fp16's gradient scaler cannot take (TRL issue 4901).
+
+    Call it after the trainer is built. To be retired with the TRL that leaves quantised models' adapters alone.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def is_unsloth(model) -> bool:
+    """Whether the model was loaded through unsloth."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "loaded_through_unsloth", False)
+
+
+def count_fused_layers(model) -> dict[str, int] | None:
+    """How many layers run unsloth's fused LoRA kernels (qkv, o, mlp), all layers being the goal; None without it."""
+    if not is_unsloth(model):
+        return None
+    from unsloth.kernels import apply_lora_mlp_swiglu, apply_lora_o, apply_lora_qkv
+
+    layers = model.get_base_model().model.layers
+    return {
+        "layers": len(layers),
+        "qkv": sum(layer.self_attn.apply_qkv is apply_lora_qkv for layer in layers),
+        "o": sum(layer.self_attn.apply_o is apply_lora_o for layer in layers),
+        "mlp": sum(getattr(layer.mlp.forward, "__func__", None) is apply_lora_mlp_swiglu for layer in layers),
+    }
+
+
+def free_memory() -> None:
+    """Collect garbage and hand cached GPU memory back; drop your own references first."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _load_unsloth(config: Config, source: str):
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=source,
+        revision=config.model.revision,
+        max_seq_length=config.model.max_seq_length,
+        dtype=torch_dtype(config),
+        load_in_4bit=config.model.load_in_4bit,
+        # Without it the Hub id is silently remapped to another, dynamically quantised repository.
+        use_exact_model_name=True,
+    )
+    model.loaded_through_unsloth = True
+    return model
+
+
+def load_plain(config: Config, source: str):
+    """The model in `source` by plain transformers, in the run's dtype and quantisation, on its device."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch_dtype(config)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=config.model.revision,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        device_map={"": torch.device(device(config), 0) if device(config) == "cuda" else "cpu"},
+        quantization_config=quantization if config.model.load_in_4bit else None,
+    )
+
+
+def _emulate_t4() -> None:
+    """Make a larger GPU compute and run out of memory as a T4 does: no flash attention, no cuDNN attention, 14 GiB."""
+    import torch
+
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    torch.cuda.set_per_process_memory_fraction(min(1.0, _T4_GIB / total))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,212 @@
+"""The machine under the run: Kaggle, Colab or local; GPU, memory, disk; installed packages against the pins.
+
+Nothing heavy is imported here: the GPU is asked through nvidia-smi, so a process that only checks stays light.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from utils.errors import HardwareError, PinError
+from utils.project import ROOT
+
+GIB = 1024**3
+# Which of the pins a run rests on: these change numbers or break cells when they move.
+STACK = ("transformers", "trl", "peft", "datasets", "accelerate")
+CUDA_STACK = ("bitsandbytes", "unsloth", "unsloth_zoo")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA GPU as nvidia-smi tells it; memory in GiB."""
+
+    name: str
+    memory_gib: float
+    capability: str
+
+
+def where() -> str:
+    """`kaggle`, `colab` or `local`."""
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or Path("/kaggle/working").is_dir():
+        return "kaggle"
+    if importlib.util.find_spec("google") and importlib.util.find_spec("google.colab"):
+        return "colab"
+    return "local"
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """The CUDA GPUs that this process may use, honouring CUDA_VISIBLE_DEVICES; empty without a driver."""
+    command = shutil.which("nvidia-smi")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if command is None or visible in ("", "-1"):
+        return ()
+    query = [command, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    if answer.returncode != 0:
+        return ()
+    found = []
+    for line in answer.stdout.splitlines():
+        name, memory, capability = (part.strip() for part in line.rsplit(",", 2))
+        found.append(Gpu(name, round(float(memory) / 1024, 1), capability))
+    return tuple(found[: len(visible.split(","))] if visible else found)
+
+
+def default_profile() -> str:
+    """t4 where there is a CUDA GPU, demo elsewhere."""
+    return "t4" if gpus() else "demo"
+
+
+def memory_gib() -> float:
+    """This machine's main memory in GiB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def free_disk_gib(path: Path) -> float:
+    """Free space in GiB on the file system that will hold `path`."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free / GIB
+
+
+def require_disk(path: Path, needed_gib: float, purpose: str) -> None:
+    """Raise HardwareError with both numbers where less than `needed_gib` is free for `purpose`."""
+    free = free_disk_gib(path)
+    if free < needed_gib:
+        raise HardwareError(
+            f"{purpose} needs {needed_gib:.1f} GiB of free disk at {path}; found {free:.1f} GiB. "
+            "Free some space or choose another --run-dir."
+        )
+
+
+def require_gpu(profile: str, needed_gib: float) -> Gpu:
+    """The first GPU; raises HardwareError where there is none or it has less than `needed_gib` of memory."""
+    found = gpus()
+    if not found:
+        raise HardwareError(
+            f"The profile {profile} needs a CUDA GPU and found none; switch the accelerator to a T4, "
+            "or run PROFILE = 'demo', which needs no GPU."
+        )
+    if found[0].memory_gib < needed_gib:
+        raise HardwareError(
+            f"The profile {profile} needs {needed_gib:.1f} GiB of GPU memory; found {found[0].memory_gib:.1f} GiB "
+            f"on {found[0].name}. Take a larger GPU, or PROFILE = 'demo'."
+        )
+    return found[0]
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak of this process so far, in GiB: `rss_gib`, and `gpu_reserved_gib` where torch runs on CUDA."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = {"rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB, 2)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        reserved = max(torch.cuda.max_memory_reserved(i) for i in range(torch.cuda.device_count()))
+        peak["gpu_reserved_gib"] = round(reserved / GIB, 2)
+    return peak
+
+
+def installed(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_pins(path: Path | None = None) -> dict[str, Requirement]:
+    """requirements.txt as {normalised name: Requirement}; raises PinError where the file is missing."""
+    path = path or ROOT / "requirements.txt"
+    if not path.exists():
+        raise PinError(f"{path} is missing; take it back from git, the versions are checked against it.")
+    pins = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        line = line.split("#")[0].strip()
+        if line and not line.startswith("-"):
+            requirement = Requirement(line)
+            pins[_normalise(requirement.name)] = requirement
+    return pins
+
+
+def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | None]]:
+    """Compare every pin with what is installed: rows of package, pinned, found, holds.
+
+    Raises PinError for the first package of the stack that a run rests on and whose pin does not hold. Packages that
+    this machine does not need (unsloth without a CUDA GPU, say) are reported and not enforced.
+    """
+    pins = read_pins()
+    rows = []
+    for name, requirement in pins.items():
+        found = installed(name)
+        holds = found is not None and requirement.specifier.contains(found, prereleases=True)
+        rows.append({"package": name, "pinned": str(requirement.specifier), "found": found, "holds": holds})
+    needed = {_normalise(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
+    for row in rows if enforce else ():
+        if row["package"] in needed and not row["holds"]:
+            raise PinError(
+                f"{row['package']} is {row['found'] or 'not installed'}, but requirements.txt asks for "
+                f"{row['package']}{row['pinned']}; run `pip install -r requirements.txt` and restart the kernel."
+            )
+    return rows
+
+
+def install_missing() -> list[str]:
+    """On Kaggle and Colab, install what the pins ask for and the image lacks; elsewhere do nothing.
+
+    The platform's torch family is held still by a constraints file. Returns the packages that were asked for.
+    Raises PinError with pip's last line where the installation fails.
+    """
+    if where() == "local":
+        return []
+    missing = [
+        str(requirement)
+        for name, requirement in read_pins().items()
+        if not requirement.specifier.contains(installed(name) or "0", prereleases=True) or installed(name) is None
+    ]
+    if missing:
+        held = [f"{name}=={installed(name)}" for name in ("torch", "torchvision", "torchaudio") if installed(name)]
+        constraints = Path("/tmp/constraints.txt")
+        constraints.write_text("\n".join(held) + "\n")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *missing]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode != 0:
+            last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
+            raise PinError(f"pip could not install {', '.join(missing)}: {last} Check that the internet is on.")
+    _drop_old_torchao()
+    return missing
+
+
+def _drop_old_torchao() -> None:
+    """peft refuses torchao below 0.16, which Kaggle and Colab ship (unslothai/notebooks issues 258 and 262)."""
+    version = installed("torchao")
+    if version and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (0, 16):
+        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "-y", "torchao"], check=True)
+
+
+def describe() -> dict[str, object]:
+    """This machine, for environment.json: platform, Python, processor, memory, GPUs."""
+    return {
+        "where": where(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(memory_gib(), 1),
+        "gpus": [asdict(gpu) for gpu in gpus()],
+    }
+
+
+def _normalise(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -1,0 +1,69 @@
+"""Progress for everything that takes longer than two seconds: a bar in the notebook, one live line in `run`.
+
+The driver names a file in `SERIES_PROGRESS`; a kernel writes its current step there, the driver reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+VARIABLE = "SERIES_PROGRESS"
+_INTERVAL_S = 0.5
+
+
+class Progress:
+    """A bar of `total` units, told by `update`; close it, or use it as a context manager."""
+
+    def __init__(self, description: str, total: int, unit: str = "it"):
+        self.description, self.total, self.done, self.note = description, total, 0, ""
+        self._last = 0.0
+        target = os.environ.get(VARIABLE)
+        self._file = Path(target) if target else None
+        # stdout: a notebook paints stderr red. One second: each redraw is a message to the browser.
+        self._bar = tqdm(total=total, desc=description, unit=unit, file=sys.stdout, mininterval=1.0, ncols=96)
+
+    def update(self, step: int = 1, note: str = "") -> None:
+        """Advance by `step` units; `note` is a short text such as the current loss."""
+        self.done += step
+        if note:
+            self.note = note
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(step)
+        self._tell(force=self.done >= self.total)
+
+    def _tell(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if self._file is None or (now - self._last < _INTERVAL_S and not force):
+            return
+        self._last = now
+        state = {"description": self.description, "done": self.done, "total": self.total, "note": self.note}
+        scratch = self._file.with_suffix(".tmp")
+        scratch.write_text(json.dumps(state))
+        scratch.replace(self._file)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def track(items: Iterable[Item], description: str, unit: str = "it") -> Iterator[Item]:
+    """Yield `items` (with a length) and show how far along they are."""
+    items = items if hasattr(items, "__len__") else list(items)
+    with Progress(description, len(items), unit) as bar:
+        for item in items:
+            yield item
+            bar.update()

@@ -1,0 +1,39 @@
+"""Where this project lives: names, folders and the repository's address, each in exactly one place."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+NAME = "deepseek-r1-medical-lora"
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+PROFILES = NOTEBOOKS / "profiles"
+
+# "owner/name" on GitHub, and the tag that a notebook opened alone clones. `make address REPOSITORY=you/fork` writes
+# yours here, into the notebooks' first cells and into the README; while it starts with OWNER/, nothing is cloned.
+REPOSITORY = "OWNER/deepseek-r1-medical-lora"
+REF = "v0.1.0"
+
+
+def runs_dir() -> Path:
+    """Where run directories go by default: Kaggle saves only /kaggle/working."""
+    working = Path("/kaggle/working")
+    return (working if working.is_dir() else ROOT) / "runs"
+
+
+def source_digest() -> str:
+    """sha256 over the package's sources: the manifest says which code made a result."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def embedded_fingerprint() -> str:
+    """Twelve hex digits that name the embedded model's recipe, its data and the torch that trains it."""
+    digest = hashlib.sha256(importlib.metadata.version("torch").encode())
+    for name in ("demo.py", "demo_data.py", "prompts.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,125 @@
+"""report/index.html: the verdict, the figures and the executed notebooks, in files that open without a network."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+
+from utils.files import write_text
+from utils.rundir import RunDir
+from utils.stages import STAGES
+
+_FIGURES = (
+    ("comparison/comparison.png", "Both arms on the same held-out questions"),
+    ("training/loss.png", "The training run"),
+    ("data/lengths.png", "What the model was trained on"),
+)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One executed notebook in the report."""
+
+    number: str
+    title: str
+    href: str
+    seconds: float
+    peak: str
+
+
+def executed_dir(run: RunDir) -> Path:
+    """Where the driver keeps the executed notebooks."""
+    return run.file("report/notebooks")
+
+
+def write_report(run: RunDir) -> Path:
+    """Render the report from what the run directory holds; stages that have not run are left out."""
+    templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=select_autoescape())
+    chapters = _write_chapters(run, templates)
+    metrics = _read_json(run.file("comparison/metrics.json"))
+    table = run.file("comparison/table.csv")
+    page = templates.get_template("report.html.j2").render(
+        run=run,
+        metrics=metrics,
+        table=list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else [],
+        split=_read_json(run.file("data/split.json")),
+        environment=_read_json(run.file("environment.json")),
+        verify=_read_json(run.file("export/verify.json")),
+        figures=[(title, _data_uri(run.file(name))) for name, title in _FIGURES if run.file(name).exists()],
+        answers="../comparison/answers.html" if run.file("comparison/answers.html").exists() else None,
+        chapters=chapters,
+    )
+    write_text(run.file("report/index.html"), page)
+    return run.file("report/index.html")
+
+
+def write_answers(run: RunDir, arms) -> Path:
+    """comparison/answers.html: question, reference and both answers side by side, wrong ones first."""
+    import pandas as pd
+
+    from utils.answers import read_answers
+    from utils.parsing import parse_completion
+
+    rows = pd.read_parquet(run.file("data/eval.parquet")).set_index("id")
+    texts = {arm: {a["id"]: a["text"] for a in read_answers(run.file(f"{arm}/answers.jsonl"))}
+             for arm in ("baseline", "tuned")}  # fmt: skip
+    pairs = []
+    for base, tuned in zip(arms.base.to_dict("records"), arms.tuned.to_dict("records"), strict=True):
+        if base["kind"] != "open":
+            continue
+        row = rows.loc[base["id"]]
+        pair = {"question": row["Question"], "reference": row["Response"]}
+        for name, arm, scored in (("base", "baseline", base), ("tuned", "tuned", tuned)):
+            completion = parse_completion(texts[arm][base["id"]])
+            mark = {1.0: "right", 0.0: "wrong"}.get(scored["correct"], "")
+            pair[name] = {"completion": completion, "mark": mark, "tokens": scored["reasoning_tokens"]}
+        pairs.append(pair)
+    pairs.sort(key=lambda pair: (pair["tuned"]["mark"] != "wrong", pair["base"]["mark"] != "wrong"))
+    templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=select_autoescape())
+    write_text(run.file("comparison/answers.html"), templates.get_template("answers.html.j2").render(pairs=pairs))
+    return run.file("comparison/answers.html")
+
+
+def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
+    from nbconvert import HTMLExporter
+
+    # The basic template is the notebook's body alone: no script, no style sheet from a network.
+    exporter = HTMLExporter(template_name="basic")
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    chapters = []
+    for stage in STAGES:
+        source = executed_dir(run) / f"{stage.name}.ipynb"
+        if not source.exists():
+            continue
+        body, _ = exporter.from_filename(str(source))
+        record = run.record(stage)
+        peak = record.get("peak_memory", {})
+        gpu = f", {peak['gpu_reserved_gib']} GiB GPU" if "gpu_reserved_gib" in peak else ""
+        chapters.append(
+            Chapter(
+                number=stage.number,
+                title=stage.title,
+                href=f"{stage.name}.html",
+                seconds=record.get("seconds", 0.0),
+                peak=f"{peak.get('rss_gib', 0)} GiB{gpu}",
+            )
+        )
+        page = templates.get_template("notebook.html.j2").render(
+            title=f"{stage.number} {stage.title}", body=Markup(body), profile=run.config.profile
+        )
+        write_text(run.file(f"report/{stage.name}.html"), page)
+    return chapters
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

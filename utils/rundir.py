@@ -1,0 +1,241 @@
+"""The run directory: one folder that every notebook reads and writes, and its manifest of what was done.
+
+`manifest.json` holds the profile, the overrides given so far, and for each stage its state (running, done, failed),
+settings, seconds, peak memory, versions, and the sha256 of inputs and outputs. A stage is current, and need not run
+again, while its settings, inputs, outputs and notebook are those on record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from utils.config import Config, absolute_overrides, load_config
+from utils.errors import RunDirError, StageOrderError
+from utils.files import digests, fingerprint, record_files, sha256, write_json, write_text
+from utils.platforms import CUDA_STACK, STACK, default_profile, installed, peak_memory, require_disk, require_gpu
+from utils.project import embedded_fingerprint, runs_dir, source_digest
+from utils.stages import BY_NAME, Stage
+
+_HEADER = "# Written by the series: the settings in force. To change one, edit the profile or pass --set / OVERRIDES.\n"
+
+
+@dataclass
+class RunDir:
+    """A run directory with its configuration."""
+
+    path: Path
+    config: Config
+
+    def file(self, relative: str) -> Path:
+        """The absolute path of `relative` below the run directory."""
+        return self.path / relative
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as it is on disk now."""
+        return read_manifest(self.path)
+
+    def record(self, stage: Stage) -> dict[str, Any]:
+        """What the manifest knows of a stage; empty if nothing."""
+        return self.manifest().get("stages", {}).get(stage.name, {})
+
+    def write_record(self, stage: Stage, **values: Any) -> None:
+        """Replace a stage's manifest entry."""
+        manifest = self.manifest()
+        manifest.setdefault("stages", {})[stage.name] = values
+        manifest["stages"] = dict(sorted(manifest["stages"].items()))
+        write_json(self.manifest_path, manifest)
+
+    def settings(self, stage: Stage) -> dict[str, Any]:
+        """The settings that this stage's result rests on, local data and model named by their content."""
+        values = self.config.sections(*stage.settings)
+        if "data" in values:
+            for label, path in (("data", self.config.data.path), ("benchmark", self.config.evaluate.benchmark.path)):
+                if path is not None and path.exists():
+                    values[f"{label} file"] = fingerprint(path)
+        if "model" in values:
+            folder = Path(self.config.model.name)
+            if self.config.model.name == "embedded":
+                values["model files"] = embedded_fingerprint()
+            elif folder.is_dir():
+                values["model files"] = fingerprint(folder)
+        return values
+
+    def stale_because(self, stage: Stage, with_notebook: bool = True) -> str | None:
+        """Why a stage has to run (again), in words; None while it is current."""
+        record = self.record(stage)
+        if record.get("state") != "done":
+            return {"running": "it was interrupted", "failed": "it failed"}.get(record.get("state"), "it has not run")
+        if record["settings"] != self.settings(stage):
+            changed = [key for key, value in self.settings(stage).items() if record["settings"].get(key) != value]
+            return f"its settings changed ({', '.join(changed) or 'one was dropped'})"
+        if with_notebook and record["notebook"] != notebook_digest(stage):
+            return "its notebook changed"
+        for kind, relatives in (("input", stage.inputs), ("output", (*stage.outputs, *stage.optional))):
+            found = digests(record_files(self.path, relatives, record[f"{kind}s"]))
+            if found != digests(record[f"{kind}s"]):
+                return f"one of its {kind}s changed"
+        return None
+
+
+@dataclass
+class StageRun(RunDir):
+    """A stage at work: opened by a notebook's first cells, finished by its last."""
+
+    stage: Stage
+    started: float = field(default_factory=time.monotonic)
+
+    def finish(self, **figures: float | int | str) -> None:
+        """Hash what was written and mark the stage done; `figures` are kept in the manifest beside it."""
+        missing = [name for name in self.stage.outputs if not self.file(name).exists()]
+        if missing:
+            raise StageOrderError(
+                f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells, from the first."
+            )
+        record = self.record(self.stage)
+        record.update(
+            state="done",
+            finished=_now(),
+            seconds=round(time.monotonic() - self.started, 1),
+            peak_memory=peak_memory(),
+            figures=figures,
+            outputs=record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
+        )
+        self.write_record(self.stage, **record)
+        print(f"{self.stage.name} done in {record['seconds']:.0f} s; written to {self.path}:")
+        for name, entry in record["outputs"].items():
+            print(f"  {name}  ({_size(entry['bytes'])})")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the run directory `path`; empty where there is none yet.
+
+    Raises RunDirError where the file is there and cannot be read.
+    """
+    file = path / "manifest.json"
+    if not file.exists():
+        return {}
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or "profile" not in manifest:
+            raise ValueError("no profile")
+        return manifest
+    except (ValueError, OSError) as error:
+        raise RunDirError(
+            f"{file} cannot be read ({error}); restore it, or take a new --run-dir: nothing was changed."
+        ) from None
+
+
+def open_run(profile: str = "auto", run_dir: str | Path = "", overrides: Mapping[str, Any] | None = None) -> RunDir:
+    """The run directory with its configuration in force: profile, then earlier overrides, then `overrides`.
+
+    `profile` "auto" is the run directory's own, or demo without a CUDA GPU and t4 with one. `run_dir` "" is
+    runs/<profile> in the checkout (/kaggle/working/runs on Kaggle). Nothing is written before everything is valid.
+
+    Raises ConfigError and RunDirError.
+    """
+    if not run_dir:
+        profile = default_profile() if profile == "auto" else profile
+        run_dir = runs_dir() / profile
+    path = Path(run_dir).expanduser().resolve()
+    manifest = read_manifest(path)
+    if profile == "auto":
+        profile = manifest.get("profile") or default_profile()
+    if manifest and manifest["profile"] != profile:
+        raise RunDirError(
+            f"{path} holds a run of the profile {manifest['profile']}, not {profile}; "
+            f"name another RUN_DIR, or use PROFILE = {manifest['profile']!r}."
+        )
+    load_config(profile, overrides)  # a message about what was just typed, before any about what was stored
+    given = {**manifest.get("overrides", {}), **absolute_overrides(overrides or {})}
+    run = RunDir(path, load_config(profile, given))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        require_disk(path, 0.1, "A run directory")
+        write_json(run.manifest_path, {"stages": {}, **manifest, "profile": profile, "overrides": given})
+        write_text(path / "config.yaml", _HEADER + run.config.to_yaml())
+    except OSError as error:
+        raise RunDirError(f"{path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
+    return run
+
+
+def open_stage(
+    name: str, profile: str = "auto", run_dir: str | Path = "", overrides: Mapping[str, Any] | None = None
+) -> StageRun:
+    """Open a stage for work: check what it needs, then mark it as running.
+
+    Raises StageOrderError where an earlier stage has not run or is out of date, HardwareError where the machine lacks
+    what the profile asks for, and what `open_run` raises.
+    """
+    stage = BY_NAME[name]
+    run = open_run(profile, run_dir, overrides)
+    for needed in stage.needs:
+        reason = run.stale_because(BY_NAME[needed], with_notebook=False)
+        if reason:
+            raise StageOrderError(
+                f"{name} needs {needed}, but {reason} in {run.path}; run notebooks/{needed}.ipynb first, "
+                f"with the same PROFILE and RUN_DIR."
+            )
+    hardware = run.config.hardware
+    if hardware.device == "cuda" and name != "02_dataset_formatting":
+        require_gpu(run.config.profile, hardware.min_gpu_memory_gib)
+    if name == "00_setup":
+        require_disk(run.path, hardware.min_disk_gib, f"The profile {run.config.profile}")
+    opened = StageRun(run.path, run.config, stage)
+    opened.write_record(
+        stage,
+        state="running",
+        started=_now(),
+        settings=run.settings(stage),
+        notebook=notebook_digest(stage),
+        sources=source_digest(),
+        versions={package: installed(package) for package in ("torch", *STACK, *CUDA_STACK)},
+        process=os.getpid(),
+        inputs=record_files(run.path, stage.inputs),
+        outputs={},
+    )
+    return opened
+
+
+def altered_files(path: Path) -> list[str]:
+    """Rehash every output on record and name those that are missing or differ; an empty list is a clean bill."""
+    altered = []
+    for record in read_manifest(path).get("stages", {}).values():
+        for name, entry in record.get("outputs", {}).items():
+            file = path / name
+            if not file.is_file():
+                altered.append(f"{name} is missing")
+            elif sha256(file) != entry["sha256"]:
+                altered.append(f"{name} differs from what was written")
+    return altered
+
+
+def notebook_digest(stage: Stage) -> str:
+    """sha256 over the notebook's cell sources, blind to outputs and ids; empty where it is not beside us."""
+    if not stage.notebook.exists():
+        return ""
+    cells = json.loads(stage.notebook.read_text(encoding="utf-8"))["cells"]
+    return hashlib.sha256("\0".join("".join(cell["source"]) for cell in cells).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,180 @@
+"""The driver: the six notebooks in order, by papermill, each in a fresh kernel, with one live line per stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import papermill
+import traitlets
+from jupyter_client import AsyncKernelManager
+from papermill.exceptions import PapermillExecutionError
+from rich.console import Console
+
+from utils.errors import UserError
+from utils.progress import VARIABLE
+from utils.project import ROOT
+from utils.report import executed_dir, write_report
+from utils.rundir import RunDir, open_run
+from utils.stages import STAGES, Stage, find_stage
+
+
+class IpcKernelManager(AsyncKernelManager):
+    """Talks to the kernel through a socket file of this user rather than an open TCP port."""
+
+    transport = traitlets.CaselessStrEnum(["tcp", "ipc"], default_value="ipc", config=True)
+
+
+class SeriesFailed(Exception):
+    """A stage failed; the message is its sentence, `continue_with` the command that goes on from there."""
+
+    def __init__(self, run: RunDir, stage: Stage, sentence: str):
+        super().__init__(sentence)
+        self.stage = stage
+        self.continue_with = (
+            f"python -m utils run --profile {run.config.profile} --run-dir {run.path} --from {stage.number}"
+        )
+
+
+def run_series(
+    profile: str,
+    run_dir: str | Path,
+    overrides: Mapping[str, Any],
+    first: str = "00",
+    last: str = "05",
+    fresh: bool = False,
+    console: Console | None = None,
+) -> RunDir:
+    """Run the stages `first` to `last` that are not current, then write the report.
+
+    Raises SeriesFailed with the failing cell's sentence; what finished stays. `fresh` runs every stage again.
+    """
+    console = console or Console()
+    run = open_run(profile, run_dir, overrides)
+    started, worked = time.monotonic(), False
+    for stage in STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]:
+        reason = "--fresh" if fresh else run.stale_because(stage)
+        if reason is None:
+            seconds = run.record(stage)["seconds"]
+            console.print(f"[dim]  {stage.number} {stage.title}: unchanged, not run again (took {seconds:.0f} s)[/dim]")
+            continue
+        run_stage(run, stage, console)
+        worked = True
+    if worked or not run.file("report/index.html").exists():
+        write_report(run)
+    _summarise(run, console, time.monotonic() - started)
+    return run
+
+
+def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
+    """Execute one notebook into report/notebooks/; raises SeriesFailed."""
+    output = executed_dir(run) / f"{stage.name}.ipynb"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    parameters = {"PROFILE": run.config.profile, "RUN_DIR": str(run.path)}
+    with tempfile.TemporaryDirectory() as scratch, _LiveLine(console, stage, Path(scratch) / "progress.json") as line:
+        os.environ[VARIABLE] = str(line.file)
+        os.environ["SERIES_ROOT"] = str(ROOT)
+        try:
+            papermill.execute_notebook(
+                str(stage.notebook),
+                str(output),
+                parameters=parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                kernel_manager_class=IpcKernelManager,
+            )
+        except PapermillExecutionError as error:
+            line.fail()
+            _mark_failed(run, stage, error.evalue)
+            raise SeriesFailed(run, stage, _sentence(error)) from None
+        finally:
+            del os.environ[VARIABLE]
+
+
+def _mark_failed(run: RunDir, stage: Stage, message: str) -> None:
+    record = run.record(stage)
+    if record.get("state") == "running":
+        run.write_record(stage, **{**record, "state": "failed", "error": message[:500]})
+
+
+def _sentence(error: PapermillExecutionError) -> str:
+    """A user error's own sentence; anything else with its type, so that it can be reported."""
+    known = {kind.__name__ for kind in UserError.__subclasses__()}
+    if error.ename in known:
+        return error.evalue
+    return f"{error.ename}: {error.evalue} (the executed notebook shows where)"
+
+
+def _summarise(run: RunDir, console: Console, seconds: float) -> None:
+    """What was written, what it showed, what to do next."""
+    metrics = run.file("comparison/metrics.json")
+    console.print()
+    if metrics.exists():
+        console.print(json.loads(metrics.read_text(encoding="utf-8"))["sentence"], style="bold", highlight=False)
+    rows = [
+        ("report", "report/index.html", "open it in a browser; it needs no network"),
+        ("figures", "comparison/metrics.json", "the numbers behind it"),
+        ("adapter", "export/adapter", "load it with peft on the base model"),
+        ("merged", "export/merged", "load it with transformers"),
+    ]
+    for name, path, hint in rows:
+        if run.file(path).exists():
+            console.print(f"  {name:<8} {run.file(path)}  [dim]{hint}[/dim]", highlight=False, soft_wrap=True)
+    again = f"python -m utils run --profile {run.config.profile} --run-dir {run.path} --set KEY=VALUE"
+    console.print(f"[dim]{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {again}[/dim]",
+                  highlight=False, soft_wrap=True)  # fmt: skip
+
+
+class _LiveLine:
+    """One line for a stage: redrawn on a terminal, printed at start and end elsewhere."""
+
+    def __init__(self, console: Console, stage: Stage, file: Path):
+        self.console, self.stage, self.file = console, stage, file
+        self._stop, self._failed = threading.Event(), False
+
+    def __enter__(self) -> _LiveLine:
+        self.started = time.monotonic()
+        self._status = self.console.status(self._text()) if self.console.is_terminal else None
+        if self._status:
+            self._status.start()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._status:
+            self._status.stop()
+        mark = "[red]✗[/red]" if self._failed else "[green]✓[/green]"
+        spent = time.monotonic() - self.started
+        self.console.print(f"{mark} {self.stage.number} {self.stage.title}  [dim]{spent:.0f} s[/dim]", highlight=False)
+
+    def fail(self) -> None:
+        """Mark the line as failed."""
+        self._failed = True
+
+    def _text(self) -> str:
+        text = f"{self.stage.number} {self.stage.title}  [dim]{time.monotonic() - self.started:.0f} s[/dim]"
+        try:
+            state = json.loads(self.file.read_text())
+            share = f"{state['done']}/{state['total']}"
+            text += f"  {state['description']} {share}  [dim]{state['note']}[/dim]"
+        except (OSError, ValueError):
+            pass  # the kernel is still importing
+        return text
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(0.25):
+            if self._status:
+                self._status.update(self._text())
+            elif time.monotonic() - last > 30:  # a log file gets a line every half minute, not a spinner
+                last = time.monotonic()
+                self.console.print("  " + self._text(), highlight=False)

@@ -1,0 +1,100 @@
+"""The six stages as one table: what each needs, reads and writes, and which settings change its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.project import NOTEBOOKS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook. Paths are below the run directory; a path that names a folder stands for all its files."""
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    settings: tuple[str, ...]
+    optional: tuple[str, ...] = ()  # outputs that some configurations leave out
+
+    @property
+    def number(self) -> str:
+        """`03` of `03_lora_training`."""
+        return self.name[:2]
+
+    @property
+    def notebook(self) -> Path:
+        """The notebook's source."""
+        return NOTEBOOKS / f"{self.name}.ipynb"
+
+
+_MODEL = ("model", "prompt", "hardware.dtype", "hardware.backend", "hardware.device")
+STAGES = (
+    Stage(
+        name="00_setup",
+        title="Setup and frozen split",
+        needs=(),
+        inputs=(),
+        outputs=(
+            "environment.json",
+            "data/train.parquet",
+            "data/eval.parquet",
+            "data/benchmark.jsonl",
+            "data/split.json",
+        ),
+        settings=("data", "evaluate.benchmark", "evaluate.questions", "model.name", "model.revision"),
+    ),
+    Stage(
+        name="01_baseline_inference",
+        title="Baseline answers",
+        needs=("00_setup",),
+        inputs=("data/eval.parquet", "data/benchmark.jsonl"),
+        outputs=("baseline/answers.jsonl", "baseline/nll.parquet"),
+        settings=(*_MODEL, "generate", "evaluate.questions"),
+    ),
+    Stage(
+        name="02_dataset_formatting",
+        title="From row to tokens",
+        needs=("00_setup",),
+        inputs=("data/train.parquet",),
+        outputs=("data/formatted", "data/lengths.png"),
+        settings=("model", "prompt", "train.loss_on"),
+    ),
+    Stage(
+        name="03_lora_training",
+        title="LoRA training",
+        needs=("02_dataset_formatting",),
+        inputs=("data/formatted",),
+        outputs=("training/adapter", "training/log.csv", "training/loss.png"),
+        settings=(*_MODEL, "lora", "train"),
+    ),
+    Stage(
+        name="04_comparison",
+        title="Comparison and verdict",
+        needs=("01_baseline_inference", "03_lora_training"),
+        inputs=("data/eval.parquet", "data/benchmark.jsonl", "baseline", "training/adapter"),
+        outputs=("tuned", "comparison"),
+        settings=(*_MODEL, "generate", "evaluate"),
+    ),
+    Stage(
+        name="05_export",
+        title="Export, loaded back",
+        needs=("04_comparison",),
+        inputs=("training/adapter", "comparison/metrics.json"),
+        outputs=("export/adapter", "export/README.md", "export/verify.json"),
+        settings=(*_MODEL, "export"),
+        optional=("export/merged",),
+    ),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def find_stage(number_or_name: str) -> Stage:
+    """The stage called `03` or `03_lora_training`; raises KeyError otherwise."""
+    for stage in STAGES:
+        if number_or_name in (stage.number, stage.name, str(int(stage.number))):
+            return stage
+    raise KeyError(number_or_name)

@@ -1,0 +1,155 @@
+"""The statistics of a paired comparison, through scipy and statsmodels, and the verdict they carry.
+
+Items of one group (near-duplicates, the demo's questions about one condition) are not independent. Where a group has
+more than one item, intervals resample whole groups and the test flips whole groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class PairedResult:
+    """One metric in both arms: means, difference (tuned - base), its interval, and a two-sided p-value."""
+
+    name: str
+    n: int
+    base: float
+    tuned: float
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
+    groups: int
+    test: str
+    higher_is_better: bool
+
+    def as_dict(self) -> dict:
+        """Plain JSON values."""
+        return {**asdict(self), "ci95": list(self.ci95)}
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927, by statsmodels)."""
+    low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
+    return float(low), float(high)
+
+
+def mcnemar_exact(base: np.ndarray, tuned: np.ndarray) -> float:
+    """Exact two-sided McNemar test on two 0/1 vectors of the same items: binomial over the discordant pairs."""
+    only_base, only_tuned = int(np.sum((base == 1) & (tuned == 0))), int(np.sum((base == 0) & (tuned == 1)))
+    table = [[0, only_base], [only_tuned, 0]]
+    return float(mcnemar(table, exact=True).pvalue) if only_base + only_tuned else 1.0
+
+
+def group_sums(values: np.ndarray, groups: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Per group: the sum of its values and its size, in the order of the group names."""
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    return np.bincount(index, weights=values), np.bincount(index)
+
+
+def sign_flip_test(differences: np.ndarray, groups: Sequence[str], resamples: int, seed: int) -> float:
+    """Two-sided permutation test of a paired difference that swaps the arms of whole groups (by scipy)."""
+    sums, _ = group_sums(differences, groups)
+    if not np.any(sums):
+        return 1.0
+    if len(sums) == 1:
+        return 1.0  # a single group can show nothing
+    test = stats.permutation_test(
+        (sums,),
+        lambda x, axis: np.sum(x, axis=axis),
+        permutation_type="samples",
+        n_resamples=resamples,
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)
+
+
+def paired_interval(
+    differences: np.ndarray, groups: Sequence[str], confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean paired difference, resampling whole groups (by scipy)."""
+    sums, sizes = group_sums(differences, groups)
+    if len(sums) == 1 or np.all(differences == differences[0]):
+        return float(differences.mean()), float(differences.mean())
+    result = stats.bootstrap(
+        (sums, sizes),
+        lambda s, k, axis: np.sum(s, axis=axis) / np.sum(k, axis=axis),
+        paired=True,
+        vectorized=True,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def compare_paired(
+    name: str,
+    base: Sequence[float],
+    tuned: Sequence[float],
+    groups: Sequence[str],
+    *,
+    higher_is_better: bool = True,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedResult:
+    """Compare two arms on the same items, in the same order.
+
+    0/1 values of independent items get McNemar's exact test; everything else the group-wise sign-flip test.
+    Raises ValueError where the arms differ in length or are empty.
+    """
+    a, b = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
+    if len(a) != len(b) or len(a) != len(groups) or len(a) == 0:
+        raise ValueError(f"{name}: {len(a)} base, {len(b)} tuned values and {len(groups)} groups do not pair up")
+    independent = len(set(groups)) == len(a)
+    binary = set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}
+    if independent and binary:
+        test, p_value = "exact McNemar", mcnemar_exact(a, b)
+    else:
+        test, p_value = "sign flips by group", sign_flip_test(b - a, groups, resamples, seed)
+    return PairedResult(
+        name=name,
+        n=len(a),
+        base=float(a.mean()),
+        tuned=float(b.mean()),
+        difference=float((b - a).mean()),
+        ci95=paired_interval(b - a, groups, confidence, resamples, seed),
+        p_value=p_value,
+        groups=len(set(groups)),
+        test=test,
+        higher_is_better=higher_is_better,
+    )
+
+
+def verdict(result: PairedResult) -> str:
+    """`better`, `worse` or `cannot tell`: the interval must exclude zero and the test agree at 5 %."""
+    low, high = result.ci95
+    if result.p_value >= ALPHA or low <= 0 <= high:
+        return "cannot tell"
+    return "better" if (result.difference > 0) == result.higher_is_better else "worse"
+
+
+def detectable_difference(n: int, discordant: float = 0.25, power: float = 0.8) -> float:
+    """The smallest difference of two paired proportions that n independent items show with this power (alpha 5 %).
+
+    Normal approximation of McNemar's test with the given share of discordant pairs (Connor 1987), capped at 1.
+    """
+    z_alpha, z_beta = stats.norm.ppf(1 - ALPHA / 2), stats.norm.ppf(power)
+    low, high = 0.0, discordant
+    for _ in range(60):
+        middle = (low + high) / 2
+        reached = (middle * np.sqrt(n) - z_alpha * np.sqrt(discordant)) / np.sqrt(max(discordant - middle**2, 1e-12))
+        low, high = (middle, high) if reached < z_beta else (low, middle)
+    return float(min(high, 1.0))

@@ -1,0 +1,98 @@
+"""Experiment tracking with wandb: offline by default, online where a key is found, never a reason to stop.
+
+Every call into wandb goes through `Tracker._try`: the first trouble is told in one line and tracking is off from
+then on. The Trainer's own integration (report_to="wandb") is not used because its errors end the training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.credentials import find_secret
+from utils.rundir import StageRun
+
+_INIT_TIMEOUT_S = 25
+
+
+class Tracker:
+    """One wandb run for one stage, or nothing; `log`, `table`, `image`, `finish` are safe to call either way."""
+
+    def __init__(self, run: StageRun, job_type: str):
+        self._wandb_run = None
+        self.mode = "disabled"
+        if run.config.tracking.mode == "disabled":
+            return
+        key = find_secret("WANDB_API_KEY") if run.config.tracking.mode == "auto" else None
+        folder = run.file("tracking")
+        modes = ["online", "offline"] if key else ["offline"]
+        for mode in modes:
+            self.mode = mode
+            if key and mode == "online":
+                os.environ["WANDB_API_KEY"] = key.value
+            self._wandb_run = self._try(lambda: _start(run, job_type, folder, self.mode), f"{mode} tracking")
+            if self._wandb_run is not None:
+                break
+        else:
+            self.mode = "disabled"
+        print(f"tracking: wandb {self.mode}" + (f", files in {folder / 'wandb'}" if self.mode == "offline" else ""))
+
+    def log(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log scalars."""
+        self._safely(lambda: self._wandb_run.log(dict(values), step=step))
+
+    def table(self, name: str, frame) -> None:
+        """Log a pandas DataFrame as a table."""
+
+        def send() -> None:
+            import wandb
+
+            self._wandb_run.log({name: wandb.Table(dataframe=frame)})
+
+        self._safely(send)
+
+    def image(self, name: str, path: Path) -> None:
+        """Log a figure from a file."""
+
+        def send() -> None:
+            import wandb
+
+            self._wandb_run.log({name: wandb.Image(str(path))})
+
+        self._safely(send)
+
+    def finish(self) -> None:
+        """Close the run; offline runs can be sent later with `wandb sync`."""
+        self._safely(lambda: self._wandb_run.finish())
+        self._wandb_run = None
+
+    def _safely(self, action: Callable[[], Any]) -> None:
+        if self._wandb_run is not None:
+            self._try(action, "tracking")
+
+    def _try(self, action: Callable[[], Any], what: str) -> Any:
+        try:
+            return action()
+        except Exception as error:  # whatever wandb raises must not cost a training run
+            print(f"{what} failed ({type(error).__name__}); the run goes on without it.")
+            self._wandb_run = None
+            return None
+
+
+def _start(run: StageRun, job_type: str, folder: Path, mode: str):
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        project=run.config.tracking.project,
+        group=f"{run.config.profile}-{run.path.name}",
+        name=f"{run.path.name}-{run.stage.number}",
+        job_type=job_type,
+        config=run.config.model_dump(mode="json"),
+        dir=str(folder),
+        mode=mode,
+        settings=wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off", disable_git=True, disable_code=True),
+    )
