@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import papermill
 import traitlets
 from jupyter_client import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 
@@ -29,6 +31,11 @@ class IpcKernelManager(AsyncKernelManager):
     """Talks to the kernel through a socket file of this user rather than an open TCP port."""
 
     transport = traitlets.CaselessStrEnum(["tcp", "ipc"], default_value="ipc", config=True)
+
+    @traitlets.default("ip")
+    def _own_socket(self) -> str:
+        """A path of its own: the default is one name for all kernels started in a directory."""
+        return str(Path(tempfile.gettempdir()) / f"kernel-{uuid.uuid4().hex}")
 
 
 class SeriesFailed(Exception):
@@ -93,6 +100,11 @@ def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
             line.fail()
             _mark_failed(run, stage, error.evalue)
             raise SeriesFailed(run, stage, _sentence(error)) from None
+        except DeadKernelError:
+            line.fail()
+            message = "its kernel died, most often because memory ran out; what was saved stays"
+            _mark_failed(run, stage, message)
+            raise SeriesFailed(run, stage, message) from None
         finally:
             del os.environ[VARIABLE]
 

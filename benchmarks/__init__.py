@@ -1,0 +1,1 @@
+"""Measurements on the exact shapes of the real model, with weights that need no download."""

@@ -1,0 +1,111 @@
+"""The whole series on a CUDA GPU with the 8B-shaped stand-in: per-stage seconds, peak memory, versions, fused layers.
+
+    python -m benchmarks.standin /tmp/standin-8b --vocabulary llama3_bpe.model
+    python -m benchmarks.series /tmp/standin-8b --rows medical_o1_sample.jsonl --benchmark medqa_sample.jsonl \
+        --out benchmarks/results/series-8b.json
+
+It runs profile t4 with fewer steps and questions, a T4's limits emulated on a larger GPU, then ten training steps on
+the plain backend. The weights are random, so the answers mean nothing; what is measured is that everything runs, how
+long it takes, and how much memory it needs.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from utils.files import write_json
+from utils.platforms import gpus, installed
+from utils.rundir import read_manifest
+from utils.stages import STAGES
+
+_SMALL = {
+    "data.eval_rows": 16,
+    "data.train_rows": 80,
+    "train.max_steps": 10,
+    "train.save_steps": 5,
+    "generate.max_new_tokens": 64,
+    "evaluate.questions": 8,
+    "evaluate.benchmark.rows": 8,
+    "export.prompts": 4,
+    "hardware.emulate_t4": "true",
+}
+
+
+def run_series(run_dir: Path, settings: dict[str, object], *, last: str = "05") -> int:
+    """`python -m utils run --profile t4` in a process of its own; returns its exit status."""
+    command = [sys.executable, "-m", "utils", "run", "--profile", "t4", "--run-dir", str(run_dir), "--to", last]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    return subprocess.run(command, check=False).returncode
+
+
+def summarise(run_dir: Path) -> dict:
+    """Per stage: state, seconds, peak memory and figures; and the training log's health."""
+    stages = read_manifest(run_dir).get("stages", {})
+    summary: dict = {"stages": {}}
+    for stage in STAGES:
+        record = stages.get(stage.name)
+        if record:
+            kept = ("state", "seconds", "peak_memory", "figures", "error")
+            summary["stages"][stage.name] = {key: record[key] for key in kept if key in record}
+    log = run_dir / "training" / "log.csv"
+    if log.exists():
+        frame = pd.read_csv(log)
+        values = pd.concat([frame["loss"], frame["grad_norm"]])
+        summary["training"] = {
+            "steps": int(frame["step"].max()),
+            "losses": [round(float(loss), 4) for loss in frame["loss"]],
+            "losses_not_finite": int((~frame["loss"].map(math.isfinite)).sum()),
+            "gradients_not_finite": int((~frame["grad_norm"].map(math.isfinite)).sum()),
+            "finite": bool(values.map(math.isfinite).all()),
+        }
+    peaks = [s.get("peak_memory", {}).get("gpu_reserved_gib", 0.0) for s in summary["stages"].values()]
+    summary["peak_gpu_reserved_gib"] = max(peaks, default=0.0)
+    return summary
+
+
+def main(
+    standin: Path,
+    rows: Annotated[Path, typer.Option(help="Training rows, JSONL.")],
+    benchmark: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="More settings for both runs.")] = None,
+) -> None:
+    """Run the series and the plain backend; write the evidence to OUT; exit 1 where either failed."""
+    settings = {
+        **_SMALL,
+        "model.name": standin.resolve(),
+        "data.path": rows.resolve(),
+        "evaluate.benchmark.path": benchmark.resolve(),
+        **dict(item.split("=", 1) for item in set_ or []),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        series, plain = Path(scratch) / "series", Path(scratch) / "plain"
+        status = [run_series(series, settings)]
+        evidence = {
+            "what": "profile t4 on an 8B-shaped stand-in (random weights), T4 arithmetic and memory emulated",
+            "date": datetime.now(UTC).date().isoformat(),
+            "gpu": [gpu.name for gpu in gpus()],
+            "versions": {p: installed(p) for p in ("torch", "unsloth", "unsloth_zoo", "transformers", "trl", "peft",
+                                                   "datasets", "bitsandbytes", "accelerate", "papermill")},
+            "settings": {key: str(Path(str(value)).name) for key, value in settings.items()},
+            "series": summarise(series),
+        }  # fmt: skip
+        write_json(out, {"exit_status": status, **evidence})
+        status.append(run_series(plain, {**settings, "hardware.backend": "transformers"}, last="03"))
+        evidence["plain_backend"] = summarise(plain)
+        write_json(out, {"exit_status": status, **evidence})
+    raise typer.Exit(max(status))
+
+
+if __name__ == "__main__":
+    typer.run(main)
