@@ -34,19 +34,32 @@ def _save(figure, path: Path) -> Path:
 
 
 def draw_lengths(frame: pd.DataFrame, limit: int, path: Path) -> Path:
-    """Histogram of tokens in a row (columns prompt_tokens, reasoning_tokens, response_tokens) against the limit."""
-    figure, (axis,) = _figure(1, 8, 3.4)
-    total = frame[["prompt_tokens", "reasoning_tokens", "response_tokens"]].sum(axis=1)
-    edges = np.histogram_bin_edges(total, bins=min(40, max(8, total.nunique())))
-    parts = (("prompt", "#edae49"), ("reasoning", TUNED), ("response", "#30638e"))
-    axis.hist(total, bins=edges, color=BASE, alpha=0.85, label="whole row")
-    for name, colour in parts:
-        mean = frame[f"{name}_tokens"].mean()
-        axis.axvline(mean, color=colour, linewidth=1.6, linestyle="--", label=f"{name}: {mean:.0f} on average")
-    if limit < 1.5 * total.max():
-        axis.axvline(limit, color=INK, linewidth=1.6, label=f"max_seq_length {limit}")
-    axis.set(title=f"Tokens in {len(frame)} training rows, at most {total.max()}", xlabel="tokens", ylabel="rows")
-    axis.legend(frameon=False)
+    """Box plots of tokens in a row (columns prompt_tokens, reasoning_tokens, response_tokens) against the limit."""
+    figure, (axis,) = _figure(1, 9, 3.2)
+    parts = {name: frame[f"{name}_tokens"] for name in ("prompt", "reasoning", "response")}
+    parts["whole row"] = sum(parts.values())
+    colours = ("#edae49", TUNED, "#30638e", BASE)
+    boxes = axis.boxplot(
+        list(parts.values()),
+        orientation="horizontal",
+        widths=0.6,
+        patch_artist=True,
+        flierprops={"markersize": 3, "markeredgecolor": BASE},
+        medianprops={"color": INK, "linewidth": 1.8},
+    )
+    for box, colour in zip(boxes["boxes"], colours, strict=True):
+        box.set(facecolor=colour, alpha=0.8, edgecolor=INK)
+    labels = [f"{name}\nmedian {values.median():.0f}" for name, values in parts.items()]
+    axis.set_yticks(range(1, len(parts) + 1), labels)
+    axis.invert_yaxis()
+    longest = int(parts["whole row"].max())
+    if limit < 1.5 * longest:
+        axis.axvline(limit, color=INK, linewidth=1.6, linestyle="--")
+        axis.text(limit, 0.45, " max_seq_length", color=INK, fontsize=9, va="bottom", ha="right")
+    axis.set(
+        title=f"{len(frame)} training rows: the longest has {longest} tokens, the limit is {limit}", xlabel="tokens"
+    )
+    axis.set_xlim(left=0)
     return _save(figure, path)
 
 

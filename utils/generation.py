@@ -15,7 +15,7 @@ from utils.errors import HardwareError
 from utils.parsing import CLOSE
 from utils.progress import Progress
 
-_NLL_TOKENS = 4096  # tokens in one forward pass of `completion_nll`; logits of 128k entries bound it
+_NLL_TOKENS = 2048  # tokens in one forward pass of `completion_nll`; logits over 128k entries bound it
 
 
 def answer_questions(

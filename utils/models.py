@@ -43,7 +43,6 @@ def start_backend(config: Config) -> str:
 def prepare_device(config: Config) -> None:
     """What both backends need before torch starts: the Hub token, one visible GPU, a T4's limits if asked for."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     share_hub_token()
     if device(config) == "cpu":
         return

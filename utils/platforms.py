@@ -14,6 +14,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -163,14 +164,19 @@ def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | 
     return rows
 
 
-def install_missing() -> list[str]:
+def quiet_libraries() -> None:
+    """Silence what libraries say in a notebook that a reader can do nothing about."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each fork warns
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm without widgets draws text, which is fine
+
+
+def install_missing() -> None:
     """On Kaggle and Colab, install what the pins ask for and the image lacks; elsewhere do nothing.
 
-    The platform's torch family is held still by a constraints file. Returns the packages that were asked for.
-    Raises PinError with pip's last line where the installation fails.
+    The platform's torch family is held still by a constraints file. Raises PinError with pip's last line where the installation fails.
     """
     if where() == "local":
-        return []
+        return
     missing = [
         str(requirement)
         for name, requirement in read_pins().items()
@@ -185,8 +191,8 @@ def install_missing() -> list[str]:
         if answer.returncode != 0:
             last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
             raise PinError(f"pip could not install {', '.join(missing)}: {last} Check that the internet is on.")
+        print(f"installed {', '.join(missing)}")
     _drop_old_torchao()
-    return missing
 
 
 def _drop_old_torchao() -> None:

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
@@ -97,7 +98,7 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
         source = executed_dir(run) / f"{stage.name}.ipynb"
         if not source.exists():
             continue
-        body, _ = exporter.from_filename(str(source))
+        body, _ = exporter.from_notebook_node(_without_badges(nbformat.read(source, as_version=4)))
         record = run.record(stage)
         peak = record.get("peak_memory", {})
         gpu = f", {peak['gpu_reserved_gib']} GiB GPU" if "gpu_reserved_gib" in peak else ""
@@ -115,6 +116,14 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
         )
         write_text(run.file(f"report/{stage.name}.html"), page)
     return chapters
+
+
+def _without_badges(notebook):
+    """The notebook without its badges: they are pictures from a network, and there may be none."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("[![Open in"))
+    return notebook
 
 
 def _read_json(path: Path) -> dict:

@@ -20,7 +20,16 @@ from typing import Any
 from utils.config import Config, absolute_overrides, load_config
 from utils.errors import RunDirError, StageOrderError
 from utils.files import digests, fingerprint, record_files, sha256, write_json, write_text
-from utils.platforms import CUDA_STACK, STACK, default_profile, installed, peak_memory, require_disk, require_gpu
+from utils.platforms import (
+    CUDA_STACK,
+    STACK,
+    default_profile,
+    installed,
+    peak_memory,
+    quiet_libraries,
+    require_disk,
+    require_gpu,
+)
 from utils.project import embedded_fingerprint, runs_dir, source_digest
 from utils.stages import BY_NAME, Stage
 
@@ -178,6 +187,7 @@ def open_stage(
     Raises StageOrderError where an earlier stage has not run or is out of date, HardwareError where the machine lacks
     what the profile asks for, and what `open_run` raises.
     """
+    quiet_libraries()
     stage = BY_NAME[name]
     run = open_run(profile, run_dir, overrides)
     for needed in stage.needs:

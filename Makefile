@@ -1,0 +1,31 @@
+# Each target is one line over the command line: python -m utils --help
+PYTHON ?= python3
+VENV := .venv
+IN := $(VENV)/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint address clean
+
+demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
+	$(IN) -m utils run --profile demo --run-dir runs/demo
+
+test: $(VENV)/installed  ## unit tests, the notebooks' static tests, one run of the whole demo
+	$(IN) -m pytest -q
+
+lint: $(VENV)/installed
+	$(IN) -m ruff check . && $(IN) -m ruff format --check .
+
+# Made anew only when a requirements file is newer than the last installation that worked.
+$(VENV)/installed: requirements.txt requirements-cpu.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(IN) -m pip install --quiet -r requirements-cpu.txt
+	@touch $@
+
+address:  ## make address REPOSITORY=you/fork: put your repository into badges and bootstrap cells
+	@test -n "$(REPOSITORY)" || { echo "Say which: make address REPOSITORY=you/fork"; exit 1; }
+	@old=$$(sed -n 's/^REPOSITORY = "\(.*\)"/\1/p' utils/project.py); \
+	git grep -lF "$$old" -- notebooks README.md utils | xargs sed -i "s#$$old#$(REPOSITORY)#g"
+
+clean:
+	rm -rf $(VENV) runs
