@@ -23,7 +23,7 @@ def run(
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")] = None,
     from_: Annotated[str, typer.Option("--from", help="First stage, 00 to 05.")] = "00",
     to: Annotated[str, typer.Option(help="Last stage, 00 to 05.")] = "05",
-    fresh: Annotated[bool, typer.Option(help="Run every stage again, changed or not.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Forget earlier --set values and run every stage again.")] = False,
 ) -> None:
     """Run the series: six notebooks in order, those that are unchanged left out, and a report at the end."""
     from utils.series import SeriesFailed, run_series
@@ -36,6 +36,8 @@ def run(
             raise UserError(
                 f"There is no stage {name!r}; there are {STAGES[0].number} to {STAGES[-1].number}."
             ) from None
+    if find_stage(from_).number > find_stage(to).number:
+        raise UserError(f"--from {from_} comes after --to {to}; swap them.")
     try:
         run_series(profile, run_dir, parse_overrides(set_ or []), from_, to, fresh, console)
     except SeriesFailed as failure:

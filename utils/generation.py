@@ -35,6 +35,7 @@ def answer_questions(
     # Longest first: memory trouble shows at once, and a batch holds prompts of about one length.
     waiting = sorted((q for q in questions if q.id not in done), key=lambda q: (-len(q.prompt), q.id))
     path.parent.mkdir(parents=True, exist_ok=True)
+    _end_torn_line(path)
     size = config.batch_size
     with Progress("answering", len(questions), "question") as bar:
         bar.update(len(questions) - len(waiting))
@@ -62,6 +63,13 @@ def answer_questions(
             waiting = waiting[len(batch) :]
             bar.update(len(batch))
     return [done[q.id] for q in questions]
+
+
+def _end_torn_line(path: Path) -> None:
+    """A kill in the middle of a write leaves a line without its end; what is appended must not be glued to it."""
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write("\n")
 
 
 def _generate(model, tokenizer, batch: Sequence[Question], config: GenerateSection) -> list[dict]:
@@ -136,7 +144,8 @@ def completion_nll(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.
             for i, sums in zip(batch, _nll_of_batch(model, tokenizer, [encoded[i] for i in batch]), strict=True):
                 results[i] = {"id": rows["id"].iloc[i], **sums}
             bar.update(count)
-    return pd.DataFrame([results[i] for i in sorted(results)])
+    columns = ["id", "reasoning_nll", "reasoning_tokens", "response_nll", "response_tokens"]
+    return pd.DataFrame([results[i] for i in sorted(results)], columns=columns)
 
 
 def _nll_of_batch(model, tokenizer, batch: list[dict]) -> list[dict]:

@@ -98,7 +98,7 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
         source = executed_dir(run) / f"{stage.name}.ipynb"
         if not source.exists():
             continue
-        body, _ = exporter.from_notebook_node(_without_badges(nbformat.read(source, as_version=4)))
+        body, _ = exporter.from_notebook_node(_for_report(nbformat.read(source, as_version=4)))
         record = run.record(stage)
         peak = record.get("peak_memory", {})
         gpu = f", {peak['gpu_reserved_gib']} GiB GPU" if "gpu_reserved_gib" in peak else ""
@@ -118,11 +118,12 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
     return chapters
 
 
-def _without_badges(notebook):
-    """The notebook without its badges: they are pictures from a network, and there may be none."""
+def _for_report(notebook):
+    """The notebook without badges, which are pictures from a network, and with links to the report's own pages."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("[![Open in"))
+            lines = [line for line in cell.source.split("\n") if not line.startswith("[![Open in")]
+            cell.source = "\n".join(lines).replace(".ipynb)", ".html)")
     return notebook
 
 

@@ -146,8 +146,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def open_run(profile: str = "auto", run_dir: str | Path = "", overrides: Mapping[str, Any] | None = None) -> RunDir:
+def open_run(
+    profile: str = "auto",
+    run_dir: str | Path = "",
+    overrides: Mapping[str, Any] | None = None,
+    forget: bool = False,
+) -> RunDir:
     """The run directory with its configuration in force: profile, then earlier overrides, then `overrides`.
+
+    With `forget`, earlier overrides are dropped.
 
     `profile` "auto" is the run directory's own, or demo without a CUDA GPU and t4 with one. `run_dir` "" is
     runs/<profile> in the checkout (/kaggle/working/runs on Kaggle). Nothing is written before everything is valid.
@@ -167,7 +174,7 @@ def open_run(profile: str = "auto", run_dir: str | Path = "", overrides: Mapping
             f"name another RUN_DIR, or use PROFILE = {manifest['profile']!r}."
         )
     load_config(profile, overrides)  # a message about what was just typed, before any about what was stored
-    given = {**manifest.get("overrides", {}), **absolute_overrides(overrides or {})}
+    given = {**({} if forget else manifest.get("overrides", {})), **absolute_overrides(overrides or {})}
     run = RunDir(path, load_config(profile, given))
     try:
         path.mkdir(parents=True, exist_ok=True)

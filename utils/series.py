@@ -60,10 +60,11 @@ def run_series(
 ) -> RunDir:
     """Run the stages `first` to `last` that are not current, then write the report.
 
-    Raises SeriesFailed with the failing cell's sentence; what finished stays. `fresh` runs every stage again.
+    Raises SeriesFailed with the failing cell's sentence; what finished stays. `fresh` forgets earlier overrides
+    and runs every stage again.
     """
     console = console or Console()
-    run = open_run(profile, run_dir, overrides)
+    run = open_run(profile, run_dir, overrides, forget=fresh)
     started, worked = time.monotonic(), False
     for stage in STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]:
         reason = "--fresh" if fresh else run.stale_because(stage)

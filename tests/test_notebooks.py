@@ -1,0 +1,147 @@
+"""Static tests of the notebooks: each guards against something that broke other people's notebooks."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+
+import nbformat
+import pytest
+
+from utils.config import Config
+from utils.project import NOTEBOOKS, REF, REPOSITORY
+from utils.stages import STAGES
+
+NAMES = [stage.name for stage in STAGES]
+
+
+def read(name: str):
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(name: str) -> list:
+    return [cell for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def source_of(name: str) -> str:
+    return "\n".join(cell.source for cell in code_cells(name))
+
+
+def calls(name: str, function: str) -> list[ast.Call]:
+    tree = ast.parse(source_of(name))
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", None)) == function
+    ]
+
+
+def test_there_is_one_notebook_for_each_stage_and_no_other():
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_valid_and_every_cell_parses(name):
+    nbformat.validate(read(name))
+    for cell in code_cells(name):
+        ast.parse(cell.source)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_output_count_or_personal_metadata_is_in_git(name):
+    notebook = read(name)
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and not cell.get("execution_count")
+        assert set(cell.metadata) <= {"tags"}
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernel_is_named_since_kaggle_runs_no_notebook_without_one(name):
+    """Kaggle/kaggle-cli issue 689: "No kernel name found in notebook and no override provided"."""
+    assert read(name).metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_cell_names_purpose_badges_and_what_it_reads_and_writes(name):
+    first = read(name).cells[0].source
+    assert first.startswith(f"# {name[:2]} · ")
+    assert f"colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{name}.ipynb" in first
+    assert f"kaggle.com/kernels/welcome?src=https://github.com/{REPOSITORY}/blob/main/notebooks/{name}.ipynb" in first
+    assert "| reads | writes |" in first and "@@" not in first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_cell_says_what_comes_next(name):
+    last = read(name).cells[-1]
+    assert last.cell_type == "markdown" and ".ipynb)" in last.source
+
+
+def test_the_bootstrap_is_the_same_in_every_notebook_and_agrees_with_the_project():
+    bootstraps = {code_cells(name)[0].source for name in NAMES}
+    assert len(bootstraps) == 1
+    assert f'"{REPOSITORY}", "{REF}"' in bootstraps.pop()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_parameters_cell_is_tagged_once_and_holds_literals_only(name):
+    """papermill replaces values and computes nothing anew: a derived value would keep its old inputs."""
+    tagged = [cell for cell in read(name).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1 and tagged[0] is not None
+    assert code_cells(name)[1].source == tagged[0].source
+    values = {}
+    for node in ast.parse(tagged[0].source).body:
+        assert isinstance(node, ast.Assign)
+        values[node.targets[0].id] = ast.literal_eval(node.value)
+    assert values == {"PROFILE": "auto", "RUN_DIR": "", "OVERRIDES": {}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_opens_and_finishes_as_itself(name):
+    (opened,) = calls(name, "open_stage")
+    assert opened.args[0].value == name
+    assert len(calls(name, "finish")) >= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_shell_line_no_switch_and_no_token_is_written_into_a_cell(name):
+    """unslothai/notebooks: `!cmd &` loses errors, `if False:` hides code, "YOUR_HF_TOKEN" invites a paste into git."""
+    text = source_of(name)
+    assert not re.search(r"(?m)^\s*[!%]", text)
+    assert "if False" not in text and "if True" not in text
+    assert not re.search(r"(?i)your_?(hf|wandb)|hf_[A-Za-z0-9]{20}|login\(", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_that_a_cell_reads_exists(name):
+    sections = {field: info.annotation for field, info in Config.model_fields.items()}
+    for section, key in re.findall(r"\bconfig\.(\w+)(?:\.(\w+))?", source_of(name)):
+        assert section in sections or hasattr(Config, section), section
+        if key and section in sections and hasattr(sections[section], "model_fields"):
+            assert key in sections[section].model_fields, f"{section}.{key}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cells_are_short(name):
+    cells = code_cells(name)[1:]
+    long = [cell for cell in cells if len(cell.source.splitlines()) > 20]
+    assert len(long) <= 1, [cell.source.splitlines()[0] for cell in long]
+
+
+def test_the_trainers_arguments_exist_in_the_pinned_trl():
+    """transformers 5 dropped warmup_ratio, group_by_length and others: a keyword that is gone is a TypeError at hour one."""
+    from trl import SFTConfig, SFTTrainer
+
+    for function in (SFTConfig, SFTTrainer):
+        (call,) = calls("03_lora_training", function.__name__)
+        known = inspect.signature(function.__init__).parameters
+        assert [k.arg for k in call.keywords if k.arg not in known] == []
+
+
+def test_the_lora_arguments_exist_in_the_pinned_peft():
+    from peft import LoraConfig
+
+    (call,) = calls("03_lora_training", "add_lora")
+    known = inspect.signature(LoraConfig.__init__).parameters
+    assert [k.arg for k in call.keywords if k.arg not in known] == []

@@ -1,0 +1,110 @@
+"""Around the trainer: what it trains on is what notebook 02 showed, and a killed run ends where an undisturbed one does."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trl import SFTConfig, SFTTrainer
+
+from utils import demo_data
+from utils.errors import TrainingError
+from utils.generation import tokenize_row
+from utils.prompts import format_row
+from utils.training import HealthCallback, find_checkpoint, training_log
+
+ROWS = demo_data.tuning_rows("train", 12)
+
+
+def make_trainer(tiny_model, folder, style="native", loss_on="completion", **arguments) -> SFTTrainer:
+    torch.manual_seed(1)
+    model = get_peft_model(copy.deepcopy(tiny_model[0]), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    pairs = [dict(zip(("prompt", "completion"), format_row(row, style), strict=True)) for row in ROWS]
+    defaults = {"max_steps": 6, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "optim": "adamw_torch"}
+    settings = SFTConfig(
+        output_dir=str(folder),
+        max_length=512,
+        completion_only_loss=loss_on == "completion",
+        per_device_train_batch_size=2,
+        seed=7,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        **{**defaults, **arguments},
+    )
+    return SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=copy.deepcopy(tiny_model[1]),
+    )
+
+
+@pytest.mark.parametrize("style", ["native", "tutorial"])
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_trl_sees_the_tokens_and_the_mask_that_notebook_02_shows(tiny_model, tmp_path, style, loss_on):
+    trainer = make_trainer(tiny_model, tmp_path, style, loss_on)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(ROWS))])
+    tokenizer = tiny_model[1]
+    for i, row in enumerate(ROWS):
+        expected = tokenize_row(tokenizer, *format_row(row, style))
+        ids, length = batch["input_ids"][i].tolist(), len(expected["input_ids"])
+        assert ids[:length] == expected["input_ids"]
+        assert ids.count(tokenizer.bos_token_id) == 1 and ids.count(tokenizer.eos_token_id) == 1
+        counted = [label != -100 for label in batch["labels"][i].tolist()]
+        wanted = [part > 0 or loss_on == "all" for part in expected["part"]]
+        assert counted[:length] == wanted and not any(counted[length:])
+
+
+def test_a_run_resumed_from_its_checkpoint_ends_with_the_same_weights(tiny_model, tmp_path):
+    whole = make_trainer(tiny_model, tmp_path / "whole")
+    whole.train()
+    torn = make_trainer(tiny_model, tmp_path / "torn")
+
+    class Killed(Exception):
+        pass
+
+    step = torn.training_step
+
+    def killed_after_four(*arguments, **keywords):
+        if torn.state.global_step == 4:
+            raise Killed
+        return step(*arguments, **keywords)
+
+    torn.training_step = killed_after_four
+    with pytest.raises(Killed):
+        torn.train()
+    resumed = make_trainer(tiny_model, tmp_path / "torn")
+    checkpoint = find_checkpoint(tmp_path / "torn")
+    assert checkpoint.endswith("checkpoint-3")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert list(training_log(resumed)["step"]) == [1, 2, 3, 4, 5, 6]
+    assert training_log(resumed)["loss"].equals(training_log(whole)["loss"])
+
+
+def test_a_half_written_checkpoint_is_not_resumed(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-6").mkdir()
+    assert find_checkpoint(tmp_path).endswith("checkpoint-3")
+    assert find_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run_with_a_sentence():
+    health, state = HealthCallback(), SimpleNamespace(global_step=9)
+    for _ in range(4):
+        health.on_log(None, state, None, logs={"loss": float("nan"), "grad_norm": 1.0})
+    health.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": 1.0})  # one good step starts the count anew
+    for _ in range(4):
+        health.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})
+    with pytest.raises(TrainingError, match="5 times in a row, last at step 9"):
+        health.on_log(None, state, None, logs={"loss": float("nan")})
