@@ -144,8 +144,8 @@ def completion_nll(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.
             for i, sums in zip(batch, _nll_of_batch(model, tokenizer, [encoded[i] for i in batch]), strict=True):
                 results[i] = {"id": rows["id"].iloc[i], **sums}
             bar.update(count)
-    columns = ["id", "reasoning_nll", "reasoning_tokens", "response_nll", "response_tokens"]
-    return pd.DataFrame([results[i] for i in sorted(results)], columns=columns)
+    types = {"reasoning_nll": float, "reasoning_tokens": int, "response_nll": float, "response_tokens": int}
+    return pd.DataFrame([results[i] for i in sorted(results)], columns=["id", *types]).astype(types)
 
 
 def _nll_of_batch(model, tokenizer, batch: list[dict]) -> list[dict]:
