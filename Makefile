@@ -4,7 +4,7 @@ VENV := .venv
 IN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint address clean
+.PHONY: demo test lint bundle bench address clean
 
 demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
@@ -14,6 +14,13 @@ test: $(VENV)/installed  ## unit tests, the notebooks' static tests, one run of 
 
 lint: $(VENV)/installed
 	$(IN) -m ruff check . && $(IN) -m ruff format --check .
+
+bundle: $(VENV)/installed  ## kaggle_kernel.ipynb, the series in one file
+	$(IN) -m utils bundle
+
+bench:  ## on a CUDA machine: the whole series with 8B shapes; ROWS and ITEMS are JSONL files
+	python3 -m benchmarks.standin $(or $(STANDIN),/tmp/standin-8b)
+	python3 -m benchmarks.series $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --benchmark $(ITEMS) --out benchmarks/results/series-8b.json
 
 # Made anew only when a requirements file is newer than the last installation that worked.
 $(VENV)/installed: requirements.txt requirements-cpu.txt

@@ -1,7 +1,8 @@
-"""The command line: `python -m utils run | score | verify`."""
+"""The command line: `python -m utils run | score | verify | bundle`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,8 @@ from utils.config import parse_overrides
 from utils.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console()
+# A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
+console = Console(force_terminal=sys.stdout.isatty())
 RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
 
 
@@ -83,6 +85,19 @@ def verify(run_dir: RunDirArgument) -> None:
         text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
         console.print(f"[green]✓[/green] {name.replace('_', ' ')}: {text}", highlight=False)
     raise typer.Exit(1 if altered else 0)
+
+
+@app.command()
+def bundle(check: Annotated[bool, typer.Option(help="Only say whether it is up to date.")] = False) -> None:
+    """Write kaggle_kernel.ipynb, the whole series in one self-contained notebook."""
+    from utils.bundle import check_kernel, write_kernel
+
+    if check:
+        check_kernel()
+        console.print("kaggle_kernel.ipynb is up to date")
+    else:
+        path = write_kernel()
+        console.print(f"{path} ({path.stat().st_size / 1000:.0f} kB)", highlight=False, soft_wrap=True)
 
 
 def _existing(run_dir: Path):

@@ -199,8 +199,9 @@ class Config(Section):
         return picked
 
     def to_yaml(self) -> str:
-        """The whole configuration as YAML, in the order of the sections."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The whole configuration as YAML, in the order of the sections, a section to a line where it fits."""
+        values = self.model_dump(mode="json")
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
 
 def profile_names() -> list[str]:

@@ -81,7 +81,7 @@ def draw_loss(log: pd.DataFrame, path: Path) -> Path:
 
 def draw_comparison(arms: Arms, metrics: dict, path: Path) -> Path:
     """Three panels: shares with Wilson intervals, tokens of reasoning, and each row's loss before and after."""
-    figure, (shares, lengths, losses) = _figure(3, 13, 4)
+    figure, (shares, lengths, losses) = _figure(3, 11.5, 3.7)
     _draw_shares(shares, metrics)
     if len(arms.base):
         top = max(arms.base["reasoning_tokens"].max(), arms.tuned["reasoning_tokens"].max(), 1)

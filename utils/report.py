@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,11 +120,23 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
 
 
 def _for_report(notebook):
-    """The notebook without badges, which are pictures from a network, and with links to the report's own pages."""
+    """The notebook without badges, which are pictures from a network, with links to the report's own pages, and with
+    the last state of each progress bar only."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             lines = [line for line in cell.source.split("\n") if not line.startswith("[![Open in")]
             cell.source = "\n".join(lines).replace(".ipynb)", ".html)")
+        outputs: list = []
+        for output in cell.get("outputs", []):
+            if outputs and output.output_type == "stream" and outputs[-1].get("name") == output.name:
+                outputs[-1].text += output.text
+            else:
+                outputs.append(output)
+        for output in outputs:
+            if output.output_type == "stream":
+                output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+        if cell.cell_type == "code":
+            cell.outputs = outputs
     return notebook
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -63,7 +64,7 @@ def run_series(
     Raises SeriesFailed with the failing cell's sentence; what finished stays. `fresh` forgets earlier overrides
     and runs every stage again.
     """
-    console = console or Console()
+    console = console or Console(force_terminal=sys.stdout.isatty())
     run = open_run(profile, run_dir, overrides, forget=fresh)
     started, worked = time.monotonic(), False
     for stage in STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]:

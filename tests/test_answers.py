@@ -1,0 +1,129 @@
+"""Answers on file: reused only for the same prompt, decoding and arm, and never fewer than were asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from utils.answers import Question, answer_key, arm_digest, build_questions, current_answers, read_answers
+from utils.config import GenerateSection, load_config
+from utils.errors import StageOrderError
+from utils.rundir import open_run
+from utils.stages import BY_NAME
+
+SAMPLED, GREEDY = GenerateSection(), GenerateSection(do_sample=False)
+QUESTIONS = [Question(f"q{i}", "open", f"Prompt {i} 医🩺") for i in range(3)]
+
+
+def write_answers(
+    path: Path, questions: list[Question], config: GenerateSection = GREEDY, arm: str = "base"
+) -> list[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answers = [{"id": q.id, "text": f"{q.prompt}!", "key": answer_key(q, config, arm)} for q in questions]
+    lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return lines
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_new_tokens": 5}, {"temperature": 1.0}, {"top_p": 0.5}, {"seed": 1}, {"do_sample": False}]
+)
+def test_a_key_changes_with_the_decoding(change):
+    other = SAMPLED.model_copy(update=change)
+    assert answer_key(QUESTIONS[0], other, "base") != answer_key(QUESTIONS[0], SAMPLED, "base")
+
+
+def test_a_key_changes_with_the_prompt_and_the_arm():
+    keys = {answer_key(question, GREEDY, arm) for question in QUESTIONS for arm in ("base", "tuned")}
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize("config", [SAMPLED, GREEDY])
+def test_a_key_does_not_change_with_the_batch_size(config):
+    other = config.model_copy(update={"batch_size": 3})
+    assert answer_key(QUESTIONS[0], other, "base") == answer_key(QUESTIONS[0], config, "base")
+
+
+@pytest.mark.parametrize("change", [{"temperature": 1.0}, {"top_p": 0.5}, {"seed": 1}])
+def test_a_greedy_key_does_not_change_with_what_greedy_decoding_ignores(change):
+    other = GREEDY.model_copy(update=change)
+    assert answer_key(QUESTIONS[0], other, "base") == answer_key(QUESTIONS[0], GREEDY, "base")
+
+
+def test_no_file_holds_no_answers(tmp_path):
+    assert read_answers(tmp_path / "answers.jsonl") == []
+
+
+def test_a_torn_last_line_is_dropped_wherever_the_kill_cut_it(tmp_path):
+    """A cut in the middle of a character counts too: the answers are written as UTF-8, not as escapes."""
+    path = tmp_path / "answers.jsonl"
+    write_answers(path, QUESTIONS)
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for end in range(last, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        assert [answer["id"] for answer in read_answers(path)] == ["q0", "q1"], whole[last:end]
+
+
+def test_an_answer_with_an_odd_line_separator_stays_one_line(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"id": "q", "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [answer["text"] for answer in read_answers(path)] == ["a\u2028b\x85c"]
+
+
+def test_the_current_answers_are_those_of_these_questions_and_no_others(tmp_path):
+    path = tmp_path / "baseline" / "answers.jsonl"
+    write_answers(path, QUESTIONS)
+    answers = current_answers(path, QUESTIONS[:2], GREEDY, "base")
+    assert {name: answer["text"] for name, answer in answers.items()} == {
+        "q0": "Prompt 0 医🩺!",
+        "q1": "Prompt 1 医🩺!",
+    }
+
+
+def test_missing_answers_are_refused_with_the_count(tmp_path):
+    path = tmp_path / "baseline" / "answers.jsonl"
+    with pytest.raises(StageOrderError, match=r"baseline/answers.jsonl holds 0 of 3 answers; run the notebook"):
+        current_answers(path, QUESTIONS, GREEDY, "base")
+    write_answers(path, QUESTIONS[:2])
+    with pytest.raises(StageOrderError, match="holds 2 of 3 answers"):
+        current_answers(path, QUESTIONS, GREEDY, "base")
+
+
+@pytest.mark.parametrize(("config", "arm"), [(SAMPLED, "base"), (GREEDY, "tuned")])
+def test_answers_of_another_decoding_or_arm_count_as_missing(tmp_path, config, arm):
+    write_answers(tmp_path / "answers.jsonl", QUESTIONS)
+    with pytest.raises(StageOrderError, match="holds 0 of 3 answers"):
+        current_answers(tmp_path / "answers.jsonl", QUESTIONS, config, arm)
+
+
+def test_the_last_of_two_answers_to_one_question_counts(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    (line,) = write_answers(path, QUESTIONS[:1])
+    path.write_text(line + "\n" + line.replace("!", "?") + "\n", encoding="utf-8")
+    assert current_answers(path, QUESTIONS[:1], GREEDY, "base")["q0"]["text"].endswith("?")
+
+
+def test_both_kinds_of_questions_are_built_in_the_runs_own_format():
+    held_out = pd.DataFrame({"id": ["a", "b"], "Question": ["Why {x}?", "How?"]})
+    items = pd.DataFrame([{"id": 7, "question": "Which?", "options": {"A": "one", "B": "two"}, "gold": "B"}])
+    config = load_config("demo", {"evaluate.questions": 1})
+    first, second = build_questions(config, held_out, items)
+    assert first == Question("a", "open", "<｜User｜>Why {x}?<｜Assistant｜><think>\n")
+    assert (second.id, second.kind) == ("7", "choice") and "A. one\nB. two" in second.prompt
+    assert len(build_questions(load_config("demo"), held_out, None)) == 2
+
+
+def test_the_tuned_arm_is_another_with_another_adapter_and_the_base_stays_the_same(tmp_path):
+    run = open_run("demo", tmp_path)
+    base = BY_NAME["01_baseline_inference"]
+    run.write_record(base, settings=run.settings(base))
+    digests = []
+    for digest in ("one", "two"):
+        entry = {"sha256": digest, "bytes": 1, "mtime_ns": 1}
+        run.write_record(BY_NAME["04_comparison"], inputs={"training/adapter/adapter_model.safetensors": entry})
+        digests.append((arm_digest(run, "baseline"), arm_digest(run, "tuned")))
+    assert digests[0][0] == digests[1][0] and len({digests[0][0], digests[0][1], digests[1][1]}) == 3

@@ -1,0 +1,253 @@
+"""Settings: every profile loads, the tutorial's numbers are the published ones, and a wrong value gets one sentence."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from utils import config as config_module
+from utils.config import Config, absolute_overrides, load_config, parse_overrides, profile_names
+from utils.errors import ConfigError
+from utils.project import PROFILES
+
+
+def refusal(profile: str = "demo", **overrides) -> str:
+    """The message of the ConfigError that these overrides (`a__b` for `a.b`) get; it must be one line that ends."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(profile, {key.replace("__", "."): value for key, value in overrides.items()})
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith((".", "?", ".)")) and len(message) < 400
+    return message
+
+
+def header(name: str) -> list[str]:
+    """The comment lines that open a profile's file."""
+    lines = (PROFILES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+
+
+def test_the_four_profiles_exist():
+    assert profile_names() == ["demo", "full", "t4", "tutorial"]
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_a_profile_loads_and_survives_its_own_yaml(name):
+    config = load_config(name)
+    assert config.profile == name
+    assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_a_profile_carries_its_launch_command_and_an_override_that_works(name):
+    commands = [line.lstrip("# ").split("#")[0].split() for line in header(name) if "python -m utils" in line]
+    assert f"python -m utils run --profile {name}".split() in commands
+    assignments = [words[words.index("--set") + 1] for words in commands if "--set" in words]
+    assert assignments
+    for assignment in assignments:
+        assert load_config(name, parse_overrides([assignment])) != load_config(name)
+
+
+def test_the_tutorial_profile_has_the_published_numbers():
+    config = load_config("tutorial")
+    lora, train, data = config.lora, config.train, config.data
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (16, 16, 0)
+    assert lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert (data.name, data.subset) == ("FreedomIntelligence/medical-o1-reasoning-SFT", "en")
+    assert (data.train_rows, data.shuffle) == (500, False)
+    assert (train.per_device_train_batch_size, train.gradient_accumulation_steps) == (2, 4)
+    assert (train.max_steps, train.warmup_steps) == (60, 5)
+    assert (train.learning_rate, train.lr_scheduler_type) == (2e-4, "linear")
+    assert (train.optim, train.weight_decay, train.seed) == ("adamw_8bit", 0.01, 3407)
+    assert (train.loss_on, train.packing) == ("all", False)
+    assert (config.prompt.style, config.generate.max_new_tokens) == ("tutorial", 1200)
+    assert (config.model.max_seq_length, config.model.load_in_4bit) == (2048, True)
+
+
+def test_the_demo_profile_needs_no_gpu_and_no_network():
+    config = load_config("demo")
+    assert (config.hardware.device, config.model.name) == ("cpu", "embedded")
+    assert config.embedded_data and not config.evaluate.benchmark.wanted
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_data_from_the_hub_is_pinned_to_a_revision(name):
+    data = load_config(name).data
+    assert data.name == "embedded" or len(data.revision) == 40
+
+
+def test_a_config_cannot_be_changed_after_validation():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config("demo").train.max_steps = 3
+
+
+def test_an_override_changes_its_key_and_nothing_else():
+    before, after = load_config("demo").model_dump(), load_config("demo", {"train.max_steps": 7}).model_dump()
+    assert after["train"].pop("max_steps") == 7 and before["train"].pop("max_steps") is None
+    assert after == before
+
+
+def test_an_unknown_profile_is_refused_with_the_list_of_those_that_exist():
+    with pytest.raises(ConfigError, match=r"There is no profile 'dmo'; there are demo, full, t4, tutorial."):
+        load_config("dmo")
+
+
+def test_an_unknown_key_is_refused_with_a_suggestion():
+    assert refusal(train__max_step=3) == "train.max_step is not a setting; did you mean train.max_steps?"
+    assert "did you mean evaluate.benchmark.rows?" in refusal(evaluate__benchmark__row=3)
+
+
+def test_an_unknown_key_without_a_near_one_is_refused_with_the_known_keys():
+    assert refusal(lora__zzz=3) == "lora.zzz is not a setting; known are r, lora_alpha, lora_dropout, target_modules."
+    assert "quux is not a setting; known are model, data, prompt," in refusal(quux=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("train.max_steps", "many", "integer"),
+        ("train.max_steps", 1.5, "integer"),
+        ("train.max_steps", -1, "greater than or equal to 0"),
+        ("lora.r", 0, "greater than 0"),
+        ("lora.lora_dropout", 1.0, "less than 1"),
+        ("train.learning_rate", math.nan, "1"),
+        ("train.learning_rate", 2, "less than or equal to 1"),
+        ("data.eval_rows", 0, "greater than 0"),
+        ("data.shuffle", "perhaps", "boolean"),
+        ("generate.top_p", 0, "greater than 0"),
+        ("evaluate.primary", "rouge", "'accuracy'"),
+        ("evaluate.confidence", 0.5, "greater than 0.5"),
+        ("prompt.style", "alpaca", "'native' or 'tutorial'"),
+        ("hardware.device", "tpu", "'cuda'"),
+        ("lora.target_modules", [], "at least 1"),
+        ("train", 5, "dictionary"),
+        ("evaluate", 5, "dictionary"),
+        ("evaluate", "abc", "dictionary"),
+        ("evaluate", [1], "dictionary"),
+        ("evaluate.benchmark", 3, "dictionary"),
+    ],
+)
+def test_a_wrong_type_or_range_is_refused_with_key_value_and_what_is_allowed(key, value, allowed):
+    message = refusal(**{key: value})
+    assert message.startswith(f"{key} is {value!r}: ") and allowed in message
+
+
+def test_the_other_problems_are_counted():
+    assert refusal(lora__r=0, train__max_steps=-1).endswith("(1 more problem(s) of this kind.)")
+
+
+def test_a_key_below_a_value_is_refused():
+    assert refusal("tutorial", train__max_steps__x=1) == (
+        "train.max_steps.x goes through max_steps, which is a value and not a section."
+    )
+
+
+def test_the_profile_itself_cannot_be_overridden_since_the_run_directory_would_name_another():
+    assert "profile" in refusal(profile="full")
+
+
+@pytest.mark.parametrize("overrides", ["train.max_steps=3", ["train.max_steps"], 3])
+def test_overrides_that_are_no_mapping_are_refused(overrides):
+    with pytest.raises(ConfigError, match=r"OVERRIDES is .* not a mapping such as"):
+        load_config("demo", overrides)
+
+
+@pytest.mark.parametrize("assignment", ["train.max_steps", "", "=5", " =5"])
+def test_an_assignment_without_key_or_sign_is_refused(assignment):
+    with pytest.raises(ConfigError, match=r"is not KEY=VALUE; write for example --set train.max_steps=10."):
+        parse_overrides([assignment])
+
+
+def test_assigned_values_are_read_as_yaml():
+    given_ = ["a.b=3", "c=true", "d=null", "e=[q_proj, v_proj]", "f=x=y", " g =1.5", "h=", "i=[half"]
+    assert parse_overrides(given_) == {
+        "a.b": 3, "c": True, "d": None, "e": ["q_proj", "v_proj"], "f": "x=y", "g": 1.5, "h": None, "i": "[half",
+    }  # fmt: skip
+
+
+@given(value=st.text() | st.from_regex(r"20\d\d-\d\d-\d\d|0b_*|0x_*|\d+:\d+", fullmatch=True))
+@example(value="2024-99-99")
+def test_no_value_on_the_command_line_ends_in_anything_but_a_value_or_a_config_error(value):
+    try:
+        assert list(parse_overrides([f"data.name={value}"])) == ["data.name"]
+    except ConfigError as error:
+        assert str(error)
+
+
+def write_profile(folder: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    (folder / "mine.yaml").write_bytes(content)
+    monkeypatch.setattr(config_module, "PROFILES", folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"model:\n  name: [embedded\n", "mine.yaml is not YAML at line 3"),
+        (b"model: {name: embedded}\ndata: {name: 2024-99-99}\n", "mine.yaml is not YAML"),
+        ("# über\n".encode("latin-1") + b"model: {name: embedded}\n", "mine.yaml is not YAML"),
+        (b"", "mine.yaml holds no settings"),
+        (b"- model\n", "mine.yaml holds no settings"),
+        (b"train: {max_steps: 3}\n", "model is missing from the profile mine"),
+        (b"model: {name: embedded}\ntrain: {max_step: 3}\n", "did you mean train.max_steps?"),
+        (b"model: {name: embedded}\ntrain: {lora: 3, max_steps: x}\n", "train."),
+    ],
+)
+def test_a_broken_profile_file_is_refused_by_its_name(tmp_path, monkeypatch, content, said):
+    write_profile(tmp_path, monkeypatch, content)
+    with pytest.raises(ConfigError) as caught:
+        load_config("mine")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("profile", "overrides", "primary"),
+    [
+        ("demo", {}, "accuracy"),
+        ("demo", {"data.path": "rows.jsonl"}, "nll"),
+        ("demo", {"data.path": "rows.jsonl", "evaluate.benchmark.path": "items.jsonl"}, "multiple_choice"),
+        ("tutorial", {}, "multiple_choice"),
+        ("tutorial", {"evaluate.benchmark.name": None}, "nll"),
+        ("tutorial", {"evaluate.primary": "nll"}, "nll"),
+        ("demo", {"evaluate.primary": "auto"}, "accuracy"),
+    ],
+)
+def test_an_automatic_primary_metric_becomes_what_the_data_can_carry(profile, overrides, primary):
+    assert load_config(profile, overrides).evaluate.primary == primary
+
+
+def test_a_relative_path_is_made_absolute_and_a_hub_id_stays(tmp_path):
+    (tmp_path / "model").mkdir()
+    given_ = {"data.path": "rows.jsonl", "model.name": "unsloth/x", "train.max_steps": 3}
+    result = absolute_overrides(given_, tmp_path)
+    assert result == {"data.path": str(tmp_path / "rows.jsonl"), "model.name": "unsloth/x", "train.max_steps": 3}
+    assert absolute_overrides({"model.name": "model"}, tmp_path) == {"model.name": str(tmp_path / "model")}
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += dotted_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+WORDS = st.sampled_from(["train", "evaluate", "benchmark", "data", "path", "max_steps", "profile", "x", ""])
+ANY_KEY = st.sampled_from(dotted_keys(Config)) | st.lists(WORDS, min_size=1, max_size=4).map(".".join) | st.text()
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=3) | st.dates()
+ANY_VALUE = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3))
+
+
+@settings(deadline=None, max_examples=200)
+@given(overrides=st.dictionaries(ANY_KEY, ANY_VALUE, max_size=2))
+@example(overrides={"evaluate": 5})
+def test_any_override_validates_or_is_a_config_error(overrides):
+    try:
+        assert load_config("demo", overrides).to_yaml()
+    except ConfigError as error:
+        assert str(error)

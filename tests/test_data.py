@@ -1,0 +1,325 @@
+"""Rows: four formats give one frame, a bad file gets one sentence, and no question is in both parts of the split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.config import BenchmarkSection, Config, load_config
+from utils.data import check_rows, load_benchmark, read_benchmark, read_table, split_rows, write_split
+from utils.errors import DataError
+
+ROWS = [
+    {"Question": 'A man, aged 45, says "ow".\nWhat\'s wrong?', "Complex_CoT": "Okay, so…\n\nHmm.", "Response": "Gout."},
+    {"Question": "一名女性患者出现发热。诊断是什么？", "Complex_CoT": "🩺 → مريض", "Response": "Line\u2028separator"},
+    {"Question": "Which drug is contraindicated?", "Complex_CoT": "There is nothing against any.", "Response": "None"},
+    {"Question": "Is 007 a dose?", "Complex_CoT": "NA", "Response": "12"},
+]
+WRITERS = {
+    ".jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True, force_ascii=False),
+    ".json": lambda frame, path: frame.to_json(path, orient="records", force_ascii=False),
+    ".csv": lambda frame, path: frame.to_csv(path, index=False),
+    ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
+}
+ITEM = {"question": "Which?", "options": {"A": "one", "B": "two"}, "answer_idx": "A"}
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def numbered(count: int) -> list[dict]:
+    return [
+        {"Question": f"Question {i}?", "Complex_CoT": f"Thought {i}.", "Response": f"Answer {i}."} for i in range(count)
+    ]
+
+
+def local(path: Path, **data) -> Config:
+    """The demo profile on a local file."""
+    return load_config("demo", {"data.path": str(path), **{f"data.{key}": value for key, value in data.items()}})
+
+
+def refusal(path: Path) -> str:
+    """The sentence that reading and checking this file ends in."""
+    with pytest.raises(DataError) as caught:
+        check_rows(read_table(path), path.name)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".") and path.name in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", list(WRITERS))
+@pytest.mark.parametrize("row", range(len(ROWS)), ids=["quotes", "scripts", "None", "NA"])
+def test_every_format_gives_the_text_that_was_written(tmp_path, suffix, row):
+    WRITERS[suffix](pd.DataFrame(ROWS[row : row + 1]), tmp_path / f"rows{suffix}")
+    frame = check_rows(read_table(tmp_path / f"rows{suffix}"), "rows")
+    assert frame.drop(columns="id").to_dict("records") == ROWS[row : row + 1]
+
+
+def test_the_same_rows_get_the_same_ids_in_every_format(tmp_path):
+    frames = []
+    for suffix, write in WRITERS.items():
+        write(pd.DataFrame(numbered(5)), tmp_path / f"rows{suffix}")
+        frames.append(check_rows(read_table(tmp_path / f"rows{suffix}"), "rows"))
+    for frame in frames[1:]:
+        pd.testing.assert_frame_equal(frame, frames[0], check_dtype=False)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    WRITERS[suffix](pd.DataFrame(numbered(2)), path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert check_rows(read_table(path), "rows")["Question"].tolist() == ["Question 0?", "Question 1?"]
+
+
+def test_a_raw_line_separator_inside_a_jsonl_string_breaks_no_row(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS[1:2])
+    assert "\u2028" in path.read_text(encoding="utf-8")
+    assert read_table(path)["Response"].tolist() == ["Line\u2028separator"]
+
+
+def test_a_missing_file_is_refused_with_its_path(tmp_path):
+    assert refusal(tmp_path / "rows.jsonl").startswith(
+        f"There is no data file {tmp_path / 'rows.jsonl'}; check data.path"
+    )
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "There is no data file" in refusal(tmp_path / "folder.jsonl")
+
+
+@pytest.mark.parametrize(("name", "found"), [("rows.xlsx", ".xlsx"), ("rows", "nothing")])
+def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path, name, found):
+    (tmp_path / name).write_text("x")
+    assert refusal(tmp_path / name) == f"{name} ends in {found}; expected one of .jsonl, .json, .csv, .parquet."
+
+
+@pytest.mark.parametrize("suffix", list(WRITERS))
+def test_an_empty_file_is_refused(tmp_path, suffix):
+    (tmp_path / f"rows{suffix}").write_text("")
+    assert refusal(tmp_path / f"rows{suffix}").startswith(f"rows{suffix} is empty; expected rows with Question,")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "Question,Complex_CoT,Response\n")]
+)
+def test_a_file_without_rows_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert "holds no rows" in refusal(tmp_path / name)
+
+
+def test_a_broken_line_of_jsonl_is_refused_by_its_number(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(3))
+    path.write_text(path.read_text() + '{"Question": "torn\n')
+    assert refusal(path) == "rows.jsonl is not JSONL: line 4 is no JSON object. Mend or rename it."
+    path.write_text('[1, 2]\n"text"\n')
+    assert "line 1 is no JSON object" in refusal(path)
+
+
+@pytest.mark.parametrize(("truth", "claim"), [(a, b) for a in WRITERS for b in WRITERS if a != b])
+def test_a_file_of_another_format_than_its_name_says_is_refused(tmp_path, truth, claim):
+    path = tmp_path / f"rows{claim}"
+    WRITERS[truth](pd.DataFrame(numbered(3)), path)
+    assert len(refusal(path)) < 300
+
+
+@pytest.mark.parametrize("claim", [".jsonl", ".json", ".parquet"])
+def test_a_csv_under_another_name_is_told_so(tmp_path, claim):
+    WRITERS[".csv"](pd.DataFrame(numbered(3)), tmp_path / f"rows{claim}")
+    assert f"rows{claim} is not {claim[1:].upper()}: " in refusal(tmp_path / f"rows{claim}")
+
+
+def test_a_json_file_of_one_object_is_told_that_a_list_is_expected(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[0]))
+    assert "list" in refusal(tmp_path / "rows.json")
+
+
+def test_text_in_another_encoding_is_refused(tmp_path):
+    for name in ("rows.jsonl", "rows.json", "rows.csv"):
+        (tmp_path / name).write_bytes("Question,Complex_CoT,Response\nWas fehlt dem Müden?,a,b\n".encode("latin-1"))
+        assert f"{name} is not" in refusal(tmp_path / name)
+
+
+def test_a_csv_with_unquoted_commas_is_refused_and_its_columns_do_not_shift(tmp_path):
+    """pandas takes a surplus first cell for an index: every text would move one column to the left, unseen."""
+    path = tmp_path / "rows.csv"
+    path.write_text("Question,Complex_CoT,Response\nA man, aged 45?,Hmm.,Gout.\nA woman, aged 50?,Hmm.,Flu.\n")
+    refusal(path)
+
+
+def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path):
+    rows = [{"Question": "a", "cot": "b", "Response": "c"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert refusal(path) == "rows.jsonl lacks the column(s) Complex_CoT; it has Question, cot, Response."
+
+
+@pytest.mark.parametrize(
+    ("cell", "what"),
+    [
+        ("", "is empty"),
+        (" \n\u00a0", "is empty"),
+        (None, "is empty"),
+        (float("nan"), "is empty"),
+        (7, "holds a int"),
+        (["a"], "holds a list"),
+        ({"a": 1}, "holds a dict"),
+    ],
+)
+def test_an_empty_or_non_string_cell_is_refused_by_row_and_column(tmp_path, cell, what):
+    rows = numbered(3)
+    rows[1]["Complex_CoT"] = cell
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert refusal(path) == f"rows.jsonl, row 2: Complex_CoT {what}; every row needs text there."
+
+
+def test_an_empty_cell_of_a_csv_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("Question,Complex_CoT,Response\na,b,c\na,,c\n")
+    assert "row 2: Complex_CoT is empty" in refusal(tmp_path / "rows.csv")
+
+
+def test_extra_columns_are_kept_and_white_space_around_text_is_not(tmp_path):
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"Question": " a\n", "Complex_CoT": "b", "Response": "c", "group": "g"}]
+    )
+    row = check_rows(read_table(path), "rows").iloc[0]
+    assert (row["Question"], row["group"], len(row["id"])) == ("a", "g", 12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(1, 40),
+    eval_rows=st.integers(1, 40),
+    train_rows=st.none() | st.integers(1, 40),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_any_split_is_disjoint_and_fixed_by_its_seed_or_refused(
+    tmp_path_factory, count, eval_rows, train_rows, shuffle, seed
+):
+    path = write_jsonl(tmp_path_factory.mktemp("split") / "rows.jsonl", numbered(count))
+    config = local(path, eval_rows=eval_rows, train_rows=train_rows, shuffle=shuffle, seed=seed)
+    if eval_rows + (train_rows if train_rows and not shuffle else 1) > count:
+        with pytest.raises(DataError, match=f"data.eval_rows asks for {eval_rows} held-out rows, but only"):
+            split_rows(config)
+        return
+    train, held_out, report = split_rows(config)
+    assert not set(train["id"]) & set(held_out["id"])
+    assert len(held_out) == eval_rows == report["eval_rows"]
+    assert len(train) == min(train_rows or count, count - eval_rows) == report["train_rows"]
+    again_train, again_held_out, again = split_rows(config)
+    assert again == report and again_train.equals(train) and again_held_out.equals(held_out)
+
+
+def test_another_seed_holds_out_other_rows(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(60))
+    first, second = (set(split_rows(local(path, eval_rows=20, seed=seed))[1]["id"]) for seed in (1, 2))
+    assert first != second
+
+
+def test_unshuffled_training_rows_are_the_first_of_the_file(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(30))
+    train, held_out, _ = split_rows(local(path, eval_rows=5, train_rows=10, shuffle=False))
+    assert train["Question"].tolist() == [f"Question {i}?" for i in range(10)]
+    assert held_out["Question"].tolist() != [f"Question {i}?" for i in range(10, 15)]
+
+
+def test_more_held_out_rows_than_there_are_is_refused_with_both_numbers(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
+    with pytest.raises(
+        DataError, match=r"data.eval_rows asks for 11 held-out rows, but only 9 can be held out; lower it"
+    ):
+        split_rows(local(path, eval_rows=11))
+
+
+def test_where_unshuffled_training_rows_leave_none_to_hold_out_the_message_names_them(tmp_path):
+    """Lowering data.eval_rows, which must be at least 1, would not help here."""
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
+    with pytest.raises(DataError, match=r"data.train_rows"):
+        split_rows(local(path, eval_rows=1, train_rows=10, shuffle=False))
+
+
+def test_more_held_out_rows_than_the_embedded_data_has_is_refused():
+    with pytest.raises(DataError, match=r"data.eval_rows asks for 5000 held-out rows, but only 224 can be held out"):
+        split_rows(load_config("demo", {"data.eval_rows": 5000}))
+
+
+def test_exact_duplicates_are_dropped_and_reported(tmp_path):
+    rows = numbered(10)
+    rows[7]["Question"] = "  QUESTION\u00a0 3? "
+    rows[9]["Question"] = "Ｑuestion 3?"
+    train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", rows), eval_rows=3))
+    together = pd.concat([train, held_out])
+    assert together["id"].is_unique and len(together) == 8
+    assert "Answer 3." in set(together["Response"])
+    assert [entry["reason"] for entry in report["dropped"]] == ["same question as an earlier row"] * 2
+    assert {entry["id"] for entry in report["dropped"]} <= set(together["id"])
+
+
+def test_the_embedded_split_is_disjoint_and_labelled_as_synthetic():
+    train, held_out, report = split_rows(load_config("demo"))
+    assert not set(train["id"]) & set(held_out["id"]) and held_out["id"].is_unique
+    assert report["source"] == "embedded synthetic data" and (len(train), len(held_out)) == (960, 224)
+
+
+def test_a_written_split_is_read_back_as_it_was(tmp_path):
+    train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
+    items = pd.DataFrame([{"id": "007", "question": "医\u2028/?", "options": {"A": "a", "B": "b"}, "gold": "B"}])
+    write_split(tmp_path, train, held_out, items, report)
+    assert pd.read_parquet(tmp_path / "train.parquet").to_dict("records") == train.to_dict("records")
+    assert pd.read_parquet(tmp_path / "eval.parquet").to_dict("records") == held_out.to_dict("records")
+    assert read_benchmark(tmp_path).to_dict("records") == items.to_dict("records")
+    assert json.loads((tmp_path / "split.json").read_text()) == report
+    write_split(tmp_path, train, held_out, None, report)
+    assert read_benchmark(tmp_path) is None
+
+
+def benchmark(tmp_path: Path, items: list[dict], rows: int | None = None, seed: int = 1) -> pd.DataFrame:
+    path = write_jsonl(tmp_path / "items.jsonl", items)
+    return load_benchmark(BenchmarkSection(path=path, rows=rows or len(items)), seed)
+
+
+def test_a_benchmark_is_drawn_by_seed_and_keeps_the_order_of_the_file(tmp_path):
+    items = [ITEM | {"question": f"Which {i:02d}?"} for i in range(30)]
+    first, again, other = (benchmark(tmp_path, items, 10, seed) for seed in (1, 1, 2))
+    assert first.equals(again) and not first.equals(other)
+    assert first["question"].is_monotonic_increasing and len(first) == 10
+    assert list(first.columns) == ["id", "question", "options", "gold"]
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        ([ITEM | {"answer_idx": "C"}], "item test-0: the right letter 'C' is not among A, B."),
+        ([ITEM | {"answer_idx": None}], "item test-0: the right letter None is not among A, B."),
+        ([ITEM | {"options": {"A": "one"}}], "item test-0: options must map at least two letters to texts."),
+        ([ITEM | {"options": {"A": "one", "B": ""}}], "item test-0: options must map at least two letters to texts."),
+        ([ITEM | {"options": ["one", "two"]}], "item test-0: options must map at least two letters to texts."),
+        ([ITEM, ITEM | {"question": "  "}], "item test-1: the question is empty."),
+        ([ITEM | {"id": 7}, ITEM | {"id": 7}], "the id 7 occurs twice."),
+        ([{"question": "Which?", "opa": "a", "cop": 1}], "lacks options, answer_idx; expected question, options and"),
+    ],
+)
+def test_a_benchmark_that_is_not_as_expected_is_refused_by_the_item(tmp_path, items, said):
+    with pytest.raises(DataError) as caught:
+        benchmark(tmp_path, items)
+    assert said in str(caught.value) and str(caught.value).startswith("items.jsonl")
+
+
+def test_more_benchmark_items_than_there_are_is_refused_with_both_numbers(tmp_path):
+    with pytest.raises(DataError, match=r"evaluate.benchmark.rows asks for 9 items; items.jsonl has 2."):
+        benchmark(tmp_path, [ITEM, ITEM], rows=9)
+
+
+@pytest.mark.parametrize("content", [None, ""], ids=["missing", "empty"])
+def test_a_missing_or_empty_benchmark_file_is_refused_in_the_benchmarks_own_terms(tmp_path, content):
+    if content is not None:
+        (tmp_path / "items.jsonl").write_text(content)
+    with pytest.raises(DataError) as caught:
+        load_benchmark(BenchmarkSection(path=tmp_path / "items.jsonl"), seed=1)
+    assert "data.path" not in str(caught.value) and "Complex_CoT" not in str(caught.value)
+    assert ("evaluate.benchmark.path" if content is None else "answer_idx") in str(caught.value)

@@ -1,0 +1,199 @@
+"""The machine: what is found, what is lacking in numbers, and pins that hold or are named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from utils import platforms
+from utils.errors import HardwareError, PinError
+from utils.platforms import Gpu, check_pins, default_profile, free_disk_gib, gpus, read_pins, require_disk, require_gpu
+from utils.project import ROOT
+
+TEST_TOOLS = {"pytest", "hypothesis", "ruff"}
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """Put a script called nvidia-smi on an otherwise empty PATH: `nvidia_smi(LINE, …)`; before that there is none."""
+
+    def install(*lines: str, status: int = 0) -> None:
+        script = tmp_path / "nvidia-smi"
+        script.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {status}\n")
+        script.chmod(0o755)
+        gpus.cache_clear()
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpus.cache_clear()
+    yield install
+    gpus.cache_clear()
+
+
+def test_a_gpu_is_told_by_name_memory_and_capability(nvidia_smi):
+    nvidia_smi("NVIDIA T4, 15360, 7.5")
+    assert gpus() == (Gpu("NVIDIA T4", 15.0, "7.5"),)
+    assert default_profile() == "t4"
+
+
+def test_kaggles_two_gpus_are_both_told(nvidia_smi):
+    nvidia_smi("Tesla T4, 15360, 7.5", "Tesla T4, 15360, 7.5")
+    assert len(gpus()) == 2
+
+
+def test_without_a_driver_there_is_no_gpu_and_the_default_is_the_demo(nvidia_smi):
+    assert gpus() == () and default_profile() == "demo"
+
+
+def test_a_driver_that_fails_counts_as_no_gpu(nvidia_smi):
+    nvidia_smi("NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver", status=9)
+    assert gpus() == ()
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        ("", []),
+        ("-1", []),
+        ("0", ["Small"]),
+        ("1", ["Large"]),
+        ("0,1", ["Small", "Large"]),
+        ("1,0", ["Large", "Small"]),
+    ],
+)
+def test_cuda_visible_devices_is_honoured(nvidia_smi, monkeypatch, visible, found):
+    nvidia_smi("Small, 2048, 7.5", "Large, 15360, 7.5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.name for gpu in gpus()] == found
+
+
+def test_a_gpu_is_asked_for_once_only(nvidia_smi):
+    nvidia_smi("NVIDIA T4, 15360, 7.5")
+    first = gpus()
+    assert gpus() is first
+
+
+def test_a_missing_gpu_is_a_sentence_with_a_way_out(nvidia_smi):
+    with pytest.raises(HardwareError) as caught:
+        require_gpu("t4", 13.5)
+    assert str(caught.value) == (
+        "The profile t4 needs a CUDA GPU and found none; switch the accelerator to a T4, or run PROFILE = 'demo', "
+        "which needs no GPU."
+    )
+
+
+def test_too_little_gpu_memory_names_both_numbers_and_the_gpu(nvidia_smi):
+    nvidia_smi("NVIDIA GeForce GTX 1050, 2048, 6.1")
+    with pytest.raises(HardwareError, match=r"needs 13.5 GiB of GPU memory; found 2.0 GiB on NVIDIA GeForce GTX 1050"):
+        require_gpu("t4", 13.5)
+
+
+def test_a_t4_is_enough_for_the_profiles_that_name_it(nvidia_smi):
+    nvidia_smi("Tesla T4, 15360, 7.5")
+    assert require_gpu("t4", 13.5).name == "Tesla T4"
+
+
+def test_too_little_disk_names_both_numbers_and_the_place(tmp_path):
+    place = tmp_path / "not" / "there" / "yet"
+    with pytest.raises(HardwareError) as caught:
+        require_disk(place, 1e9, "The profile t4")
+    needed, found = re.search(
+        r"needs ([\d.]+) GiB of free disk at .*; found ([\d.]+) GiB\.", str(caught.value)
+    ).groups()
+    assert (float(needed), float(found)) == (1e9, pytest.approx(free_disk_gib(tmp_path), abs=1))
+    assert str(place) in str(caught.value) and not place.exists()
+
+
+def test_enough_disk_is_no_error(tmp_path):
+    assert require_disk(tmp_path, 0.001, "A run directory") is None
+
+
+def test_the_place_is_told_by_kaggles_variable(monkeypatch):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert platforms.where() == "kaggle"
+
+
+def test_every_pin_is_exact_but_those_that_the_platform_brings():
+    loose = {name for name, pin in read_pins().items() if not str(pin.specifier).startswith("==")}
+    assert loose == {"torch", "torchao"}
+    assert {platforms._normalise(name) for name in (*platforms.STACK, *platforms.CUDA_STACK)} <= set(read_pins())
+
+
+def test_every_pin_has_its_reason():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(len(line.partition("#")[2].strip()) > 3 for line in lines)
+
+
+def test_the_cpu_requirements_name_only_what_is_pinned_besides_torch_and_the_test_tools():
+    text = (ROOT / "requirements-cpu.txt").read_text()
+    names = read_pins(ROOT / "requirements-cpu.txt")
+    assert "-c requirements.txt" in text.splitlines()
+    assert set(names) - set(read_pins()) == TEST_TOOLS
+    assert {name for name, requirement in names.items() if requirement.specifier} == {"torch", *TEST_TOOLS}
+    assert not set(names) & {platforms._normalise(name) for name in platforms.CUDA_STACK}
+
+
+def test_the_cpu_torch_is_within_the_range_of_the_pins():
+    (exact,) = read_pins(ROOT / "requirements-cpu.txt")["torch"].specifier
+    assert exact.operator == "==" and read_pins()["torch"].specifier.contains(exact.version)
+
+
+def test_missing_requirements_are_a_sentence(tmp_path):
+    with pytest.raises(PinError, match=r"requirements.txt is missing; take it back from git"):
+        read_pins(tmp_path / "requirements.txt")
+
+
+def have(monkeypatch, **versions: str | None) -> None:
+    """Pretend that everything is installed as pinned but these packages."""
+    pinned = {name: next(iter(pin.specifier)).version for name, pin in read_pins().items()} | {"torch": "2.10.0+cu126"}
+    monkeypatch.setattr(platforms, "installed", lambda name: (pinned | versions)[platforms._normalise(name)])
+
+
+def test_pins_that_hold_are_reported_and_a_platforms_own_torch_build_counts(monkeypatch):
+    have(monkeypatch, torchao="0.17.0")
+    rows = check_pins(cuda=True)
+    assert {row["package"] for row in rows} == set(read_pins()) and all(row["holds"] for row in rows)
+    assert {"package": "trl", "pinned": "==1.14.2", "found": "1.14.2", "holds": True} in rows
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "said"),
+    [("trl", "1.15.0", "1.15.0"), ("peft", None, "not installed"), ("torch", "2.9.1", "2.9.1")],
+)
+def test_a_pin_that_does_not_hold_is_named_with_found_and_wanted(monkeypatch, package, found, said):
+    have(monkeypatch, **{package: found})
+    wanted = str(read_pins()[package].specifier)
+    with pytest.raises(PinError) as caught:
+        check_pins(cuda=False)
+    message = str(caught.value)
+    assert message.startswith(f"{package} is {said}, but requirements.txt asks for {package}{wanted}; run `pip install")
+
+
+def test_a_pin_that_does_not_hold_is_only_reported_where_the_profile_says_so(monkeypatch):
+    have(monkeypatch, trl="1.15.0")
+    assert [row["package"] for row in check_pins(cuda=False, enforce=False) if not row["holds"]] == ["trl"]
+
+
+def test_a_cuda_package_is_enforced_on_a_gpu_only(monkeypatch):
+    have(monkeypatch, unsloth=None)
+    assert [row["package"] for row in check_pins(cuda=False) if not row["holds"]] == ["unsloth"]
+    with pytest.raises(PinError, match=r"unsloth is not installed, but requirements.txt asks for unsloth==2026"):
+        check_pins(cuda=True)
+
+
+def test_an_absent_package_has_no_version():
+    assert platforms.installed("no-such-package-of-ours") is None
+    assert platforms.installed("pytest") == pytest.__version__
+
+
+def test_the_description_of_the_machine_is_plain_json_without_personal_data(nvidia_smi, monkeypatch):
+    nvidia_smi("NVIDIA T4, 15360, 7.5")
+    described = platforms.describe()
+    assert described["gpus"] == [{"name": "NVIDIA T4", "memory_gib": 15.0, "capability": "7.5"}]
+    assert described["memory_gib"] > 0.1 and described["processors"] >= 1
+    assert set(described) == {"where", "python", "system", "processors", "memory_gib", "gpus"}
+
+
+def test_the_peak_memory_of_this_process_is_plausible():
+    assert 0.01 < platforms.peak_memory()["rss_gib"] < platforms.memory_gib()

@@ -1,0 +1,56 @@
+"""Progress: a bar in the notebook, and a heartbeat file that the driver can read at any moment."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from utils import progress
+from utils.progress import VARIABLE, Progress, track
+
+
+@pytest.fixture
+def heartbeat(monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "03.progress"))
+    return tmp_path / "03.progress"
+
+
+def test_the_heartbeat_is_valid_json_and_complete_at_the_end(heartbeat):
+    assert list(track(range(25), "answering", unit="question")) == list(range(25))
+    assert json.loads(heartbeat.read_text()) == {"description": "answering", "done": 25, "total": 25, "note": ""}
+    assert [path.name for path in heartbeat.parent.iterdir()] == [heartbeat.name]
+
+
+def test_the_heartbeat_is_there_from_the_first_step_with_its_note(heartbeat):
+    with Progress("training", total=60) as bar:
+        bar.update(note='loss 1.5 "ü"')
+        state = json.loads(heartbeat.read_text())
+    assert (state["done"], state["total"], state["note"]) == (1, 60, 'loss 1.5 "ü"')
+
+
+def test_steps_that_follow_fast_are_written_at_the_end_only(heartbeat, monkeypatch):
+    monkeypatch.setattr(progress, "_INTERVAL_S", 3600)
+    with Progress("training", total=100) as bar:
+        for _ in range(99):
+            bar.update()
+        assert not heartbeat.exists() or json.loads(heartbeat.read_text())["done"] == 1
+        bar.update()
+        assert json.loads(heartbeat.read_text())["done"] == 100
+
+
+def test_without_a_driver_nothing_is_written_and_the_bar_is_on_stdout(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert list(track((x for x in "ab"), "formatting")) == ["a", "b"]
+    written = capsys.readouterr()
+    assert "formatting" in written.out and written.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_work_is_passed_on_and_the_last_heartbeat_stays(heartbeat):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for item in track([1, 2, 3], "training"):
+            if item == 2:
+                raise RuntimeError("out of memory")
+    assert json.loads(heartbeat.read_text())["done"] == 1
