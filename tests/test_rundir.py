@@ -26,6 +26,13 @@ def write_outputs(run: StageRun) -> None:
         write_text(run.file(name if Path(name).suffix else f"{name}/part.txt"), f"{name} of {run.stage.name}\n")
 
 
+def saved(profile: str, path: Path, overrides=None) -> RunDir:
+    """A run directory opened and written."""
+    run = open_run(profile, path, overrides)
+    run.save()
+    return run
+
+
 def complete(path: Path, last: str = "05", **overrides) -> RunDir:
     """A demo run directory in which the stages up to `last` are done."""
     for stage in STAGES[: int(last) + 1]:
@@ -47,14 +54,14 @@ def stale(run: RunDir) -> dict[str, str]:
 
 
 def test_a_new_run_directory_holds_its_manifest_and_the_settings_in_force(tmp_path):
-    run = open_run("demo", tmp_path / "new", {"train.max_steps": 3})
+    run = saved("demo", tmp_path / "new", {"train.max_steps": 3})
     assert read_manifest(run.path) == {"profile": "demo", "overrides": {"train.max_steps": 3}, "stages": {}}
     stored = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
     assert Config.model_validate(stored) == run.config and run.config.train.max_steps == 3
 
 
 def test_the_profile_auto_is_the_run_directorys_own(tmp_path):
-    open_run("tutorial", tmp_path / "run")
+    saved("tutorial", tmp_path / "run")
     assert open_run("auto", tmp_path / "run").config.profile == "tutorial"
 
 
@@ -64,8 +71,8 @@ def test_the_profile_auto_of_a_new_run_directory_is_demo_without_a_gpu(tmp_path,
 
 
 def test_overrides_given_once_persist_and_a_later_one_wins(tmp_path):
-    open_run("demo", tmp_path, {"train.max_steps": 3, "generate.seed": 1})
-    run = open_run("demo", tmp_path, {"generate.seed": 2})
+    saved("demo", tmp_path, {"train.max_steps": 3, "generate.seed": 1})
+    run = saved("demo", tmp_path, {"generate.seed": 2})
     assert (run.config.train.max_steps, run.config.generate.seed) == (3, 2)
     assert open_run("auto", tmp_path).config == run.config
 
@@ -82,7 +89,7 @@ def test_overrides_given_once_persist_and_a_later_one_wins(tmp_path):
 )
 def test_overrides_from_a_notebook_are_stored_or_refused_as_a_setting(tmp_path, overrides):
     try:
-        run = open_run("demo", tmp_path / "run", overrides)
+        run = saved("demo", tmp_path / "run", overrides)
     except ConfigError as error:
         assert next(iter(overrides)) in str(error)
     else:
@@ -231,14 +238,14 @@ def test_a_run_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypa
 
     monkeypatch.setattr(rundir, "write_json", read_only)
     with pytest.raises(RunDirError, match=r"cannot be written \(Read-only file system\); choose another RUN_DIR."):
-        open_run("demo", tmp_path, {"train.max_steps": 3})
+        saved("demo", tmp_path, {"train.max_steps": 3})
     assert snapshot(tmp_path) == before
 
 
 def test_a_run_directory_that_is_a_file_is_a_sentence(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(RunDirError, match=r"cannot be written \(.*\); choose another RUN_DIR."):
-        open_run("demo", tmp_path / "run")
+        saved("demo", tmp_path / "run")
     assert (tmp_path / "run").read_text() == "mine"
 
 

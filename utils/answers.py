@@ -63,7 +63,7 @@ def read_answers(path: Path) -> list[dict]:
     """The answers on file; a last line cut off by a kill is dropped, so that its question is answered again."""
     answers = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in path.read_bytes().split(b"\n"):  # bytes: a kill can cut a character in two
             try:
                 answers.append(json.loads(line))
             except ValueError:

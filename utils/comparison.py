@@ -59,7 +59,7 @@ def load_arms(run: RunDir) -> Arms:
         losses[arm] = nll_per_token(pd.read_parquet(run.file(f"{arm}/nll.parquet"))).sort_index()
     if list(losses["baseline"].index) != list(losses["tuned"].index):
         raise StageOrderError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
-    groups = dict(zip(held_out["id"], held_out.get("group", held_out["id"]), strict=True))
+    groups = dict(zip(held_out["id"], held_out.get("group", held_out["id"]).fillna(held_out["id"]), strict=True))
     return Arms(scored["baseline"], scored["tuned"], losses["baseline"], losses["tuned"], groups)
 
 

@@ -27,7 +27,7 @@ LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values cannot be changed after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -172,7 +172,10 @@ class Config(Section):
         """Replace `primary: auto` by what the data can carry, so that the run directory names it before any score."""
         if not isinstance(values, Mapping):
             return values
-        evaluate, data = dict(values.get("evaluate") or {}), values.get("data") or {}
+        evaluate, data = values.get("evaluate") or {}, values.get("data") or {}
+        if not isinstance(evaluate, Mapping):
+            return values  # validation says it better
+        evaluate = dict(evaluate)
         if evaluate.get("primary", "auto") == "auto" and isinstance(data, Mapping):
             benchmark = evaluate.get("benchmark") or {}
             embedded = data.get("name", EMBEDDED) == EMBEDDED and not data.get("path")
@@ -221,7 +224,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{assignment!r} is not KEY=VALUE; write for example --set train.max_steps=10.")
         try:
             overrides[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: an impossible date, 2024-99-99
             overrides[key.strip()] = value
     return overrides
 
@@ -239,7 +242,7 @@ def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Con
     source = PROFILES / f"{profile}.yaml"
     try:
         values = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, or no UTF-8
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place else ""
         raise ConfigError(f"{source.name} is not YAML{line}; mend it or take it back from git.") from None
@@ -252,6 +255,8 @@ def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Con
             "with papermill pass it by -y 'OVERRIDES: {train.max_steps: 10}'."
         )
     for key, value in (overrides or {}).items():
+        if key == "profile":
+            raise ConfigError("profile is no setting of a run; choose it by --profile or PROFILE.")
         _assign(values, str(key), value)
     try:
         return Config.model_validate(values)

@@ -30,14 +30,16 @@ def find_secret(name: str) -> Secret:
     """
     remarks = []
     for store, look in (("Kaggle Secrets", _from_kaggle), ("Colab secrets", _from_colab)):
+        remark = None
         for alias in NAMES[name]:
             try:
-                value = look(alias)
+                value = (look(alias) or "").strip()
             except Exception as error:  # each platform has a zoo of exceptions; the type is all that may be told
-                remarks.append(f"{store}: {type(error).__name__}")
-                break
+                remark = remark or f"{store}: {type(error).__name__}"
+                continue  # a label that does not exist raises too: the next alias may
             if value:
-                return Secret(name, f"{store} ({alias})", value.strip())
+                return Secret(name, f"{store} ({alias})", value)
+        remarks += [remark] if remark else []
     for alias in NAMES[name]:
         if os.environ.get(alias, "").strip():
             return Secret(name, f"environment ({alias})", os.environ[alias].strip())
@@ -67,10 +69,13 @@ def _from_cached_login(name: str) -> str | None:
     if name == "HF_TOKEN":
         home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
         file = home / "token"
-        return file.read_text().strip() or None if file.is_file() else None
+        try:
+            return file.read_text(encoding="utf-8").strip() or None
+        except (OSError, UnicodeDecodeError):
+            return None
     try:
         logins = netrc.netrc()
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return None
     for host in ("api.wandb.ai", "api.forge.coreweave.com"):  # the default server moved with wandb 0.31
         if logins.authenticators(host):

@@ -6,6 +6,7 @@ checked by rule, as in the demo) and `group` (rows that are not independent of e
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import unicodedata
@@ -20,33 +21,34 @@ from utils.errors import DataError
 from utils.files import atomic, write_json, write_text
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
+_ITEM_COLUMNS = ("question", "options", "answer_idx")  # MedQA's names
 _READERS = {
     ".jsonl": lambda path: pd.DataFrame(_read_jsonl(path)),
-    ".json": lambda path: pd.DataFrame(json.loads(path.read_text(encoding="utf-8-sig"))),
-    ".csv": lambda path: pd.read_csv(path, dtype=object, encoding="utf-8-sig"),
+    ".json": lambda path: pd.DataFrame(_read_json(path)),
+    ".csv": lambda path: pd.DataFrame(_read_csv(path)),
     ".parquet": pd.read_parquet,
 }
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A local JSONL, JSON, CSV or Parquet file as it stands.
+def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] = COLUMNS) -> pd.DataFrame:
+    """A local JSONL, JSON, CSV or Parquet file as it stands; `setting` and `columns` are for the messages.
 
     Raises DataError where it is missing, empty, of another kind, or not what its name says.
     """
     if not path.is_file():
-        raise DataError(f"There is no data file {path}; check data.path, or leave it out for the profile's own data.")
+        raise DataError(f"There is no data file {path}; check {setting}, or leave it out for the profile's own data.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path.name} ends in {path.suffix or 'nothing'}; expected one of {', '.join(_READERS)}.")
     if path.stat().st_size == 0:
-        raise DataError(f"{path.name} is empty; expected rows with {', '.join(COLUMNS)}.")
+        raise DataError(f"{path.name} is empty; expected rows with {', '.join(columns)}.")
     try:
         frame = reader(path)
     except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DataError(f"{path.name} is not {path.suffix.lstrip('.').upper()}: {reason}. Mend or rename it.") from None
     if len(frame) == 0:
-        raise DataError(f"{path.name} holds no rows; expected rows with {', '.join(COLUMNS)}.")
+        raise DataError(f"{path.name} holds no rows; expected rows with {', '.join(columns)}.")
     return frame
 
 
@@ -137,6 +139,11 @@ def _divide(rows: pd.DataFrame, data: DataSection) -> tuple[pd.DataFrame, pd.Dat
         held_out, rest = order[: data.eval_rows], order[data.eval_rows :]
         return rows.iloc[rest[: data.train_rows]], rows.iloc[held_out]
     first = data.train_rows or len(rows) - data.eval_rows
+    if data.train_rows and data.train_rows >= len(rows):
+        raise DataError(
+            f"data.train_rows asks for the first {data.train_rows} rows, but there are only {len(rows)} and some must be "
+            "held out; lower data.train_rows, or give more data."
+        )
     _require_rows(data.eval_rows, len(rows) - max(first, 1), spare=0)
     held_out = first + rng.permutation(len(rows) - first)[: data.eval_rows]
     return rows.iloc[:first], rows.iloc[held_out]
@@ -157,7 +164,7 @@ def load_benchmark(config: BenchmarkSection, seed: int) -> pd.DataFrame:
     a gold letter that is not among the options, duplicate ids, or more items asked for than there are.
     """
     if config.path is not None:
-        frame, source = read_table(config.path), config.path.name
+        frame, source = read_table(config.path, "evaluate.benchmark.path", _ITEM_COLUMNS), config.path.name
     else:
         from datasets import load_dataset
 
@@ -169,7 +176,7 @@ def load_benchmark(config: BenchmarkSection, seed: int) -> pd.DataFrame:
                 f"The benchmark {source} could not be loaded from the Hub ({type(error).__name__}); check the network, "
                 "or give a local file by evaluate.benchmark.path."
             ) from None
-    missing = [column for column in ("question", "options", "answer_idx") if column not in frame.columns]
+    missing = [column for column in _ITEM_COLUMNS if column not in frame.columns]
     if missing:
         raise DataError(f"{source} lacks {', '.join(missing)}; expected question, options and answer_idx (MedQA).")
     ids = frame["id"].astype(str) if "id" in frame.columns else [f"{config.split}-{i}" for i in range(len(frame))]
@@ -223,6 +230,30 @@ def ids_digest(frame: pd.DataFrame) -> str:
 
 def _is_blank(cell: object) -> bool:
     return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)
+
+
+def _read_json(path: Path) -> list[dict]:
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected a list of objects, one for each row")
+    return rows
+
+
+def _read_csv(path: Path) -> list[dict]:
+    """Cells as they are written: pandas would read "None" as missing and shift a row with one cell too many."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        csv.field_size_limit(2**31 - 1)
+        lines = csv.reader(stream, strict=True)
+        rows = []
+        try:
+            header = next(lines, [])
+            for cells in lines:
+                if cells and len(cells) != len(header):
+                    raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
+                rows += [dict(zip(header, cells, strict=True))] if cells else []
+        except csv.Error as error:
+            raise ValueError(f"line {lines.line_num}: {error}") from None
+    return rows
 
 
 def _read_jsonl(path: Path) -> list[dict]:

@@ -8,6 +8,11 @@ import pandas as pd
 
 from utils.parsing import count_paragraphs, explicit_letter, has_bullets, named_choices, parse_completion
 
+_COLUMNS = (
+    "id", "kind", "group", "correct", "parsed", "well_formed", "one_paragraph", "bullets", "stopped", "tokens",
+    "reasoning_tokens",
+)  # fmt: skip
+
 
 def score_answers(answers: Mapping[str, dict], held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> pd.DataFrame:
     """One row for each answer: id, kind, group, correct (NaN where no rule can tell), parsed, and its form and length.
@@ -30,7 +35,7 @@ def score_answers(answers: Mapping[str, dict], held_out: pd.DataFrame, benchmark
         else:
             row = rows[identifier]
             correct, parsed = _check_open(completion, row)
-            group = row.get("group") or identifier
+            group = row["group"] if isinstance(row.get("group"), str) else identifier
         scored.append(
             {
                 "id": identifier,
@@ -46,7 +51,7 @@ def score_answers(answers: Mapping[str, dict], held_out: pd.DataFrame, benchmark
                 "reasoning_tokens": answer["reasoning_tokens"],
             }
         )
-    return pd.DataFrame(scored).sort_values("id", ignore_index=True)
+    return pd.DataFrame(scored, columns=_COLUMNS).sort_values("id", ignore_index=True)
 
 
 def _check_open(completion, row: Mapping) -> tuple[float, float]:

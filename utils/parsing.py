@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 OPEN, CLOSE = "<think>", "</think>"
 _MARKS = ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>")
-# Explicit ways of giving a letter, strongest first.
+# Explicit ways of giving a letter, strongest first. No two neighbouring quantifiers share a character: answers of
+# 100,000 characters must not backtrack.
 _LETTER_PATTERNS = (
     r"\\boxed\{{\s*(?:\\text\{{)?\s*\(?([{letters}])\)?\b",
-    r"(?i:answer|option|choice)\s*(?i:is|would be|:)\s*:?\s*[\*_\s\"'(\[]*([{letters}])\b(?!')",
-    r"(?m)^\s*[\*_(\[]*([{letters}])(?:[\*_)\].:]+(?:\s|$)|\s*$)",
+    r"(?i:answer|option|choice)[\*_]*\s*(?i:is|would be|:)[\s:\*_\"'(\[]*([{letters}])\b(?!')",
+    r"(?m)^[ \t\*_(\[]*([{letters}])(?:[\*_)\].:]+(?:\s|$)|[ \t]*$)",
 )
 
 
@@ -70,4 +71,4 @@ def count_paragraphs(answer: str) -> int:
 
 def has_bullets(answer: str) -> bool:
     """Whether any line starts as a list item."""
-    return re.search(r"(?m)^\s*(?:[-*•]|\d+[.)])\s+\S", answer) is not None
+    return re.search(r"(?m)^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", answer) is not None

@@ -56,14 +56,18 @@ def gpus() -> tuple[Gpu, ...]:
     if command is None or visible in ("", "-1"):
         return ()
     query = [command, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    if answer.returncode != 0:
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (subprocess.SubprocessError, OSError):
         return ()
     found = []
     for line in answer.stdout.splitlines():
         name, memory, capability = (part.strip() for part in line.rsplit(",", 2))
-        found.append(Gpu(name, round(float(memory) / 1024, 1), capability))
-    return tuple(found[: len(visible.split(","))] if visible else found)
+        gib = round(float(memory) / 1024, 1) if memory.isdigit() else 0.0  # "[N/A]" on some virtual cards
+        found.append(Gpu(name, gib, capability))
+    if visible and all(part.strip().isdigit() for part in visible.split(",")):
+        return tuple(found[int(part)] for part in visible.split(",") if int(part) < len(found))
+    return tuple(found)
 
 
 def default_profile() -> str:

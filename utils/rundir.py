@@ -31,7 +31,7 @@ from utils.platforms import (
     require_gpu,
 )
 from utils.project import embedded_fingerprint, runs_dir, source_digest
-from utils.stages import BY_NAME, Stage
+from utils.stages import BY_NAME, STAGES, Stage
 
 _HEADER = "# Written by the series: the settings in force. To change one, edit the profile or pass --set / OVERRIDES.\n"
 
@@ -42,6 +42,19 @@ class RunDir:
 
     path: Path
     config: Config
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.manifest_path, {**self._known(), "stages": self.manifest().get("stages", {})})
+            write_text(self.path / "config.yaml", _HEADER + self.config.to_yaml())
+        except OSError as error:
+            raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
+
+    def _known(self) -> dict[str, Any]:
+        return {"profile": self.config.profile, "overrides": self.overrides, "stages": {}}
 
     def file(self, relative: str) -> Path:
         """The absolute path of `relative` below the run directory."""
@@ -61,8 +74,8 @@ class RunDir:
 
     def write_record(self, stage: Stage, **values: Any) -> None:
         """Replace a stage's manifest entry."""
-        manifest = self.manifest()
-        manifest.setdefault("stages", {})[stage.name] = values
+        manifest = self._known() | self.manifest()
+        manifest["stages"][stage.name] = values
         manifest["stages"] = dict(sorted(manifest["stages"].items()))
         write_json(self.manifest_path, manifest)
 
@@ -102,7 +115,7 @@ class RunDir:
 class StageRun(RunDir):
     """A stage at work: opened by a notebook's first cells, finished by its last."""
 
-    stage: Stage
+    stage: Stage = STAGES[0]
     started: float = field(default_factory=time.monotonic)
 
     def finish(self, **figures: float | int | str) -> None:
@@ -157,7 +170,7 @@ def open_run(
     With `forget`, earlier overrides are dropped.
 
     `profile` "auto" is the run directory's own, or demo without a CUDA GPU and t4 with one. `run_dir` "" is
-    runs/<profile> in the checkout (/kaggle/working/runs on Kaggle). Nothing is written before everything is valid.
+    runs/<profile> in the checkout (/kaggle/working/runs on Kaggle). Nothing is written: `save` does that.
 
     Raises ConfigError and RunDirError.
     """
@@ -175,15 +188,17 @@ def open_run(
         )
     load_config(profile, overrides)  # a message about what was just typed, before any about what was stored
     given = {**({} if forget else manifest.get("overrides", {})), **absolute_overrides(overrides or {})}
-    run = RunDir(path, load_config(profile, given))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        require_disk(path, 0.1, "A run directory")
-        write_json(run.manifest_path, {"stages": {}, **manifest, "profile": profile, "overrides": given})
-        write_text(path / "config.yaml", _HEADER + run.config.to_yaml())
-    except OSError as error:
-        raise RunDirError(f"{path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
-    return run
+    config = load_config(profile, given)
+    require_disk(path, 0.1, "A run directory")
+    return RunDir(path, config, {key: _plain_value(config, key) for key in given})
+
+
+def _plain_value(config: Config, dotted: str) -> Any:
+    """A setting as validated, in plain JSON values, so that it can be stored."""
+    value = config.model_dump(mode="json")
+    for part in dotted.split("."):
+        value = value[part]
+    return value
 
 
 def open_stage(
@@ -209,7 +224,8 @@ def open_stage(
         require_gpu(run.config.profile, hardware.min_gpu_memory_gib)
     if name == "00_setup":
         require_disk(run.path, hardware.min_disk_gib, f"The profile {run.config.profile}")
-    opened = StageRun(run.path, run.config, stage)
+    run.save()  # only now that nothing stands against it
+    opened = StageRun(run.path, run.config, run.overrides, stage)
     opened.write_record(
         stage,
         state="running",

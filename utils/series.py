@@ -66,6 +66,8 @@ def run_series(
     """
     console = console or Console(force_terminal=sys.stdout.isatty())
     run = open_run(profile, run_dir, overrides, forget=fresh)
+    if fresh:
+        run.save()  # the notebooks would find the earlier overrides otherwise
     started, worked = time.monotonic(), False
     for stage in STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]:
         reason = "--fresh" if fresh else run.stale_because(stage)
@@ -75,6 +77,7 @@ def run_series(
             continue
         run_stage(run, stage, console)
         worked = True
+    run.save()
     if worked or not run.file("report/index.html").exists():
         write_report(run)
     _summarise(run, console, time.monotonic() - started)
@@ -85,7 +88,7 @@ def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
     """Execute one notebook into report/notebooks/; raises SeriesFailed."""
     output = executed_dir(run) / f"{stage.name}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
-    parameters = {"PROFILE": run.config.profile, "RUN_DIR": str(run.path)}
+    parameters = {"PROFILE": run.config.profile, "RUN_DIR": str(run.path), "OVERRIDES": run.overrides}
     with tempfile.TemporaryDirectory() as scratch, _LiveLine(console, stage, Path(scratch) / "progress.json") as line:
         os.environ[VARIABLE] = str(line.file)
         os.environ["SERIES_ROOT"] = str(ROOT)

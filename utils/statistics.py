@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -108,11 +108,14 @@ def compare_paired(
     """Compare two arms on the same items, in the same order.
 
     0/1 values of independent items get McNemar's exact test; everything else the group-wise sign-flip test.
-    Raises ValueError where the arms differ in length or are empty.
+    Raises ValueError where the arms differ in length, are empty, or hold a value that is not finite.
     """
     a, b = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
     if len(a) != len(b) or len(a) != len(groups) or len(a) == 0:
         raise ValueError(f"{name}: {len(a)} base, {len(b)} tuned values and {len(groups)} groups do not pair up")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        bad = int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum())
+        raise ValueError(f"{name}: {bad} of {2 * len(a)} values are not finite; nothing can be concluded from them")
     independent = len(set(groups)) == len(a)
     binary = set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}
     if independent and binary:
@@ -144,12 +147,15 @@ def verdict(result: PairedResult) -> str:
 def detectable_difference(n: int, discordant: float = 0.25, power: float = 0.8) -> float:
     """The smallest difference of two paired proportions that n independent items show with this power (alpha 5 %).
 
-    Normal approximation of McNemar's test with the given share of discordant pairs (Connor 1987), capped at 1.
+    Normal approximation of McNemar's test with the given share of discordant pairs (Connor 1987); 1.0 where n is too
+    small for any difference.
     """
     z_alpha, z_beta = stats.norm.ppf(1 - ALPHA / 2), stats.norm.ppf(power)
-    low, high = 0.0, discordant
-    for _ in range(60):
-        middle = (low + high) / 2
-        reached = (middle * np.sqrt(n) - z_alpha * np.sqrt(discordant)) / np.sqrt(max(discordant - middle**2, 1e-12))
-        low, high = (middle, high) if reached < z_beta else (low, middle)
-    return float(min(high, 1.0))
+
+    def reaches(difference: float) -> bool:
+        spread = np.sqrt(max(discordant - difference**2, 1e-12))
+        return (difference * np.sqrt(n) - z_alpha * np.sqrt(discordant)) / spread >= z_beta
+
+    if not reaches(discordant):
+        return 1.0
+    return float(optimize.bisect(lambda d: reaches(d) - 0.5, 0.0, discordant))
