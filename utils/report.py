@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from utils.files import write_text
@@ -42,7 +42,7 @@ def executed_dir(run: RunDir) -> Path:
 
 def write_report(run: RunDir) -> Path:
     """Render the report from what the run directory holds; stages that have not run are left out."""
-    templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=select_autoescape())
+    templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=True)
     chapters = _write_chapters(run, templates)
     metrics = _read_json(run.file("comparison/metrics.json"))
     table = run.file("comparison/table.csv")
@@ -83,7 +83,7 @@ def write_answers(run: RunDir, arms) -> Path:
             pair[name] = {"completion": completion, "mark": mark, "tokens": scored["reasoning_tokens"]}
         pairs.append(pair)
     pairs.sort(key=lambda pair: (pair["tuned"]["mark"] != "wrong", pair["base"]["mark"] != "wrong"))
-    templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=select_autoescape())
+    templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=True)
     write_text(run.file("comparison/answers.html"), templates.get_template("answers.html.j2").render(pairs=pairs))
     return run.file("comparison/answers.html")
 

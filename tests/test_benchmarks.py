@@ -1,0 +1,73 @@
+"""The stand-in has the real model's shapes and token ids, and the committed evidence carries what the README says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.standin import build_standin, build_tokenizer
+from utils.models import load_tokenizer
+from utils.project import ROOT
+
+EVIDENCE = json.loads((ROOT / "benchmarks" / "results" / "series-8b.json").read_text(encoding="utf-8"))
+VOCABULARY = ROOT.parent / "shared" / "data" / "llama3_bpe.model"
+
+
+def test_the_stand_in_loads_as_a_model_folder(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    build_standin(tmp_path, size="tiny")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert model.config.vocab_size == 128256 and len(tokenizer) <= 128256
+    output = model.generate(**tokenizer("Q?", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert output.shape[1] > 3
+
+
+@pytest.mark.skipif(not VOCABULARY.exists(), reason="the Llama-3 vocabulary is not beside this checkout")
+def test_over_the_llama_3_vocabulary_the_special_tokens_have_deepseeks_ids(tmp_path):
+    build_tokenizer(VOCABULARY).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    marks = [
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<|finetune_right_pad_id|>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+    ]
+    marks += ["<think>", "</think>"]
+    assert tokenizer.convert_tokens_to_ids(marks) == [128000, 128001, 128004, 128011, 128012, 128013, 128014]
+    assert tokenizer.tokenize("Hello world, 12345") == ["Hello", "Ġworld", ",", "Ġ", "123", "45"]
+
+
+def test_the_8b_run_went_through_unsloth_within_a_t4s_memory():
+    stages = EVIDENCE["series"]["stages"]
+    assert EVIDENCE["exit_status"] == [0, 0] and all(record["state"] == "done" for record in stages.values())
+    assert len(stages) == 6 and EVIDENCE["gpu"]
+    figures = stages["03_lora_training"]["figures"]
+    assert [figures[f"fused_{part}"] for part in ("layers", "qkv", "o", "mlp")] == [32, 32, 32, 32]
+    assert EVIDENCE["series"]["peak_gpu_reserved_gib"] <= 14.0
+
+
+def test_the_plain_backend_trained_ten_steps_without_a_nan():
+    plain = EVIDENCE["plain_backend"]
+    assert plain["stages"]["03_lora_training"]["figures"]["backend"] == "transformers"
+    assert plain["training"]["steps"] == 10 and plain["training"]["finite"]
+
+
+def test_the_readme_quotes_the_evidence():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{EVIDENCE['series']['peak_gpu_reserved_gib']} GiB of GPU memory" in readme
+    seconds = sum(record["seconds"] for record in EVIDENCE["series"]["stages"].values())
+    assert f"{seconds:.0f} s in its six stages" in readme
+
+
+def test_every_picture_and_file_that_the_readme_links_to_exists():
+    import re
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", readme):
+        if not target.startswith("http"):
+            assert Path(ROOT / target).exists(), target
