@@ -33,6 +33,7 @@ address:  ## make address REPOSITORY=you/fork: put your repository into badges a
 	@test -n "$(REPOSITORY)" || { echo "Say which: make address REPOSITORY=you/fork"; exit 1; }
 	@old=$$(sed -n 's/^REPOSITORY = "\(.*\)"/\1/p' utils/project.py); \
 	git grep -lF "$$old" -- notebooks README.md utils | xargs sed -i "s#$$old#$(REPOSITORY)#g"
+	$(MAKE) bundle
 
 clean:
 	rm -rf $(VENV) runs

@@ -37,6 +37,7 @@ _SMALL = {
     "evaluate.benchmark.rows": 8,
     "export.prompts": 4,
     "hardware.emulate_t4": "true",
+    "hardware.pins": "report",  # a machine lent for a benchmark has its own tools; the stack's versions are recorded
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from utils.answers import Question, answer_key, arm_digest, build_questions, current_answers, read_answers
+from utils.answers import Question, answer_key, arm_digest, build_questions, current_answers, read_answers, register
 from utils.config import GenerateSection, load_config
 from utils.errors import StageOrderError
 from utils.rundir import open_run
@@ -127,3 +127,16 @@ def test_the_tuned_arm_is_another_with_another_adapter_and_the_base_stays_the_sa
         run.write_record(BY_NAME["04_comparison"], inputs={"training/adapter/adapter_model.safetensors": entry})
         digests.append((arm_digest(run, "baseline"), arm_digest(run, "tuned")))
     assert digests[0][0] == digests[1][0] and len({digests[0][0], digests[0][1], digests[1][1]}) == 3
+
+
+def test_what_is_measured_is_registered_and_a_change_after_answers_exist_is_told_for_good(tmp_path):
+    questions = [Question("a", "open", "?")]
+    run = open_run("demo", tmp_path)
+    assert register(run, questions)["changed_after_answers"] is False
+    other = open_run("demo", tmp_path, {"generate.max_new_tokens": 8})
+    assert register(other, questions)["changed_after_answers"] is False  # nobody has answered yet
+    run.file("baseline").mkdir()
+    run.file("baseline/answers.jsonl").write_text("{}\n")
+    assert register(other, questions)["changed_after_answers"] is False  # and nothing was changed
+    assert register(run, questions)["changed_after_answers"] is True
+    assert register(run, questions)["changed_after_answers"] is True

@@ -35,3 +35,10 @@ def test_score_and_verify_ask_for_a_run_directory(tmp_path):
 def test_a_missing_data_file_is_told_before_any_notebook_starts(tmp_path):
     done = run_command("run", "--profile", "demo", "--run-dir", tmp_path / "run", "--set", "data.path=nowhere.jsonl")
     assert done.returncode == 1 and "There is no data file" in done.stdout + done.stderr
+
+
+def test_a_profile_that_needs_a_gpu_says_so_where_there_is_none(tmp_path):
+    done = run_command("run", "--profile", "t4", "--run-dir", tmp_path / "run", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert "00_setup failed: The profile t4 needs a CUDA GPU and found none" in done.stdout
+    assert not (tmp_path / "run" / "manifest.json").exists()

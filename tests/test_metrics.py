@@ -95,3 +95,12 @@ def test_the_loss_per_token_divides_each_part_by_its_own_tokens():
     )  # fmt: skip
     assert nll_per_token(frame).loc["a"].to_dict() == {"completion": 2.0, "reasoning": 2.0, "response": 2.0}
     assert nll_per_token(frame).loc["b"].to_dict() == {"completion": 0.5, "reasoning": 0.0, "response": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("Hm.</think>It is Arden fever.", "open"), ("Hm.</think>The answer is B.", "choice")]
+)
+def test_an_answer_that_was_cut_off_is_wrong_even_if_it_had_named_the_right_one(text, kind):
+    assert score(text, kind)["correct"] == 1
+    cut = score(text, kind, finish_reason="length")
+    assert cut["correct"] == 0 and cut["stopped"] == 0

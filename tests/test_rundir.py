@@ -116,8 +116,40 @@ def test_a_stage_that_wrote_not_all_of_its_outputs_is_not_done(tmp_path):
 
 @pytest.mark.parametrize(("name", "needed"), NEEDY)
 def test_a_stage_before_the_one_that_it_needs_is_refused_with_the_notebook_to_run(tmp_path, name, needed):
+    complete(tmp_path, STAGES[STAGES.index(BY_NAME[needed]) - 1].number) if needed != "00_setup" else None
     with pytest.raises(StageOrderError, match=f"{name} needs {needed}, but it has not run .*notebooks/{needed}.ipynb"):
         open_stage(name, "demo", tmp_path)
+
+
+def test_a_stage_is_refused_where_what_its_needs_rest_on_is_out_of_date(tmp_path):
+    """Training on the rows of an earlier split, recorded as those of the new one, would be a lie."""
+    complete(tmp_path)
+    before = snapshot(tmp_path)
+    for name, overrides in (("03_lora_training", {"data.train_rows": 100}), ("05_export", {"lora.r": 8})):
+        with pytest.raises(StageOrderError, match=f"{name} needs .*, but its settings changed"):
+            open_stage(name, "demo", tmp_path, overrides)
+    assert snapshot(tmp_path) == before
+
+
+def test_the_comparison_is_refused_where_the_baseline_was_answered_under_other_conditions(tmp_path):
+    run = complete(tmp_path, "03")
+    asked = BY_NAME["01_baseline_inference"]
+    record = run.record(asked)
+    run.write_record(asked, **{**record, "computed_on": {**record["computed_on"], "dtype": "bfloat16"}})
+    with pytest.raises(
+        StageOrderError, match="answered on cpu, transformers, bfloat16, this is cpu, transformers, float32"
+    ):
+        open_stage("04_comparison", "demo", tmp_path)
+
+
+def test_a_commit_that_was_found_out_is_kept_for_every_later_stage(tmp_path):
+    run = open_stage("00_setup", "demo", tmp_path)
+    run.pin("model.revision", "abc")
+    run.pin("data.revision", None)
+    write_outputs(run)
+    run.finish()
+    assert open_run("auto", tmp_path).config.model.revision == "abc"
+    assert open_stage("02_dataset_formatting", "demo", tmp_path).config.data.revision is None
 
 
 def test_a_stage_after_one_that_was_interrupted_is_refused(tmp_path):
@@ -138,11 +170,13 @@ def test_an_interrupted_or_failed_stage_is_stale(tmp_path):
     ("key", "value", "numbers", "section"),
     [
         ("data.seed", 1, {"00"}, "data"),
-        ("generate.max_new_tokens", 8, {"01", "04"}, "generate"),
+        ("generate.max_new_tokens", 8, {"00", "01", "04"}, "generate"),
+        ("generate.batch_size", 8, set(), ""),
+        ("train.save_steps", 8, set(), ""),
         ("train.loss_on", "all", {"02", "03"}, "train"),
         ("train.max_steps", 0, {"03"}, "train"),
         ("lora.r", 8, {"03"}, "lora"),
-        ("evaluate.confidence", 0.9, {"04"}, "evaluate"),
+        ("evaluate.resamples", 1000, {"04"}, "evaluate"),
         ("export.prompts", 2, {"05"}, "export"),
         ("prompt.style", "tutorial", {"01", "02", "03", "04", "05"}, "prompt"),
         ("tracking.mode", "disabled", set(), ""),
@@ -159,7 +193,7 @@ def test_a_changed_input_makes_the_stages_that_read_it_stale_and_those_after_the
     run = complete(tmp_path)
     write_text(run.file("data/train.parquet"), "other rows")
     assert stale(run) == {"00": "one of its outputs changed", "02": "one of its inputs changed"}
-    with pytest.raises(StageOrderError, match=r"03_lora_training needs 02_dataset_formatting, but one of its inputs"):
+    with pytest.raises(StageOrderError, match=r"03_lora_training needs 00_setup, but one of its outputs"):
         open_stage("03_lora_training", "demo", tmp_path)
 
 

@@ -30,7 +30,7 @@ def isolated(monkeypatch, tmp_path):
 
 def stage(tmp_path, **tracking) -> StageRun:
     overrides = {f"tracking.{key}": value for key, value in tracking.items()}
-    return open_stage("00_setup", "demo", tmp_path / "run", overrides)
+    return open_stage("00_setup", "demo", tmp_path / "run", {"tracking.mode": "auto", **(overrides or {})})
 
 
 def use(tracker: Tracker, tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -15,7 +16,7 @@ from utils import demo_data
 from utils.errors import TrainingError
 from utils.generation import tokenize_row
 from utils.prompts import format_row
-from utils.training import HealthCallback, find_checkpoint, training_log
+from utils.training import HealthCallback, check_loss_mask, find_checkpoint, training_log
 
 ROWS = demo_data.tuning_rows("train", 12)
 
@@ -27,7 +28,7 @@ def make_trainer(tiny_model, folder, style="native", loss_on="completion", **arg
     defaults = {"max_steps": 6, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "optim": "adamw_torch"}
     settings = SFTConfig(
         output_dir=str(folder),
-        max_length=512,
+        max_length=arguments.pop("max_length", 512),
         completion_only_loss=loss_on == "completion",
         per_device_train_batch_size=2,
         seed=7,
@@ -61,6 +62,22 @@ def test_trl_sees_the_tokens_and_the_mask_that_notebook_02_shows(tiny_model, tmp
         counted = [label != -100 for label in batch["labels"][i].tolist()]
         wanted = [part > 0 or loss_on == "all" for part in expected["part"]]
         assert counted[:length] == wanted and not any(counted[length:])
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_a_trainer_that_counts_other_tokens_than_notebook_02_is_refused(tiny_model, tmp_path, loss_on):
+    parts = [tokenize_row(tiny_model[1], *format_row(row, "native"))["part"] for row in ROWS]
+    formatted = pd.DataFrame(
+        {"tokens": [len(p) for p in parts], "counted": [sum(c > 0 or loss_on == "all" for c in p) for p in parts]}
+    )
+    assert "exactly those of 02" in check_loss_mask(
+        make_trainer(tiny_model, tmp_path, loss_on=loss_on).train_dataset, formatted
+    )
+    other = "all" if loss_on == "completion" else "completion"
+    with pytest.raises(TrainingError, match="in the loss; 02 formatted"):
+        check_loss_mask(make_trainer(tiny_model, tmp_path, loss_on=other).train_dataset, formatted)
+    with pytest.raises(TrainingError, match="in the loss; 02 formatted"):  # rows that were cut
+        check_loss_mask(make_trainer(tiny_model, tmp_path, loss_on=loss_on, max_length=20).train_dataset, formatted)
 
 
 def test_a_run_resumed_from_its_checkpoint_ends_with_the_same_weights(tiny_model, tmp_path):

@@ -53,12 +53,16 @@ def score(run_dir: RunDirArgument) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
     from utils.comparison import compare, load_arms, write_comparison
     from utils.figures import draw_comparison
+    from utils.files import record_files
+    from utils.stages import BY_NAME
 
     run = _existing(run_dir)
     arms = load_arms(run)
     metrics = compare(run, arms)
     table = write_comparison(run, metrics)
     draw_comparison(arms, metrics, run.file("comparison/comparison.png"))
+    stage = BY_NAME["04_comparison"]
+    run.write_record(stage, **{**run.record(stage), "outputs": record_files(run.path, stage.outputs)})
     console.print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"), highlight=False)
     console.print(metrics["sentence"], style="bold", highlight=False)
 
@@ -66,7 +70,8 @@ def score(run_dir: RunDirArgument) -> None:
 @app.command()
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact and load the exports back; exits 1 where anything differs."""
-    from utils.rundir import altered_files
+    from utils.rundir import altered_files, require_hardware
+    from utils.stages import BY_NAME
 
     run = _existing(run_dir)
     altered = altered_files(run.path)
@@ -74,9 +79,15 @@ def verify(run_dir: RunDirArgument) -> None:
         console.print(f"[red]✗[/red] {line}", highlight=False)
     if not altered:
         console.print("[green]✓[/green] every recorded file is as it was written")
+    if run.record(BY_NAME["05_export"]).get("state") != "done":
+        console.print("there is no export to load back yet: 05_export has not run")
+        raise typer.Exit(1 if altered else 0)
     from utils.export import verify_exports
+    from utils.models import prepare_device
 
     try:
+        require_hardware(run, BY_NAME["05_export"])
+        prepare_device(run.config)
         figures = verify_exports(run)
     except UserError as error:
         console.print(f"[red]✗[/red] {error}", highlight=False)

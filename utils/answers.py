@@ -12,7 +12,7 @@ import pandas as pd
 
 from utils.config import Config, GenerateSection
 from utils.errors import StageOrderError
-from utils.files import digests
+from utils.files import digests, write_json
 from utils.prompts import format_multiple_choice, format_prompt
 from utils.rundir import RunDir
 from utils.stages import BY_NAME
@@ -38,15 +38,39 @@ def build_questions(config: Config, held_out: pd.DataFrame, benchmark: pd.DataFr
     return questions
 
 
+def register(run: RunDir, questions: Sequence[Question]) -> dict:
+    """data/registration.json: primary metric, n, decoding and seed, fixed before any answer exists.
+
+    Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so.
+    """
+    config, path = run.config, run.file("data/registration.json")
+    planned = {
+        "primary": config.evaluate.primary,
+        "open_questions": sum(question.kind == "open" for question in questions),
+        "choice_questions": sum(question.kind == "choice" for question in questions),
+        "decoding": config.generate.model_dump(mode="json", exclude={"batch_size"}),
+        "seed": config.evaluate.seed,
+    }
+    changed = False
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = before.pop("changed_after_answers")
+        changed |= before != planned and run.file("baseline/answers.jsonl").exists()
+    planned["changed_after_answers"] = changed
+    write_json(path, planned)
+    return planned
+
+
 def arm_digest(run: RunDir, arm: str) -> str:
     """A digest of who answers: the base model as stage 01 recorded it, and for `tuned` the adapter that 04 read.
 
     It comes from the manifest, so that scores can be recomputed where neither model nor adapter is at hand.
     """
-    settings = run.record(BY_NAME["01_baseline_inference"])["settings"]
-    who = {key: value for key, value in settings.items() if key.startswith(("model", "hardware"))}
+    asked = run.record(BY_NAME["01_baseline_inference"])
+    who = {key: value for key, value in asked.get("settings", {}).items() if key.startswith("model")}
+    who["computed_on"] = asked.get("computed_on")
     if arm == "tuned":
-        inputs = run.record(BY_NAME["04_comparison"])["inputs"]
+        inputs = run.record(BY_NAME["04_comparison"]).get("inputs", {})
         who["adapter"] = {k: v for k, v in digests(inputs).items() if k.endswith((".safetensors", "_config.json"))}
     return hashlib.sha256(json.dumps(who, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import pandas as pd
@@ -13,9 +14,10 @@ from utils.errors import StageOrderError
 from utils.files import atomic, write_json
 from utils.metrics import nll_per_token, score_answers
 from utils.rundir import RunDir
+from utils.stages import BY_NAME
 from utils.statistics import PairedResult, compare_paired, detectable_difference, verdict
 
-# Every paired metric: label, unit in a sentence, whether higher is better.
+# Every paired metric: its label, and whether higher is better.
 LABELS = {
     "accuracy": ("accuracy", True),
     "multiple_choice": ("multiple-choice accuracy", True),
@@ -28,6 +30,7 @@ LABELS = {
     "stopped": ("answers that end by themselves", True),
     "reasoning_tokens": ("tokens of reasoning", False),
 }
+_LATE = " What was measured was changed after answers existed, so this is no registered result."
 SHARES = ("accuracy", "multiple_choice", "well_formed", "one_paragraph", "bullets", "stopped")
 
 
@@ -45,8 +48,14 @@ class Arms:
 def load_arms(run: RunDir) -> Arms:
     """Read and score the answers of both arms.
 
-    Raises StageOrderError where one arm lacks answers or losses that the other has.
+    Raises StageOrderError where the baseline or the comparison has not run, or where one arm lacks answers or losses
+    that the other has.
     """
+    for name in ("01_baseline_inference", "04_comparison"):
+        if not run.record(BY_NAME[name]).get("inputs"):
+            raise StageOrderError(
+                f"{run.path} has no answers of both arms yet: {name} has not run; run the series to 04."
+            )
     held_out = pd.read_parquet(run.file("data/eval.parquet"))
     benchmark = read_benchmark(run.file("data"))
     questions = build_questions(run.config, held_out, benchmark)
@@ -72,6 +81,7 @@ def compare(run: RunDir, arms: Arms) -> dict:
             f"evaluate.primary is {name}, but this run's data cannot carry it; it offers {', '.join(results)}."
         )
     primary, secondary = results[name], [result for key, result in results.items() if key != name]
+    registration = json.loads(run.file("data/registration.json").read_text(encoding="utf-8"))
     adjusted = multipletests([r.p_value for r in secondary], method="holm")[1] if secondary else []
     return {
         "profile": run.config.profile,
@@ -79,15 +89,15 @@ def compare(run: RunDir, arms: Arms) -> dict:
         "secondary": [{**r.as_dict(), "p_holm": float(p)} for r, p in zip(secondary, adjusted, strict=True)],
         "form": {arm: _form(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned))},
         "length": {arm: _lengths(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned))},
-        "decoding": run.config.generate.model_dump(mode="json"),
+        "registration": registration,
         "verdict": verdict(primary),
-        "sentence": describe(primary),
+        "sentence": describe(primary) + _LATE * registration["changed_after_answers"],
     }
 
 
 def _paired_results(run: RunDir, arms: Arms) -> list[PairedResult]:
     evaluate = run.config.evaluate
-    common = {"confidence": evaluate.confidence, "resamples": evaluate.resamples, "seed": evaluate.seed}
+    common = {"resamples": evaluate.resamples, "seed": evaluate.seed}
 
     def pair(name: str, base: pd.Series, tuned: pd.Series, groups: list[str]) -> PairedResult:
         return compare_paired(name, base, tuned, groups, higher_is_better=LABELS[name][1], **common)

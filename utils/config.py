@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,7 +21,10 @@ from utils.project import PROFILES
 EMBEDDED = "embedded"
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
-LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"
+]
 
 
 class Section(BaseModel):
@@ -79,7 +82,7 @@ class LoraSection(Section):
     r: Positive = 16
     lora_alpha: Positive = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[list[str], Field(min_length=1)] = LLAMA_PROJECTIONS
+    target_modules: Annotated[list[Projection], Field(min_length=1)] = list(get_args(Projection))
 
 
 class TrainSection(Section):
@@ -93,7 +96,7 @@ class TrainSection(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: NotNegative = 5
-    optim: str = "adamw_8bit"
+    optim: Optimizer = "adamw_8bit"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     packing: bool = False
@@ -118,9 +121,8 @@ class EvaluateSection(Section):
     """What is measured, fixed before any answer exists."""
 
     primary: Literal["auto", "accuracy", "multiple_choice", "nll"] = "auto"
-    questions: NotNegative | None = None  # held-out questions answered in words; None: all of them
+    questions: Positive | None = None  # held-out questions answered in words; None: all of them
     benchmark: BenchmarkSection = BenchmarkSection()
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     resamples: Annotated[int, Field(ge=1000, le=100_000)] = 10_000
     seed: NotNegative = 3407
 
@@ -146,7 +148,8 @@ class HardwareSection(Section):
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     min_gpu_memory_gib: Annotated[float, Field(ge=0)] = 0.0
-    min_disk_gib: Annotated[float, Field(ge=0)] = 1.0
+    min_disk_gib: Annotated[float, Field(ge=0)] = 1.0  # for the run directory
+    min_cache_gib: Annotated[float, Field(ge=0)] = 0.0  # for what is downloaded from the Hub
     emulate_t4: bool = False  # on a larger GPU: no flash or cuDNN attention, at most 14 GiB (benchmarks use it)
     pins: Literal["enforce", "report"] = "enforce"
 
@@ -186,6 +189,16 @@ class Config(Section):
             else:
                 evaluate["primary"] = "nll"
         return {**values, "evaluate": evaluate}
+
+    @model_validator(mode="after")
+    def _can_carry_primary(self) -> Config:
+        """A primary metric that these data can never carry is refused now, not after the training."""
+        primary, benchmark = self.evaluate.primary, self.evaluate.benchmark
+        if primary == "multiple_choice" and not benchmark.wanted:
+            raise ValueError("evaluate.primary is multiple_choice, but no evaluate.benchmark is named")
+        if primary == "accuracy" and not self.embedded_data and self.data.path is None:
+            raise ValueError("evaluate.primary is accuracy, but a Hub data set has no answers that a rule can check")
+        return self
 
     @property
     def embedded_data(self) -> bool:
@@ -231,8 +244,6 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
 
 def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
     """The profile's YAML with `overrides` (dotted keys) applied, validated.
-
-    Relative local paths in overrides are made absolute, since the notebooks run in other directories.
 
     Raises ConfigError, whose sentence names key, value and what is allowed.
     """
@@ -302,6 +313,8 @@ def _explain(error: ValidationError, profile: str) -> str:
         text = f"{dotted} is not a setting; {hint}"
     elif first["type"] == "missing":
         text = f"{dotted} is missing from the profile {profile}; add it."
+    elif not dotted:
+        text = f"{first['msg'].removeprefix('Value error, ')} (profile {profile})."
     else:
         text = f"{dotted} is {first['input']!r}: {_plain(first['msg'])} (profile {profile})."
     return text if len(problems) == 1 else f"{text} ({len(problems) - 1} more problem(s) of this kind.)"

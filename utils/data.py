@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from utils import demo_data
-from utils.config import BenchmarkSection, Config, DataSection
+from utils.config import EMBEDDED, BenchmarkSection, Config, DataSection
 from utils.errors import DataError
 from utils.files import atomic, write_json, write_text
 
@@ -69,6 +69,8 @@ def check_rows(frame: pd.DataFrame, source: str) -> pd.DataFrame:
                 what = "is empty" if _is_blank(cell) else f"holds a {type(cell).__name__}"
                 raise DataError(f"{source}, row {index + 1}: {column} {what}; every row needs text there.")
         frame[column] = frame[column].str.strip()
+    if "group" in frame.columns:
+        frame["group"] = [None if _is_blank(group) else str(group) for group in frame["group"]]
     frame["id"] = [hashlib.sha256(normalise(question).encode()).hexdigest()[:12] for question in frame["Question"]]
     return frame
 
@@ -95,6 +97,20 @@ def load_rows(config: DataSection) -> pd.DataFrame:
             "check the network, or give a local file by data.path."
         ) from None
     return check_rows(rows.to_pandas(), config.name)
+
+
+def find_commits(config: Config) -> dict[str, str]:
+    """{setting: commit} for every Hub data set that the configuration names without a revision; empty if out of reach."""
+    from huggingface_hub import dataset_info
+
+    found = {}
+    for key, section in (("data", config.data), ("evaluate.benchmark", config.evaluate.benchmark)):
+        if section.path is None and section.revision is None and section.name not in (None, EMBEDDED):
+            try:
+                found[f"{key}.revision"] = dataset_info(section.name).sha
+            except Exception:  # offline or unknown: loading the rows says which
+                return {}
+    return found
 
 
 def split_rows(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
@@ -137,6 +153,9 @@ def _divide(rows: pd.DataFrame, data: DataSection) -> tuple[pd.DataFrame, pd.Dat
         _require_rows(data.eval_rows, len(rows), spare=1)
         order = rng.permutation(len(rows))
         held_out, rest = order[: data.eval_rows], order[data.eval_rows :]
+        if "group" in rows.columns:  # rows that share a group with a held-out one would give it away
+            given_away = set(rows["group"].iloc[held_out].dropna())
+            rest = [i for i in rest if rows["group"].iloc[i] not in given_away]
         return rows.iloc[rest[: data.train_rows]], rows.iloc[held_out]
     first = data.train_rows or len(rows) - data.eval_rows
     if data.train_rows and data.train_rows >= len(rows):
@@ -184,9 +203,11 @@ def load_benchmark(config: BenchmarkSection, seed: int) -> pd.DataFrame:
     items["gold"] = frame["answer_idx"]
     for row in items.itertuples():
         options = row.options
+        if isinstance(options, dict):  # a Hub struct holds None where an item has no such option
+            options = items.at[row.Index, "options"] = {key: text for key, text in options.items() if text}
         if not isinstance(row.question, str) or not row.question.strip():
             raise DataError(f"{source}, item {row.id}: the question is empty.")
-        if not isinstance(options, dict) or len({k for k, v in options.items() if v}) < 2:
+        if not isinstance(options, dict) or len(options) < 2 or not all(len(key) == 1 for key in options):
             raise DataError(f"{source}, item {row.id}: options must map at least two letters to texts.")
         if row.gold not in options:
             raise DataError(

@@ -38,4 +38,4 @@ class ModelError(UserError):
 
 
 class TrainingError(UserError):
-    """A training run that went wrong: a loss that is not finite, a row without anything to learn."""
+    """A training run that went wrong: a loss that is not finite, a mask that is not the formatted one."""

@@ -12,9 +12,10 @@ import pandas as pd
 
 from utils.config import Config
 from utils.errors import ModelError
-from utils.files import digests, record_files, write_text
+from utils.files import atomic_folder, digests, record_files, write_text
 from utils.models import free_memory, load_plain, load_tokenizer, model_source, torch_dtype
-from utils.platforms import require_disk
+from utils.platforms import require_disk, require_memory
+from utils.progress import track
 from utils.prompts import format_prompt
 from utils.rundir import RunDir
 
@@ -23,12 +24,10 @@ NEW_TOKENS = 48  # greedy tokens compared for each prompt
 
 def copy_adapter(run: RunDir) -> Path:
     """export/adapter: the trained adapter with its tokenizer, and nothing else beside it."""
-    source, target = run.file("training/adapter"), run.file("export/adapter")
-    scratch = run.file("export/.adapter.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(source, scratch, ignore=shutil.ignore_patterns("README.md", ".*"))
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
+    target = run.file("export/adapter")
+    with atomic_folder(target) as folder:
+        ignored = shutil.ignore_patterns("README.md", ".*")
+        shutil.copytree(run.file("training/adapter"), folder, ignore=ignored, dirs_exist_ok=True)
     return target
 
 
@@ -36,31 +35,44 @@ def merge_adapter(run: RunDir) -> Path:
     """export/merged: adapter folded into the 16-bit base weights (float32 where the run computes so), on the CPU.
 
     Merging into the 4-bit weights would round twice (peft's bnb layers requantise). Raises HardwareError where the
-    disk is too small, ModelError where a merged weight is not finite. A half-written folder never has the final name.
+    disk or main memory is too small, ModelError where a merged weight is not finite. A half-written folder never has the
+    final name.
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = run.config
+    config, target = run.config, run.file("export/merged")
     source = sixteen_bit_source(config)
     dtype = torch.float32 if torch_dtype(config) == torch.float32 else torch.bfloat16
-    base = AutoModelForCausalLM.from_pretrained(source, revision=_revision(config, source), dtype=dtype)
-    size = sum(p.numel() * p.element_size() for p in base.parameters()) / 2**30
-    target, scratch = run.file("export/merged"), run.file("export/.merged.tmp")
-    require_disk(run.path, size * 1.05 + 0.1, "The merged model")
-    try:
-        merged = PeftModel.from_pretrained(base, str(run.file("training/adapter"))).merge_and_unload(safe_merge=True)
-    except ValueError as error:  # safe_merge found NaN or infinity
-        raise ModelError(f"The adapter cannot be merged: {error}; train again with a lower learning rate.") from None
-    shutil.rmtree(scratch, ignore_errors=True)
-    merged.save_pretrained(str(scratch), safe_serialization=True)
-    load_tokenizer(model_source(config), config.model.revision).save_pretrained(str(scratch))
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
-    del base, merged
+    shape = AutoConfig.from_pretrained(source, revision=_revision(config, source))
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(shape, dtype=dtype).num_parameters() * dtype.itemsize / 2**30
+    instead = "The adapter is exported; run 05 elsewhere, or with export.merged=false."
+    require_memory(size * 1.1, "Merging", instead)
+    with atomic_folder(target) as folder:
+        require_disk(run.path, size * 1.05 + 0.1, "The merged model")
+        base = AutoModelForCausalLM.from_pretrained(source, revision=_revision(config, source), dtype=dtype)
+        try:
+            lora = PeftModel.from_pretrained(base, str(run.file("training/adapter")))
+            merged = lora.merge_and_unload(safe_merge=True)
+        except ValueError as error:  # safe_merge found NaN or infinity
+            raise ModelError(
+                f"The adapter cannot be merged: {error}; train again with a lower learning rate."
+            ) from None
+        merged.save_pretrained(str(folder), safe_serialization=True)
+        load_tokenizer(model_source(config), config.model.revision).save_pretrained(str(folder))
+    del base, lora, merged
     free_memory()
     return target
+
+
+def set_merged_aside(run: RunDir) -> None:
+    """Rename an earlier run's export/merged, so that it is not taken for this run's where merging is switched off."""
+    merged, aside = run.file("export/merged"), run.file("export/merged.previous")
+    if merged.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        merged.rename(aside)
 
 
 def sixteen_bit_source(config: Config) -> str:
@@ -149,7 +161,7 @@ def greedy_tokens(model, tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     import torch
 
     answers = []
-    for prompt in prompts:
+    for prompt in track(prompts, "comparing exports", unit="prompt"):
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         with torch.inference_mode():
             output = model.generate(
@@ -209,6 +221,8 @@ def write_card(run: RunDir) -> Path:
     metrics = json.loads(run.file("comparison/metrics.json").read_text(encoding="utf-8"))
     split = json.loads(run.file("data/split.json").read_text(encoding="utf-8"))
     primary = metrics["primary"]
+    lora = json.loads(run.file("export/adapter/adapter_config.json").read_text(encoding="utf-8"))
+    merged = "- Merged model: `merged/`, complete on its own.\n" if run.file("export/merged").exists() else ""
     text = f"""# {config.model.name}, fine-tuned with LoRA on {split["source"]}
 
 {metrics["sentence"]}
@@ -217,9 +231,8 @@ def write_card(run: RunDir) -> Path:
 |---|---|---|---|---|
 | | {primary["base"]:.3f} | {primary["tuned"]:.3f} | {primary["difference"]:+.3f} | {primary["ci95"][0]:+.3f} to {primary["ci95"][1]:+.3f} |
 
-- Adapter: `adapter/` (LoRA r={config.lora.r}, alpha={config.lora.lora_alpha}), to be loaded on the base model.
-- Merged model: `merged/`, complete on its own.
-- Prompt format: `{config.prompt.style}`. Training rows: {split["train_rows"]}; held-out rows: {split["eval_rows"]}, digest
+- Adapter: `adapter/` (LoRA r={lora["r"]}, alpha={lora["lora_alpha"]}), to be loaded on the base model.
+{merged}- Prompt format: `{config.prompt.style}`. Training rows: {split["train_rows"]}; held-out rows: {split["eval_rows"]}, digest
   `{split["eval_sha256"][:16]}`.
 
 For research and education. No medical advice, no diagnosis, no triage. The reasoning it learnt from is synthetic and

@@ -105,7 +105,7 @@ def draw_comparison(arms: Arms, metrics: dict, path: Path) -> Path:
 
 def _draw_shares(axis, metrics: dict) -> None:
     """Bars of every share metric in both arms; Wilson intervals take the items as independent."""
-    results = [r for r in (metrics["primary"], *metrics["secondary"]) if r["name"] in SHARES and r["name"] != "parsed"]
+    results = [r for r in (metrics["primary"], *metrics["secondary"]) if r["name"] in SHARES]
     results = [r for r in results if r["name"] != "stopped"][:4]
     for row, result in enumerate(results):
         for offset, arm, colour in ((-0.19, "base", BASE), (0.19, "tuned", TUNED)):

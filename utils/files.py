@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,25 @@ def atomic(path: Path) -> Iterator[Path]:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes `folder`'s place when the block ends well; until then the old one stays whole."""
+    scratch, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # a kill came between the two renames below
+    for leftover in (scratch, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if folder.exists():
+            folder.rename(old)
+        scratch.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,8 +90,14 @@ def digests(records: dict[str, dict]) -> dict[str, str]:
 
 
 def fingerprint(path: Path) -> str:
-    """A digest of a data file's bytes, or of a model folder's file names, sizes and times."""
+    """A digest of a data file's bytes, or of a model folder's file names, sizes and small files.
+
+    Not of times: a folder that is mounted anew in the next session is the same model.
+    """
     if path.is_file():
         return sha256(path)
-    entries = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in list_files(path, ".")]
+    entries = []
+    for file in list_files(path, "."):
+        size = file.stat().st_size
+        entries.append(f"{file.name} {size} {sha256(file) if size < 1_000_000 else ''}")
     return hashlib.sha256("\n".join(entries).encode()).hexdigest()

@@ -15,6 +15,7 @@ from utils.errors import HardwareError
 from utils.parsing import CLOSE
 from utils.progress import Progress
 
+_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NLL_TOKENS = 2048  # tokens in one forward pass of `completion_nll`; logits over 128k entries bound it
 
 
@@ -44,13 +45,13 @@ def answer_questions(
             try:
                 answers = _generate(model, tokenizer, batch, config)
             except RuntimeError as error:
-                if "out of memory" not in str(error).lower():
+                if not any(sign in str(error) for sign in _NO_MEMORY):
                     raise
-                if size == 1:
-                    raise HardwareError(
-                        "A single question does not fit into memory; lower generate.max_new_tokens."
-                    ) from None
-                size = max(1, min(size, len(batch)) // 2)
+                answers = None
+            if answers is None:  # outside the handler, whose traceback would keep the tensors alive
+                if len(batch) == 1:
+                    raise HardwareError("A single question does not fit into memory; lower generate.max_new_tokens.")
+                size = len(batch) // 2
                 _empty_cache()
                 continue
             with path.open("a", encoding="utf-8") as stream:
@@ -78,7 +79,8 @@ def _generate(model, tokenizer, batch: Sequence[Question], config: GenerateSecti
     # unsloth's generate turns padding_side to the right (unsloth issue 3283): set it before every batch.
     tokenizer.padding_side = "left"
     inputs = tokenizer([q.prompt for q in batch], return_tensors="pt", padding=True).to(model.device)
-    sampling = {"temperature": config.temperature, "top_p": config.top_p} if config.do_sample else {}
+    # transformers fills in top_k=50 unless told otherwise; what was registered is temperature and top_p.
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
     torch.manual_seed(config.seed + int(answer_key(batch[0], config, "")[:8], 16) % 2**31)
     with torch.inference_mode():
         output = model.generate(

@@ -32,9 +32,12 @@ def score_answers(answers: Mapping[str, dict], held_out: pd.DataFrame, benchmark
             item = items[identifier]
             given = explicit_letter(completion.answer, item["options"])
             correct, parsed, group = float(given == item["gold"]), float(given is not None), identifier
+            # Stated on the way and then cut off: nobody knows what the end would have been.
+            correct *= float(answer["finish_reason"] == "stop")
         else:
             row = rows[identifier]
             correct, parsed = _check_open(completion, row)
+            correct *= 1.0 if answer["finish_reason"] == "stop" else 0.0
             group = row["group"] if isinstance(row.get("group"), str) else identifier
         scored.append(
             {

@@ -14,7 +14,7 @@ from typing import Any
 from utils.config import EMBEDDED, Config
 from utils.credentials import share_hub_token
 from utils.errors import HardwareError, ModelError
-from utils.platforms import GIB, gpus
+from utils.platforms import GIB, gpus, resolve_hardware
 
 _PROBE = "Hello world, this is a test.\nx"
 _T4_GIB = 14.0
@@ -27,14 +27,13 @@ def start_backend(config: Config) -> str:
     backend that was asked for cannot run here.
     """
     prepare_device(config)
-    if device(config) == "cpu" and config.hardware.backend == "unsloth":
+    resolved = resolve_hardware(config.hardware)
+    if resolved["backend"] == "transformers":
+        return "transformers"
+    if resolved["device"] == "cpu":
         raise HardwareError("hardware.backend=unsloth needs a CUDA GPU; use transformers, or leave it on auto.")
-    if device(config) == "cpu" or config.hardware.backend == "transformers":
-        return "transformers"
     if importlib.util.find_spec("unsloth") is None:
-        if config.hardware.backend == "unsloth":
-            raise HardwareError("hardware.backend=unsloth, but unsloth is not installed; run 00_setup to install it.")
-        return "transformers"
+        raise HardwareError("hardware.backend=unsloth, but unsloth is not installed; run 00_setup to install it.")
     import unsloth  # noqa: F401
 
     return "unsloth"
@@ -55,20 +54,14 @@ def prepare_device(config: Config) -> None:
 
 def device(config: Config) -> str:
     """`cuda` or `cpu`: what the configuration asks for, or what is there."""
-    if config.hardware.device != "auto":
-        return config.hardware.device
-    return "cuda" if gpus() else "cpu"
+    return resolve_hardware(config.hardware)["device"]
 
 
 def torch_dtype(config: Config):
     """The dtype of activations: as configured, or float32 on a CPU, bfloat16 where the GPU has it, else float16."""
     import torch
 
-    if config.hardware.dtype != "auto":
-        return getattr(torch, config.hardware.dtype)
-    if device(config) == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return getattr(torch, resolve_hardware(config.hardware)["dtype"])
 
 
 def model_source(config: Config) -> str:
@@ -80,29 +73,32 @@ def model_source(config: Config) -> str:
     return config.model.name
 
 
-def check_model(config: Config) -> str:
-    """Where the base model will come from, in words; raises ModelError where it is neither here nor reachable."""
+def check_model(config: Config) -> tuple[str, str | None]:
+    """Where the base model will come from, in words, and the commit to pin where it comes from the Hub.
+
+    Raises ModelError where it is neither here nor reachable.
+    """
     name = config.model.name
     if name == EMBEDDED:
-        return "embedded: a tiny model, built on this machine"
+        return "embedded: a tiny model, built on this machine", None
     if Path(name).is_dir():
         missing = [file for file in ("config.json", "tokenizer.json") if not (Path(name) / file).exists()]
         if missing:
             raise ModelError(f"The model folder {name} lacks {' and '.join(missing)}; expected a Hugging Face model.")
-        return f"local folder {name}"
+        return f"local folder {name}", None
     from huggingface_hub import model_info, try_to_load_from_cache
 
     try:
         info = model_info(name, revision=config.model.revision, files_metadata=True)
     except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
         if try_to_load_from_cache(name, "config.json", revision=config.model.revision):
-            return f"{name}, from the cache (the Hub is out of reach)"
+            return f"{name}, from the cache (the Hub is out of reach)", None
         raise ModelError(
             f"The model {name} is neither a local folder nor reachable on the Hub ({type(error).__name__}); "
             "check model.name and the network."
         ) from None
     size = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")) / GIB
-    return f"{name} at {info.sha[:12]}, {size:.1f} GiB to download"
+    return f"{name} at {info.sha[:12]}, {size:.1f} GiB to download", info.sha
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None):

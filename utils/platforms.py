@@ -19,8 +19,10 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+import psutil
 from packaging.requirements import Requirement
 
+from utils.config import HardwareSection
 from utils.errors import HardwareError, PinError
 from utils.project import ROOT
 
@@ -75,9 +77,39 @@ def default_profile() -> str:
     return "t4" if gpus() else "demo"
 
 
+def resolve_hardware(hardware: HardwareSection) -> dict[str, str]:
+    """What `auto` comes to on this machine: device, backend, dtype, as plain words.
+
+    unsloth where it is installed and a CUDA GPU is there; bfloat16 from compute capability 8.0 on (a T4 has 7.5).
+    """
+    device, backend, dtype = hardware.device, hardware.backend, hardware.dtype
+    if device == "auto":
+        device = "cuda" if gpus() else "cpu"
+    if backend == "auto":
+        backend = "unsloth" if device == "cuda" and importlib.util.find_spec("unsloth") else "transformers"
+    if dtype == "auto":
+        modern = bool(gpus()) and float(gpus()[0].capability or 0) >= 8.0
+        dtype = "float32" if device == "cpu" else "bfloat16" if modern else "float16"
+    return {"device": device, "backend": backend, "dtype": dtype}
+
+
 def memory_gib() -> float:
     """This machine's main memory in GiB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def require_memory(needed_gib: float, purpose: str, instead: str) -> None:
+    """Raise HardwareError with both numbers where less than `needed_gib` of main memory is to be had."""
+    available = psutil.virtual_memory().available / GIB
+    if available < needed_gib:
+        raise HardwareError(
+            f"{purpose} needs {needed_gib:.1f} GiB of main memory; found {available:.1f} GiB available. {instead}"
+        )
+
+
+def hub_cache() -> Path:
+    """The folder that huggingface_hub downloads into."""
+    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
 
 
 def free_disk_gib(path: Path) -> float:
@@ -149,8 +181,8 @@ def read_pins(path: Path | None = None) -> dict[str, Requirement]:
 def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | None]]:
     """Compare every pin with what is installed: rows of package, pinned, found, holds.
 
-    Raises PinError for the first package of the stack that a run rests on and whose pin does not hold. Packages that
-    this machine does not need (unsloth without a CUDA GPU, say) are reported and not enforced.
+    Raises PinError for the first package that is installed in another version, or that a run needs and is missing.
+    A package that this machine does without (unsloth without a CUDA GPU, say) is reported and not enforced.
     """
     pins = read_pins()
     rows = []
@@ -160,7 +192,7 @@ def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | 
         rows.append({"package": name, "pinned": str(requirement.specifier), "found": found, "holds": holds})
     needed = {_normalise(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
     for row in rows if enforce else ():
-        if row["package"] in needed and not row["holds"]:
+        if not row["holds"] and (row["found"] is not None or row["package"] in needed):
             raise PinError(
                 f"{row['package']} is {row['found'] or 'not installed'}, but requirements.txt asks for "
                 f"{row['package']}{row['pinned']}; run `pip install -r requirements.txt` and restart the kernel."
@@ -181,10 +213,12 @@ def install_missing() -> None:
     """
     if where() == "local":
         return
+    # Without a GPU nothing can use the CUDA stack; a kernel cannot replace the ipykernel that it runs on.
+    left_out = {"ipykernel"} | (set() if gpus() else {_normalise(name) for name in CUDA_STACK})
     missing = [
         str(requirement)
         for name, requirement in read_pins().items()
-        if not requirement.specifier.contains(installed(name) or "0", prereleases=True) or installed(name) is None
+        if name not in left_out and not requirement.specifier.contains(installed(name) or "0", prereleases=True)
     ]
     if missing:
         held = [f"{name}=={installed(name)}" for name in ("torch", "torchvision", "torchaudio") if installed(name)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,21 +16,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config, absolute_overrides, load_config
+from utils.config import EMBEDDED, Config, absolute_overrides, load_config
 from utils.errors import RunDirError, StageOrderError
 from utils.files import digests, fingerprint, record_files, sha256, write_json, write_text
 from utils.platforms import (
     CUDA_STACK,
     STACK,
     default_profile,
+    hub_cache,
     installed,
     peak_memory,
     quiet_libraries,
     require_disk,
     require_gpu,
+    resolve_hardware,
 )
 from utils.project import embedded_fingerprint, runs_dir, source_digest
-from utils.stages import BY_NAME, STAGES, Stage
+from utils.stages import BY_NAME, STAGES, Stage, ancestors
 
 _HEADER = "# Written by the series: the settings in force. To change one, edit the profile or pass --set / OVERRIDES.\n"
 
@@ -82,13 +83,17 @@ class RunDir:
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that this stage's result rests on, local data and model named by their content."""
         values = self.config.sections(*stage.settings)
+        # What changes no result must not make hours of work stale.
+        for section, keys in (("train", ("save_steps", "logging_steps")), ("generate", ("batch_size",))):
+            for key in keys if section in values else ():
+                del values[section][key]
         if "data" in values:
             for label, path in (("data", self.config.data.path), ("benchmark", self.config.evaluate.benchmark.path)):
                 if path is not None and path.exists():
                     values[f"{label} file"] = fingerprint(path)
         if "model" in values:
             folder = Path(self.config.model.name)
-            if self.config.model.name == "embedded":
+            if self.config.model.name == EMBEDDED:
                 values["model files"] = embedded_fingerprint()
             elif folder.is_dir():
                 values["model files"] = fingerprint(folder)
@@ -117,6 +122,14 @@ class StageRun(RunDir):
 
     stage: Stage = STAGES[0]
     started: float = field(default_factory=time.monotonic)
+
+    def pin(self, key: str, value: str | None) -> None:
+        """Keep a setting that was found out here, such as the commit behind a Hub id, for every later stage."""
+        if value is not None:
+            self.overrides = {**self.overrides, key: value}
+            self.config = load_config(self.config.profile, self.overrides)
+            self.save()
+            self.write_record(self.stage, **{**self.record(self.stage), "settings": self.settings(self.stage)})
 
     def finish(self, **figures: float | int | str) -> None:
         """Hash what was written and mark the stage done; `figures` are kept in the manifest beside it."""
@@ -212,18 +225,11 @@ def open_stage(
     quiet_libraries()
     stage = BY_NAME[name]
     run = open_run(profile, run_dir, overrides)
-    for needed in stage.needs:
-        reason = run.stale_because(BY_NAME[needed], with_notebook=False)
-        if reason:
-            raise StageOrderError(
-                f"{name} needs {needed}, but {reason} in {run.path}; run notebooks/{needed}.ipynb first, "
-                f"with the same PROFILE and RUN_DIR."
-            )
-    hardware = run.config.hardware
-    if hardware.device == "cuda" and name != "02_dataset_formatting":
-        require_gpu(run.config.profile, hardware.min_gpu_memory_gib)
-    if name == "00_setup":
-        require_disk(run.path, hardware.min_disk_gib, f"The profile {run.config.profile}")
+    require_ancestors(run, stage)
+    require_hardware(run, stage)
+    computed_on = resolve_hardware(run.config.hardware)
+    if name == "04_comparison":
+        _require_same_conditions(run, computed_on)
     run.save()  # only now that nothing stands against it
     opened = StageRun(run.path, run.config, run.overrides, stage)
     opened.write_record(
@@ -234,11 +240,47 @@ def open_stage(
         notebook=notebook_digest(stage),
         sources=source_digest(),
         versions={package: installed(package) for package in ("torch", *STACK, *CUDA_STACK)},
-        process=os.getpid(),
+        computed_on=computed_on,
         inputs=record_files(run.path, stage.inputs),
         outputs={},
     )
     return opened
+
+
+def require_ancestors(run: RunDir, stage: Stage) -> None:
+    """Raise StageOrderError unless every stage that this one rests on is done and current."""
+    for needed in ancestors(stage):
+        reason = run.stale_because(needed, with_notebook=False)
+        if reason:
+            raise StageOrderError(
+                f"{stage.name} needs {needed.name}, but {reason} in {run.path}; run notebooks/{needed.name}.ipynb first, "
+                f"with the same PROFILE and RUN_DIR."
+            )
+
+
+def require_hardware(run: RunDir, stage: Stage) -> None:
+    """Raise HardwareError where this machine lacks what the profile asks for."""
+    hardware, profile = run.config.hardware, run.config.profile
+    if hardware.device == "cuda" and stage.name != "02_dataset_formatting":
+        require_gpu(profile, hardware.min_gpu_memory_gib)
+    if stage.name == "00_setup":
+        require_disk(run.path, hardware.min_disk_gib, f"The profile {profile}")
+        if run.config.model.name != EMBEDDED and not Path(run.config.model.name).is_dir():
+            require_disk(hub_cache(), hardware.min_cache_gib, "The base model's download")
+
+
+def _require_same_conditions(run: RunDir, now: dict[str, str]) -> None:
+    """Both arms must compute alike: another backend or dtype in 04 than in 01 would be compared as fine-tuning."""
+    before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on")
+    if before != now:
+        raise StageOrderError(
+            f"The baseline was answered on {_words(before)}, this is {_words(now)}; run 01_baseline_inference here again, "
+            "so that both arms answer under the same conditions."
+        )
+
+
+def _words(computed_on: dict[str, str] | None) -> str:
+    return ", ".join((computed_on or {}).values())
 
 
 def altered_files(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -24,7 +25,7 @@ from utils.errors import UserError
 from utils.progress import VARIABLE
 from utils.project import ROOT
 from utils.report import executed_dir, write_report
-from utils.rundir import RunDir, open_run
+from utils.rundir import RunDir, open_run, require_ancestors
 from utils.stages import STAGES, Stage, find_stage
 
 
@@ -68,6 +69,10 @@ def run_series(
     run = open_run(profile, run_dir, overrides, forget=fresh)
     if fresh:
         run.save()  # the notebooks would find the earlier overrides otherwise
+        _set_aside(run)
+    earlier = STAGES[: STAGES.index(find_stage(first))]
+    if earlier:
+        require_ancestors(run, find_stage(first))
     started, worked = time.monotonic(), False
     for stage in STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]:
         reason = "--fresh" if fresh else run.stale_because(stage)
@@ -82,6 +87,15 @@ def run_series(
         write_report(run)
     _summarise(run, console, time.monotonic() - started)
     return run
+
+
+def _set_aside(run: RunDir) -> None:
+    """Rename what a stage would go on from, so that `--fresh` begins at the beginning and loses nothing."""
+    for name in ("baseline/answers.jsonl", "tuned/answers.jsonl", "training/checkpoints"):
+        place, aside = run.file(name), run.file(f"{name}.old")
+        if place.exists():
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+            place.rename(aside)
 
 
 def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
@@ -102,11 +116,9 @@ def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
                 kernel_manager_class=IpcKernelManager,
             )
         except PapermillExecutionError as error:
-            line.fail()
             _mark_failed(run, stage, error.evalue)
             raise SeriesFailed(run, stage, _sentence(error)) from None
         except DeadKernelError:
-            line.fail()
             message = "its kernel died, most often because memory ran out; what was saved stays"
             _mark_failed(run, stage, message)
             raise SeriesFailed(run, stage, message) from None
@@ -153,7 +165,7 @@ class _LiveLine:
 
     def __init__(self, console: Console, stage: Stage, file: Path):
         self.console, self.stage, self.file = console, stage, file
-        self._stop, self._failed = threading.Event(), False
+        self._stop = threading.Event()
 
     def __enter__(self) -> _LiveLine:
         self.started = time.monotonic()
@@ -164,18 +176,14 @@ class _LiveLine:
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         self._stop.set()
         self._thread.join()
         if self._status:
             self._status.stop()
-        mark = "[red]✗[/red]" if self._failed else "[green]✓[/green]"
+        mark = "[red]✗[/red]" if kind else "[green]✓[/green]"
         spent = time.monotonic() - self.started
         self.console.print(f"{mark} {self.stage.number} {self.stage.title}  [dim]{spent:.0f} s[/dim]", highlight=False)
-
-    def fail(self) -> None:
-        """Mark the line as failed."""
-        self._failed = True
 
     def _text(self) -> str:
         text = f"{self.stage.number} {self.stage.title}  [dim]{time.monotonic() - self.started:.0f} s[/dim]"

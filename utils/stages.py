@@ -44,8 +44,18 @@ STAGES = (
             "data/eval.parquet",
             "data/benchmark.jsonl",
             "data/split.json",
+            "data/registration.json",
         ),
-        settings=("data", "evaluate.benchmark", "evaluate.questions", "model.name", "model.revision"),
+        settings=(
+            "data",
+            "evaluate.primary",
+            "evaluate.questions",
+            "evaluate.benchmark",
+            "evaluate.seed",
+            "generate",
+            "model.name",
+            "model.revision",
+        ),
     ),
     Stage(
         name="01_baseline_inference",
@@ -76,7 +86,7 @@ STAGES = (
         title="Comparison and verdict",
         needs=("01_baseline_inference", "03_lora_training"),
         inputs=("data/eval.parquet", "data/benchmark.jsonl", "baseline", "training/adapter"),
-        outputs=("tuned", "comparison"),
+        outputs=("tuned/answers.jsonl", "tuned/nll.parquet", "comparison"),
         settings=(*_MODEL, "generate", "evaluate"),
     ),
     Stage(
@@ -90,6 +100,14 @@ STAGES = (
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def ancestors(stage: Stage) -> list[Stage]:
+    """Every stage that `stage` rests on, directly or not, in the order of the series."""
+    needed: set[str] = set(stage.needs)
+    for name in stage.needs:
+        needed |= {earlier.name for earlier in ancestors(BY_NAME[name])}
+    return [other for other in STAGES if other.name in needed]
 
 
 def find_stage(number_or_name: str) -> Stage:

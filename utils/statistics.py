@@ -101,7 +101,6 @@ def compare_paired(
     groups: Sequence[str],
     *,
     higher_is_better: bool = True,
-    confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> PairedResult:
@@ -128,7 +127,7 @@ def compare_paired(
         base=float(a.mean()),
         tuned=float(b.mean()),
         difference=float((b - a).mean()),
-        ci95=paired_interval(b - a, groups, confidence, resamples, seed),
+        ci95=paired_interval(b - a, groups, 1 - ALPHA, resamples, seed),
         p_value=p_value,
         groups=len(set(groups)),
         test=test,

@@ -27,7 +27,10 @@ class Tracker:
             return
         key = find_secret("WANDB_API_KEY") if run.config.tracking.mode == "auto" else None
         folder = run.file("tracking")
-        modes = ["online", "offline"] if key else ["offline"]
+        # WANDB_MODE is wandb's own switch; who sets it means it.
+        wished = os.environ.get("WANDB_MODE")
+        modes = ["online", "offline"] if key and wished in (None, "online") else [wished or "offline"]
+        modes = ["offline"] if modes == ["online"] else modes
         for mode in modes:
             self.mode = mode
             if key and mode == "online":
@@ -94,5 +97,11 @@ def _start(run: StageRun, job_type: str, folder: Path, mode: str):
         config=run.config.model_dump(mode="json"),
         dir=str(folder),
         mode=mode,
-        settings=wandb.Settings(init_timeout=_INIT_TIMEOUT_S, console="off", disable_git=True, disable_code=True),
+        settings=wandb.Settings(
+            init_timeout=_INIT_TIMEOUT_S,
+            finish_timeout=_INIT_TIMEOUT_S,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+        ),
     )

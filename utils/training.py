@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from utils.errors import TrainingError
-from utils.files import atomic, digests, record_files
+from utils.files import atomic, atomic_folder, digests, record_files
 from utils.platforms import peak_memory
 from utils.progress import Progress
 from utils.rundir import StageRun
@@ -72,7 +72,7 @@ class HealthCallback(TrainerCallback):
 def checkpoint_dir(run: StageRun) -> Path:
     """Where this run's checkpoints go: a folder named by what they rest on, so that no other run's are resumed."""
     inputs = digests(record_files(run.path, run.stage.inputs))
-    basis = json.dumps([run.settings(run.stage), inputs], sort_keys=True)
+    basis = json.dumps([run.settings(run.stage), run.record(run.stage)["computed_on"], inputs], sort_keys=True)
     return run.file("training/checkpoints") / hashlib.sha256(basis.encode()).hexdigest()[:12]
 
 
@@ -95,20 +95,37 @@ def training_log(trainer) -> pd.DataFrame:
     return log.apply(pd.to_numeric, errors="coerce")
 
 
-def save_adapter(model, tokenizer, run: StageRun, log: pd.DataFrame, folder: Path) -> None:
-    """training/adapter (safetensors and tokenizer) and training/log.csv; checkpoints of other settings are removed."""
-    target, scratch = run.file("training/adapter"), run.file("training/.adapter.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+def check_loss_mask(dataset, formatted: pd.DataFrame) -> str:
+    """Compare what the trainer will count with what notebook 02 counted; returns both in words.
+
+    `dataset` is the trainer's, one sequence for each row or for each pack of rows; `formatted` has `tokens` and
+    `counted` for each row. Raises TrainingError where tokens or counted tokens differ in sum: a backend that masks
+    otherwise, or cuts rows, would train another objective without a word.
+    """
+    tokens = counted = 0
+    for sequence in dataset:
+        tokens += len(sequence["input_ids"])
+        if "labels" in sequence:  # what the collator takes; a completion_mask beside them was folded in, or not meant
+            counted += sum(label != -100 for label in sequence["labels"])
+        else:
+            counted += sum(sequence.get("completion_mask", [1] * len(sequence["input_ids"])))
+    wanted = (int(formatted["tokens"].sum()), int(formatted["counted"].sum()))
+    if (tokens, counted) != wanted:
+        raise TrainingError(
+            f"The trainer holds {tokens} tokens with {counted} in the loss; 02 formatted {wanted[0]} with {wanted[1]}: "
+            "run 02 again, and check that the pinned versions are installed."
+        )
+    return f"{len(dataset)} sequences hold {tokens:,} tokens, {counted:,} of them in the loss: exactly those of 02"
+
+
+def save_adapter(model, tokenizer, run: StageRun, log: pd.DataFrame) -> None:
+    """training/adapter (safetensors and tokenizer) and training/log.csv."""
     tokenizer.padding_side = "right"
-    model.save_pretrained(str(scratch), safe_serialization=True)
-    tokenizer.save_pretrained(str(scratch))
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
+    with atomic_folder(run.file("training/adapter")) as folder:
+        model.save_pretrained(str(folder), safe_serialization=True)
+        tokenizer.save_pretrained(str(folder))
     with atomic(run.file("training/log.csv")) as path:
         log.to_csv(path, index=False)
-    for other in run.file("training/checkpoints").glob("*"):
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
 
 
 def memory_report() -> str:
