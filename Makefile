@@ -25,6 +25,7 @@ bench:  ## on a CUDA machine: the whole series with 8B shapes; ROWS and ITEMS ar
 # Made anew only when a requirements file is newer than the last installation that worked.
 $(VENV)/installed: requirements.txt requirements-cpu.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@echo "Installing about 2 GB into $(VENV); this takes some minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(IN) -m pip install --quiet -r requirements-cpu.txt
 	@touch $@
@@ -34,6 +35,7 @@ address:  ## make address REPOSITORY=you/fork: put your repository into badges a
 	@old=$$(sed -n 's/^REPOSITORY = "\(.*\)"/\1/p' utils/project.py); \
 	git grep -lF "$$old" -- notebooks README.md utils | xargs sed -i "s#$$old#$(REPOSITORY)#g"
 	$(MAKE) bundle
+	@echo "Badges and bootstrap cells point to $(REPOSITORY); put your Kaggle user name into id in kernel-metadata.json."
 
 clean:
 	rm -rf $(VENV) runs

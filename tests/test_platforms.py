@@ -154,7 +154,7 @@ def test_pins_that_hold_are_reported_and_a_platforms_own_torch_build_counts(monk
     have(monkeypatch, torchao="0.17.0")
     rows = check_pins(cuda=True)
     assert {row["package"] for row in rows} == set(read_pins()) and all(row["holds"] for row in rows)
-    assert {"package": "trl", "pinned": "==1.14.2", "found": "1.14.2", "holds": True} in rows
+    assert {"package": "trl", "pinned": "==1.14.2", "found": "1.14.2", "holds": True, "needed here": True} in rows
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error.name} is not installed for {sys.executable}; run make demo, then .venv/bin/python -m utils."
+    ) from None
 
 from utils.config import parse_overrides
 from utils.errors import UserError
@@ -44,7 +49,7 @@ def run(
         run_series(profile, run_dir, parse_overrides(set_ or []), from_, to, fresh, console)
     except SeriesFailed as failure:
         console.print(f"[red]{failure.stage.name} failed:[/red] {failure}", highlight=False, soft_wrap=True)
-        console.print(f"To continue: {failure.continue_with}", highlight=False, soft_wrap=True)
+        console.print(f"To continue, once that is mended: {failure.continue_with}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -63,8 +68,9 @@ def score(run_dir: RunDirArgument) -> None:
     draw_comparison(arms, metrics, run.file("comparison/comparison.png"))
     stage = BY_NAME["04_comparison"]
     run.write_record(stage, **{**run.record(stage), "outputs": record_files(run.path, stage.outputs)})
-    console.print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"), highlight=False)
-    console.print(metrics["sentence"], style="bold", highlight=False)
+    text = table.to_string(index=False, float_format=lambda x: f"{x:.3f}")
+    console.print(text, highlight=False, soft_wrap=True)
+    console.print(metrics["sentence"], style="bold", highlight=False, soft_wrap=True)
 
 
 @app.command()

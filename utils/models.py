@@ -86,6 +86,8 @@ def check_model(config: Config) -> tuple[str, str | None]:
         if missing:
             raise ModelError(f"The model folder {name} lacks {' and '.join(missing)}; expected a Hugging Face model.")
         return f"local folder {name}", None
+    if name.startswith(("/", ".", "~")):
+        raise ModelError(f"There is no model folder {name}; check model.name, or give a Hub id such as owner/name.")
     from huggingface_hub import model_info, try_to_load_from_cache
 
     try:

@@ -191,6 +191,8 @@ def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | 
         holds = found is not None and requirement.specifier.contains(found, prereleases=True)
         rows.append({"package": name, "pinned": str(requirement.specifier), "found": found, "holds": holds})
     needed = {_normalise(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
+    for row in rows:
+        row["needed here"] = row["package"] in needed
     for row in rows if enforce else ():
         if not row["holds"] and (row["found"] is not None or row["package"] in needed):
             raise PinError(

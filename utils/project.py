@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import sys
 from pathlib import Path
 
 NAME = "deepseek-r1-medical-lora"
@@ -15,6 +16,13 @@ PROFILES = NOTEBOOKS / "profiles"
 # yours here, into the notebooks' first cells and into the README; while it starts with OWNER/, nothing is cloned.
 REPOSITORY = "OWNER/deepseek-r1-medical-lora"
 REF = "v0.1.0"
+
+
+def command() -> str:
+    """How this command line is called from here: a line that it prints must run when it is pasted."""
+    python = Path(sys.executable)
+    short = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{short} -m utils"
 
 
 def runs_dir() -> Path:

@@ -7,6 +7,7 @@ import csv
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
@@ -96,11 +97,12 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     chapters = []
     for stage in STAGES:
-        source = executed_dir(run) / f"{stage.name}.ipynb"
-        if not source.exists():
+        source, record = executed_dir(run) / f"{stage.name}.ipynb", run.record(stage)
+        finished = record.get("finished")
+        # A notebook run by hand leaves no executed copy here: an older one would show another run.
+        if not source.exists() or (finished and source.stat().st_mtime < datetime.fromisoformat(finished).timestamp()):
             continue
         body, _ = exporter.from_notebook_node(_for_report(nbformat.read(source, as_version=4)))
-        record = run.record(stage)
         peak = record.get("peak_memory", {})
         gpu = f", {peak['gpu_reserved_gib']} GiB GPU" if "gpu_reserved_gib" in peak else ""
         chapters.append(

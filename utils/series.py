@@ -23,7 +23,7 @@ from rich.console import Console
 
 from utils.errors import UserError
 from utils.progress import VARIABLE
-from utils.project import ROOT
+from utils.project import ROOT, command
 from utils.report import executed_dir, write_report
 from utils.rundir import RunDir, open_run, require_ancestors
 from utils.stages import STAGES, Stage, find_stage
@@ -47,7 +47,7 @@ class SeriesFailed(Exception):
         super().__init__(sentence)
         self.stage = stage
         self.continue_with = (
-            f"python -m utils run --profile {run.config.profile} --run-dir {run.path} --from {stage.number}"
+            f"{command()} run --profile {run.config.profile} --run-dir {run.path} --from {stage.number}"
         )
 
 
@@ -70,9 +70,14 @@ def run_series(
     if fresh:
         run.save()  # the notebooks would find the earlier overrides otherwise
         _set_aside(run)
-    earlier = STAGES[: STAGES.index(find_stage(first))]
-    if earlier:
-        require_ancestors(run, find_stage(first))
+    if run.overrides:
+        kept = ", ".join(f"{key}={value}" for key, value in run.overrides.items())
+        console.print(
+            f"[dim]  settings beside the profile's: {kept} (--fresh forgets them)[/dim]",
+            highlight=False,
+            soft_wrap=True,
+        )
+    require_ancestors(run, find_stage(first))
     started, worked = time.monotonic(), False
     for stage in STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]:
         reason = "--fresh" if fresh else run.stale_because(stage)
@@ -118,6 +123,8 @@ def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
         except PapermillExecutionError as error:
             _mark_failed(run, stage, error.evalue)
             raise SeriesFailed(run, stage, _sentence(error)) from None
+        except KeyboardInterrupt:
+            raise SeriesFailed(run, stage, "interrupted; what was saved stays") from None
         except DeadKernelError:
             message = "its kernel died, most often because memory ran out; what was saved stays"
             _mark_failed(run, stage, message)
@@ -155,7 +162,7 @@ def _summarise(run: RunDir, console: Console, seconds: float) -> None:
     for name, path, hint in rows:
         if run.file(path).exists():
             console.print(f"  {name:<8} {run.file(path)}  [dim]{hint}[/dim]", highlight=False, soft_wrap=True)
-    again = f"python -m utils run --profile {run.config.profile} --run-dir {run.path} --set KEY=VALUE"
+    again = f"{command()} run --profile {run.config.profile} --run-dir {run.path} --set KEY=VALUE"
     console.print(f"[dim]{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {again}[/dim]",
                   highlight=False, soft_wrap=True)  # fmt: skip
 
