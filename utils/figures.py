@@ -90,6 +90,7 @@ def draw_comparison(arms: Arms, metrics: dict, path: Path) -> Path:
             mean = frame["reasoning_tokens"].mean()
             text = f"{label}: {mean:.0f} on average"
             lengths.hist(frame["reasoning_tokens"], bins=bins, color=colour, alpha=0.75, label=text)
+        lengths.set_ylim(top=lengths.get_ylim()[1] * 1.22)  # room for the legend above the bars
         lengths.legend(frameon=False, loc="upper center")
     lengths.set(title="Length of the reasoning", xlabel="tokens", ylabel="answers")
     if len(arms.base_nll):
@@ -97,7 +98,7 @@ def draw_comparison(arms: Arms, metrics: dict, path: Path) -> Path:
         losses.scatter(base, tuned, s=14, color=TUNED, alpha=0.55, edgecolor="none")
         top = max(base.max(), tuned.max()) * 1.08
         losses.plot([0, top], [0, top], color=INK, linewidth=1, linestyle="--")
-        losses.text(top * 0.97, top * 0.9, "no change", ha="right", va="top", color=INK, fontsize=9)
+        losses.text(top * 0.62, top * 0.8, "no change", ha="right", color=INK, fontsize=9)
         losses.set(xlim=(0, top), ylim=(0, top))
     losses.set(title="Loss on each held-out row", xlabel="base (nats per token)", ylabel="fine-tuned")
     return _save(figure, path)
