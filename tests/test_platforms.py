@@ -197,3 +197,18 @@ def test_the_description_of_the_machine_is_plain_json_without_personal_data(nvid
 
 def test_the_peak_memory_of_this_process_is_plausible():
     assert 0.01 < platforms.peak_memory()["rss_gib"] < platforms.memory_gib()
+
+
+def test_the_kernel_that_the_platform_brings_is_not_held_against_the_run(monkeypatch):
+    """Kaggle's and Colab's ipykernel is an older one, and a running kernel cannot be replaced."""
+    pinned = {name: next(iter(pin.specifier)).version for name, pin in platforms.read_pins().items()}
+    monkeypatch.setattr(
+        platforms, "installed", lambda name: {**pinned, "torch": "2.11.0", "torchao": "0.18.0"}.get(name)
+    )
+    platforms.check_pins(cuda=False)
+    pinned["ipykernel"] = "6.29.5"
+    rows = {row["package"]: row for row in platforms.check_pins(cuda=False)}
+    assert rows["ipykernel"]["holds"] is False
+    pinned["pandas"] = "2.2.2"
+    with pytest.raises(PinError, match=r"pandas is 2\.2\.2, but requirements\.txt asks for pandas==3\.1\.1"):
+        platforms.check_pins(cuda=False)

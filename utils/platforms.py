@@ -194,7 +194,8 @@ def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | 
     for row in rows:
         row["needed here"] = row["package"] in needed
     for row in rows if enforce else ():
-        if not row["holds"] and (row["found"] is not None or row["package"] in needed):
+        installed_otherwise = row["found"] is not None and row["package"] not in _left_to_the_platform()
+        if not row["holds"] and (installed_otherwise or row["needed here"]):
             raise PinError(
                 f"{row['package']} is {row['found'] or 'not installed'}, but requirements.txt asks for "
                 f"{row['package']}{row['pinned']}; run `pip install -r requirements.txt` and restart the kernel."
@@ -215,8 +216,7 @@ def install_missing() -> None:
     """
     if where() == "local":
         return
-    # Without a GPU nothing can use the CUDA stack; a kernel cannot replace the ipykernel that it runs on.
-    left_out = {"ipykernel"} | (set() if gpus() else {_normalise(name) for name in CUDA_STACK})
+    left_out = _left_to_the_platform()
     missing = [
         str(requirement)
         for name, requirement in read_pins().items()
@@ -233,6 +233,14 @@ def install_missing() -> None:
             raise PinError(f"pip could not install {', '.join(missing)}: {last} Check that the internet is on.")
         print(f"installed {', '.join(missing)}")
     _drop_old_torchao()
+
+
+def _left_to_the_platform() -> set[str]:
+    """Packages whose version is not ours to choose here.
+
+    A kernel cannot replace the ipykernel that it runs on, and without a GPU nothing can use the CUDA stack.
+    """
+    return {"ipykernel"} | (set() if gpus() else {_normalise(name) for name in CUDA_STACK})
 
 
 def _drop_old_torchao() -> None:
