@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 
 from utils.answers import Question, answer_key, arm_digest, build_questions, current_answers, read_answers, register
-from utils.config import GenerateSection, load_config
+from utils.config import load_config
 from utils.errors import StageOrderError
 from utils.rundir import open_run
+from utils.settings import GenerateSection
 from utils.stages import BY_NAME
 
 SAMPLED, GREEDY = GenerateSection(), GenerateSection(do_sample=False)

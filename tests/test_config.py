@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from utils import config as config_module
-from utils.config import Config, absolute_overrides, load_config, parse_overrides, profile_names
+from utils.config import absolute_overrides, load_config, parse_overrides, profile_names
 from utils.errors import ConfigError
 from utils.project import PROFILES
+from utils.settings import Config
 
 
 def refusal(profile: str = "demo", **overrides) -> str:

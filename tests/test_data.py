@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.config import BenchmarkSection, Config, load_config
+from utils.config import load_config
 from utils.data import check_rows, load_benchmark, read_benchmark, read_table, split_rows, write_split
 from utils.errors import DataError
+from utils.settings import BenchmarkSection, Config
 
 ROWS = [
     {"Question": 'A man, aged 45, says "ow".\nWhat\'s wrong?', "Complex_CoT": "Okay, so…\n\nHmm.", "Response": "Gout."},

@@ -10,10 +10,10 @@ import torch
 
 from utils import generation
 from utils.answers import Question, read_answers
-from utils.config import GenerateSection
 from utils.errors import HardwareError
 from utils.generation import answer_questions, completion_nll, tokenize_row
 from utils.prompts import format_row
+from utils.settings import GenerateSection
 
 GREEDY = GenerateSection(max_new_tokens=12, batch_size=4, do_sample=False)
 ROWS = [

@@ -8,7 +8,7 @@ import pytest
 
 from utils.project import ROOT
 
-GROUND = "errors files progress project stages config platforms credentials rundir tracking".split()
+GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
 PURE = "demo_data prompts parsing metrics statistics data answers".split()
 MODELS = "demo models".split()
 WORK = "generation comparison figures training export report".split()

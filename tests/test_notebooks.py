@@ -9,8 +9,8 @@ import re
 import nbformat
 import pytest
 
-from utils.config import Config
 from utils.project import NOTEBOOKS, REF, REPOSITORY
+from utils.settings import Config
 from utils.stages import STAGES
 
 NAMES = [stage.name for stage in STAGES]

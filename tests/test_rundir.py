@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from utils import platforms, rundir
-from utils.config import Config
 from utils.errors import ConfigError, HardwareError, RunDirError, StageOrderError
 from utils.files import write_text
 from utils.rundir import RunDir, StageRun, altered_files, open_run, open_stage, read_manifest
+from utils.settings import Config
 from utils.stages import BY_NAME, STAGES, find_stage
 
 NEEDY = [(stage.name, stage.needs[0]) for stage in STAGES if stage.needs]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.config import Config, GenerateSection
 from utils.errors import StageOrderError
 from utils.files import digests, write_json
 from utils.prompts import format_multiple_choice, format_prompt
 from utils.rundir import RunDir
+from utils.settings import Config, GenerateSection
 from utils.stages import BY_NAME
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from utils import demo_data
-from utils.config import EMBEDDED, BenchmarkSection, Config, DataSection
 from utils.errors import DataError
 from utils.files import atomic, write_json, write_text
+from utils.settings import EMBEDDED, BenchmarkSection, Config, DataSection
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
 _ITEM_COLUMNS = ("question", "options", "answer_idx")  # MedQA's names

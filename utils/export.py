@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.config import Config
 from utils.errors import ModelError
 from utils.files import atomic_folder, digests, record_files, write_text
 from utils.models import free_memory, load_plain, load_tokenizer, model_source, torch_dtype
@@ -18,6 +17,7 @@ from utils.platforms import require_disk, require_memory
 from utils.progress import track
 from utils.prompts import format_prompt
 from utils.rundir import RunDir
+from utils.settings import Config
 
 NEW_TOKENS = 48  # greedy tokens compared for each prompt
 

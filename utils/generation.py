@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 from utils.answers import Question, answer_key, read_answers
-from utils.config import GenerateSection
 from utils.errors import HardwareError
 from utils.parsing import CLOSE
 from utils.progress import Progress
+from utils.settings import GenerateSection
 
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NLL_TOKENS = 2048  # tokens in one forward pass of `completion_nll`; logits over 128k entries bound it

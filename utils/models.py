@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from utils.config import EMBEDDED, Config
 from utils.credentials import share_hub_token
 from utils.errors import HardwareError, ModelError
 from utils.platforms import GIB, gpus, resolve_hardware
+from utils.settings import EMBEDDED, Config
 
 _PROBE = "Hello world, this is a test.\nx"
 _T4_GIB = 14.0

@@ -22,9 +22,9 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from utils.config import HardwareSection
 from utils.errors import HardwareError, PinError
 from utils.project import ROOT
+from utils.settings import HardwareSection
 
 GIB = 1024**3
 # Which of the pins a run rests on: these change numbers or break cells when they move.

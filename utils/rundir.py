@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from utils.config import EMBEDDED, Config, absolute_overrides, load_config
+from utils.config import absolute_overrides, load_config
 from utils.errors import RunDirError, StageOrderError
 from utils.files import digests, fingerprint, record_files, sha256, write_json, write_text
 from utils.platforms import (
@@ -32,6 +32,7 @@ from utils.platforms import (
     resolve_hardware,
 )
 from utils.project import embedded_fingerprint, runs_dir, source_digest
+from utils.settings import EMBEDDED, Config
 from utils.stages import BY_NAME, STAGES, Stage, ancestors
 
 _HEADER = "# Written by the series: the settings in force. To change one, edit the profile or pass --set / OVERRIDES.\n"

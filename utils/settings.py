@@ -1,0 +1,215 @@
+"""Every setting of a run: its name, its type, its range.
+
+Field names are those of the libraries they reach (LoraConfig, SFTConfig, generate), so that a reader can look them up
+there. `config` reads them from a profile and explains what is wrong with a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+EMBEDDED = "embedded"
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"
+]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values cannot be changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which base model: a Hub id with a revision, a local folder, or `embedded`."""
+
+    name: str
+    revision: str | None = None
+    load_in_4bit: bool = True
+    max_seq_length: Positive = 2048
+
+
+class DataSection(Section):
+    """Which rows: a Hub id with a revision, or a local file in `path` (which wins), and how many for what."""
+
+    name: str = EMBEDDED
+    subset: str | None = None
+    revision: str | None = None
+    path: Path | None = None
+    train_rows: Positive | None = None
+    eval_rows: Positive = 200
+    shuffle: bool = True
+    seed: NotNegative = 3407
+
+
+class BenchmarkSection(Section):
+    """Multiple-choice items: a Hub id with a revision or a local JSONL in `path`; neither means none."""
+
+    name: str | None = None
+    revision: str | None = None
+    split: str = "test"
+    path: Path | None = None
+    rows: Positive = 300
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any benchmark was named."""
+        return bool(self.name or self.path)
+
+
+class PromptSection(Section):
+    """`native` is DeepSeek's chat format, `tutorial` the published instruction template."""
+
+    style: Literal["native", "tutorial"] = "native"
+
+
+class LoraSection(Section):
+    """Arguments of peft.LoraConfig."""
+
+    r: Positive = 16
+    lora_alpha: Positive = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[list[Projection], Field(min_length=1)] = list(get_args(Projection))
+
+
+class TrainSection(Section):
+    """Arguments of trl.SFTConfig, and what the loss looks at."""
+
+    loss_on: Literal["completion", "all"] = "completion"
+    per_device_train_batch_size: Positive = 2
+    gradient_accumulation_steps: Positive = 4
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: NotNegative | None = None  # None: as many as the epochs take; 0: a null run that learns nothing
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_steps: NotNegative = 5
+    optim: Optimizer = "adamw_8bit"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    packing: bool = False
+    gradient_checkpointing: bool = True
+    save_steps: Positive = 50
+    logging_steps: Positive = 1
+    seed: NotNegative = 3407
+
+
+class GenerateSection(Section):
+    """Arguments of model.generate, the same in both arms."""
+
+    max_new_tokens: Positive = 1024
+    batch_size: Positive = 16
+    do_sample: bool = True
+    temperature: Annotated[float, Field(gt=0, le=2)] = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    seed: NotNegative = 3407
+
+
+class EvaluateSection(Section):
+    """What is measured, fixed before any answer exists."""
+
+    primary: Literal["auto", "accuracy", "multiple_choice", "nll"] = "auto"
+    questions: Positive | None = None  # held-out questions answered in words; None: all of them
+    benchmark: BenchmarkSection = BenchmarkSection()
+    resamples: Annotated[int, Field(ge=1000, le=100_000)] = 10_000
+    seed: NotNegative = 3407
+
+
+class ExportSection(Section):
+    """What 05 writes and how thoroughly it compares."""
+
+    merged: bool = True
+    prompts: Positive = 8  # held-out prompts on which adapter and merged model are compared
+
+
+class TrackingSection(Section):
+    """wandb: `auto` is online when a key is found and offline otherwise."""
+
+    mode: Literal["auto", "offline", "disabled"] = "auto"
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,127}$")] = "deepseek-r1-medical-lora"
+
+
+class HardwareSection(Section):
+    """What the run needs, and how it uses what it finds."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "unsloth", "transformers"] = "auto"
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    min_gpu_memory_gib: Annotated[float, Field(ge=0)] = 0.0
+    min_disk_gib: Annotated[float, Field(ge=0)] = 1.0  # for the run directory
+    min_cache_gib: Annotated[float, Field(ge=0)] = 0.0  # for what is downloaded from the Hub
+    emulate_t4: bool = False  # on a larger GPU: no flash or cuDNN attention, at most 14 GiB (benchmarks use it)
+    pins: Literal["enforce", "report"] = "enforce"
+
+
+class Config(Section):
+    """One run's settings, whole."""
+
+    profile: str
+    model: ModelSection
+    data: DataSection = DataSection()
+    prompt: PromptSection = PromptSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    generate: GenerateSection = GenerateSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    export: ExportSection = ExportSection()
+    tracking: TrackingSection = TrackingSection()
+    hardware: HardwareSection = HardwareSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _register_primary(cls, values: Any) -> Any:
+        """Replace `primary: auto` by what the data can carry, so that the run directory names it before any score."""
+        if not isinstance(values, Mapping):
+            return values
+        evaluate, data = values.get("evaluate") or {}, values.get("data") or {}
+        if not isinstance(evaluate, Mapping):
+            return values  # validation says it better
+        evaluate = dict(evaluate)
+        if evaluate.get("primary", "auto") == "auto" and isinstance(data, Mapping):
+            benchmark = evaluate.get("benchmark") or {}
+            embedded = data.get("name", EMBEDDED) == EMBEDDED and not data.get("path")
+            if embedded:
+                evaluate["primary"] = "accuracy"
+            elif isinstance(benchmark, Mapping) and (benchmark.get("name") or benchmark.get("path")):
+                evaluate["primary"] = "multiple_choice"
+            else:
+                evaluate["primary"] = "nll"
+        return {**values, "evaluate": evaluate}
+
+    @model_validator(mode="after")
+    def _can_carry_primary(self) -> Config:
+        """A primary metric that these data can never carry is refused now, not after the training."""
+        primary, benchmark = self.evaluate.primary, self.evaluate.benchmark
+        if primary == "multiple_choice" and not benchmark.wanted:
+            raise ValueError("evaluate.primary is multiple_choice, but no evaluate.benchmark is named")
+        if primary == "accuracy" and not self.embedded_data and self.data.path is None:
+            raise ValueError("evaluate.primary is accuracy, but a Hub data set has no answers that a rule can check")
+        return self
+
+    @property
+    def embedded_data(self) -> bool:
+        """Whether the rows are the synthetic ones of `demo_data`."""
+        return self.data.path is None and self.data.name == EMBEDDED
+
+    def sections(self, *names: str) -> dict[str, Any]:
+        """The named sections (or `section.key`) as plain JSON values."""
+        dumped = self.model_dump(mode="json")
+        picked = {}
+        for name in names:
+            section, _, key = name.partition(".")
+            picked[name] = dumped[section][key] if key else dumped[section]
+        return picked
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML, in the order of the sections, a section to a line where it fits."""
+        values = self.model_dump(mode="json")
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
