@@ -86,8 +86,10 @@ def run_series(
             console.print(f"[dim]  {stage.number} {stage.title}: unchanged, not run again (took {seconds:.0f} s)[/dim]")
             continue
         run_stage(run, stage, console)
+        run = open_run("auto", run.path)  # a stage may have pinned what it found out
         worked = True
-    run.save()
+    if not worked:
+        run.save()  # a changed setting on which no stage rests
     if worked or not run.file("report/index.html").exists():
         write_report(run)
     _summarise(run, console, time.monotonic() - started)
@@ -96,7 +98,7 @@ def run_series(
 
 def _set_aside(run: RunDir) -> None:
     """Rename what a stage would go on from, so that `--fresh` begins at the beginning and loses nothing."""
-    for name in ("baseline/answers.jsonl", "tuned/answers.jsonl", "training/checkpoints"):
+    for name in ("data/registration.json", "baseline/answers.jsonl", "tuned/answers.jsonl", "training/checkpoints"):
         place, aside = run.file(name), run.file(f"{name}.old")
         if place.exists():
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)

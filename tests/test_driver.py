@@ -1,0 +1,52 @@
+"""The driver's bookkeeping, with notebooks replaced by stages that only write their files."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from utils import series
+from utils.files import write_text
+from utils.rundir import open_stage, read_manifest
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Names of the stages that ran; 00 pins a commit, as it does for a model from the Hub."""
+    names: list[str] = []
+
+    def run_stage(run, stage, console):
+        names.append(stage.number)
+        opened = open_stage(stage.name, run.config.profile, run.path, run.overrides)
+        if stage.number == "00":
+            opened.pin("data.revision", "abc")
+        for output in stage.outputs:
+            write_text(opened.file(output if "." in output else f"{output}/part.txt"), '{"sentence": "s"}')
+        opened.finish()
+
+    monkeypatch.setattr(series, "run_stage", run_stage)
+    monkeypatch.setattr(series, "write_report", lambda run: None)
+    return names
+
+
+def go(path, fresh=False, **overrides):
+    return series.run_series("demo", path, overrides, fresh=fresh, console=Console(file=io.StringIO()))
+
+
+def test_a_commit_that_00_pinned_outlives_the_run_and_makes_nothing_stale(ran, tmp_path):
+    assert go(tmp_path).config.data.revision == "abc"
+    assert read_manifest(tmp_path)["overrides"]["data.revision"] == "abc"
+    assert len(ran) == 6
+    go(tmp_path)
+    assert len(ran) == 6
+
+
+def test_fresh_runs_everything_again_and_starts_from_no_answer_checkpoint_or_registration(ran, tmp_path):
+    go(tmp_path)
+    write_text(tmp_path / "training/checkpoints/part.txt", "hours of work")
+    go(tmp_path, fresh=True)
+    assert len(ran) == 12
+    assert (tmp_path / "training/checkpoints.old/part.txt").read_text() == "hours of work"
+    assert (tmp_path / "baseline/answers.jsonl.old").exists() and (tmp_path / "data/registration.json.old").exists()
