@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 
-import pandas as pd
 import pytest
 import torch
 
 from utils import generation
 from utils.answers import Question, read_answers
 from utils.errors import HardwareError
-from utils.generation import answer_questions, completion_nll, tokenize_row
+from utils.generation import answer_questions, share_path
 from utils.prompts import format_row
 from utils.settings import GenerateSection
 
@@ -30,13 +29,6 @@ def questions() -> list[Question]:
     return [Question(f"q{i}", "open", format_row(row, "native")[0]) for i, row in enumerate(ROWS)]
 
 
-def table() -> pd.DataFrame:
-    pairs = [format_row(row, "native") for row in ROWS]
-    return pd.DataFrame(
-        {"id": [f"q{i}" for i in range(7)], "prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]}
-    )
-
-
 def test_a_left_padded_batch_answers_as_single_prompts_do(tiny_model, tmp_path):
     model, tokenizer = tiny_model
     batched = answer_questions(model, tokenizer, questions(), GREEDY, tmp_path / "batched.jsonl", "arm")
@@ -53,8 +45,8 @@ def test_nothing_is_generated_twice_and_a_torn_line_is_answered_again(tiny_model
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[:4]) + "\n" + lines[4][:30], encoding="utf-8")
     asked = []
-    real = generation._generate
-    monkeypatch.setattr(generation, "_generate", lambda *a: asked.extend(q.id for q in a[2]) or real(*a))
+    real = generation.generate_batch
+    monkeypatch.setattr(generation, "generate_batch", lambda *a: asked.extend(p.question.id for p in a[2]) or real(*a))
     again = answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
     kept = {json.loads(line)["id"] for line in lines[:4]}
     assert sorted(asked) == sorted({f"q{i}" for i in range(7)} - kept)
@@ -67,23 +59,23 @@ def test_another_arm_does_not_reuse_the_answers(tiny_model, tmp_path, monkeypatc
     path = tmp_path / "answers.jsonl"
     answer_questions(model, tokenizer, questions(), GREEDY, path, "adapter one")
     asked = []
-    real = generation._generate
-    monkeypatch.setattr(generation, "_generate", lambda *a: asked.extend(a[2]) or real(*a))
+    real = generation.generate_batch
+    monkeypatch.setattr(generation, "generate_batch", lambda *a: asked.extend(a[2]) or real(*a))
     answer_questions(model, tokenizer, questions(), GREEDY, path, "adapter two")
     assert len(asked) == 7
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(tiny_model, tmp_path, monkeypatch):
     model, tokenizer = tiny_model
-    sizes, real = [], generation._generate
+    sizes, real = [], generation.generate_batch
 
-    def small_memory(model, tokenizer, batch, config):
+    def small_memory(model, tokenizer, batch, steps, config):
         sizes.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, tokenizer, batch, config)
+        return real(model, tokenizer, batch, steps, config)
 
-    monkeypatch.setattr(generation, "_generate", small_memory)
+    monkeypatch.setattr(generation, "generate_batch", small_memory)
     answers = answer_questions(model, tokenizer, questions(), GREEDY, tmp_path / "a.jsonl", "arm")
     assert len(answers) == 7 and sizes[:2] == [4, 2] and max(sizes[1:]) == 2
 
@@ -92,51 +84,78 @@ def test_a_single_question_that_does_not_fit_is_a_sentence(tiny_model, tmp_path,
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(generation, "_generate", no_memory)
+    monkeypatch.setattr(generation, "generate_batch", no_memory)
     with pytest.raises(HardwareError, match="max_new_tokens"):
         answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "a.jsonl", "arm")
 
 
-def test_the_same_seed_samples_the_same_answers(tiny_model, tmp_path):
-    sampled = GREEDY.model_copy(update={"do_sample": True})
-    first, second = (
-        [a["text"] for a in answer_questions(*tiny_model, questions(), sampled, tmp_path / f"{i}.jsonl", "arm")]
-        for i in range(2)
-    )
-    assert first == second
+@pytest.mark.parametrize("size", [1, 3, 7, "auto"])
+def test_a_sampled_answer_does_not_depend_on_its_batch(tiny_model, tmp_path, size):
+    sampled = GREEDY.model_copy(update={"do_sample": True, "temperature": 1.0, "max_new_tokens": 40})
+    reference = answer_questions(*tiny_model, questions(), sampled, tmp_path / "reference.jsonl", "arm")
+    other = sampled.model_copy(update={"batch_size": size})
+    again = answer_questions(*tiny_model, questions()[::-1], other, tmp_path / "again.jsonl", "arm")
+    assert [a["text"] for a in again][::-1] == [a["text"] for a in reference]
+    assert len({a["text"] for a in reference}) > 3  # they are not one stream
 
 
-def test_a_row_is_bos_prompt_reasoning_response_eos_each_part_in_its_place(tiny_model):
-    _, tokenizer = tiny_model
-    prompt, completion = format_row({"Question": "Q?", "Complex_CoT": "Because.", "Response": "So it is."}, "native")
-    row = tokenize_row(tokenizer, prompt, completion)
-    assert row["part"] == sorted(row["part"])
-    texts = {
-        code: tokenizer.decode([i for i, p in zip(row["input_ids"], row["part"], strict=True) if p == code])
-        for code in (0, 1, 2)
-    }
-    assert texts[0] == tokenizer.bos_token + prompt
-    assert texts[1] == "Because.\n</think>" and texts[2] == "\n\nSo it is." + tokenizer.eos_token
+def test_a_question_of_its_own_seed_and_id_draws_its_own_answer(tiny_model, tmp_path):
+    sampled = GREEDY.model_copy(update={"do_sample": True, "temperature": 1.0})
+    same = [Question(f"copy-{i}", "open", questions()[0].prompt) for i in range(3)]
+    texts = [a["text"] for a in answer_questions(*tiny_model, same, sampled, tmp_path / "a.jsonl", "arm")]
+    other = answer_questions(*tiny_model, same, sampled.model_copy(update={"seed": 1}), tmp_path / "b.jsonl", "arm")
+    assert len(set(texts)) == 3 and texts != [a["text"] for a in other]
 
 
-def test_the_parts_loss_adds_up_to_what_transformers_computes(tiny_model):
-    model, tokenizer = tiny_model
-    nll = completion_nll(model, tokenizer, table(), max_length=4096)
-    for i, row in enumerate(table().itertuples()):
-        encoded = tokenize_row(tokenizer, row.prompt, row.completion)
-        ids = torch.tensor([encoded["input_ids"]])
-        labels = ids.clone()
-        labels[0, [p == 0 for p in encoded["part"]]] = -100
-        with torch.no_grad():
-            mean = model(input_ids=ids, labels=labels).loss.item()
-        counted = nll["reasoning_tokens"][i] + nll["response_tokens"][i]
-        assert counted == sum(p > 0 for p in encoded["part"])
-        assert (nll["reasoning_nll"][i] + nll["response_nll"][i]) / counted == pytest.approx(mean, rel=1e-5)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_answer_over_several_rounds_is_the_answer_in_one(tiny_model, tmp_path, monkeypatch, sampled):
+    config = GREEDY.model_copy(update={"max_new_tokens": 45, "do_sample": sampled, "batch_size": 3})
+    whole = answer_questions(*tiny_model, questions(), config, tmp_path / "whole.jsonl", "arm")
+    monkeypatch.setattr(generation, "ROUND_TOKENS", 10)
+    rounds = answer_questions(*tiny_model, questions(), config, tmp_path / "rounds.jsonl", "arm")
+    assert rounds == whole and all(answer["tokens"] <= 45 for answer in rounds)
 
 
-def test_a_row_beyond_the_limit_is_left_out_and_never_cut(tiny_model):
-    model, tokenizer = tiny_model
-    lengths = [len(tokenize_row(tokenizer, r.prompt, r.completion)["input_ids"]) for r in table().itertuples()]
-    limit = sorted(lengths)[3]
-    nll = completion_nll(model, tokenizer, table(), max_length=limit)
-    assert list(nll["id"]) == [f"q{i}" for i, length in enumerate(lengths) if length <= limit]
+def test_the_places_of_finished_answers_are_taken_by_others(tiny_model, tmp_path, monkeypatch):
+    """Without rounds a batch lasts as long as its longest answer."""
+    monkeypatch.setattr(generation, "ROUND_TOKENS", 4)
+    eos, batches = tiny_model[1].eos_token_id, []
+
+    def one_in_two_ends(model, tokenizer, batch, steps, config):
+        batches.append([(p.question.id, len(p.generated)) for p in batch])
+        return [[7] * (2 if int(p.question.id[1]) % 2 else steps) + [eos] * (int(p.question.id[1]) % 2) for p in batch]
+
+    monkeypatch.setattr(generation, "generate_batch", one_in_two_ends)
+    answers = answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "a.jsonl", "arm")
+    assert [a["tokens"] for a in answers] == [12, 3, 12, 3, 12, 3, 12]
+    assert [a["finish_reason"] for a in answers] == ["length", "stop"] * 3 + ["length"]
+    assert max(map(len, batches)) == 4 and all(len({done for _, done in batch}) == 1 for batch in batches)
+    assert len(batches) < 7  # two batches of up to three rounds each, were none refilled, are six
+
+
+def test_the_automatic_batch_follows_the_free_memory(tiny_model, tmp_path, monkeypatch):
+    sizes, real = [], generation.generate_batch
+    monkeypatch.setattr(generation, "sequences_that_fit", lambda model, prompt, new: 3)
+    monkeypatch.setattr(generation, "generate_batch", lambda *a: sizes.append(len(a[2])) or real(*a))
+    auto = GREEDY.model_copy(update={"batch_size": "auto"})
+    answer_questions(*tiny_model, questions(), auto, tmp_path / "a.jsonl", "arm")
+    assert sizes == [3, 3, 1]
+
+
+def test_what_helpers_answered_is_joined_and_what_they_left_is_answered_here(tiny_model, tmp_path, monkeypatch):
+    path, asked, real = tmp_path / "answers.jsonl", [], generation.generate_batch
+
+    class OneOfTwo:
+        def start(self, questions):
+            self.theirs = questions[1::2]
+            return questions[::2]
+
+        def wait(self):
+            done = self.theirs[:1]  # then it was killed
+            answer_questions(*tiny_model, done, GREEDY, share_path(path, 1), "arm")
+
+    monkeypatch.setattr(generation, "generate_batch", lambda *a: asked.extend(p.question.id for p in a[2]) or real(*a))
+    answers = answer_questions(*tiny_model, questions(), GREEDY, path, "arm", helpers=OneOfTwo())
+    alone = answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "alone.jsonl", "arm")
+    assert answers == alone and sorted(asked) == sorted(2 * [f"q{i}" for i in range(7)])
+    assert list(tmp_path.glob("answers.*.jsonl")) == [] and len(read_answers(path)) == 7

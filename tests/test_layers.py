@@ -9,9 +9,9 @@ import pytest
 from utils.project import ROOT
 
 GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
-PURE = "demo_data prompts parsing metrics statistics data answers".split()
-MODELS = "demo models".split()
-WORK = "generation comparison figures training export report".split()
+PURE = "demo_data prompts parsing metrics results statistics verdicts data answers".split()
+MODELS = "demo models memory sampling".split()
+WORK = "generation selftest likelihood workers comparison figures training export report".split()
 DRIVERS = "series bundle __main__".split()
 LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb"}

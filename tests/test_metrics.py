@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.metrics import nll_per_token, score_answers
+from utils.metrics import find_metric, needs_forcing, nll_per_token, rouge_l, score_answers
 
 CHOICES = ["Arden fever", "Belmar palsy"]
 HELD_OUT = pd.DataFrame([{"id": "r1", "answer": "Arden fever", "choices": CHOICES, "group": "condition-01"}])
@@ -104,3 +104,71 @@ def test_an_answer_that_was_cut_off_is_wrong_even_if_it_had_named_the_right_one(
     assert score(text, kind)["correct"] == 1
     cut = score(text, kind, finish_reason="length")
     assert cut["correct"] == 0 and cut["stopped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "letter", "correct", "forced"),
+    [
+        ("Hm.</think>The answer is B.", "stop", "A", 1, 1),  # stated: what was forced does not count
+        ("Hm.</think>The answer is B.", "length", None, 0, 1),  # stated, then cut off
+        ("Hm, B", "length", "B", 0, 1),
+        ("Hm, B", "length", "A", 0, 0),
+        ("Hm, B", "length", None, 0, 0),
+        ("Hm.</think>Gout.", "stop", None, 0, 0),
+    ],
+)
+def test_a_forced_letter_counts_where_the_answer_was_cut_off(text, finish_reason, letter, correct, forced):
+    given = {"7": answer(text, "choice", finish_reason)}
+    scored = score_answers(given, HELD_OUT, BENCHMARK, {"7": letter} if letter else {}).iloc[0]
+    assert (scored["correct"], scored["forced"]) == (correct, forced)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "expected"),
+    [("Hm", "length", True), ("Hm", "stop", True), ("Hm.</think>So", "length", True), ("Hm.</think>B.", "length", False),
+     ("Hm.</think>Gout.", "stop", False), ("", "stop", True), ("<think>a<think>b", "length", True)],
+)  # fmt: skip
+def test_only_what_was_cut_off_before_a_letter_is_forced(text, finish_reason, expected):
+    assert needs_forcing({"text": text, "finish_reason": finish_reason}, "AB") is expected
+
+
+def test_the_tutorials_question_is_never_scored():
+    given = {"anecdote": answer("x</think>y", "anecdote"), "r1": answer("x</think>y")}
+    assert list(score_answers(given, HELD_OUT, None)["id"]) == ["r1"]
+
+
+def test_items_that_share_a_group_keep_it():
+    grouped = BENCHMARK.assign(group="near-1", benchmark="medqa")
+    scored = score_answers({"7": answer("a</think>B.", "choice")}, HELD_OUT, grouped).iloc[0]
+    assert (scored["group"], scored["benchmark"], scored["letter"]) == ("near-1", "medqa", "B")
+
+
+ODD = ["", " ", "</think>", "<think><think>a</think>b", "嗯。</think>答案是 B。", "حسنًا</think>الجواب: B", "🤔</think>🩺 **B**",
+       "x" * 100_000, "a</think>" + "B " * 50_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+@pytest.mark.parametrize("kind", ["open", "choice"])
+def test_no_odd_answer_drops_out_of_n(text, kind):
+    assert score(text, kind)["id"] == ("7" if kind == "choice" else "r1")
+
+
+def test_rouge_l_is_high_for_an_answer_whose_facts_are_all_turned_round_and_low_for_a_right_one_in_other_words():
+    """Why it stands beside the other metrics and is never the primary one."""
+    reference = "The residual volume is normal and the detrusor does not contract involuntarily during filling."
+    flipped = "The residual volume is raised and the detrusor does contract involuntarily during filling."
+    right = "Little urine stays behind; no overactivity of the bladder muscle shows."
+    rows = pd.DataFrame({"id": ["a", "b", "c", "d"], "Response": [reference] * 4})
+    texts = {"a": reference, "b": flipped, "c": right, "d": ""}
+    scores = rouge_l({i: answer(f"x</think>{text}") for i, text in texts.items()}, rows)
+    assert scores["a"] == 1 and scores["b"] > 0.8 and scores["c"] < 0.3 and scores["d"] == 0
+
+
+def test_rouge_l_reads_chinese():
+    rows = pd.DataFrame({"id": ["a"], "Response": ["残余尿量正常"]})
+    assert rouge_l({"a": answer("x</think>残余尿量增加")}, rows)["a"] == pytest.approx(4 / 6)
+
+
+def test_a_metric_of_a_further_benchmark_is_named_after_it():
+    assert find_metric("multiple_choice:pubmedqa").label == "multiple-choice accuracy, strict (pubmedqa)"
+    assert find_metric("multiple_choice:pubmedqa").higher_is_better

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from utils.data import read_benchmark
 from utils.errors import StageOrderError
 from utils.files import digests, write_json
+from utils.metrics import needs_forcing
 from utils.prompts import format_multiple_choice, format_prompt
 from utils.rundir import RunDir
 from utils.settings import Config, GenerateSection
@@ -20,22 +22,37 @@ from utils.stages import BY_NAME
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to answer: `kind` is `open` (in words) or `choice` (a letter); `prompt` is the whole model input."""
+    """One thing to answer: `kind` is `open` (in words), `choice` (a letter), or `anecdote` (shown and never scored).
+
+    `prompt` is the whole model input.
+    """
 
     id: str
     kind: str
     prompt: str
 
 
-def build_questions(config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> list[Question]:
-    """The held-out questions (as many as evaluate.questions asks for) and all benchmark items, as prompts."""
+def build_questions(
+    config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame | None, anecdote: dict | None = None
+) -> list[Question]:
+    """The held-out questions (as many as evaluate.questions asks for), all benchmark items, and the anecdote if any."""
     style = config.prompt.style
     rows = held_out if config.evaluate.questions is None else held_out.head(config.evaluate.questions)
     questions = [Question(row.id, "open", format_prompt(row.Question, style)) for row in rows.itertuples()]
     for item in benchmark.itertuples() if benchmark is not None else ():
         text = format_multiple_choice(item.question, item.options)
         questions.append(Question(str(item.id), "choice", format_prompt(text, style)))
+    if anecdote:
+        questions.append(Question("anecdote", "anecdote", format_prompt(anecdote["Question"], style)))
     return questions
+
+
+def load_questions(run: RunDir) -> tuple[list[Question], pd.DataFrame, pd.DataFrame | None]:
+    """(questions, held-out rows, benchmark items): what 00 froze in the run directory, as it is asked in both arms."""
+    held_out = pd.read_parquet(run.file("data/eval.parquet"))
+    benchmark = read_benchmark(run.file("data"))
+    anecdote = json.loads(run.file("data/anecdote.json").read_text(encoding="utf-8"))
+    return build_questions(run.config, held_out, benchmark, anecdote), held_out, benchmark
 
 
 def register(run: RunDir, questions: Sequence[Question]) -> dict:
@@ -108,3 +125,21 @@ def current_answers(path: Path, questions: Sequence[Question], config: GenerateS
             "writes it again, it continues where it stopped."
         )
     return answers
+
+
+def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | None) -> dict[str, str]:
+    """{question id: letter} for every multiple-choice answer that was cut off; see `likelihood.forced_letters`.
+
+    Raises StageOrderError where one is missing.
+    """
+    if benchmark is None:
+        return {}
+    options = dict(zip(benchmark["id"].astype(str), benchmark["options"], strict=True))
+    needed = {i: a["key"] for i, a in answers.items() if a["kind"] == "choice" and needs_forcing(a, options[i])}
+    known = {row["id"]: row["letter"] for row in read_answers(path) if needed.get(row["id"]) == row["key"]}
+    if len(known) < len(needed):
+        raise StageOrderError(
+            f"{path.parent.name}/{path.name} holds the letters of {len(known)} of {len(needed)} answers that were cut "
+            "off; run the notebook that writes it again, it continues where it stopped."
+        )
+    return known

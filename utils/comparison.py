@@ -1,4 +1,4 @@
-"""Both arms side by side: paired figures, the verdict, its sentence and its picture, from files alone (no torch)."""
+"""Both arms side by side: paired figures, the claims they carry, and their table, from files alone (no torch)."""
 
 from __future__ import annotations
 
@@ -8,30 +8,18 @@ from dataclasses import dataclass
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
-from utils.answers import arm_digest, build_questions, current_answers
-from utils.data import read_benchmark
+from utils.answers import arm_digest, current_answers, load_questions, read_forced
 from utils.errors import StageOrderError
 from utils.files import atomic, write_json
-from utils.metrics import nll_per_token, score_answers
+from utils.metrics import find_metric, nll_per_token, rouge_l, score_answers
+from utils.results import Comparison
 from utils.rundir import RunDir
 from utils.stages import BY_NAME
-from utils.statistics import PairedResult, compare_paired, detectable_difference, verdict
+from utils.statistics import PairedResult, compare_paired, verdict
+from utils.verdicts import describe, state_claims
 
-# Every paired metric: its label, and whether higher is better.
-LABELS = {
-    "accuracy": ("accuracy", True),
-    "multiple_choice": ("multiple-choice accuracy", True),
-    "nll": ("held-out loss (nats per token)", False),
-    "nll_reasoning": ("held-out loss of the reasoning", False),
-    "nll_response": ("held-out loss of the response", False),
-    "well_formed": ("well-formed answers", True),
-    "one_paragraph": ("answers in one paragraph", True),
-    "bullets": ("answers with bullets", False),
-    "stopped": ("answers that end by themselves", True),
-    "reasoning_tokens": ("tokens of reasoning", False),
-}
 _LATE = " What was measured was changed after answers existed, so this is no registered result."
-SHARES = ("accuracy", "multiple_choice", "well_formed", "one_paragraph", "bullets", "stopped")
+_FORM = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_tokens", "answer_tokens")
 
 
 @dataclass(frozen=True)
@@ -43,6 +31,8 @@ class Arms:
     base_nll: pd.DataFrame
     tuned_nll: pd.DataFrame
     groups: dict[str, str]
+    base_probe: pd.DataFrame | None = None
+    tuned_probe: pd.DataFrame | None = None
 
 
 def load_arms(run: RunDir) -> Arms:
@@ -56,15 +46,15 @@ def load_arms(run: RunDir) -> Arms:
             raise StageOrderError(
                 f"{run.path} has no answers of both arms yet: {name} has not run; run the series to 04."
             )
-    held_out = pd.read_parquet(run.file("data/eval.parquet"))
-    benchmark = read_benchmark(run.file("data"))
-    questions = build_questions(run.config, held_out, benchmark)
+    questions, held_out, benchmark = load_questions(run)
     scored, losses = {}, {}
     for arm in ("baseline", "tuned"):
         answers = current_answers(
             run.file(f"{arm}/answers.jsonl"), questions, run.config.generate, arm_digest(run, arm)
         )
-        scored[arm] = score_answers(answers, held_out, benchmark)
+        forced = read_forced(run.file(f"{arm}/forced.jsonl"), answers, benchmark)
+        scored[arm] = score_answers(answers, held_out, benchmark, forced)
+        scored[arm]["rouge_l"] = scored[arm]["id"].map(rouge_l(answers, held_out))
         losses[arm] = nll_per_token(pd.read_parquet(run.file(f"{arm}/nll.parquet"))).sort_index()
     if list(losses["baseline"].index) != list(losses["tuned"].index):
         raise StageOrderError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
@@ -73,48 +63,76 @@ def load_arms(run: RunDir) -> Arms:
 
 
 def compare(run: RunDir, arms: Arms) -> dict:
-    """Everything of metrics.json: the registered primary metric, secondary ones with Holm's correction, the verdict."""
-    results = {result.name: result for result in _paired_results(run, arms)}
+    """Everything of metrics.json (schema: `results.Comparison`): the registered primary metric, secondary ones with
+    Holm's correction, the claims, the verdict."""
+    results = {result.name: result for result in paired_results(run, arms)}
     name = run.config.evaluate.primary
     if name not in results:
         raise StageOrderError(
             f"evaluate.primary is {name}, but this run's data cannot carry it; it offers {', '.join(results)}."
         )
     primary, secondary = results[name], [result for key, result in results.items() if key != name]
-    registration = json.loads(run.file("data/registration.json").read_text(encoding="utf-8"))
     adjusted = multipletests([r.p_value for r in secondary], method="holm")[1] if secondary else []
-    return {
-        "profile": run.config.profile,
-        "primary": primary.as_dict(),
-        "secondary": [{**r.as_dict(), "p_holm": float(p)} for r, p in zip(secondary, adjusted, strict=True)],
-        "form": {arm: _form(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned))},
-        "length": {arm: _lengths(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned))},
-        "registration": registration,
-        "verdict": verdict(primary),
-        "sentence": describe(primary) + _LATE * registration["changed_after_answers"],
-    }
+    corrected = {r.name: float(p) for r, p in zip(secondary, adjusted, strict=True)}
+    registration = _read(run, "data/registration.json")
+    return Comparison(
+        profile=run.config.profile,
+        primary=_entry(primary, None),
+        secondary=[_entry(result, corrected[result.name]) for result in secondary],
+        form={arm: _form(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned)) if len(frame)},
+        length={arm: _lengths(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned)) if len(frame)},
+        contamination=_read(run, "data/split.json").get("contamination", {}),
+        registration=registration,
+        claims=state_claims(results, corrected),
+        verdict=verdict(primary),
+        sentence=describe(primary) + _LATE * registration["changed_after_answers"],
+    ).model_dump(mode="json")
 
 
-def _paired_results(run: RunDir, arms: Arms) -> list[PairedResult]:
+def _read(run: RunDir, name: str) -> dict:
+    return json.loads(run.file(name).read_text(encoding="utf-8"))
+
+
+def _entry(result: PairedResult, p_holm: float | None) -> dict:
+    metric = find_metric(result.name)
+    return {**result.as_dict(), "label": metric.label, "unit": metric.unit, "p_holm": p_holm}
+
+
+def paired_results(run: RunDir, arms: Arms) -> list[PairedResult]:
+    """Every metric that both arms carry, compared pair by pair."""
     evaluate = run.config.evaluate
-    common = {"resamples": evaluate.resamples, "seed": evaluate.seed}
 
     def pair(name: str, base: pd.Series, tuned: pd.Series, groups: list[str]) -> PairedResult:
-        return compare_paired(name, base, tuned, groups, higher_is_better=LABELS[name][1], **common)
+        better = find_metric(name).higher_is_better
+        settings = {"resamples": evaluate.resamples, "seed": evaluate.seed}
+        return compare_paired(name, base, tuned, groups, higher_is_better=better, **settings)
+
+    def pair_columns(name: str, column: str, mask: pd.Series) -> PairedResult:
+        base, tuned = arms.base[mask], arms.tuned[mask]
+        return pair(name, base[column], tuned[column], list(base["group"]))
 
     results = []
-    for name, kind in (("accuracy", "open"), ("multiple_choice", "choice")):
-        mask = (arms.base["kind"] == kind) & arms.base["correct"].notna()
-        if mask.any():
-            base, tuned = arms.base[mask], arms.tuned[mask]
-            results.append(pair(name, base["correct"], tuned["correct"], list(base["group"])))
+    checkable = (arms.base["kind"] == "open") & arms.base["correct"].notna()
+    if checkable.any():
+        results.append(pair_columns("accuracy", "correct", checkable))
+    items = arms.base["kind"] == "choice"
+    for i, benchmark in enumerate(dict.fromkeys(arms.base["benchmark"][items])):
+        ending, mask = f":{benchmark}" * (i > 0), items & (arms.base["benchmark"] == benchmark)
+        for name, column in (
+            ("multiple_choice", "correct"),
+            ("multiple_choice_forced", "forced"),
+            ("parsed", "parsed"),
+        ):
+            results.append(pair_columns(name + ending, column, mask))
     if len(arms.base_nll):
         groups = [arms.groups[identifier] for identifier in arms.base_nll.index]
         for name, column in (("nll", "completion"), ("nll_reasoning", "reasoning"), ("nll_response", "response")):
             results.append(pair(name, arms.base_nll[column], arms.tuned_nll[column], groups))
     if len(arms.base):
-        for name in ("well_formed", "one_paragraph", "bullets", "stopped", "reasoning_tokens"):
-            results.append(pair(name, arms.base[name], arms.tuned[name], list(arms.base["group"])))
+        everything = arms.base["id"].notna()
+        results += [pair_columns(name, name, everything) for name in _FORM]
+    if "rouge_l" in arms.base and arms.base["rouge_l"].notna().any():
+        results.append(pair_columns("rouge_l", "rouge_l", arms.base["rouge_l"].notna()))
     return results
 
 
@@ -124,49 +142,26 @@ def _form(frame: pd.DataFrame) -> dict[str, float]:
 
 
 def _lengths(frame: pd.DataFrame) -> dict[str, float]:
-    answer = frame["tokens"] - frame["reasoning_tokens"]
     return {
         "reasoning_tokens_mean": float(frame["reasoning_tokens"].mean()),
         "reasoning_tokens_median": float(frame["reasoning_tokens"].median()),
-        "answer_tokens_mean": float(answer.mean()),
+        "answer_tokens_mean": float(frame["answer_tokens"].mean()),
+        "truncated": float(frame["truncated"].mean()),
     }
-
-
-def describe(result: PairedResult) -> str:
-    """The verdict in words: never more than the interval carries."""
-    label, _ = LABELS[result.name]
-    low, high = result.ci95
-    if result.name in SHARES:
-        values = f"{label} went from {result.base:.1%} to {result.tuned:.1%}"
-        change = f"{100 * result.difference:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
-    else:
-        values = f"{label} went from {result.base:.3f} to {result.tuned:.3f}"
-        change = f"{result.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
-    p_value = "p < 0.001" if result.p_value < 0.001 else f"p = {result.p_value:.3f}"
-    grouped = f" in {result.groups} groups" if result.groups < result.n else ""
-    start = f"On {result.n} held-out questions{grouped}, {values}: {change}, {p_value}."
-    match verdict(result):
-        case "better":
-            return f"{start} The fine-tuned model is better on this metric."
-        case "worse":
-            return f"{start} The fine-tuned model is worse on this metric."
-    detectable = detectable_difference(result.groups)
-    hint = f" With this many, only about {100 * detectable:.0f} points or more would show." * (result.name in SHARES)
-    return f"{start} This cannot tell the two apart.{hint}"
 
 
 def write_comparison(run: RunDir, metrics: dict) -> pd.DataFrame:
     """comparison/metrics.json and comparison/table.csv; returns the table (one row for each metric, primary first)."""
     rows = [
         {
-            "metric": LABELS[result["name"]][0],
+            "metric": result["label"],
             "n": result["n"],
             "base": result["base"],
             "tuned": result["tuned"],
             "difference": result["difference"],
             "ci_low": result["ci95"][0],
             "ci_high": result["ci95"][1],
-            "p": result.get("p_holm", result["p_value"]),
+            "p": result["p_value"] if result["p_holm"] is None else result["p_holm"],
         }
         for result in (metrics["primary"], *metrics["secondary"])
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.comparison import LABELS, SHARES, Arms
+from utils.comparison import Arms
 from utils.files import atomic
 from utils.statistics import wilson_interval
 

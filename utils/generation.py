@@ -1,69 +1,105 @@
-"""Answers and likelihoods from a loaded model: batched, resumable, and the same for both arms."""
+"""Answers from a loaded model: batched, resumable answer by answer, on every GPU, and the same for both arms."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import pandas as pd
+from typing import Protocol
 
 from utils.answers import Question, answer_key, read_answers
 from utils.errors import HardwareError
+from utils.memory import is_out_of_memory, release_memory, sequences_that_fit
 from utils.parsing import CLOSE
 from utils.progress import Progress
+from utils.sampling import question_stream, sampling_processors
 from utils.settings import GenerateSection
 
-_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_NLL_TOKENS = 2048  # tokens in one forward pass of `completion_nll`; logits over 128k entries bound it
+ROUND_TOKENS = 512  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
+
+
+class Helpers(Protocol):
+    """Other processes that answer a share of the questions (see `workers`)."""
+
+    def start(self, questions: Sequence[Question]) -> Sequence[Question]:
+        """Give shares away and return what is left to do here."""
+
+    def wait(self) -> None:
+        """Until the others have written their answers beside ours, or have ended."""
+
+
+@dataclass
+class Pending:
+    """A question on its way: the prompt's token ids, and those generated so far."""
+
+    question: Question
+    prompt: list[int]
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.generated)
 
 
 def answer_questions(
-    model, tokenizer, questions: Sequence[Question], config: GenerateSection, path: Path, arm: str
+    model,
+    tokenizer,
+    questions: Sequence[Question],
+    config: GenerateSection,
+    path: Path,
+    arm: str,
+    helpers: Helpers | None = None,
 ) -> list[dict]:
-    """Answer every question and append each answer to `path` (JSONL) as soon as its batch is done.
+    """Answer every question and append each answer to `path` (JSONL) as soon as it is complete.
 
-    An answer on file to the same prompt, by the same `arm` and decoding, is not generated again. A batch that does not fit
-    into memory is halved. Returns the answers in the order of the questions: dicts of id, kind, key, text, tokens
-    (completion tokens, the end token counted), reasoning_tokens (those up to and with `</think>`, or all of them) and
-    finish_reason (`stop`, or `length` at max_new_tokens).
+    An answer on file to the same prompt, by the same `arm` and decoding, is not generated again. `helpers` take over
+    shares; what they leave undone is done here. Returns the answers in the order of the questions: dicts of id, kind,
+    key, text, tokens (completion tokens, the end token counted), reasoning_tokens (those up to and with `</think>`, or
+    all of them) and finish_reason (`stop`, or `length` at max_new_tokens).
 
-    Raises HardwareError where even a single question does not fit.
+    Raises HardwareError where even a single question does not fit into memory.
     """
     keys = {q.id: answer_key(q, config, arm) for q in questions}
-    done = {a["id"]: a for a in read_answers(path) if keys.get(a["id"]) == a["key"]}
-    # Longest first: memory trouble shows at once, and a batch holds prompts of about one length.
-    waiting = sorted((q for q in questions if q.id not in done), key=lambda q: (-len(q.prompt), q.id))
     path.parent.mkdir(parents=True, exist_ok=True)
     _end_torn_line(path)
-    size = config.batch_size
-    with Progress("answering", len(questions), "question") as bar:
-        bar.update(len(questions) - len(waiting))
-        while waiting:
-            batch = waiting[:size]
-            try:
-                answers = _generate(model, tokenizer, batch, config)
-            except RuntimeError as error:
-                if not any(sign in str(error) for sign in _NO_MEMORY):
-                    raise
-                answers = None
-            if answers is None:  # outside the handler, whose traceback would keep the tensors alive
-                if len(batch) == 1:
-                    raise HardwareError("A single question does not fit into memory; lower generate.max_new_tokens.")
-                size = len(batch) // 2
-                _empty_cache()
-                continue
-            with path.open("a", encoding="utf-8") as stream:
-                for answer in answers:
-                    answer["key"] = keys[answer["id"]]
-                    done[answer["id"]] = answer
-                    stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            waiting = waiting[len(batch) :]
-            bar.update(len(batch))
-    return [done[q.id] for q in questions]
+    while missing := _unanswered(path, questions, keys):
+        mine = helpers.start(missing) if helpers else missing
+        engine = _Engine(model, tokenizer, config, keys, path)
+        engine.run(mine, already=len(questions) - len(missing), total=len(questions) - len(missing) + len(mine))
+        if helpers:
+            helpers.wait()
+            helpers = None  # a second pass, if there is one, is ours alone
+            _absorb(path)
+    answers = {a["id"]: a for a in read_answers(path) if keys.get(a["id"]) == a["key"]}
+    return [answers[q.id] for q in questions]
+
+
+def share_path(path: Path, number: int) -> Path:
+    """Where helper `number` writes its answers until they are joined with those in `path`."""
+    return path.with_suffix(f".{number}.jsonl")
+
+
+def _unanswered(path: Path, questions: Sequence[Question], keys: dict[str, str]) -> list[Question]:
+    _absorb(path)
+    done = {a["id"] for a in read_answers(path) if keys.get(a["id"]) == a["key"]}
+    return [q for q in questions if q.id not in done]
+
+
+def _absorb(path: Path) -> None:
+    """Join the helpers' answers with ours, those of an interrupted run included."""
+    for share in sorted(path.parent.glob(f"{path.stem}.*.jsonl")):
+        _append(path, read_answers(share))
+        share.unlink()
+
+
+def _append(path: Path, answers: Sequence[dict]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _end_torn_line(path: Path) -> None:
@@ -73,113 +109,126 @@ def _end_torn_line(path: Path) -> None:
             stream.write("\n")
 
 
-def _generate(model, tokenizer, batch: Sequence[Question], config: GenerateSection) -> list[dict]:
+class _Engine:
+    """One process's loop: batches as large as memory allows, in rounds of ROUND_TOKENS.
+
+    After a round the finished answers are on file and their places are taken by others, so that no answer waits for
+    the longest one; what goes on is prefilled again, which costs far less than decoding it did.
+    """
+
+    def __init__(self, model, tokenizer, config: GenerateSection, keys: dict[str, str], path: Path):
+        self.model, self.tokenizer, self.config, self.keys, self.path = model, tokenizer, config, keys, path
+        self.most = None if config.batch_size == "auto" else config.batch_size
+        self.tokens, self.largest = 0, 0
+
+    def run(self, questions: Sequence[Question], already: int, total: int) -> None:
+        """Answer `questions`; `already` and `total` are for the progress bar."""
+        pending = [Pending(q, self.tokenizer(q.prompt)["input_ids"]) for q in questions]
+        started = time.monotonic()
+        with Progress("answering", total, "question") as bar:
+            bar.update(already)
+            while pending:
+                batch, steps = self._choose(pending)
+                outputs = self._try_generate(batch, steps)
+                if outputs is None:
+                    continue
+                finished = self._finish(batch, outputs)
+                _append(self.path, finished)
+                gone = {answer["id"] for answer in finished}
+                pending = [p for p in pending if p.question.id not in gone]
+                speed = self.tokens / (time.monotonic() - started)
+                bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
+
+    def _choose(self, pending: list[Pending]) -> tuple[list[Pending], int]:
+        """The next batch and how many tokens to add: rows of one round, longest prompt first.
+
+        The furthest round that can fill a whole batch goes first, so that answers come to an end; while none can,
+        the earliest does, which fills the later ones.
+        """
+        rounds: dict[int, list[Pending]] = {}
+        for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
+            rounds.setdefault(len(one.generated) // ROUND_TOKENS, []).append(one)
+        for number in sorted(rounds, reverse=True):
+            rows = rounds[number]
+            steps = min(ROUND_TOKENS, self.config.max_new_tokens - len(rows[0].generated))
+            size = self._size(rows[0].length, steps)
+            if len(rows) >= size or number == min(rounds):
+                break
+        return rows[:size], steps
+
+    def _size(self, prompt_tokens: int, steps: int) -> int:
+        if self.config.batch_size != "auto":
+            return self.most
+        size = sequences_that_fit(self.model, prompt_tokens, steps)
+        return size if self.most is None else min(size, self.most)
+
+    def _try_generate(self, batch: list[Pending], steps: int) -> list[list[int]] | None:
+        """New token ids of each row, or None after running out of memory, with the next batch halved."""
+        try:
+            outputs = generate_batch(self.model, self.tokenizer, batch, steps, self.config)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            outputs = None
+        if outputs is None:  # outside the handler, whose traceback would keep the tensors alive
+            if len(batch) == 1:
+                raise HardwareError("A single question does not fit into memory; lower generate.max_new_tokens.")
+            self.most = len(batch) // 2
+            release_memory()
+        else:
+            self.largest = max(self.largest, len(batch))
+        return outputs
+
+    def _finish(self, batch: list[Pending], outputs: list[list[int]]) -> list[dict]:
+        """Extend the pending answers and return those that are complete."""
+        eos, finished = self.tokenizer.eos_token_id, []
+        for one, ids in zip(batch, outputs, strict=True):
+            stopped = eos in ids
+            ids = ids[: ids.index(eos)] if stopped else ids
+            one.generated += ids
+            self.tokens += len(ids) + stopped
+            if stopped or len(one.generated) >= self.config.max_new_tokens:
+                finished.append(self._answer(one, stopped))
+        return finished
+
+    def _answer(self, one: Pending, stopped: bool) -> dict:
+        close = self.tokenizer.convert_tokens_to_ids(CLOSE)
+        ids = one.generated
+        return {
+            "id": one.question.id,
+            "kind": one.question.kind,
+            "key": self.keys[one.question.id],
+            "text": self.tokenizer.decode(ids, skip_special_tokens=False),
+            "tokens": len(ids) + stopped,
+            "reasoning_tokens": ids.index(close) + 1 if close in ids else len(ids),
+            "finish_reason": "stop" if stopped else "length",
+        }
+
+
+def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection) -> list[list[int]]:
+    """Up to `steps` new token ids for each row, padding after the end token included.
+
+    Padding is put on the left by hand: unsloth's generate turns the tokenizer's padding_side to the right (issue 3283).
+    """
     import torch
 
-    # unsloth's generate turns padding_side to the right (unsloth issue 3283): set it before every batch.
-    tokenizer.padding_side = "left"
-    inputs = tokenizer([q.prompt for q in batch], return_tensors="pt", padding=True).to(model.device)
-    # transformers fills in top_k=50 unless told otherwise; what was registered is temperature and top_p.
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
-    torch.manual_seed(config.seed + int(answer_key(batch[0], config, "")[:8], 16) % 2**31)
+    width = max(one.length for one in batch)
+    ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+    mask = torch.zeros((len(batch), width), dtype=torch.long)
+    for i, one in enumerate(batch):
+        ids[i, width - one.length :] = torch.tensor(one.prompt + one.generated)
+        mask[i, width - one.length :] = 1
+    streams = [
+        question_stream(config.seed, one.question.id, len(one.generated) + steps)[len(one.generated) :] for one in batch
+    ]
     with torch.inference_mode():
         output = model.generate(
-            **inputs,
-            max_new_tokens=config.max_new_tokens,
-            do_sample=config.do_sample,
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=steps,
+            do_sample=False,  # what is drawn is drawn by the processors
+            logits_processor=sampling_processors(config, streams, width, model.device),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **sampling,
         )
-    close = tokenizer.convert_tokens_to_ids(CLOSE)
-    answers = []
-    for question, ids in zip(batch, output[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
-        stopped = tokenizer.eos_token_id in ids
-        ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-        answers.append(
-            {
-                "id": question.id,
-                "kind": question.kind,
-                "text": tokenizer.decode(ids, skip_special_tokens=False),
-                "tokens": len(ids) + stopped,
-                "reasoning_tokens": ids.index(close) + 1 if close in ids else len(ids),
-                "finish_reason": "stop" if stopped else "length",
-            }
-        )
-    return answers
-
-
-def tokenize_row(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
-    """Token ids of a training row as the trainer makes them (BOS + prompt + completion + EOS), and what each is.
-
-    Returns `input_ids` and `part`: 0 prompt, 1 reasoning (up to and with `</think>`), 2 response and EOS.
-    """
-    text = prompt + completion + tokenizer.eos_token
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    border = len(prompt) + (completion.index(CLOSE) + len(CLOSE) if CLOSE in completion else 0)
-    parts = [0 if start < len(prompt) else 1 if start < border else 2 for start, _ in encoded["offset_mapping"]]
-    return {"input_ids": encoded["input_ids"], "part": parts}
-
-
-def completion_nll(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.DataFrame:
-    """Negative log-likelihood (nats) of each row's completion given its prompt, reasoning and response apart.
-
-    `rows` has id, prompt and completion. Returns id, reasoning_nll, reasoning_tokens, response_nll, response_tokens,
-    sums over tokens. Rows longer than `max_length` tokens are left out, never cut.
-    """
-    import torch
-
-    encoded = [tokenize_row(tokenizer, row.prompt, row.completion) for row in rows.itertuples()]
-    fitting = [i for i, row in enumerate(encoded) if len(row["input_ids"]) <= max_length]
-    fitting.sort(key=lambda i: len(encoded[i]["input_ids"]))
-    results: dict[int, dict] = {}
-    with Progress("scoring held-out rows", len(fitting), "row") as bar, torch.inference_mode():
-        while len(results) < len(fitting):
-            batch = fitting[len(results) :]
-            longest, count = 0, 0
-            for i in batch:
-                longest = max(longest, len(encoded[i]["input_ids"]))
-                if count and longest * (count + 1) > _NLL_TOKENS:
-                    break
-                count += 1
-            batch = batch[:count]
-            for i, sums in zip(batch, _nll_of_batch(model, tokenizer, [encoded[i] for i in batch]), strict=True):
-                results[i] = {"id": rows["id"].iloc[i], **sums}
-            bar.update(count)
-    types = {"reasoning_nll": float, "reasoning_tokens": int, "response_nll": float, "response_tokens": int}
-    return pd.DataFrame([results[i] for i in sorted(results)], columns=["id", *types]).astype(types)
-
-
-def _nll_of_batch(model, tokenizer, batch: list[dict]) -> list[dict]:
-    """Right-padded and without a mask: causal attention keeps padding from reaching the tokens before it."""
-    import torch
-
-    width = max(len(row["input_ids"]) for row in batch)
-    ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-    for i, row in enumerate(batch):
-        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-    sums = []
-    for i, row in enumerate(batch):
-        length = len(row["input_ids"])
-        target = torch.tensor(row["input_ids"][1:], device=logits.device)
-        nll = torch.nn.functional.cross_entropy(logits[i, : length - 1].float(), target, reduction="none").cpu()
-        part = torch.tensor(row["part"][1:])
-        sums.append(
-            {
-                f"{name}_{kind}": value
-                for name, code in (("reasoning", 1), ("response", 2))
-                for kind, value in (
-                    ("nll", float(nll[part == code].double().sum())),
-                    ("tokens", int((part == code).sum())),
-                )
-            }
-        )
-    return sums
-
-
-def _empty_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return output[:, width:].tolist()

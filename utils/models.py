@@ -13,7 +13,7 @@ from typing import Any
 
 from utils.credentials import share_hub_token
 from utils.errors import HardwareError, ModelError
-from utils.platforms import GIB, gpus, resolve_hardware
+from utils.platforms import GIB, gpu_ids, resolve_hardware
 from utils.settings import EMBEDDED, Config
 
 _PROBE = "Hello world, this is a test.\nx"
@@ -45,9 +45,9 @@ def prepare_device(config: Config) -> None:
     share_hub_token()
     if device(config) == "cpu":
         return
-    if len(gpus()) > 1 and "LOCAL_RANK" not in os.environ:
+    if len(gpu_ids()) > 1 and "LOCAL_RANK" not in os.environ:
         # TRL raises for one process that sees two GPUs (sft_trainer.py), and unsloth would split batches badly.
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ids()[0]
     if config.hardware.emulate_t4:
         _emulate_t4()
 

@@ -72,6 +72,21 @@ def gpus() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
+@cache
+def gpu_ids() -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that this process found; asked before it narrows itself to one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(len(gpus()))]
+    return tuple(name.strip() for name in names[: len(gpus())])
+
+
+def processes(hardware: HardwareSection) -> int:
+    """How many processes share the work: as configured, or one for each GPU."""
+    if hardware.processes != "auto":
+        return hardware.processes
+    return max(1, len(gpu_ids())) if resolve_hardware(hardware)["device"] == "cuda" else 1
+
+
 def default_profile() -> str:
     """t4 where there is a CUDA GPU, demo elsewhere."""
     return "t4" if gpus() else "demo"

@@ -105,7 +105,7 @@ class GenerateSection(Section):
     """Arguments of model.generate, the same in both arms."""
 
     max_new_tokens: Positive = 1024
-    batch_size: Positive = 16
+    batch_size: Positive | Literal["auto"] = "auto"  # auto: as many at once as free memory allows
     do_sample: bool = True
     temperature: Annotated[float, Field(gt=0, le=2)] = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -142,6 +142,7 @@ class HardwareSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    processes: Positive | Literal["auto"] = "auto"  # that answer questions; auto: one for each GPU
     min_gpu_memory_gib: Annotated[float, Field(ge=0)] = 0.0
     min_disk_gib: Annotated[float, Field(ge=0)] = 1.0  # for the run directory
     min_cache_gib: Annotated[float, Field(ge=0)] = 0.0  # for what is downloaded from the Hub

@@ -61,8 +61,8 @@ STAGES = (
         name="01_baseline_inference",
         title="Baseline answers",
         needs=("00_setup",),
-        inputs=("data/eval.parquet", "data/benchmark.jsonl"),
-        outputs=("baseline/answers.jsonl", "baseline/nll.parquet"),
+        inputs=("data/eval.parquet", "data/benchmark.jsonl", "data/anecdote.json"),
+        outputs=("baseline/answers.jsonl", "baseline/forced.jsonl", "baseline/nll.parquet"),
         settings=(*_MODEL, "generate", "evaluate.questions"),
     ),
     Stage(
@@ -85,8 +85,8 @@ STAGES = (
         name="04_comparison",
         title="Comparison and verdict",
         needs=("01_baseline_inference", "03_lora_training"),
-        inputs=("data/eval.parquet", "data/benchmark.jsonl", "baseline", "training/adapter"),
-        outputs=("tuned/answers.jsonl", "tuned/nll.parquet", "comparison"),
+        inputs=("data/eval.parquet", "data/benchmark.jsonl", "data/anecdote.json", "baseline", "training/adapter"),
+        outputs=("tuned/answers.jsonl", "tuned/forced.jsonl", "tuned/nll.parquet", "comparison"),
         settings=(*_MODEL, "generate", "evaluate"),
     ),
     Stage(

@@ -19,7 +19,7 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class PairedResult:
-    """One metric in both arms: means, difference (tuned - base), its interval, and a two-sided p-value."""
+    """One metric in both arms: means with intervals, difference (tuned - base), its interval, a two-sided p-value."""
 
     name: str
     n: int
@@ -27,6 +27,8 @@ class PairedResult:
     tuned: float
     difference: float
     ci95: tuple[float, float]
+    base_ci95: tuple[float, float]
+    tuned_ci95: tuple[float, float]
     p_value: float
     groups: int
     test: str
@@ -34,7 +36,7 @@ class PairedResult:
 
     def as_dict(self) -> dict:
         """Plain JSON values."""
-        return {**asdict(self), "ci95": list(self.ci95)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -74,13 +76,22 @@ def sign_flip_test(differences: np.ndarray, groups: Sequence[str], resamples: in
     return float(test.pvalue)
 
 
-def paired_interval(
-    differences: np.ndarray, groups: Sequence[str], confidence: float, resamples: int, seed: int
+def mean_interval(
+    values: np.ndarray, groups: Sequence[str], confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean paired difference, resampling whole groups (by scipy)."""
-    sums, sizes = group_sums(differences, groups)
-    if len(sums) == 1 or np.all(differences == differences[0]):
-        return float(differences.mean()), float(differences.mean())
+    """Interval of one arm's mean: Wilson's for 0/1 values of independent items, else the bootstrap over groups."""
+    if len(set(groups)) == len(values) and _is_binary(values):
+        return wilson_interval(int(values.sum()), len(values), confidence)
+    return bootstrap_interval(values, groups, confidence, resamples, seed)
+
+
+def bootstrap_interval(
+    values: np.ndarray, groups: Sequence[str], confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean (of paired differences, say), resampling whole groups (by scipy)."""
+    sums, sizes = group_sums(values, groups)
+    if len(sums) == 1 or np.all(values == values[0]):
+        return float(values.mean()), float(values.mean())
     result = stats.bootstrap(
         (sums, sizes),
         lambda s, k, axis: np.sum(s, axis=axis) / np.sum(k, axis=axis),
@@ -116,8 +127,7 @@ def compare_paired(
         bad = int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum())
         raise ValueError(f"{name}: {bad} of {2 * len(a)} values are not finite; nothing can be concluded from them")
     independent = len(set(groups)) == len(a)
-    binary = set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}
-    if independent and binary:
+    if independent and _is_binary(np.concatenate([a, b])):
         test, p_value = "exact McNemar", mcnemar_exact(a, b)
     else:
         test, p_value = "sign flips by group", sign_flip_test(b - a, groups, resamples, seed)
@@ -127,7 +137,9 @@ def compare_paired(
         base=float(a.mean()),
         tuned=float(b.mean()),
         difference=float((b - a).mean()),
-        ci95=paired_interval(b - a, groups, 1 - ALPHA, resamples, seed),
+        ci95=bootstrap_interval(b - a, groups, 1 - ALPHA, resamples, seed),
+        base_ci95=mean_interval(a, groups, 1 - ALPHA, resamples, seed),
+        tuned_ci95=mean_interval(b, groups, 1 - ALPHA, resamples, seed),
         p_value=p_value,
         groups=len(set(groups)),
         test=test,
@@ -135,26 +147,48 @@ def compare_paired(
     )
 
 
-def verdict(result: PairedResult) -> str:
-    """`better`, `worse` or `cannot tell`: the interval must exclude zero and the test agree at 5 %."""
+def verdict(result: PairedResult, p_value: float | None = None) -> str:
+    """`better`, `worse` or `cannot tell`: the interval must exclude zero and the test agree at 5 %.
+
+    `p_value` replaces the result's own where it was corrected for several tests.
+    """
     low, high = result.ci95
-    if result.p_value >= ALPHA or low <= 0 <= high:
+    if (result.p_value if p_value is None else p_value) >= ALPHA or low <= 0 <= high:
         return "cannot tell"
     return "better" if (result.difference > 0) == result.higher_is_better else "worse"
+
+
+def mcnemar_power(n: int, difference: float, discordant: float) -> float:
+    """The chance that McNemar's exact test (alpha 5 %) shows a true difference of two paired proportions.
+
+    n independent pairs, of which a share `discordant` differs between the arms; exact, by summing over the number of
+    discordant pairs and how many of them favour the better arm. Raises ValueError where |difference| > discordant.
+    """
+    if not abs(difference) <= discordant <= 1:
+        raise ValueError(
+            f"a difference of {difference} needs at least that share of discordant pairs, not {discordant}"
+        )
+    share = (discordant + abs(difference)) / (2 * discordant) if discordant else 0.5
+    counts = np.arange(n + 1)
+    # The largest number of losses that still rejects: P(X <= k) <= alpha / 2 under an even chance.
+    most = stats.binom.ppf(ALPHA / 2, counts, 0.5) - 1
+    most = np.where(stats.binom.cdf(most + 1, counts, 0.5) <= ALPHA / 2, most + 1, most)
+    rejects = stats.binom.cdf(most, counts, 1 - share) + stats.binom.sf(counts - most - 1, counts, 1 - share)
+    return float(np.sum(stats.binom.pmf(counts, n, discordant) * np.where(most >= 0, rejects, 0.0)))
 
 
 def detectable_difference(n: int, discordant: float = 0.25, power: float = 0.8) -> float:
     """The smallest difference of two paired proportions that n independent items show with this power (alpha 5 %).
 
-    Normal approximation of McNemar's test with the given share of discordant pairs (Connor 1987); 1.0 where n is too
-    small for any difference.
+    By `mcnemar_power`, with the given share of discordant pairs, or as many as the difference needs; 1.0 where n is
+    too small for any difference.
     """
-    z_alpha, z_beta = stats.norm.ppf(1 - ALPHA / 2), stats.norm.ppf(power)
 
-    def reaches(difference: float) -> bool:
-        spread = np.sqrt(max(discordant - difference**2, 1e-12))
-        return (difference * np.sqrt(n) - z_alpha * np.sqrt(discordant)) / spread >= z_beta
+    def excess(difference: float) -> float:
+        return mcnemar_power(n, difference, max(discordant, difference)) - power
 
-    if not reaches(discordant):
-        return 1.0
-    return float(optimize.bisect(lambda d: reaches(d) - 0.5, 0.0, discordant))
+    return float(optimize.brentq(excess, 0.0, 1.0, xtol=1e-4)) if excess(1.0) > 0 else 1.0
+
+
+def _is_binary(values: np.ndarray) -> bool:
+    return set(np.unique(values)) <= {0.0, 1.0}

@@ -1,0 +1,132 @@
+"""The comparison of both arms: one documented schema, Holm over the secondary metrics, and every case counted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from statsmodels.stats.multitest import multipletests
+
+from utils.answers import Question, register
+from utils.comparison import Arms, compare, write_comparison
+from utils.errors import StageOrderError
+from utils.files import write_json
+from utils.metrics import nll_per_token, score_answers
+from utils.results import Comparison
+from utils.rundir import RunDir, open_run
+
+LETTERS = {"A": "one", "B": "two", "C": "three", "D": "four"}
+CONTAMINATION = {"threshold": 0.5, "near_benchmark": 2, "largest_cosine_train_eval": 0.41}
+
+
+def arms(n: int = 60, open_rows: int = 10, gain: float = 0.3, seed: int = 0) -> Arms:
+    """Answers of both arms to n multiple-choice items of two benchmarks and a few open questions, and losses."""
+    rng = np.random.default_rng(seed)
+    items = pd.DataFrame(
+        {"id": [f"i{k:03d}" for k in range(n)], "options": [LETTERS] * n, "gold": rng.choice(list("ABCD"), n),
+         "benchmark": ["medqa"] * (n - n // 3) + ["pubmedqa"] * (n // 3)}
+    )  # fmt: skip
+    held_out = pd.DataFrame({"id": [f"q{k:03d}" for k in range(open_rows)]})
+    frames = []
+    for rate in (0.3, 0.3 + gain):
+        answers = {}
+        for row in items.itertuples():
+            letter = row.gold if rng.random() < rate else "A"
+            cut = rng.random() < 0.2
+            text = "Hm" if cut else f"Hm.</think>The answer is {letter}."
+            answers[row.id] = {"kind": "choice", "text": text, "finish_reason": "length" if cut else "stop",
+                               "tokens": int(rng.integers(40, 90)), "reasoning_tokens": 30}  # fmt: skip
+        for name in held_out["id"]:
+            answers[name] = {
+                "kind": "open",
+                "text": "Hm.</think>So.",
+                "finish_reason": "stop",
+                "tokens": 9,
+                "reasoning_tokens": 4,
+            }
+        frames.append(score_answers(answers, held_out, items, {i: "B" for i in items["id"]}))
+    losses = []
+    for shift in (0.0, -0.2):
+        sums = rng.normal(60 + 30 * shift, 2, size=open_rows)
+        losses.append(nll_per_token(pd.DataFrame(
+            {"id": held_out["id"], "reasoning_nll": sums, "response_nll": sums, "reasoning_tokens": 30, "response_tokens": 30}
+        )))  # fmt: skip
+    return Arms(*frames, *losses, {i: i for i in held_out["id"]})
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    settings = {"data.path": str(rows), "evaluate.benchmark.path": str(rows), "evaluate.resamples": 1000}
+    run = open_run("demo", tmp_path / "run", settings)
+    write_json(run.file("data/split.json"), {"contamination": CONTAMINATION})
+    register(run, [Question("a", "open", "?")])
+    return run
+
+
+def test_the_file_follows_its_schema_and_holds_what_the_design_asks_for(run):
+    metrics = compare(run, arms())
+    assert Comparison(**metrics).model_dump(mode="json") == metrics == json.loads(json.dumps(metrics, allow_nan=False))
+    assert set(metrics) >= {"primary", "secondary", "form", "length", "contamination", "verdict", "sentence", "claims"}
+    for result in (metrics["primary"], *metrics["secondary"]):
+        assert set(result) >= {"name", "n", "base", "tuned", "difference", "ci95", "p_value"}
+        assert result["ci95"][0] <= result["difference"] <= result["ci95"][1]
+        assert result["base_ci95"][0] <= result["base"] <= result["base_ci95"][1]
+    assert metrics["contamination"] == CONTAMINATION
+    names = [result["name"] for result in metrics["secondary"]]
+    assert metrics["primary"]["name"] == "multiple_choice" and metrics["primary"]["n"] == 40
+    assert {"multiple_choice_forced", "parsed", "truncated", "nll", "nll_reasoning", "nll_response", "well_formed",
+            "reasoning_tokens", "answer_tokens", "multiple_choice:pubmedqa"} <= set(names)  # fmt: skip
+
+
+def test_holms_correction_is_statsmodels_over_all_secondary_metrics(run):
+    secondary = compare(run, arms())["secondary"]
+    expected = multipletests([r["p_value"] for r in secondary], method="holm")[1]
+    assert [r["p_holm"] for r in secondary] == pytest.approx(list(expected), abs=1e-9)
+
+
+def test_an_answer_that_was_cut_off_stays_in_n_and_counts_as_wrong(run):
+    both = arms()
+    metrics = compare(run, both)
+    mine = both.base[(both.base["kind"] == "choice") & (both.base["benchmark"] == "medqa")]
+    assert metrics["primary"]["n"] == len(mine) == 40 and mine["truncated"].sum() > 0
+    assert mine.loc[mine["truncated"] == 1, "correct"].sum() == 0
+    assert metrics["primary"]["base"] == pytest.approx(mine["correct"].mean())
+
+
+def test_a_registration_changed_after_answers_is_said_in_the_sentence(run):
+    registration = json.loads(run.file("data/registration.json").read_text())
+    write_json(run.file("data/registration.json"), {**registration, "changed_after_answers": True})
+    metrics = compare(run, arms())
+    assert metrics["registration"]["changed_after_answers"] is True
+    assert metrics["sentence"].endswith("so this is no registered result.")
+
+
+def test_a_primary_that_the_data_cannot_carry_is_a_sentence(run):
+    with pytest.raises(StageOrderError, match="evaluate.primary is multiple_choice, but"):
+        both = arms()
+        only = both.base["kind"] == "open"
+        compare(run, Arms(both.base[only], both.tuned[only], both.base_nll, both.tuned_nll, both.groups))
+
+
+def test_shuffled_labels_never_make_the_verdict_swing_one_way_only(run):
+    """Swap the arms at random, many times: what is found is found in both directions, and seldom."""
+    both, verdicts = arms(n=90, open_rows=2, gain=0.3), []
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        swap = rng.random(len(both.base)) < 0.5
+        base = both.tuned.where(pd.Series(swap), both.base)
+        tuned = both.base.where(pd.Series(swap), both.tuned)
+        verdicts.append(compare(run, Arms(base, tuned, both.base_nll, both.tuned_nll, both.groups))["verdict"])
+    assert verdicts.count("cannot tell") >= 16
+
+
+def test_the_table_has_the_primary_first_and_corrected_p_values_below(run):
+    metrics = compare(run, arms())
+    table = write_comparison(run, metrics)
+    assert table["metric"].iloc[0] == "multiple-choice accuracy, strict" and len(table) == 1 + len(metrics["secondary"])
+    assert list(table["p"][1:]) == [r["p_holm"] for r in metrics["secondary"]]
+    assert json.loads(run.file("comparison/metrics.json").read_text()) == metrics

@@ -1,0 +1,159 @@
+"""Likelihoods: losses are exact, no row is cut, and a forced letter is what a computation by hand gives."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from utils import likelihood
+from utils.answers import Question
+from utils.errors import HardwareError, ModelError
+from utils.likelihood import check_same_base, completion_nll, forced_letters, tokenize_row
+from utils.prompts import format_row
+
+ROWS = [
+    {"Question": f"A man has {'a dry cough and ' * i}a red rash.", "Complex_CoT": "It fits.\nYes " * (i + 1), "Response": "R"}
+    for i in range(7)
+]  # fmt: skip
+
+
+def table() -> pd.DataFrame:
+    pairs = [format_row(row, "native") for row in ROWS]
+    return pd.DataFrame(
+        {"id": [f"q{i}" for i in range(7)], "prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]}
+    )
+
+
+def test_a_row_is_bos_prompt_reasoning_response_eos_each_part_in_its_place(tiny_model):
+    _, tokenizer = tiny_model
+    prompt, completion = format_row({"Question": "Q?", "Complex_CoT": "Because.", "Response": "So it is."}, "native")
+    row = tokenize_row(tokenizer, prompt, completion)
+    assert row["part"] == sorted(row["part"])
+    texts = {
+        code: tokenizer.decode([i for i, p in zip(row["input_ids"], row["part"], strict=True) if p == code])
+        for code in (0, 1, 2)
+    }
+    assert texts[0] == tokenizer.bos_token + prompt
+    assert texts[1] == "Because.\n</think>" and texts[2] == "\n\nSo it is." + tokenizer.eos_token
+
+
+def test_the_parts_loss_adds_up_to_what_transformers_computes(tiny_model):
+    model, tokenizer = tiny_model
+    nll = completion_nll(model, tokenizer, table(), max_length=4096)
+    for i, row in enumerate(table().itertuples()):
+        encoded = tokenize_row(tokenizer, row.prompt, row.completion)
+        ids = torch.tensor([encoded["input_ids"]])
+        labels = ids.clone()
+        labels[0, [p == 0 for p in encoded["part"]]] = -100
+        with torch.no_grad():
+            mean = model(input_ids=ids, labels=labels).loss.item()
+        counted = nll["reasoning_tokens"][i] + nll["response_tokens"][i]
+        assert counted == sum(p > 0 for p in encoded["part"])
+        assert (nll["reasoning_nll"][i] + nll["response_nll"][i]) / counted == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_row_beyond_the_limit_is_left_out_and_never_cut(tiny_model):
+    model, tokenizer = tiny_model
+    lengths = [len(tokenize_row(tokenizer, r.prompt, r.completion)["input_ids"]) for r in table().itertuples()]
+    limit = sorted(lengths)[3]
+    nll = completion_nll(model, tokenizer, table(), max_length=limit)
+    assert list(nll["id"]) == [f"q{i}" for i, length in enumerate(lengths) if length <= limit]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same_losses(tiny_model, monkeypatch):
+    expected, real = completion_nll(*tiny_model, table(), 4096), likelihood._nll_of_batch
+
+    def small_memory(model, tokenizer, batch):
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, tokenizer, batch)
+
+    monkeypatch.setattr(likelihood, "_nll_of_batch", small_memory)
+    pd.testing.assert_frame_equal(completion_nll(*tiny_model, table(), 4096), expected, rtol=1e-5)
+
+
+def test_a_row_that_never_fits_is_a_sentence(tiny_model, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(likelihood, "_nll_of_batch", no_memory)
+    with pytest.raises(HardwareError, match="max_seq_length"):
+        completion_nll(*tiny_model, table(), 4096)
+
+
+@pytest.fixture
+def adapted(tiny_model):
+    """The tiny model with LoRA weights that change what it says; taken off again afterwards."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_model[0], LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    yield model.eval(), tiny_model[1]
+    model.unload()
+
+
+def test_with_the_adapter_switched_off_the_base_is_recognised(tiny_model, adapted):
+    with adapted[0].disable_adapter():
+        baseline = completion_nll(*adapted, table(), 4096)
+    assert check_same_base(*adapted, table(), baseline) < 1e-5
+    changed = completion_nll(*adapted, table(), 4096)
+    assert abs(changed["reasoning_nll"] / baseline["reasoning_nll"] - 1).max() > 1e-3  # the adapter does do something
+
+
+def test_another_base_than_the_baselines_is_refused(adapted):
+    with adapted[0].disable_adapter():
+        baseline = completion_nll(*adapted, table(), 4096)
+    baseline["reasoning_nll"] *= 1.05
+    with pytest.raises(ModelError, match="not the base model that answered in 01"):
+        check_same_base(*adapted, table(), baseline)
+
+
+ITEMS = pd.DataFrame([{"id": "m1", "options": {"A": "one", "B": "two", "C": "three"}, "gold": "B"}])
+QUESTIONS = [Question("m1", "choice", "Which one?<think>\n")]
+
+
+def unfinished(text: str, reason: str = "length") -> list[dict]:
+    return [{"id": "m1", "kind": "choice", "key": "k", "text": text, "finish_reason": reason}]
+
+
+@pytest.mark.parametrize(
+    ("text", "closing"), [("It could be A", "\n</think>\n\nThe answer is"), ("Hm.</think>So", "\n\nThe answer is")]
+)
+def test_a_forced_letter_is_the_likeliest_after_the_closed_block(tiny_model, tmp_path, text, closing):
+    """By hand: one forward pass, log-softmax at the last place, the letters' own tokens compared."""
+    model, tokenizer = tiny_model
+    (row,) = forced_letters(model, tokenizer, QUESTIONS, unfinished(text), ITEMS, tmp_path / "forced.jsonl")
+    ids = tokenizer("Which one?<think>\n" + text + closing + " ")["input_ids"]
+    space = tokenizer.encode(" A", add_special_tokens=False)
+    assert len(space) == 2  # this small vocabulary writes the space by itself; both must be handled
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], dim=-1)
+    expected = {x: float(logprobs[tokenizer.encode(f" {x}", add_special_tokens=False)[-1]]) for x in "ABC"}
+    assert row["logprobs"] == pytest.approx(expected, abs=1e-5)
+    assert row["letter"] == max(expected, key=expected.get)
+    assert [json.loads(line) for line in (tmp_path / "forced.jsonl").read_text().splitlines()] == [row]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("Hm.</think>The answer is B.", "stop"), ("Hm.</think>Gout.", "stop"), ("Hm.</think>B", "length")]
+)  # fmt: skip
+def test_an_answer_that_came_to_its_own_end_or_states_a_letter_is_not_forced(tiny_model, tmp_path, text, reason):
+    assert forced_letters(*tiny_model, QUESTIONS, unfinished(text, reason), ITEMS, tmp_path / "f.jsonl") == []
+    assert (tmp_path / "f.jsonl").read_text() == ""
+
+
+def test_a_forced_letter_on_file_is_not_computed_again(tiny_model, tmp_path, monkeypatch):
+    first = forced_letters(*tiny_model, QUESTIONS, unfinished("Hm"), ITEMS, tmp_path / "f.jsonl")
+    monkeypatch.setattr(likelihood, "letter_logprobs", None)
+    assert forced_letters(*tiny_model, QUESTIONS, unfinished("Hm"), ITEMS, tmp_path / "f.jsonl") == first
+
+
+def test_without_a_benchmark_nothing_is_forced(tiny_model, tmp_path):
+    answers = [{"id": "q", "kind": "open", "key": "k", "text": "Hm", "finish_reason": "length"}]
+    assert forced_letters(*tiny_model, [], answers, None, tmp_path / "f.jsonl") == []

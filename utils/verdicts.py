@@ -1,0 +1,106 @@
+"""The verdict in words, derived from the statistics: better, worse or cannot tell, never more than the interval carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from utils.metrics import find_metric
+from utils.results import Claim
+from utils.statistics import PairedResult, detectable_difference, verdict
+
+_CLAIMS = {
+    "knows more": ("accuracy", "multiple_choice"),
+    "reasons shorter": ("reasoning_tokens",),
+    "keeps form": ("well_formed",),
+    "imitates the reference": ("nll",),
+}
+_WORDS = {
+    "knows more": ("It answers more questions rightly.", "It answers fewer questions rightly."),
+    "reasons shorter": ("Its reasoning is shorter.", "Its reasoning is longer."),
+    "keeps form": ("More of its answers are well formed.", "Fewer of its answers are well formed."),
+    "imitates the reference": (
+        "The references surprise it less: it writes more like them, which says nothing about truth.",
+        "The references surprise it more.",
+    ),
+}
+
+
+def describe(result: PairedResult, p_value: float | None = None) -> str:
+    """n, both arms, difference, interval, p and what follows from them; `p_value` where it was corrected."""
+    return f"{_figures(result, p_value)} {_conclusion(result, verdict(result, p_value))}"
+
+
+def _figures(result: PairedResult, p_value: float | None = None) -> str:
+    metric = find_metric(result.name)
+    low, high = result.ci95
+    if metric.unit == "share":
+        values = f"{metric.label} went from {result.base:.1%} to {result.tuned:.1%}"
+        change = f"{100 * result.difference:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+    else:
+        digits = 1 if metric.unit == "tokens" else 3
+        unit = "" if metric.unit == "score" else f" {metric.unit}"
+        values = f"{metric.label} went from {result.base:.{digits}f} to {result.tuned:.{digits}f}{unit}"
+        change = f"{result.difference:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f})"
+    p = result.p_value if p_value is None else p_value
+    corrected = "" if p_value is None else " after Holm's correction"
+    words = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    grouped = f" in {result.groups} groups" if result.groups < result.n else ""
+    return f"On {result.n} held-out questions{grouped}, {values}: {change}, {words}{corrected}."
+
+
+def _conclusion(result: PairedResult, found: str) -> str:
+    if found != "cannot tell":
+        return f"The fine-tuned model is {found} on this metric."
+    hint = ""
+    if find_metric(result.name).unit == "share":
+        smallest = detectable_difference(result.groups)
+        hint = (
+            " No difference would show with so few."
+            if smallest == 1
+            else f" With this many, only about {100 * smallest:.0f} points or more would show."
+        )
+    return f"This cannot tell the two apart.{hint}"
+
+
+def state_claims(results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> list[Claim]:
+    """One entry for each thing that people would like to say; `corrected` holds Holm's p for secondary metrics."""
+    return [_state(claim, names, results, corrected) for claim, names in _CLAIMS.items()]
+
+
+def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> Claim:
+    result = next((results[name] for name in names if name in results), None)
+    if result is None:
+        text = "Nothing in this run measures it."
+        return Claim(claim=claim, metric=None, verdict="cannot tell", sentence=text)
+    p_value = corrected.get(result.name)
+    found, remark = verdict(result, p_value), ""
+    if result.name == "multiple_choice" and found != "cannot tell":
+        found, remark = _check_forced(found, results, corrected)
+    if claim == "reasons shorter" and "truncated" in results:
+        remark = _lengths_are_cut(results["truncated"])
+    if found == "cannot tell":
+        words = _conclusion(result, found) if not remark else ""
+        if claim == "keeps form":
+            words = f"No change is shown; a loss of more than {100 * max(0, -result.ci95[0]):.1f} points is unlikely."
+    else:
+        words = _WORDS[claim][found == "worse"]
+    sentence = " ".join(part for part in (_figures(result, p_value), words, remark) if part)
+    return Claim(claim=claim, metric=result.name, verdict=found, sentence=sentence)
+
+
+def _check_forced(found: str, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> tuple[str, str]:
+    """Shorter reasoning runs into the limit less often, and strict accuracy rises without any knowledge gained."""
+    forced = results.get("multiple_choice_forced")
+    if forced is None or verdict(forced, corrected.get(forced.name)) == found:
+        return found, ""
+    difference = f"{100 * forced.difference:+.1f} points (95 % interval {100 * forced.ci95[0]:+.1f} to {100 * forced.ci95[1]:+.1f})"
+    return "cannot tell", (
+        f"But where answers that were cut off are closed and a letter is read, the difference is {difference}: "
+        "what changed may be how often an answer ends in time, not what is known."
+    )
+
+
+def _lengths_are_cut(truncated: PairedResult) -> str:
+    if truncated.base == truncated.tuned == 0:
+        return ""
+    return f"Of the base's answers {truncated.base:.0%} were cut off at the limit, of the fine-tuned {truncated.tuned:.0%}: their full length is unknown."
