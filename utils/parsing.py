@@ -12,13 +12,44 @@ from dataclasses import dataclass
 
 OPEN, CLOSE = "<think>", "</think>"
 _MARKS = ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>")
-# Explicit ways of giving a letter, strongest first. No two neighbouring quantifiers share a character: answers of
-# 100,000 characters must not backtrack.
+# Explicit ways of giving a letter, strongest first; {x} is replaced by the letter's own pattern. Every quantifier over
+# what may repeat is bounded: answers of 100,000 characters must not backtrack.
+_HEDGES = r"(?:(?:most|very|probably|likely|therefore|thus|clearly|indeed|definitely|option|choice|letter|the|best)\s+)"
+_VERB = r"(?:\b(?:is|would be|should be|must be|will be)\b|[:：=]|\s[-–—](?=\s)|是|为|為)"
 _LETTER_PATTERNS = (
-    r"\\boxed\{{\s*(?:\\text\{{)?\s*\(?([{letters}])\)?\b",
-    r"(?i:answer|option|choice)[\*_]*\s*(?i:is|would be|:)[\s:\*_\"'(\[]*([{letters}])\b(?!')",
-    r"(?m)^[ \t\*_(\[]*([{letters}])(?:[\*_)\].:]+(?:\s|$)|[ \t]*$)",
+    r"\\boxed\{{\s*(?:\\\w{{1,8}}\{{)?\s*\(?{x}",
+    r"(?i:<answer>)\s*\(?{x}",
+    r"(?i:(?<!wrong )(?<!incorrect )(?:\banswer|答案|الجواب|الإجابة)[\*_]{{0,8}}(?:[ ]+(?!not\b|choices?\b[ ]*[A-Z]\b)\w{{1,20}}){{0,6}}?"
+    r"[\*_ ]{{0,8}}{verb}[\s\*_]{{0,8}}:?[\s\*_]{{0,8}}{hedges}{{0,3}}){mark}{x}",
+    r"(?i:\b(?:best|correct|right|final|my|appropriate|likely)[\*_ ]{{1,8}}(?:option|choice)[\*_]{{0,8}}(?:[ ]+(?!not\b)\w{{1,20}}){{0,4}}?"
+    r"[\*_ ]{{0,8}}{verb}[\s\*_]{{0,8}}:?[\s\*_]{{0,8}}{hedges}{{0,3}}){mark}{x}",
+    r"(?<![\w'])[\(\*]{{0,3}}{x}[\)\*]{{0,3}}[ ]{{1,8}}(?i:is|would be)[ ]+(?i:(?:the|therefore|thus|clearly)[ ]+){{0,2}}"
+    r"(?i:(?:most|single|only|likely)[ ]+){{0,2}}(?i:correct|right|best|appropriate|answer)",
+    r"(?i:\b(?:go|going|goes)[ ]+with|\b(?:choose|select|pick)|选[择項项]?)[ ]*(?i:(?:option|choice|answer)[ ]+)?{mark}{x}",
+    r"(?m)^[ \t\*_(\[]*{x}(?:[\*_)\].:]+(?:\s|$)|[ \t]*$)",
+    r"\*\*[ ]?\(?{x}[.):][ ][^\*\n]{{1,300}}\*\*",
 )
+_MARK = r"[\s\*_\"'“「`$(\[]{0,8}(?:\\\w{1,8}\{)?"
+# What may follow a stated letter: not a word that makes it an article ("A patient"), a pronoun ("I believe"), the name of
+# a species ("E. coli"), or a possessive ("A's").
+_SPECIES = (
+    r"\.[ ](?:coli|difficile|diff|albicans|trachomatis|burgdorferi|cereus|anthracis|pertussis|botulinum|tetani|"
+    r"perfringens|jejuni|fumigatus|faecalis|histolytica|henselae|diphtheriae|neoformans|pneumoniae|aureus)\b"
+)
+_AFTER = rf"(?![\w'’])(?!{_SPECIES})"
+_ARTICLE = r"(?![ -](?!because|since|as|due|for|based|which|with|given|here|is|would|and|or|but)[\w(])"
+_FURTHER = (
+    r"[\s\*_)\]}\"”」`$.]{0,6}(?:,?\s{0,2}\b(?:or|and)\b\s{1,2}(?:(?:maybe|possibly|perhaps|also|even)\s)?|\s?[/&]\s?)"
+    r"(?:(?i:option|choice)\s)?[\*_(]{0,3}[LETTERS]\b(?!\s{1,2}(?:is|are|was|were|would|can|could|does|do|has|have|isn))"
+)
+
+
+_LONG_RUN = re.compile(r"\s{9,}|[*_(\[]{9,}")
+
+
+def _shorten(run: str) -> str:
+    """A long run of spaces or marks as the shortest that reads the same."""
+    return ("\n\n" if "\n" in run else " ") if run.isspace() else run[:4]
 
 
 @dataclass(frozen=True)
@@ -49,12 +80,26 @@ def parse_completion(text: str) -> Completion:
 
 def explicit_letter(answer: str, letters: Iterable[str]) -> str | None:
     """The one option letter that an answer states, or None where it states none or several different ones."""
-    allowed = "".join(letters)
+    allowed, answer = "".join(letters), _LONG_RUN.sub(lambda run: _shorten(run[0]), answer)
+    letter = f"(?P<x>[{allowed}]{_AFTER})(?:(?<![AI])|{_ARTICLE})"
+    parts = {"x": letter, "verb": _VERB, "hedges": _HEDGES, "mark": _MARK}
+    further = re.compile(_FURTHER.replace("LETTERS", allowed))
     for pattern in _LETTER_PATTERNS:
-        found = set(re.findall(pattern.format(letters=allowed), answer))
-        if found:
-            return found.pop() if len(found) == 1 else None
+        matches = list(re.finditer(pattern.format(**parts), answer))
+        if matches:
+            found = {match["x"] for match in matches}
+            several = any(further.match(answer, match.end("x")) for match in matches)
+            return found.pop() if len(found) == 1 and not several else None
     return None
+
+
+def any_letter(text: str, letters: Iterable[str]) -> str | None:
+    """The last option letter that stands by itself anywhere, unfinished reasoning included.
+
+    What lenient scorers amount to. It is here to show how much they flatter, and decides nothing.
+    """
+    found = re.findall(rf"\b([{''.join(letters)}])\b", text)
+    return found[-1] if found else None
 
 
 def named_choices(answer: str, choices: Iterable[str]) -> list[str]:
