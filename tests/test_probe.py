@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from utils import probe
+from utils.data import read_table
 from utils.errors import DataError, ModelError, PinError, StageOrderError
+from utils.files import write_text
 from utils.probe import probe_letters
 from utils.probe_results import current_probe, format_probe, read_probe
 from utils.project import ROOT
@@ -110,6 +112,14 @@ def test_a_complete_file_is_read_and_nothing_is_computed(tiny_model, items, tmp_
     fewer = items.iloc[[4, 0]]
     assert list(probe_letters(None, None, fewer, path, "arm")["id"]) == ["m2", "m0"]
     assert path.stat().st_mtime_ns == written
+
+
+def test_items_that_were_frozen_on_file_are_the_same_items(tiny_model, items, tmp_path, monkeypatch):
+    first = probe_letters(*tiny_model, items, tmp_path / "probe.jsonl", "arm")
+    write_text(tmp_path / "items.jsonl", items.to_json(orient="records", lines=True, force_ascii=False))
+    forbid_computing(monkeypatch)
+    again = probe_letters(*tiny_model, read_table(tmp_path / "items.jsonl"), tmp_path / "probe.jsonl", "arm")
+    pd.testing.assert_frame_equal(again, first)
 
 
 @pytest.mark.parametrize(
