@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.config import load_config
-from utils.data import check_rows, load_benchmark, read_benchmark, read_table, split_rows, write_split
+from utils.data import check_rows, load_benchmark, load_items, read_benchmark, read_table, split_rows, write_split
 from utils.errors import DataError
 from utils.settings import BenchmarkSection, Config
 
@@ -290,6 +290,14 @@ def test_a_benchmark_is_drawn_by_seed_and_keeps_the_order_of_the_file(tmp_path):
     assert first.equals(again) and not first.equals(other)
     assert first["question"].is_monotonic_increasing and len(first) == 10
     assert list(first.columns) == ["id", "question", "options", "gold"]
+
+
+def test_all_items_of_a_benchmark_are_those_that_it_is_drawn_from(tmp_path):
+    items = [ITEM | {"question": f"Which {i:02d}?"} for i in range(30)]
+    drawn = benchmark(tmp_path, items, 10)
+    whole = load_items(BenchmarkSection(path=tmp_path / "items.jsonl", rows=10))
+    assert len(whole) == 30 and list(whole["question"]) == [item["question"] for item in items]
+    assert whole[whole["id"].isin(drawn["id"])].reset_index(drop=True).equals(drawn)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import pytest
 from utils.project import ROOT
 
 GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
-PURE = "demo_data prompts parsing metrics results statistics verdicts data answers".split()
+PURE = "demo_data prompts parsing metrics results statistics verdicts data answers probe_results".split()
 MODELS = "demo models memory sampling".split()
-WORK = "generation selftest likelihood workers comparison figures training export report".split()
+WORK = "generation probe selftest likelihood workers comparison figures training export report".split()
 DRIVERS = "series bundle __main__".split()
 LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]
-HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb"}
+HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "lm_eval"}
 MODULES = sorted(path.stem for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__")
 
 

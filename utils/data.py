@@ -177,10 +177,20 @@ def _require_rows(asked: int, found: int, spare: int) -> None:
 
 
 def load_benchmark(config: BenchmarkSection, seed: int) -> pd.DataFrame:
-    """Multiple-choice items as id, question, options (dict of letter to text) and gold, drawn by seed.
+    """`config.rows` of `load_items`, drawn by seed; raises DataError where more are asked for than there are."""
+    items = load_items(config)
+    if config.rows > len(items):
+        source = config.name if config.path is None else config.path.name
+        raise DataError(f"evaluate.benchmark.rows asks for {config.rows} items; {source} has {len(items)}.")
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(items))[: config.rows])
+    return items.iloc[chosen].reset_index(drop=True)
+
+
+def load_items(config: BenchmarkSection) -> pd.DataFrame:
+    """All multiple-choice items as id, question, options (dict of letter to text) and gold.
 
     Reads the schema of MedQA with four options: question, options, answer_idx. Raises DataError for another schema,
-    a gold letter that is not among the options, duplicate ids, or more items asked for than there are.
+    a gold letter that is not among the options, or duplicate ids.
     """
     if config.path is not None:
         frame, source = read_table(config.path, "evaluate.benchmark.path", _ITEM_COLUMNS), config.path.name
@@ -215,10 +225,7 @@ def load_benchmark(config: BenchmarkSection, seed: int) -> pd.DataFrame:
             )
     if items["id"].duplicated().any():
         raise DataError(f"{source}: the id {items.loc[items['id'].duplicated(), 'id'].iloc[0]} occurs twice.")
-    if config.rows > len(items):
-        raise DataError(f"evaluate.benchmark.rows asks for {config.rows} items; {source} has {len(items)}.")
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(items))[: config.rows])
-    return items.iloc[chosen].reset_index(drop=True)
+    return items
 
 
 def write_split(

@@ -118,6 +118,9 @@ class EvaluateSection(Section):
     primary: Literal["auto", "accuracy", "multiple_choice", "nll"] = "auto"
     questions: Positive | None = None  # held-out questions answered in words; None: all of them
     benchmark: BenchmarkSection = BenchmarkSection()
+    probe: bool = (
+        False  # also the likelihood of each letter over the whole benchmark (knowledge, not reasoning); lm_eval
+    )
     resamples: Annotated[int, Field(ge=1000, le=100_000)] = 10_000
     seed: NotNegative = 3407
 
