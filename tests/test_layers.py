@@ -11,7 +11,7 @@ from utils.project import ROOT
 GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
 PURE = "demo_data prompts parsing metrics results statistics verdicts data answers probe_results".split()
 MODELS = "demo models memory sampling".split()
-WORK = "generation probe selftest likelihood workers comparison figures training export report".split()
+WORK = "generation probe selftest likelihood workers comparison forest figures training export report answers_page".split()
 DRIVERS = "series bundle __main__".split()
 LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "lm_eval"}

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import nbformat
-import pandas as pd
 
-from utils.comparison import Arms
-from utils.report import executed_dir, write_answers, write_report
+from utils.report import executed_dir, write_report
 from utils.rundir import open_run
-
-EVIL = "<script>alert('x')</script> & <b>bold</b>"
 
 
 def make_run(tmp_path):
     run = open_run("demo", tmp_path / "run")
     run.save()
     return run
-
-
-def test_markup_in_rows_and_answers_is_shown_as_text(tmp_path):
-    run = make_run(tmp_path)
-    rows = pd.DataFrame([{"id": "a", "Question": EVIL, "Complex_CoT": "c", "Response": EVIL}])
-    run.file("data").mkdir()
-    rows.to_parquet(run.file("data/eval.parquet"))
-    for arm in ("baseline", "tuned"):
-        run.file(arm).mkdir()
-        answer = {"id": "a", "text": f"{EVIL}\n</think>\n{EVIL}"}
-        run.file(f"{arm}/answers.jsonl").write_text(json.dumps(answer) + "\n")
-    scored = pd.DataFrame([{"id": "a", "kind": "open", "correct": 0.0, "reasoning_tokens": 3}])
-    page = write_answers(run, Arms(scored, scored, rows, rows, {})).read_text(encoding="utf-8")
-    assert "<script" not in page and "<b>bold" not in page
-    assert page.count("&lt;script&gt;") == 6  # question, reference, two reasonings, two answers
 
 
 def test_a_report_of_an_unfinished_run_shows_what_there_is(tmp_path):

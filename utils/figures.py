@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
 
 from utils.comparison import Arms
 from utils.files import atomic
-from utils.statistics import wilson_interval
+from utils.forest import INK, draw_forest
 
-BASE, TUNED, INK = "#8d99ae", "#d1495b", "#2b2d42"
+BASE, TUNED = "#a9b4c6", "#0b5fa5"  # light and dark: told apart in grey, too
 
 
 def _figure(columns: int, width: float, height: float):
@@ -80,42 +82,111 @@ def draw_loss(log: pd.DataFrame, path: Path) -> Path:
 
 
 def draw_comparison(arms: Arms, metrics: dict, path: Path) -> Path:
-    """Three panels: shares with Wilson intervals, tokens of reasoning, and each row's loss before and after."""
-    figure, (shares, lengths, losses) = _figure(3, 11.5, 3.7)
-    _draw_shares(shares, metrics)
-    if len(arms.base):
-        top = max(arms.base["reasoning_tokens"].max(), arms.tuned["reasoning_tokens"].max(), 1)
-        bins = np.linspace(0, top * 1.02, 41)
-        for frame, colour, label in ((arms.base, BASE, "base"), (arms.tuned, TUNED, "fine-tuned")):
-            mean = frame["reasoning_tokens"].mean()
-            text = f"{label}: {mean:.0f} on average"
-            lengths.hist(frame["reasoning_tokens"], bins=bins, color=colour, alpha=0.75, label=text)
-        lengths.set_ylim(top=lengths.get_ylim()[1] * 1.22)  # room for the legend above the bars
-        lengths.legend(frameon=False, loc="upper center")
-    lengths.set(title="Length of the reasoning", xlabel="tokens", ylabel="answers")
-    if len(arms.base_nll):
-        base, tuned = arms.base_nll["completion"], arms.tuned_nll["completion"]
-        losses.scatter(base, tuned, s=14, color=TUNED, alpha=0.55, edgecolor="none")
-        top = max(base.max(), tuned.max()) * 1.08
-        losses.plot([0, top], [0, top], color=INK, linewidth=1, linestyle="--")
-        losses.text(top * 0.62, top * 0.8, "no change", ha="right", color=INK, fontsize=9)
-        losses.set(xlim=(0, top), ylim=(0, top))
-    losses.set(title="Loss on each held-out row", xlabel="base (nats per token)", ylabel="fine-tuned")
-    return _save(figure, path)
+    """Four panels: both arms' accuracy, every paired difference, tokens of reasoning, each row's loss before and after."""
+    return _save(compose_comparison(arms, metrics), path)
 
 
-def _draw_shares(axis, metrics: dict) -> None:
-    """Bars of every share metric in both arms; Wilson intervals take the items as independent."""
-    results = [r for r in (metrics["primary"], *metrics["secondary"]) if r["name"] in SHARES]
-    results = [r for r in results if r["name"] != "stopped"][:4]
-    for row, result in enumerate(results):
-        for offset, arm, colour in ((-0.19, "base", BASE), (0.19, "tuned", TUNED)):
-            value = result[arm]
-            low, high = wilson_interval(round(value * result["n"]), result["n"])
-            errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
-            axis.barh(row + offset, value, height=0.36, color=colour, xerr=errors, ecolor=INK, capsize=2.5)
-            axis.text(min(high + 0.02, 1.03), row + offset, f"{value:.0%}", va="center", fontsize=9, color=INK)
-    axis.set_yticks(range(len(results)), [LABELS[r["name"]][0].replace("answers ", "answers\n") for r in results])
-    axis.invert_yaxis()
-    axis.set(title="Share of held-out answers", xlim=(0, 1.12))
-    axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+def compose_comparison(arms: Arms, metrics: dict):
+    """`draw_comparison`'s matplotlib Figure; `metrics` is what comparison/metrics.json holds."""
+    from matplotlib.figure import Figure  # see _figure
+
+    rows = 1 + len(metrics["secondary"])
+    heights = (max(3.9, 1.9 + 0.34 * rows), 4.1)
+    figure = Figure(figsize=(11, sum(heights)), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    left, right = top.subfigures(1, 2, width_ratios=(1, 1.7))
+    lengths, losses = bottom.subplots(1, 2, width_ratios=(1.35, 1))
+    _draw_bars(left.subplots(), metrics)
+    draw_forest(right, metrics)
+    _draw_reasoning(lengths, arms)
+    _draw_losses(losses, arms)
+    return figure
+
+
+def _draw_bars(axis, metrics: dict) -> None:
+    """Both arms' means with their intervals: accuracies, else the other shares, else the losses."""
+    title, chosen = _choose_bars((metrics["primary"], *metrics["secondary"]))
+    share = all(result["unit"] == "share" for result in chosen)
+    scale, unit = (100, " %" if len(chosen) < 3 else "") if share else (1, "")  # three pairs leave no room for units
+    for offset, arm, colour, name in ((-0.2, "base", BASE, "base"), (0.2, "tuned", TUNED, "fine-tuned")):
+        at, values = np.arange(len(chosen)) + offset, scale * np.array([result[arm] for result in chosen])
+        ends = scale * np.array([result[f"{arm}_ci95"] for result in chosen]).T
+        errors = np.maximum(0.0, [values - ends[0], ends[1] - values])
+        axis.bar(at, values, width=0.37, color=colour, yerr=errors, ecolor=INK, capsize=4, label=name)
+        for x, value, high in zip(at, values, ends[1], strict=True):
+            words = f"{value:.0f}{unit}" if share else f"{value:.2f}"
+            axis.annotate(words, (x, high), (0, 4), textcoords="offset points", ha="center", color=INK)
+    labels = [fill(result["label"], max(11, 33 // len(chosen)), break_long_words=False) for result in chosen]
+    axis.set_xticks(range(len(chosen)), labels)
+    axis.set_xlim(-0.6, len(chosen) - 0.4)
+    if share:
+        axis.set_ylim(0, 120)
+        axis.set_yticks([0, 25, 50, 75, 100], ["0", "25 %", "50 %", "75 %", "100 %"])
+    else:
+        axis.set(ylabel="nats per token", ylim=(0, 1.15 * axis.get_ylim()[1]))
+    axis.legend(frameon=False, loc="upper left", ncols=2, columnspacing=1.2, handlelength=1.2)
+    _finish(axis, f"{title}, 95 % intervals")
+
+
+def _choose_bars(results: Sequence[dict]) -> tuple[str, list[dict]]:
+    """A title and up to three results that share an axis: what matters most of what was measured."""
+    choices = (
+        ("Right answers", [result for result in results if "accuracy" in result["label"]]),
+        ("Form of the answers", [result for result in results if result["unit"] == "share"]),
+        ("Held-out loss", [result for result in results if result["unit"] == "nats per token"]),
+    )
+    return next((title, found[:3]) for title, found in choices if found)
+
+
+def _draw_reasoning(axis, arms: Arms) -> None:
+    """Tokens of reasoning in both arms, and the token cap where it cut answers off."""
+    _finish(axis, "Length of the reasoning")
+    if not len(arms.base):
+        return _say(axis, "no answers were generated in this run")
+    frames = {"base": arms.base, "fine-tuned": arms.tuned}
+    cut = pd.concat([frame.loc[frame["stopped"] == 0, "tokens"] for frame in frames.values()])
+    top = max(*(frame["reasoning_tokens"].max() for frame in frames.values()), cut.max() if len(cut) else 0, 1)
+    bins = np.linspace(0, top, 41)
+    looks = {"base": {"color": BASE}, "fine-tuned": {"color": TUNED, "histtype": "step", "linewidth": 2}}
+    for name, frame in frames.items():
+        label = f"{name}: {frame['reasoning_tokens'].mean():.0f} on average"
+        if len(cut):
+            label += f", {100 * (frame['stopped'] == 0).mean():.0f} % cut off"
+        axis.hist(frame["reasoning_tokens"], bins=bins, label=label, **looks[name])
+    axis.set_ylim(top=axis.get_ylim()[1] * 1.3)  # room for the legend above the bars
+    if len(cut):
+        axis.axvline(cut.max(), color=INK, linewidth=1.4, linestyle="--")
+        axis.text(cut.max(), axis.get_ylim()[1] * 0.93, f"cap: {cut.max():.0f} tokens ", ha="right", color=INK)
+    axis.legend(frameon=False, loc="upper left")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="tokens", ylabel="answers")
+    return None
+
+
+def _draw_losses(axis, arms: Arms) -> None:
+    """One point for each held-out row: below the diagonal, fine-tuning made the reference less surprising."""
+    _finish(axis, "Loss on each held-out row")
+    if not len(arms.base_nll):
+        return _say(axis, "no held-out losses in this run")
+    base, tuned = arms.base_nll["completion"], arms.tuned_nll["completion"]
+    top = max(base.max(), tuned.max()) * 1.08 or 1.0
+    axis.fill_between([0, top], [0, top], color=TUNED, alpha=0.07, linewidth=0)
+    axis.plot([0, top], [0, top], color=INK, linewidth=1, linestyle="--")
+    axis.scatter(base, tuned, s=16, color=TUNED, alpha=0.55, edgecolor="none", clip_on=False)
+    axis.text(top * 0.04, top * 0.93, f"lower in {(tuned < base).sum()} of {len(base)} rows", color=INK)
+    axis.text(top * 0.97, top * 0.5, "fine-tuned\nbetter", ha="right", va="center", color=TUNED)
+    axis.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="base (nats per token)", ylabel="fine-tuned")
+    return None
+
+
+def _finish(axis, title: str) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title, loc="left", color=INK)
+
+
+def _say(axis, words: str) -> None:
+    """A panel that has nothing to show says why."""
+    axis.text(0.5, 0.5, words, ha="center", va="center", color=INK, transform=axis.transAxes)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)

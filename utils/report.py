@@ -62,33 +62,6 @@ def write_report(run: RunDir) -> Path:
     return run.file("report/index.html")
 
 
-def write_answers(run: RunDir, arms) -> Path:
-    """comparison/answers.html: question, reference and both answers side by side, wrong ones first."""
-    import pandas as pd
-
-    from utils.answers import read_answers
-    from utils.parsing import parse_completion
-
-    rows = pd.read_parquet(run.file("data/eval.parquet")).set_index("id")
-    texts = {arm: {a["id"]: a["text"] for a in read_answers(run.file(f"{arm}/answers.jsonl"))}
-             for arm in ("baseline", "tuned")}  # fmt: skip
-    pairs = []
-    for base, tuned in zip(arms.base.to_dict("records"), arms.tuned.to_dict("records"), strict=True):
-        if base["kind"] != "open":
-            continue
-        row = rows.loc[base["id"]]
-        pair = {"question": row["Question"], "reference": row["Response"]}
-        for name, arm, scored in (("base", "baseline", base), ("tuned", "tuned", tuned)):
-            completion = parse_completion(texts[arm][base["id"]])
-            mark = {1.0: "right", 0.0: "wrong"}.get(scored["correct"], "")
-            pair[name] = {"completion": completion, "mark": mark, "tokens": scored["reasoning_tokens"]}
-        pairs.append(pair)
-    pairs.sort(key=lambda pair: (pair["tuned"]["mark"] != "wrong", pair["base"]["mark"] != "wrong"))
-    templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=True)
-    write_text(run.file("comparison/answers.html"), templates.get_template("answers.html.j2").render(pairs=pairs))
-    return run.file("comparison/answers.html")
-
-
 def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
     from nbconvert import HTMLExporter
 

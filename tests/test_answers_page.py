@@ -1,0 +1,282 @@
+"""The page of answers: what it shows and in which order, and how it behaves in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from utils.answers import answer_key, arm_digest, build_questions
+from utils.answers_page import write_answers
+from utils.comparison import Arms
+from utils.data import read_benchmark
+from utils.rundir import open_run
+
+EVIL = "</div></details><script>alert('x')</script><img src=x onerror=alert(1)> & <b>bold</b>"
+NAN = float("nan")
+# id: (base right, fine-tuned right, what is asked)
+OPEN = {
+    "right-both": (
+        1.0,
+        1.0,
+        "What is it? \U0001fa7a\U0001f9d1\u200d⚕️ 一位六十岁的妇女长期不自主漏尿，应考虑什么诊断？" + "很长" * 200,
+    ),
+    "fixed": (0.0, 1.0, "מהו האבחון הסביר ביותר? (stress incontinence)\nما هو التشخيص الأرجح؟"),
+    "wrong-both": (0.0, 0.0, EVIL),
+    "nobody-knows": (NAN, NAN, "x" * 5000),
+    "broken": (1.0, 0.0, "Which test comes next?"),
+}
+CHOICE = {"item 7/b": (1.0, 0.0, "Which letter?"), "item-8": (0.0, 0.0, "Which other letter?")}
+LONG = "no space at all " * 100 + "W" * 98_400
+
+
+def completion(identifier: str, arm: str) -> str:
+    answer = {"wrong-both": EVIL, "nobody-knows": LONG, "fixed": "דליפת שתן במאמץ \U0001f468‍⚕️"}.get(
+        identifier, f"the {arm} answer"
+    )
+    return f"thinking of {identifier} {EVIL}\n</think>\n{answer}"
+
+
+def scored(arm: int) -> pd.DataFrame:
+    """A frame like metrics.score_answers makes it; `item-8` was cut off by the token cap in both arms."""
+    rows = []
+    for kind, questions in (("open", OPEN), ("choice", CHOICE)):
+        for identifier, outcome in questions.items():
+            cut = identifier == "item-8"
+            rows.append(
+                {
+                    "id": identifier, "kind": kind, "group": identifier, "correct": outcome[arm],
+                    "parsed": NAN if outcome[arm] != outcome[arm] else float(not cut), "well_formed": float(not cut),
+                    "stopped": float(not cut), "tokens": 40, "reasoning_tokens": 12,
+                    "letter": ("B" if arm else "C") if kind == "choice" and not cut else None,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def make_run(folder, anecdote: bool = True):
+    """A run directory with every outcome, hostile and long texts, and two multiple-choice items."""
+    run = open_run("demo", folder / "run")
+    run.save()
+    rows = [
+        {"id": i, "Question": asked, "Complex_CoT": "why", "Response": f"ref {i}"} for i, (*_, asked) in OPEN.items()
+    ]
+    items = [
+        {"id": i, "question": q, "options": {"B": "a beta", "C": "a gamma"}, "gold": "C"}
+        for i, (*_, q) in CHOICE.items()
+    ]
+    run.file("data").mkdir()
+    pd.DataFrame(rows).to_parquet(run.file("data/eval.parquet"))
+    run.file("data/benchmark.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    for arm in ("baseline", "tuned"):
+        write_arm(run, arm, anecdote)
+    if anecdote:
+        row = {
+            "id": "anecdote",
+            "Question": "A 61-year-old woman?",
+            "Complex_CoT": "hm",
+            "Response": "the reference says",
+        }
+        run.file("data/anecdote.json").write_text(json.dumps(row))
+    return run
+
+
+def write_arm(run, arm: str, anecdote: bool) -> None:
+    run.file(arm).mkdir()
+    records = [{"id": i, "kind": "open", "text": completion(i, arm)} for i in OPEN]
+    records += [{"id": i, "kind": "choice", "text": f"hm\n</think>\n{arm}: The answer is C."} for i in CHOICE]
+    records[-1]["text"] = "thinking without an end"
+    if anecdote:
+        records.append({"id": "anecdote", "kind": "anecdote", "text": f"</think>the {arm} says", "reasoning_tokens": 3})
+        records[-1]["finish_reason"] = "length"
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    run.file(f"{arm}/answers.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def make_page(folder, **changes):
+    run = make_run(folder, **changes)
+    return write_answers(run, Arms(scored(0), scored(1), pd.DataFrame(), pd.DataFrame(), {}))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return make_page(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """Headless Chromium, driven as a reader would use it."""
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("chromium or chromedriver is not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking"
+    for flag in (*flags.split(), "disable-component-update", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def phone(driver, page):
+    """The page on a screen of 390 by 844 pixels (a window cannot be made that narrow: the device is emulated)."""
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    driver.get(page.as_uri())
+    yield driver
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.fixture
+def desktop(driver, page):
+    driver.set_window_size(1200, 900)
+    driver.get(page.as_uri())
+    return driver
+
+
+def shown(driver) -> list[str]:
+    """The ids of the questions on display, from top to bottom."""
+    script = "return [...document.querySelectorAll('.questions > article')].filter(a => a.getClientRects().length).map(a => a.id)"
+    return driver.execute_script(script)
+
+
+def test_what_fine_tuning_broke_comes_first_and_what_nobody_can_check_last(desktop):
+    order = ["q-broken", "q-item%207/b", "q-wrong-both", "q-item-8", "q-fixed", "q-right-both", "q-nobody-knows"]
+    assert shown(desktop) == order
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        ("all", 7),
+        ("broken", ["q-broken", "q-item%207/b"]),
+        ("both-wrong", ["q-wrong-both", "q-item-8"]),
+        ("fixed", ["q-fixed"]),
+        ("both-right", ["q-right-both"]),
+        ("not-checkable", ["q-nobody-knows"]),
+    ],
+)
+def test_the_filter_shows_exactly_the_chosen_outcome_and_its_count(phone, outcome, expected):
+    label = phone.find_element("css selector", f"label[for=show-{outcome}]")
+    label.click()
+    count = int(label.find_element("tag name", "b").text)
+    assert len(shown(phone)) == count
+    assert expected in (count, shown(phone))
+
+
+def test_the_filter_is_used_by_keyboard_alone(desktop):
+    from selenium.webdriver.common.keys import Keys
+
+    desktop.find_element("id", "show-all").send_keys(Keys.ARROW_RIGHT)
+    assert shown(desktop) == ["q-broken", "q-item%207/b"]
+    focused = desktop.switch_to.active_element
+    assert focused.get_attribute("id") == "show-broken"
+    outline = "return getComputedStyle(arguments[0].nextElementSibling).outlineStyle"
+    assert desktop.execute_script(outline, focused) == "solid"
+
+
+def test_a_think_block_is_folded_and_opens_on_a_click(desktop):
+    details = desktop.find_element("css selector", "#q-broken .arm:nth-of-type(2) details")
+    words = details.find_element("class name", "text")
+    assert not words.is_displayed()
+    details.find_element("tag name", "summary").click()
+    assert words.is_displayed() and words.text.startswith("thinking of broken")
+
+
+def test_nothing_scrolls_sideways_on_a_phone(phone):
+    phone.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert phone.execute_script("return window.innerWidth") == 390
+    assert phone.execute_script("return document.documentElement.scrollWidth") <= 390
+    wide = "return [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).length"
+    assert phone.execute_script(wide) == 0
+
+
+def test_an_answer_of_100_000_characters_stays_in_a_box_of_its_own(phone):
+    box = phone.find_element("css selector", "#q-nobody-knows .arm:last-child > .text")
+    assert len(box.get_attribute("textContent").strip()) == 100_000
+    assert box.size["height"] < 844 and box.get_attribute("tabindex") == "0"
+
+
+def test_what_is_tapped_is_large_enough_for_a_thumb(phone):
+    targets = phone.find_elements("css selector", ".filter > label, summary, .anchor, .back, .up")
+    assert targets and all(target.size["height"] >= 44 for target in targets)
+
+
+def test_right_to_left_text_runs_from_right_to_left(desktop):
+    direction = "return getComputedStyle(document.querySelector('#q-fixed > .text')).direction"
+    assert desktop.execute_script(direction) == "rtl"
+
+
+def test_a_hostile_completion_stays_text(desktop):
+    from selenium.common.exceptions import NoAlertPresentException
+
+    with pytest.raises(NoAlertPresentException):
+        _ = desktop.switch_to.alert.text
+    assert desktop.execute_script("return document.querySelectorAll('script, img, [onerror]').length") == 0
+    answer = desktop.find_element("css selector", "#q-wrong-both .arm:last-child > .text")
+    assert answer.text == EVIL
+
+
+def test_nothing_is_requested_beside_the_page_itself(desktop):
+    assert desktop.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_each_question_can_be_linked_to(desktop, page):
+    links = desktop.find_elements("css selector", ".anchor")
+    assert len(links) == 7
+    for link in links:
+        desktop.get(link.get_attribute("href"))
+        target = desktop.find_element("css selector", ":target")
+        assert target.find_element("class name", "anchor").get_attribute("href") == link.get_attribute("href")
+
+
+def test_multiple_choice_shows_options_the_right_letter_and_the_letter_that_was_read(desktop):
+    article = desktop.find_element("id", "q-item%207/b")
+    assert article.find_element("class name", "gold").text == "C a gamma"
+    assert "reference: C a gamma" in article.text
+    base, tuned = (arm.find_element("tag name", "h3").text for arm in article.find_elements("class name", "arm"))
+    assert base.split("\n") == ["base", "read: C", "right"] and tuned.split("\n") == ["fine-tuned", "read: B", "wrong"]
+    assert "cut off" in desktop.find_element("id", "q-item-8").text
+    assert "no explicit answer" in desktop.find_element("id", "q-item-8").text
+
+
+def test_the_tutorials_question_comes_first_and_is_not_counted(desktop):
+    box = desktop.find_element("css selector", "main > article")
+    assert "The tutorials' question (never scored)" in box.text and "the reference says" in box.text
+    assert "the baseline says" in box.text and "the tuned says" in box.text and "cut off" in box.text
+    assert "right" not in box.text and "wrong" not in box.text
+
+
+def test_a_run_that_did_not_ask_the_tutorials_question_has_no_box_for_it(tmp_path):
+    assert "never scored" not in make_page(tmp_path, anecdote=False).read_text(encoding="utf-8")
+
+
+def test_a_run_without_generated_answers_says_so(tmp_path):
+    run = make_run(tmp_path, anecdote=False)
+    empty = scored(0).head(0)
+    text = write_answers(run, Arms(empty, empty, empty, empty, {})).read_text(encoding="utf-8")
+    assert "No held-out question was answered" in text and "<article" not in text
+
+
+def test_the_page_shows_the_answer_that_was_scored_not_one_under_other_settings(tmp_path):
+    run = make_run(tmp_path)
+    path = run.file("tuned/answers.jsonl")
+    asked = build_questions(
+        run.config, pd.read_parquet(run.file("data/eval.parquet")), read_benchmark(run.file("data"))
+    )
+    (question,) = (question for question in asked if question.id == "broken")
+    key = answer_key(question, run.config.generate, arm_digest(run, "tuned"))
+    current = {"id": "broken", "kind": "open", "key": key, "text": "</think>the scored one"}
+    lines = path.read_text(encoding="utf-8")
+    later = {**current, "key": "other", "text": "</think>from a later try"}
+    path.write_text(lines + "".join(json.dumps(answer) + "\n" for answer in (current, later)), encoding="utf-8")
+    page = write_answers(run, Arms(scored(0), scored(1), pd.DataFrame(), pd.DataFrame(), {})).read_text(
+        encoding="utf-8"
+    )
+    assert "the scored one" in page and "from a later try" not in page and "the tuned answer" in page
