@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from utils import demo_data
 from utils.errors import TrainingError
-from utils.generation import tokenize_row
+from utils.likelihood import tokenize_row
 from utils.prompts import format_row
 from utils.training import HealthCallback, check_loss_mask, find_checkpoint, training_log
 
