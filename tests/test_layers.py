@@ -9,7 +9,7 @@ import pytest
 from utils.project import ROOT
 
 GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
-PURE = "demo_data prompts parsing metrics statistics data answers".split()
+PURE = "demo_data prompts parsing metrics statistics similarity data items split answers".split()
 MODELS = "demo models".split()
 WORK = "generation comparison figures training export report".split()
 DRIVERS = "series bundle __main__".split()
