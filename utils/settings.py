@@ -47,13 +47,17 @@ class DataSection(Section):
     train_rows: Positive | None = None
     eval_rows: Positive = 200
     shuffle: bool = True
+    near_copy_cosine: Annotated[float, Field(gt=0, le=1)] = (
+        0.5  # from here on two questions are one; 1: exact copies only
+    )
     seed: NotNegative = 3407
 
 
 class BenchmarkSection(Section):
-    """Multiple-choice items: a Hub id with a revision or a local JSONL in `path`; neither means none."""
+    """Multiple-choice items: a Hub id with a revision or a local file in `path`; neither means none."""
 
     name: str | None = None
+    subset: str | None = None
     revision: str | None = None
     split: str = "test"
     path: Path | None = None
@@ -118,8 +122,20 @@ class EvaluateSection(Section):
     primary: Literal["auto", "accuracy", "multiple_choice", "nll"] = "auto"
     questions: Positive | None = None  # held-out questions answered in words; None: all of them
     benchmark: BenchmarkSection = BenchmarkSection()
+    more_benchmarks: list[BenchmarkSection] = []
     resamples: Annotated[int, Field(ge=1000, le=100_000)] = 10_000
     seed: NotNegative = 3407
+
+    @model_validator(mode="after")
+    def _names_every_benchmark(self) -> EvaluateSection:
+        if not all(section.wanted for section in self.more_benchmarks):
+            raise ValueError("each of more_benchmarks needs a name (a Hub id) or a path")
+        return self
+
+    @property
+    def benchmarks(self) -> list[BenchmarkSection]:
+        """The benchmarks that were named, the primary one first."""
+        return [section for section in (self.benchmark, *self.more_benchmarks) if section.wanted]
 
 
 class ExportSection(Section):

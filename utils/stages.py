@@ -44,6 +44,7 @@ STAGES = (
             "data/eval.parquet",
             "data/benchmark.jsonl",
             "data/split.json",
+            "data/anecdote.json",
             "data/registration.json",
         ),
         settings=(
@@ -51,6 +52,7 @@ STAGES = (
             "evaluate.primary",
             "evaluate.questions",
             "evaluate.benchmark",
+            "evaluate.more_benchmarks",
             "evaluate.seed",
             "generate",
             "model.name",
