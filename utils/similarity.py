@@ -26,7 +26,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 THRESHOLD = 0.5
-_BOILERPLATE_WEIGHT = 0.3
+_BOILERPLATE_WEIGHT = 0.2
 _BOILERPLATE = """
 old year years month months week weeks day days hour hours man woman boy girl male female patient patients
 presents presented presenting present comes brought physician clinic office emergency department complains reports says
