@@ -160,7 +160,9 @@ def measure(
     standin: Path,
     items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
-    limits: Annotated[str, typer.Option(help="Limits of new tokens to measure at, the first one being the headline.")] = "1536,128",
+    limits: Annotated[
+        str, typer.Option(help="Limits of new tokens to measure at, the first one being the headline.")
+    ] = "1536,128",
     count: Annotated[int, typer.Option(help="How many questions the engine answers.")] = 128,
 ) -> None:
     """Measure both ways at each limit, then with drawn lengths; write OUT after each."""

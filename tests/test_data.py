@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from utils.config import load_config
-from utils.data import check_rows, load_benchmark, load_items, read_benchmark, read_table, split_rows, write_split
+from utils.data import check_rows, read_benchmark, read_table, write_split
 from utils.errors import DataError
-from utils.settings import BenchmarkSection, Config
+from utils.settings import Config
+from utils.split import split_rows
 
 ROWS = [
     {"Question": 'A man, aged 45, says "ow".\nWhat\'s wrong?', "Complex_CoT": "Okay, so…\n\nHmm.", "Response": "Gout."},
@@ -27,7 +26,6 @@ WRITERS = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
 }
-ITEM = {"question": "Which?", "options": {"A": "one", "B": "two"}, "answer_idx": "A"}
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -191,82 +189,6 @@ def test_extra_columns_are_kept_and_white_space_around_text_is_not(tmp_path):
     assert (row["Question"], row["group"], len(row["id"])) == ("a", "g", 12)
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    count=st.integers(1, 40),
-    eval_rows=st.integers(1, 40),
-    train_rows=st.none() | st.integers(1, 40),
-    shuffle=st.booleans(),
-    seed=st.integers(0, 5),
-)
-def test_any_split_is_disjoint_and_fixed_by_its_seed_or_refused(
-    tmp_path_factory, count, eval_rows, train_rows, shuffle, seed
-):
-    path = write_jsonl(tmp_path_factory.mktemp("split") / "rows.jsonl", numbered(count))
-    config = local(path, eval_rows=eval_rows, train_rows=train_rows, shuffle=shuffle, seed=seed)
-    if eval_rows + (train_rows if train_rows and not shuffle else 1) > count:
-        with pytest.raises(DataError, match=r"data\.(eval|train)_rows asks for "):
-            split_rows(config)
-        return
-    train, held_out, report = split_rows(config)
-    assert not set(train["id"]) & set(held_out["id"])
-    assert len(held_out) == eval_rows == report["eval_rows"]
-    assert len(train) == min(train_rows or count, count - eval_rows) == report["train_rows"]
-    again_train, again_held_out, again = split_rows(config)
-    assert again == report and again_train.equals(train) and again_held_out.equals(held_out)
-
-
-def test_another_seed_holds_out_other_rows(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", numbered(60))
-    first, second = (set(split_rows(local(path, eval_rows=20, seed=seed))[1]["id"]) for seed in (1, 2))
-    assert first != second
-
-
-def test_unshuffled_training_rows_are_the_first_of_the_file(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", numbered(30))
-    train, held_out, _ = split_rows(local(path, eval_rows=5, train_rows=10, shuffle=False))
-    assert train["Question"].tolist() == [f"Question {i}?" for i in range(10)]
-    assert held_out["Question"].tolist() != [f"Question {i}?" for i in range(10, 15)]
-
-
-def test_more_held_out_rows_than_there_are_is_refused_with_both_numbers(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
-    with pytest.raises(
-        DataError, match=r"data.eval_rows asks for 11 held-out rows, but only 9 can be held out; lower it"
-    ):
-        split_rows(local(path, eval_rows=11))
-
-
-def test_where_unshuffled_training_rows_leave_none_to_hold_out_the_message_names_them(tmp_path):
-    """Lowering data.eval_rows, which must be at least 1, would not help here."""
-    path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
-    with pytest.raises(DataError, match=r"data.train_rows"):
-        split_rows(local(path, eval_rows=1, train_rows=10, shuffle=False))
-
-
-def test_more_held_out_rows_than_the_embedded_data_has_is_refused():
-    with pytest.raises(DataError, match=r"data.eval_rows asks for 5000 held-out rows, but only 224 can be held out"):
-        split_rows(load_config("demo", {"data.eval_rows": 5000}))
-
-
-def test_exact_duplicates_are_dropped_and_reported(tmp_path):
-    rows = numbered(10)
-    rows[7]["Question"] = "  QUESTION\u00a0 3? "
-    rows[9]["Question"] = "Ｑuestion 3?"
-    train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", rows), eval_rows=3))
-    together = pd.concat([train, held_out])
-    assert together["id"].is_unique and len(together) == 8
-    assert "Answer 3." in set(together["Response"])
-    assert [entry["reason"] for entry in report["dropped"]] == ["same question as an earlier row"] * 2
-    assert {entry["id"] for entry in report["dropped"]} <= set(together["id"])
-
-
-def test_the_embedded_split_is_disjoint_and_labelled_as_synthetic():
-    train, held_out, report = split_rows(load_config("demo"))
-    assert not set(train["id"]) & set(held_out["id"]) and held_out["id"].is_unique
-    assert report["source"] == "embedded synthetic data" and (len(train), len(held_out)) == (960, 224)
-
-
 def test_a_written_split_is_read_back_as_it_was(tmp_path):
     train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
     items = pd.DataFrame([{"id": "007", "question": "医\u2028/?", "options": {"A": "a", "B": "b"}, "gold": "B"}])
@@ -277,58 +199,3 @@ def test_a_written_split_is_read_back_as_it_was(tmp_path):
     assert json.loads((tmp_path / "split.json").read_text()) == report
     write_split(tmp_path, train, held_out, None, report)
     assert read_benchmark(tmp_path) is None
-
-
-def benchmark(tmp_path: Path, items: list[dict], rows: int | None = None, seed: int = 1) -> pd.DataFrame:
-    path = write_jsonl(tmp_path / "items.jsonl", items)
-    return load_benchmark(BenchmarkSection(path=path, rows=rows or len(items)), seed)
-
-
-def test_a_benchmark_is_drawn_by_seed_and_keeps_the_order_of_the_file(tmp_path):
-    items = [ITEM | {"question": f"Which {i:02d}?"} for i in range(30)]
-    first, again, other = (benchmark(tmp_path, items, 10, seed) for seed in (1, 1, 2))
-    assert first.equals(again) and not first.equals(other)
-    assert first["question"].is_monotonic_increasing and len(first) == 10
-    assert list(first.columns) == ["id", "question", "options", "gold"]
-
-
-def test_all_items_of_a_benchmark_are_those_that_it_is_drawn_from(tmp_path):
-    items = [ITEM | {"question": f"Which {i:02d}?"} for i in range(30)]
-    drawn = benchmark(tmp_path, items, 10)
-    whole = load_items(BenchmarkSection(path=tmp_path / "items.jsonl", rows=10))
-    assert len(whole) == 30 and list(whole["question"]) == [item["question"] for item in items]
-    assert whole[whole["id"].isin(drawn["id"])].reset_index(drop=True).equals(drawn)
-
-
-@pytest.mark.parametrize(
-    ("items", "said"),
-    [
-        ([ITEM | {"answer_idx": "C"}], "item test-0: the right letter 'C' is not among A, B."),
-        ([ITEM | {"answer_idx": None}], "item test-0: the right letter None is not among A, B."),
-        ([ITEM | {"options": {"A": "one"}}], "item test-0: options must map at least two letters to texts."),
-        ([ITEM | {"options": {"A": "one", "B": ""}}], "item test-0: options must map at least two letters to texts."),
-        ([ITEM | {"options": ["one", "two"]}], "item test-0: options must map at least two letters to texts."),
-        ([ITEM, ITEM | {"question": "  "}], "item test-1: the question is empty."),
-        ([ITEM | {"id": 7}, ITEM | {"id": 7}], "the id 7 occurs twice."),
-        ([{"question": "Which?", "opa": "a", "cop": 1}], "lacks options, answer_idx; expected question, options and"),
-    ],
-)
-def test_a_benchmark_that_is_not_as_expected_is_refused_by_the_item(tmp_path, items, said):
-    with pytest.raises(DataError) as caught:
-        benchmark(tmp_path, items)
-    assert said in str(caught.value) and str(caught.value).startswith("items.jsonl")
-
-
-def test_more_benchmark_items_than_there_are_is_refused_with_both_numbers(tmp_path):
-    with pytest.raises(DataError, match=r"evaluate.benchmark.rows asks for 9 items; items.jsonl has 2."):
-        benchmark(tmp_path, [ITEM, ITEM], rows=9)
-
-
-@pytest.mark.parametrize("content", [None, ""], ids=["missing", "empty"])
-def test_a_missing_or_empty_benchmark_file_is_refused_in_the_benchmarks_own_terms(tmp_path, content):
-    if content is not None:
-        (tmp_path / "items.jsonl").write_text(content)
-    with pytest.raises(DataError) as caught:
-        load_benchmark(BenchmarkSection(path=tmp_path / "items.jsonl"), seed=1)
-    assert "data.path" not in str(caught.value) and "Complex_CoT" not in str(caught.value)
-    assert ("evaluate.benchmark.path" if content is None else "answer_idx") in str(caught.value)

@@ -9,9 +9,11 @@ import pytest
 from utils.project import ROOT
 
 GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
-PURE = "demo_data prompts parsing metrics results statistics verdicts data answers probe_results".split()
+PURE = "demo_data prompts parsing metrics results statistics verdicts similarity data items split answers probe_results".split()
 MODELS = "demo models memory sampling".split()
-WORK = "generation probe selftest likelihood workers comparison forest figures training export report answers_page".split()
+WORK = (
+    "generation probe selftest likelihood workers comparison forest figures training export report answers_page".split()
+)
 DRIVERS = "series bundle __main__".split()
 LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "lm_eval"}

@@ -20,7 +20,7 @@ from utils.data import read_table
 from utils.errors import DataError, ModelError, PinError, StageOrderError
 from utils.files import write_text
 from utils.probe import probe_letters
-from utils.probe_results import current_probe, format_probe, read_probe
+from utils.probe_results import current_probe, format_probe
 from utils.project import ROOT
 
 TEXTS = ["Aspirin", "A rash, 医🩺", "Rest", "{{ none }}", "Surgery", "Water", "Salt", "Iron", "Sleep", "Heat"]
@@ -99,7 +99,7 @@ def test_the_file_holds_what_is_returned_an_object_for_each_item(tiny_model, ite
     assert lines == frame.to_dict("records")
     assert list(lines[0]) == ["id", "key", "letter", "correct", "loglikelihoods"]
     assert [file.name for file in path.parent.iterdir()] == ["probe.jsonl"]
-    pd.testing.assert_frame_equal(read_probe(path), frame[["id", "correct"]])
+    pd.testing.assert_frame_equal(current_probe(path, items, "arm"), frame)
 
 
 def test_a_complete_file_is_read_and_nothing_is_computed(tiny_model, items, tmp_path, monkeypatch):
@@ -239,17 +239,12 @@ def test_a_likelihood_that_is_not_finite_is_a_sentence_and_nothing_is_written(ti
     assert not (tmp_path / "probe.jsonl").exists()
 
 
-def test_a_file_without_items_is_a_sentence(tmp_path):
-    with pytest.raises(StageOrderError, match=r"holds no item; run the notebook that writes it again"):
-        read_probe(tmp_path / "probe.jsonl")
-
-
 def test_the_figures_on_file_are_read_without_torch_and_without_the_harness(tiny_model, items, tmp_path):
     path = tmp_path / "probe.jsonl"
     probe_letters(*tiny_model, items, path, "arm")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom utils.probe_results import read_probe\n"
-        "print(len(read_probe(Path(sys.argv[1]))), {'torch', 'lm_eval', 'transformers'} & set(sys.modules))"
+        "import sys\nfrom pathlib import Path\nfrom utils.answers import read_answers\nimport utils.probe_results\n"
+        "print(len(read_answers(Path(sys.argv[1]))), {'torch', 'lm_eval', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "7 set()\n", done.stderr

@@ -12,6 +12,7 @@ from utils.answers import arm_digest, current_answers, load_questions, read_forc
 from utils.errors import StageOrderError
 from utils.files import atomic, write_json
 from utils.metrics import find_metric, nll_per_token, rouge_l, score_answers
+from utils.probe_results import paired_probe
 from utils.results import Comparison
 from utils.rundir import RunDir
 from utils.stages import BY_NAME
@@ -31,8 +32,7 @@ class Arms:
     base_nll: pd.DataFrame
     tuned_nll: pd.DataFrame
     groups: dict[str, str]
-    base_probe: pd.DataFrame | None = None
-    tuned_probe: pd.DataFrame | None = None
+    probe: tuple[pd.DataFrame, pd.DataFrame] | None = None
 
 
 def load_arms(run: RunDir) -> Arms:
@@ -59,7 +59,7 @@ def load_arms(run: RunDir) -> Arms:
     if list(losses["baseline"].index) != list(losses["tuned"].index):
         raise StageOrderError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
     groups = dict(zip(held_out["id"], held_out.get("group", held_out["id"]).fillna(held_out["id"]), strict=True))
-    return Arms(scored["baseline"], scored["tuned"], losses["baseline"], losses["tuned"], groups)
+    return Arms(scored["baseline"], scored["tuned"], losses["baseline"], losses["tuned"], groups, paired_probe(run))
 
 
 def compare(run: RunDir, arms: Arms) -> dict:
@@ -124,6 +124,9 @@ def paired_results(run: RunDir, arms: Arms) -> list[PairedResult]:
             ("parsed", "parsed"),
         ):
             results.append(pair_columns(name + ending, column, mask))
+    if arms.probe is not None:
+        base, tuned = (figures["correct"].astype(float) for figures in arms.probe)
+        results.append(pair("letter_probe", base, tuned, list(arms.probe[0]["id"])))
     if len(arms.base_nll):
         groups = [arms.groups[identifier] for identifier in arms.base_nll.index]
         for name, column in (("nll", "completion"), ("nll_reasoning", "reasoning"), ("nll_response", "response")):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -82,6 +82,13 @@ def absolute_overrides(overrides: Mapping[str, Any], base: Path | None = None) -
         if isinstance(value, str) and (key.endswith(".path") or key == "model.name"):
             candidate = base / Path(value).expanduser()
             value = str(candidate.resolve()) if candidate.exists() or key.endswith(".path") else value
+        elif isinstance(value, list):  # evaluate.more_benchmarks
+            value = [
+                item | {"path": str((base / Path(item["path"]).expanduser()).resolve())}
+                if isinstance(item, dict) and isinstance(item.get("path"), str)
+                else item
+                for item in value
+            ]
         result[key] = value
     return result
 
@@ -126,7 +133,10 @@ def _plain(message: str) -> str:
 def _known_keys(path: list[str]) -> list[str]:
     model: type[BaseModel] = Config
     for part in path:
+        if part.isdigit():  # an entry of a list, whose type the step before has already found
+            continue
         annotation = model.model_fields[part].annotation
+        annotation = next(iter(get_args(annotation)), annotation) if get_origin(annotation) is list else annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

@@ -1,4 +1,4 @@
-"""Rows: read, checked, and split once and for all before any model is loaded.
+"""Rows: read, checked, and written once they are split.
 
 A row has Question, Complex_CoT and Response. Beside them it may carry `answer` and `choices` (where an answer can be
 checked by rule, as in the demo) and `group` (rows that are not independent of each other share one).
@@ -9,19 +9,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import unicodedata
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from utils import demo_data
 from utils.errors import DataError
 from utils.files import atomic, write_json, write_text
-from utils.settings import EMBEDDED, BenchmarkSection, Config, DataSection
+from utils.settings import EMBEDDED, Config, DataSection
+from utils.similarity import normalise
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
-_ITEM_COLUMNS = ("question", "options", "answer_idx")  # MedQA's names
 _READERS = {
     ".jsonl": lambda path: pd.DataFrame(_read_jsonl(path)),
     ".json": lambda path: pd.DataFrame(_read_json(path)),
@@ -75,11 +73,6 @@ def check_rows(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     return frame
 
 
-def normalise(text: str) -> str:
-    """Case, width and spacing folded: two questions that differ in these only are one."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 def load_rows(config: DataSection) -> pd.DataFrame:
     """All rows of a local file or a Hub data set, checked.
 
@@ -99,143 +92,45 @@ def load_rows(config: DataSection) -> pd.DataFrame:
     return check_rows(rows.to_pandas(), config.name)
 
 
-def find_commits(config: Config) -> dict[str, str]:
-    """{setting: commit} for every Hub data set that the configuration names without a revision; empty if out of reach."""
-    from huggingface_hub import dataset_info
+def find_commits(config: Config) -> dict[str, Any]:
+    """{setting: value} that pins every Hub data set which the configuration names without a revision.
 
-    found = {}
-    for key, section in (("data", config.data), ("evaluate.benchmark", config.evaluate.benchmark)):
-        if section.path is None and section.revision is None and section.name not in (None, EMBEDDED):
-            try:
-                found[f"{key}.revision"] = dataset_info(section.name).sha
-            except Exception:  # offline or unknown: loading the rows says which
-                return {}
+    Empty where the Hub is out of reach. A list has no dotted keys, so evaluate.more_benchmarks is given whole.
+    """
+    found: dict[str, Any] = {}
+    more = [section.model_dump(mode="json") for section in config.evaluate.more_benchmarks]
+    try:
+        for key, section in (("data", config.data), ("evaluate.benchmark", config.evaluate.benchmark)):
+            if section.path is None and section.revision is None and section.name not in (None, EMBEDDED):
+                found[f"{key}.revision"] = _head(section.name)
+        for section in more:
+            if section["path"] is None and section["revision"] is None:
+                section["revision"] = _head(section["name"])
+                found["evaluate.more_benchmarks"] = more
+    except Exception:  # offline or unknown: loading the rows says which
+        return {}
     return found
 
 
-def split_rows(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    """(train, held-out, report): disjoint by question, exact duplicates dropped, fixed by data.seed.
+def _head(name: str) -> str:
+    """The commit that the Hub data set's main branch is at."""
+    from huggingface_hub import dataset_info
 
-    The report names every dropped row and holds the digests of both parts. Raises DataError where more held-out
-    rows are asked for than there are.
-    """
-    data = config.data
-    if config.embedded_data:
-        train = pd.DataFrame(demo_data.tuning_rows("train", data.train_rows or 960))
-        held_out = pd.DataFrame(demo_data.tuning_rows("test"))
-        _require_rows(data.eval_rows, len(held_out), spare=0)
-        train, held_out = check_rows(train, "demo data"), check_rows(held_out, "demo data").head(data.eval_rows)
-        dropped: list[dict] = []
-    else:
-        rows = load_rows(data)
-        duplicate = rows["id"].duplicated()
-        dropped = [{"id": i, "reason": "same question as an earlier row"} for i in rows.loc[duplicate, "id"]]
-        rows = rows[~duplicate].reset_index(drop=True)
-        train, held_out = _divide(rows, data)
-    report = {
-        "source": "embedded synthetic data" if config.embedded_data else str(data.path or data.name),
-        "revision": data.revision,
-        "seed": data.seed,
-        "train_rows": len(train),
-        "train_rows_asked_for": data.train_rows,
-        "eval_rows": len(held_out),
-        "train_sha256": ids_digest(train),
-        "eval_sha256": ids_digest(held_out),
-        "dropped": dropped,
-    }
-    return train.reset_index(drop=True), held_out.reset_index(drop=True), report
-
-
-def _divide(rows: pd.DataFrame, data: DataSection) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Draw the held-out rows by seed; unshuffled training rows are the first of the file and stay in training."""
-    rng = np.random.default_rng(data.seed)
-    if data.shuffle:
-        _require_rows(data.eval_rows, len(rows), spare=1)
-        order = rng.permutation(len(rows))
-        held_out, rest = order[: data.eval_rows], order[data.eval_rows :]
-        if "group" in rows.columns:  # rows that share a group with a held-out one would give it away
-            given_away = set(rows["group"].iloc[held_out].dropna())
-            rest = [i for i in rest if rows["group"].iloc[i] not in given_away]
-        return rows.iloc[rest[: data.train_rows]], rows.iloc[held_out]
-    first = data.train_rows or len(rows) - data.eval_rows
-    if data.train_rows and data.train_rows >= len(rows):
-        raise DataError(
-            f"data.train_rows asks for the first {data.train_rows} rows, but there are only {len(rows)} and some must be "
-            "held out; lower data.train_rows, or give more data."
-        )
-    _require_rows(data.eval_rows, len(rows) - max(first, 1), spare=0)
-    held_out = first + rng.permutation(len(rows) - first)[: data.eval_rows]
-    return rows.iloc[:first], rows.iloc[held_out]
-
-
-def _require_rows(asked: int, found: int, spare: int) -> None:
-    if asked > found - spare:
-        raise DataError(
-            f"data.eval_rows asks for {asked} held-out rows, but only {max(found - spare, 0)} can be held out; "
-            "lower it, or give more data."
-        )
-
-
-def load_benchmark(config: BenchmarkSection, seed: int) -> pd.DataFrame:
-    """`config.rows` of `load_items`, drawn by seed; raises DataError where more are asked for than there are."""
-    items = load_items(config)
-    if config.rows > len(items):
-        source = config.name if config.path is None else config.path.name
-        raise DataError(f"evaluate.benchmark.rows asks for {config.rows} items; {source} has {len(items)}.")
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(items))[: config.rows])
-    return items.iloc[chosen].reset_index(drop=True)
-
-
-def load_items(config: BenchmarkSection) -> pd.DataFrame:
-    """All multiple-choice items as id, question, options (dict of letter to text) and gold.
-
-    Reads the schema of MedQA with four options: question, options, answer_idx. Raises DataError for another schema,
-    a gold letter that is not among the options, or duplicate ids.
-    """
-    if config.path is not None:
-        frame, source = read_table(config.path, "evaluate.benchmark.path", _ITEM_COLUMNS), config.path.name
-    else:
-        from datasets import load_dataset
-
-        source = str(config.name)
-        try:
-            frame = load_dataset(config.name, revision=config.revision, split=config.split).to_pandas()
-        except Exception as error:  # see load_rows
-            raise DataError(
-                f"The benchmark {source} could not be loaded from the Hub ({type(error).__name__}); check the network, "
-                "or give a local file by evaluate.benchmark.path."
-            ) from None
-    missing = [column for column in _ITEM_COLUMNS if column not in frame.columns]
-    if missing:
-        raise DataError(f"{source} lacks {', '.join(missing)}; expected question, options and answer_idx (MedQA).")
-    ids = frame["id"].astype(str) if "id" in frame.columns else [f"{config.split}-{i}" for i in range(len(frame))]
-    items = pd.DataFrame({"id": ids, "question": frame["question"], "options": frame["options"]})
-    items["gold"] = frame["answer_idx"]
-    for row in items.itertuples():
-        options = row.options
-        if isinstance(options, dict):  # a Hub struct holds None where an item has no such option
-            options = items.at[row.Index, "options"] = {key: text for key, text in options.items() if text}
-        if not isinstance(row.question, str) or not row.question.strip():
-            raise DataError(f"{source}, item {row.id}: the question is empty.")
-        if not isinstance(options, dict) or len(options) < 2 or not all(len(key) == 1 for key in options):
-            raise DataError(f"{source}, item {row.id}: options must map at least two letters to texts.")
-        if row.gold not in options:
-            raise DataError(
-                f"{source}, item {row.id}: the right letter {row.gold!r} is not among {', '.join(options)}."
-            )
-    if items["id"].duplicated().any():
-        raise DataError(f"{source}: the id {items.loc[items['id'].duplicated(), 'id'].iloc[0]} occurs twice.")
-    return items
+    return dataset_info(name).sha
 
 
 def write_split(
     directory: Path, train: pd.DataFrame, held_out: pd.DataFrame, benchmark: pd.DataFrame | None, report: dict
 ) -> None:
-    """train.parquet, eval.parquet, benchmark.jsonl (empty without one) and split.json, each written atomically."""
+    """train.parquet, eval.parquet, benchmark.jsonl (empty without one), anecdote.json and split.json, each atomically.
+
+    anecdote.json is the tutorials' example row, which is in neither part; {} where the data have no such row.
+    """
     for name, frame in (("train", train), ("eval", held_out)):
         write_frame(directory / f"{name}.parquet", frame)
     items = "" if benchmark is None else benchmark.to_json(orient="records", lines=True, force_ascii=False)
     write_text(directory / "benchmark.jsonl", items)
+    write_json(directory / "anecdote.json", report.get("anecdote", {}))
     write_json(directory / "split.json", report)
 
 
@@ -249,11 +144,6 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
     """A Parquet file, written atomically."""
     with atomic(path) as scratch:
         frame.to_parquet(scratch, index=False)
-
-
-def ids_digest(frame: pd.DataFrame) -> str:
-    """sha256 over the rows' ids in order: two splits with the same digest hold the same questions."""
-    return hashlib.sha256("\n".join(frame["id"]).encode()).hexdigest()
 
 
 def _is_blank(cell: object) -> bool:

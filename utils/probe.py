@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from utils.answers import arm_digest
 from utils.errors import DataError, ModelError, PinError
 from utils.files import write_text
-from utils.probe_results import current_probe, format_probe, probe_key
+from utils.probe_results import current_probe, format_probe, probe_items, probe_key
 from utils.progress import Progress
+from utils.rundir import RunDir
 
 LM_EVAL = "lm_eval==0.4.13"  # optional: not among the pins that every run needs
 _TOKENS = 2048  # in one forward pass; the harness holds two batches of float32 log-probabilities over 128k entries
@@ -57,6 +59,13 @@ def probe_letters(model, tokenizer, items: pd.DataFrame, path: Path, arm: str) -
         rows.append({**row, "correct": letter == item.gold, "loglikelihoods": likelihoods})
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return pd.DataFrame(rows)
+
+
+def probe_run(run: RunDir, model, tokenizer, arm: str) -> pd.DataFrame | None:
+    """`probe_letters` over the items that 00 froze, into `ARM/probe.jsonl`; None unless evaluate.probe is on."""
+    if not run.config.evaluate.probe:
+        return None
+    return probe_letters(model, tokenizer, probe_items(run), run.file(f"{arm}/probe.jsonl"), arm_digest(run, arm))
 
 
 def require_lm_eval() -> None:

@@ -12,8 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.answers import read_answers
+from utils.answers import arm_digest, read_answers
+from utils.data import read_table
 from utils.errors import StageOrderError
+from utils.rundir import RunDir
+
+
+def probe_items(run: RunDir) -> pd.DataFrame:
+    """All items of the first benchmark, as 00 froze them where evaluate.probe is on."""
+    return read_table(run.file("data/probe_items.jsonl"), "evaluate.probe", ("question", "options"))
 
 
 def format_probe(question: str, options: dict[str, str]) -> str:
@@ -38,11 +45,20 @@ def current_probe(path: Path, items: pd.DataFrame, arm: str) -> pd.DataFrame | N
     return pd.DataFrame([found[key] for key in wanted]) if all(key in found for key in wanted) else None
 
 
-def read_probe(path: Path) -> pd.DataFrame:
-    """id and correct (bool) of every item on file; raises StageOrderError where there is none."""
-    rows = read_answers(path)
-    if not rows:
-        raise StageOrderError(
-            f"{path.parent.name}/{path.name} holds no item; run the notebook that writes it again, with evaluate.probe on."
-        )
-    return pd.DataFrame(rows)[["id", "correct"]]
+def paired_probe(run: RunDir) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Both arms' figures, item by item; None where evaluate.probe is off.
+
+    Raises StageOrderError where an arm's figures are missing.
+    """
+    if not run.config.evaluate.probe:
+        return None
+    items, found = probe_items(run), []
+    for arm in ("baseline", "tuned"):
+        figures = current_probe(run.file(f"{arm}/probe.jsonl"), items, arm_digest(run, arm))
+        if figures is None:
+            raise StageOrderError(
+                f"{arm}/probe.jsonl does not hold all {len(items)} items; run the notebook that writes it again, with "
+                "evaluate.probe on."
+            )
+        found.append(figures)
+    return found[0], found[1]

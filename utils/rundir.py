@@ -89,7 +89,9 @@ class RunDir:
             for key in keys if section in values else ():
                 del values[section][key]
         if "data" in values:
-            for label, path in (("data", self.config.data.path), ("benchmark", self.config.evaluate.benchmark.path)):
+            files = [("data", self.config.data.path), ("benchmark", self.config.evaluate.benchmark.path)]
+            files += [(f"benchmark {i}", s.path) for i, s in enumerate(self.config.evaluate.more_benchmarks, start=2)]
+            for label, path in files:
                 if path is not None and path.exists():
                     values[f"{label} file"] = fingerprint(path)
         if "model" in values:
@@ -124,7 +126,7 @@ class StageRun(RunDir):
     stage: Stage = STAGES[0]
     started: float = field(default_factory=time.monotonic)
 
-    def pin(self, key: str, value: str | None) -> None:
+    def pin(self, key: str, value: str | list | None) -> None:
         """Keep a setting that was found out here, such as the commit behind a Hub id, for every later stage."""
         if value is not None:
             self.overrides = {**self.overrides, key: value}

@@ -47,13 +47,17 @@ class DataSection(Section):
     train_rows: Positive | None = None
     eval_rows: Positive = 200
     shuffle: bool = True
+    near_copy_cosine: Annotated[float, Field(gt=0, le=1)] = (
+        0.5  # from here on two questions are one; 1: exact copies only
+    )
     seed: NotNegative = 3407
 
 
 class BenchmarkSection(Section):
-    """Multiple-choice items: a Hub id with a revision or a local JSONL in `path`; neither means none."""
+    """Multiple-choice items: a Hub id with a revision or a local file in `path`; neither means none."""
 
     name: str | None = None
+    subset: str | None = None
     revision: str | None = None
     split: str = "test"
     path: Path | None = None
@@ -118,11 +122,21 @@ class EvaluateSection(Section):
     primary: Literal["auto", "accuracy", "multiple_choice", "nll"] = "auto"
     questions: Positive | None = None  # held-out questions answered in words; None: all of them
     benchmark: BenchmarkSection = BenchmarkSection()
-    probe: bool = (
-        False  # also the likelihood of each letter over the whole benchmark (knowledge, not reasoning); lm_eval
-    )
+    more_benchmarks: list[BenchmarkSection] = []
+    probe: bool = False  # also the letters' likelihoods over the whole first benchmark; needs lm_eval
     resamples: Annotated[int, Field(ge=1000, le=100_000)] = 10_000
     seed: NotNegative = 3407
+
+    @model_validator(mode="after")
+    def _names_every_benchmark(self) -> EvaluateSection:
+        if not all(section.wanted for section in self.more_benchmarks):
+            raise ValueError("each of more_benchmarks needs a name (a Hub id) or a path")
+        return self
+
+    @property
+    def benchmarks(self) -> list[BenchmarkSection]:
+        """The benchmarks that were named, the primary one first."""
+        return [section for section in (self.benchmark, *self.more_benchmarks) if section.wanted]
 
 
 class ExportSection(Section):
@@ -195,6 +209,8 @@ class Config(Section):
         primary, benchmark = self.evaluate.primary, self.evaluate.benchmark
         if primary == "multiple_choice" and not benchmark.wanted:
             raise ValueError("evaluate.primary is multiple_choice, but no evaluate.benchmark is named")
+        if self.evaluate.probe and not benchmark.wanted:
+            raise ValueError("evaluate.probe is on, but no evaluate.benchmark is named")
         if primary == "accuracy" and not self.embedded_data and self.data.path is None:
             raise ValueError("evaluate.primary is accuracy, but a Hub data set has no answers that a rule can check")
         return self

@@ -1,0 +1,318 @@
+"""The frozen split: every leak that is planted is found, no group is on both sides, and every row is accounted for."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.config import load_config
+from utils.errors import DataError
+from utils.project import ROOT
+from utils.settings import Config
+from utils.split import TUTORIAL_QUESTION, split_rows
+
+PLANTED = Path(__file__).parent / "planted"
+REAL = Path(os.environ.get("SERIES_SHARED", ROOT.parent / "shared")) / "data"
+FACTS, VIGNETTES = (
+    [
+        (row["source"], row["rewrite"])
+        for row in map(json.loads, (PLANTED / name).read_text(encoding="utf-8").splitlines())
+    ]
+    for name in ("facts.jsonl", "vignettes.jsonl")
+)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_of(questions: list[str], groups: list[str | None] | None = None) -> list[dict]:
+    rows = [
+        {"Question": q, "Complex_CoT": f"Thought {i}.", "Response": f"Answer {i}."} for i, q in enumerate(questions)
+    ]
+    return rows if groups is None else [row | {"group": group} for row, group in zip(rows, groups, strict=True)]
+
+
+def numbered(count: int) -> list[dict]:
+    return rows_of([f"Question {i}?" for i in range(count)])
+
+
+def items_of(questions: list[str]) -> pd.DataFrame:
+    return pd.DataFrame({"id": [f"item-{i}" for i in range(len(questions))], "question": questions, "stem": questions})
+
+
+def local(path: Path, **data) -> Config:
+    """The demo profile on a local file."""
+    return load_config("demo", {"data.path": str(path), **{f"data.{key}": value for key, value in data.items()}})
+
+
+def split(tmp_path: Path, questions: list[str], items: pd.DataFrame | None = None, groups=None, **data):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows_of(questions, groups))
+    return split_rows(local(path, **data), items)
+
+
+def accounted(train: pd.DataFrame, held_out: pd.DataFrame, report: dict) -> bool:
+    """Every row of the source is in exactly one place."""
+    away = [entry["row"] for part in ("dropped", "set_aside") for entry in report[part]]
+    total = len(train) + len(held_out) + len(away) + report["not_drawn"]
+    return len(set(away)) == len(away) and report["not_drawn"] >= 0 and total == report["source_rows"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(1, 40),
+    eval_rows=st.integers(1, 40),
+    train_rows=st.none() | st.integers(1, 40),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_any_split_is_disjoint_and_fixed_by_its_seed_or_refused(
+    tmp_path_factory, count, eval_rows, train_rows, shuffle, seed
+):
+    path = write_jsonl(tmp_path_factory.mktemp("split") / "rows.jsonl", numbered(count))
+    config = local(path, eval_rows=eval_rows, train_rows=train_rows, shuffle=shuffle, seed=seed)
+    if eval_rows + (train_rows if train_rows and not shuffle else 1) > count:
+        with pytest.raises(DataError, match=r"data\.(eval|train)_rows asks for "):
+            split_rows(config)
+        return
+    train, held_out, report = split_rows(config)
+    assert not set(train["id"]) & set(held_out["id"])
+    assert len(held_out) == eval_rows == report["eval_rows"]
+    assert len(train) == min(train_rows or count, count - eval_rows) == report["train_rows"]
+    again_train, again_held_out, again = split_rows(config)
+    assert again == report and again_train.equals(train) and again_held_out.equals(held_out)
+
+
+def test_another_seed_holds_out_other_rows(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(60))
+    first, second = (set(split_rows(local(path, eval_rows=20, seed=seed))[1]["id"]) for seed in (1, 2))
+    assert first != second
+
+
+def test_unshuffled_training_rows_are_the_first_of_the_file(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(30))
+    train, held_out, _ = split_rows(local(path, eval_rows=5, train_rows=10, shuffle=False))
+    assert train["Question"].tolist() == [f"Question {i}?" for i in range(10)]
+    assert held_out["Question"].tolist() != [f"Question {i}?" for i in range(10, 15)]
+
+
+def test_more_held_out_rows_than_there_are_is_refused_with_both_numbers(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
+    with pytest.raises(
+        DataError, match=r"data.eval_rows asks for 11 held-out rows, but only 9 can be held out; lower it"
+    ):
+        split_rows(local(path, eval_rows=11))
+
+
+def test_where_unshuffled_training_rows_leave_none_to_hold_out_the_message_names_them(tmp_path):
+    """Lowering data.eval_rows, which must be at least 1, would not help here."""
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
+    with pytest.raises(DataError, match=r"data.train_rows"):
+        split_rows(local(path, eval_rows=1, train_rows=10, shuffle=False))
+
+
+def test_more_held_out_rows_than_the_embedded_data_has_is_refused():
+    with pytest.raises(DataError, match=r"data.eval_rows asks for 5000 held-out rows, but only 224 can be held out"):
+        split_rows(load_config("demo", {"data.eval_rows": 5000}))
+
+
+def test_exact_duplicates_are_dropped_and_reported(tmp_path):
+    rows = numbered(10)
+    rows[7]["Question"] = "  QUESTION\u00a0 3? "
+    rows[9]["Question"] = "Ｑuestion 3?"
+    train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", rows), eval_rows=3))
+    together = pd.concat([train, held_out])
+    assert together["id"].is_unique and len(together) == 8
+    assert "Answer 3." in set(together["Response"])
+    assert [entry["reason"] for entry in report["dropped"]] == ["same question as an earlier row"] * 2
+    assert {entry["id"] for entry in report["dropped"]} <= set(together["id"])
+
+
+def test_the_embedded_split_is_disjoint_and_labelled_as_synthetic():
+    train, held_out, report = split_rows(load_config("demo"))
+    assert not set(train["id"]) & set(held_out["id"]) and held_out["id"].is_unique
+    assert report["source"] == "embedded synthetic data" and (len(train), len(held_out)) == (960, 224)
+
+
+def test_planted_leaks_are_found_among_unrelated_rows(tmp_path):
+    """Half of the pairs leak from the benchmark into the rows, half from one row to another; and three exact copies."""
+    pairs = VIGNETTES + FACTS
+    benchmark = items_of([source for source, _ in pairs[::2]] + [pairs[1][1]])
+    leaks = [rewrite for _, rewrite in pairs[::2]]
+    inside = pairs[1::2]
+    questions = leaks + [text for pair in inside for text in pair]
+    questions += [pairs[1][1].upper(), inside[2][0].replace(" ", "  "), inside[3][1].upper()]
+    train, held_out, report = split(tmp_path, questions, benchmark, eval_rows=10)
+    assert accounted(train, held_out, report)
+    dropped = {entry["row"] - 1: entry for entry in report["dropped"]}
+    hits = [i in dropped and dropped[i]["near"] == f"item-{i}" for i in range(len(leaks))]
+    group_of = pd.concat([train, held_out]).set_index("Question")["group"]
+    joined = [group_of.get(a, "a") == group_of.get(b, "b") or {a, b} - set(group_of.index) != set() for a, b in inside]
+    assert sum(hits) >= 0.9 * len(hits) and sum(joined) >= 0.9 * len(joined)
+    assert {len(questions) - 3, len(questions) - 2, len(questions) - 1} <= set(dropped)  # the exact copies
+    assert report["contamination"]["near_benchmark"] >= sum(hits)
+    assert report["contamination"]["largest_cosine_train_eval"] < 0.5
+    assert report["contamination"]["largest_cosine_train_benchmark"] < 0.5
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real sample is not beside this checkout")
+def test_of_the_real_rows_at_most_two_percent_are_lost(tmp_path):
+    items = [json.loads(line) for line in (REAL / "medqa_sample.jsonl").read_text(encoding="utf-8").splitlines()]
+    benchmark = pd.DataFrame({"id": [i["id"] for i in items], "question": [i["question"] for i in items]})
+    train, held_out, report = split_rows(local(REAL / "medical_o1_sample.jsonl", eval_rows=24), benchmark)
+    assert len(report["dropped"]) + len(report["set_aside"]) <= 0.02 * report["source_rows"]
+    assert len(held_out) == 24 and accounted(train, held_out, report)
+
+
+def test_every_entry_names_the_row_the_reason_and_what_it_is_near(tmp_path):
+    source, rewrite = FACTS[3]
+    _, _, report = split(
+        tmp_path, ["One?", "Two?", rewrite, "one ?", "ONE?"], items_of(["Other?", source]), eval_rows=1
+    )
+    entries = {entry["row"]: entry for entry in report["dropped"]}
+    assert entries[3]["reason"] == "near copy of a benchmark item" and entries[3]["near"] == "item-1"
+    assert 0.5 <= entries[3]["cosine"] <= 1
+    assert entries[5]["reason"] == "same question as an earlier row" and entries[5]["cosine"] == 1
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, shuffle):
+    reworded = (
+        "What would cystometry most likely show for residual volume and detrusor contractions in a 61-year-old woman with "
+        "a long history of involuntary urine loss on coughing or sneezing, no leakage at night, and a Q-tip test?"
+    )
+    questions = [text for pair in FACTS[:8] for text in pair[:1]] + [TUTORIAL_QUESTION.upper() + " ", reworded]
+    train, held_out, report = split(tmp_path, questions, eval_rows=2, train_rows=3, shuffle=shuffle)
+    assert not any("cystometry" in text.lower() for text in [*train["Question"], *held_out["Question"]])
+    assert report["contamination"]["tutorial_question_found"]
+    assert set(report["anecdote"]) == {"id", "question", "Complex_CoT", "Response"}
+    assert (report["anecdote"]["Response"], [entry["row"] for entry in report["dropped"]]) == ("Answer 8.", [9, 10])
+    assert accounted(train, held_out, report)
+
+
+def test_without_the_tutorials_question_there_is_no_anecdote(tmp_path):
+    report = split(tmp_path, [source for source, _ in FACTS[:6]], eval_rows=2)[2]
+    assert report["anecdote"] == {} and report["contamination"]["tutorial_question_found"] is False
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    picks=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 1)), min_size=4, max_size=20, unique=True),
+    groups=st.lists(st.sampled_from([None, "a", "b", "c"]), min_size=20, max_size=20),
+    eval_rows=st.integers(1, 8),
+    train_rows=st.none() | st.integers(1, 8),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_no_group_is_on_both_sides_and_every_row_is_accounted_for(
+    tmp_path_factory, picks, groups, eval_rows, train_rows, shuffle, seed
+):
+    questions = [FACTS[i][which] for i, which in picks]
+    folder = tmp_path_factory.mktemp("split")
+    arguments = dict(eval_rows=eval_rows, train_rows=train_rows, shuffle=shuffle, seed=seed)
+    try:
+        train, held_out, report = split(folder, questions, items_of([FACTS[11][0]]), groups[: len(picks)], **arguments)
+    except DataError as error:
+        assert str(error).startswith("data.") and str(error).endswith(".")
+        return
+    assert len(held_out) == eval_rows and len(train) >= 1 and accounted(train, held_out, report)
+    assert not set(train["group"]) & set(held_out["group"])
+    own = pd.Series(groups[: len(picks)], index=[text for text in questions])
+    for _, rows in pd.concat([train.assign(side=0), held_out.assign(side=1)]).groupby(lambda _: 0):
+        sides = rows.assign(own=own[rows["Question"]].to_numpy()).dropna(subset="own").groupby("own")["side"].nunique()
+        assert (sides <= 1).all()
+    assert report["contamination"]["largest_cosine_train_eval"] < 0.5
+    again = split(folder, questions, items_of([FACTS[11][0]]), groups[: len(picks)], **arguments)
+    assert again[2] == report and again[0].equals(train) and again[1].equals(held_out)
+
+
+def test_a_group_that_does_not_fit_goes_to_training_and_is_listed(tmp_path):
+    questions, groups = [f"Question {i}?" for i in range(12)], ["big"] * 8 + [None] * 4
+    for seed in range(8):
+        train, held_out, report = split(tmp_path, questions, groups=groups, eval_rows=3, seed=seed)
+        assert len(held_out) == 3 and "big" not in set(held_out["group"]) and len(train) == 9
+        assert {entry["row"] for entry in report["moved"]} <= set(range(1, 9)) and not report["set_aside"]
+
+
+def test_where_only_a_part_of_a_group_fits_its_other_rows_are_set_aside(tmp_path):
+    questions, groups = [f"Question {i}?" for i in range(9)], ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+    train, held_out, report = split(tmp_path, questions, groups=groups, eval_rows=4)
+    assert (len(held_out), len(train), len(report["set_aside"])) == (4, 3, 2)
+    assert all("shares a group with a held-out row" in entry["reason"] for entry in report["set_aside"])
+    assert accounted(train, held_out, report)
+
+
+def test_unshuffled_candidates_near_a_training_row_are_set_aside(tmp_path):
+    first = [source for source, _ in FACTS[:4]]
+    later = [rewrite for _, rewrite in FACTS[2:8]]
+    train, held_out, report = split(tmp_path, first + later, eval_rows=3, train_rows=4, shuffle=False)
+    assert train["Question"].tolist() == first
+    assert {(entry["row"], entry["reason"]) for entry in report["set_aside"]} == {
+        (5, "shares a group with a training row"),
+        (6, "shares a group with a training row"),
+    }
+    assert report["set_aside"][0]["near"] == train["id"].iloc[2] and report["set_aside"][0]["cosine"] >= 0.5
+    assert len(held_out) == 3 and accounted(train, held_out, report)
+
+
+def test_without_a_count_as_many_first_rows_train_as_leave_enough_behind_them(tmp_path):
+    questions = [source for source, _ in FACTS[:6]] + [rewrite for _, rewrite in FACTS[4:6]]
+    train, held_out, report = split(tmp_path, questions, eval_rows=3, train_rows=None, shuffle=False)
+    assert train["Question"].tolist() == questions[:4] and len(held_out) == 3 and report["not_drawn"] == 1
+    assert accounted(train, held_out, report)
+
+
+def test_rows_that_are_all_one_question_are_refused_with_what_to_do(tmp_path):
+    questions = [f"{FACTS[0][0]} {word}" for word in "please now thanks then indeed".split()]
+    with pytest.raises(
+        DataError, match=r"data.eval_rows asks for 2 .*raise data.near_copy_cosine, or give more data.$"
+    ):
+        split(tmp_path, questions, eval_rows=2)
+    train, held_out, _ = split(tmp_path, questions, eval_rows=2, near_copy_cosine=1)
+    assert (len(train), len(held_out)) == (3, 2)
+
+
+def test_at_a_cosine_of_one_only_exact_copies_are_kept_out(tmp_path):
+    source, rewrite = FACTS[0]
+    questions = [source.upper(), rewrite, source, "Other?", "And this?"]
+    train, held_out, report = split(tmp_path, questions, items_of([source]), eval_rows=1, near_copy_cosine=1)
+    assert [entry["row"] for entry in report["dropped"]] == [3, 1] and rewrite in {
+        *train["Question"],
+        *held_out["Question"],
+    }
+    assert accounted(train, held_out, report)
+
+
+def test_any_script_can_be_split(tmp_path):
+    questions = [
+        "一名女性患者出现发热。诊断是什么？",
+        "哪种维生素缺乏会导致夜盲症？",
+        "ما سبب ارتفاع ضغط الدم؟",
+        "מהי צהבת?",
+        "🩺🩺 💊?",
+        "؟",
+    ]
+    train, held_out, report = split(tmp_path, questions, items_of(["哪种维生素缺乏会导致夜盲症 ？"]), eval_rows=2)
+    assert [entry["row"] for entry in report["dropped"]] == [2]
+    assert accounted(train, held_out, report) and (len(train), len(held_out)) == (3, 2)
+
+
+def test_the_embedded_rows_are_exempt_and_say_so():
+    report = split_rows(load_config("demo", {"data.eval_rows": 200}))[2]
+    assert "templates" in report["rule"] and set(report["contamination"].values()) == {None}
+    assert (report["not_drawn"], report["source_rows"]) == (24, 1184)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.01, "high"])
+def test_a_threshold_out_of_range_is_refused_by_its_name(value):
+    from utils.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"data\.near_copy_cosine is"):
+        load_config("demo", {"data.near_copy_cosine": value})

@@ -1,0 +1,223 @@
+"""Multiple-choice items of MedQA, MedMCQA and PubMedQA, from the Hub or a file, in one form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from utils.data import read_table
+from utils.errors import DataError
+from utils.settings import BenchmarkSection, EvaluateSection
+from utils.similarity import group_near_copies, near_pairs, vectorise
+
+COLUMNS = ("id", "benchmark", "question", "options", "gold", "group", "stem")
+_KNOWN = ("medmcqa", "pubmedqa", "medqa")
+_MEDQA = ("question", "options", "answer_idx")
+_MEDMCQA = ("question", "opa", "opb", "opc", "opd", "cop")
+_PUBMEDQA = ("question", "final_decision")
+_DECISIONS = {"A": "yes", "B": "no", "C": "maybe"}
+
+
+def load_benchmarks(evaluate: EvaluateSection) -> pd.DataFrame | None:
+    """The drawn items of all benchmarks, or None where none is named.
+
+    Columns: id (unique; `name:` comes before it in all but the first benchmark), benchmark (its name), question (as it
+    is asked), options (dict of letter to text), gold (a letter), group (near copies share one; otherwise the id) and
+    stem (the question alone, without PubMedQA's abstract: what near copies are compared by). As many items as `rows`
+    asks for are drawn by evaluate.seed, in the order of the file.
+
+    Raises DataError for another schema, an empty question, fewer than two options, a gold letter that is not among
+    them, duplicate ids, or more items asked for than there are.
+    """
+    frames: list[pd.DataFrame] = []
+    for section in evaluate.benchmarks:
+        key = "evaluate.benchmark" if section is evaluate.benchmark else "evaluate.more_benchmarks"
+        table, source = _read(section, key)
+        items = _check(_convert(table, source, section.split), source)
+        if section.rows > len(items):
+            raise DataError(f"{key}.rows asks for {section.rows} items; {source} has {len(items)}.")
+        chosen = np.sort(np.random.default_rng(evaluate.seed).permutation(len(items))[: section.rows])
+        items = items.iloc[chosen].reset_index(drop=True)
+        items["benchmark"] = _free_name(_name(section, table), {frame["benchmark"].iloc[0] for frame in frames})
+        if frames:
+            items["id"] = items["benchmark"] + ":" + items["id"]
+        frames.append(items)
+    if not frames:
+        return None
+    together = pd.concat(frames, ignore_index=True)
+    together["group"] = _group(together)
+    return together[list(COLUMNS)]
+
+
+def load_items(section: BenchmarkSection) -> pd.DataFrame:
+    """All items of one benchmark, for the letter probe: id, question, options and gold; raises as `load_benchmarks`."""
+    table, source = _read(section, "evaluate.benchmark")
+    return _check(_convert(table, source, section.split), source)[["id", "question", "options", "gold"]]
+
+
+def _read(section: BenchmarkSection, key: str) -> tuple[pd.DataFrame, str]:
+    """(the table as it is stored, what to call it in messages)."""
+    if section.path is not None:
+        by_id = _read_json_by_id(section.path)
+        return (read_table(section.path, f"{key}.path", _MEDQA) if by_id is None else by_id), section.path.name
+    from datasets import load_dataset
+
+    source = str(section.name)
+    try:
+        rows = load_dataset(section.name, section.subset, revision=section.revision, split=section.split)
+    except Exception as error:  # datasets passes on whatever requests, fsspec or pyarrow raise
+        raise DataError(
+            f"The benchmark {source} could not be loaded from the Hub ({type(error).__name__}); check the network, "
+            f"or give a local file by {key}.path."
+        ) from None
+    return rows.to_pandas(), source
+
+
+def _read_json_by_id(path: Path) -> pd.DataFrame | None:
+    """PubMedQA's own file is one object, {id: item}; None for anything else."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        return None
+    if not isinstance(content, dict) or not content or not all(isinstance(item, dict) for item in content.values()):
+        return None
+    return pd.DataFrame([{"pubid": name, **item} for name, item in content.items()])
+
+
+def _convert(table: pd.DataFrame, source: str, split: str) -> pd.DataFrame:
+    """id, question, options, gold and stem from whichever of the three schemas the columns are."""
+    lower = {str(column): str(column).lower() for column in table.columns if str(column).isupper()}
+    table = table.rename(columns=lower).rename(
+        columns={"contexts": "context"}
+    )  # PubMedQA's file has QUESTION, CONTEXTS
+    columns = set(table.columns)
+    if columns >= set(_MEDMCQA):
+        items = _from_medmcqa(table, source)
+    elif columns >= set(_PUBMEDQA) and columns & {"context", "pubid"}:
+        items = _from_pubmedqa(table)
+    elif columns >= set(_MEDQA):
+        options = [_options(cell) for cell in table["options"]]
+        items = pd.DataFrame({"question": table["question"], "options": options, "gold": table["answer_idx"]})
+    else:
+        missing = [column for column in _MEDQA if column not in columns]
+        raise DataError(
+            f"{source} lacks {', '.join(missing)}; expected question, options and answer_idx (MedQA), question, opa to "
+            "opd and cop (MedMCQA), or question, context and final_decision (PubMedQA)."
+        )
+    ids = next((table[column].astype(str) for column in ("id", "pubid") if column in columns), None)
+    items.insert(0, "id", [f"{split}-{i}" for i in range(len(items))] if ids is None else ids.to_numpy())
+    if "stem" not in items:
+        items["stem"] = items["question"]
+    return items
+
+
+def _options(cell: Any) -> Any:
+    """{letter: text} from a dict, a list of {key, value}, or either as JSON text (in a CSV); options without text fall away."""
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            return cell
+    if isinstance(cell, (list, np.ndarray)) and all(isinstance(o, dict) and {"key", "value"} <= set(o) for o in cell):
+        cell = {option["key"]: option["value"] for option in cell}
+    return {key: text for key, text in cell.items() if text} if isinstance(cell, dict) else cell
+
+
+def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The right option is counted from 0 on the Hub and from 1 in the original files; a 0 or a 4 somewhere tells which."""
+    try:
+        right = [int(cell) for cell in table["cop"]]
+    except (TypeError, ValueError):
+        raise DataError(f"{source}: cop must be a whole number, the right option's place (MedMCQA).") from None
+    values = set(right)
+    if -1 in values:
+        raise DataError(
+            f"{source} has items without a right option (cop is -1), as MedMCQA's test split has; take split validation."
+        )
+    if (0 in values) == (4 in values) or not values <= set(range(5)):
+        raise DataError(
+            f"{source}: cop holds {', '.join(map(str, sorted(values)))}, so it cannot be told whether it counts from 0 "
+            "(the Hub) or from 1 (the original files); expected 0 to 3, or 1 to 4, over the whole file."
+        )
+    letters = "ABCD" if 0 in values else " ABCD"
+    options = [
+        _options(dict(zip("ABCD", (_text(cell) for cell in cells), strict=True)))
+        for cells in zip(*(table[column] for column in _MEDMCQA[1:5]), strict=True)
+    ]
+    return pd.DataFrame(
+        {"question": table["question"], "options": options, "gold": [letters[place] for place in right]}
+    )
+
+
+def _from_pubmedqa(table: pd.DataFrame) -> pd.DataFrame:
+    """The question is asked below its abstract; the answer is yes, no or maybe."""
+    contexts = table["context"] if "context" in table.columns else [""] * len(table)
+    asked = [
+        f"{context}\n\n{stem}" if context and isinstance(stem, str) and stem.strip() else stem
+        for context, stem in zip(map(_context, contexts), table["question"], strict=True)
+    ]
+    letters = {decision: letter for letter, decision in _DECISIONS.items()}
+    gold = [letters.get(str(decision).strip().lower(), decision) for decision in table["final_decision"]]
+    options = [dict(_DECISIONS) for _ in asked]
+    return pd.DataFrame({"question": asked, "options": options, "gold": gold, "stem": table["question"]})
+
+
+def _context(cell: Any) -> str:
+    if isinstance(cell, dict):
+        cell = cell.get("contexts", "")
+    if isinstance(cell, Iterable) and not isinstance(cell, str):
+        return "\n".join(map(str, cell))
+    return _text(cell)
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None or cell != cell else str(cell).strip()
+
+
+def _check(items: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The items as they are; raises DataError with the first that is not as it should be."""
+    for item in items.itertuples():
+        options = item.options
+        if not isinstance(item.question, str) or not item.question.strip():
+            raise DataError(f"{source}, item {item.id}: the question is empty.")
+        if not isinstance(options, dict) or len(options) < 2 or not all(len(str(key)) == 1 for key in options):
+            raise DataError(f"{source}, item {item.id}: options must map at least two letters to texts.")
+        if item.gold not in options:
+            raise DataError(
+                f"{source}, item {item.id}: the right letter {item.gold!r} is not among {', '.join(options)}."
+            )
+    if items["id"].duplicated().any():
+        raise DataError(f"{source}: the id {items.loc[items['id'].duplicated(), 'id'].iloc[0]} occurs twice.")
+    return items
+
+
+def _name(section: BenchmarkSection, table: pd.DataFrame) -> str:
+    """medqa, medmcqa or pubmedqa by the name or the columns that only they have; otherwise the file's or data set's name."""
+    own = section.path.stem if section.path is not None else str(section.name).rsplit("/", 1)[-1]
+    columns = {str(column).lower() for column in table.columns}
+    folded = own.lower().replace("-", "").replace("_", "")
+    for name, telling in zip(_KNOWN, ({"opa", "cop"}, {"final_decision"}, None), strict=True):
+        if name in folded or (telling and telling <= columns):
+            return name
+    return own
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+
+
+def _group(items: pd.DataFrame) -> list[str]:
+    """The id of the first item of those that are near copies of each other."""
+    pairs = near_pairs(vectorise(list(items["stem"])))
+    numbers = group_near_copies(len(items), (pairs.left, pairs.right))
+    first: dict[int, str] = {}
+    for number, item_id in zip(numbers, items["id"], strict=True):
+        first.setdefault(number, item_id)
+    return [first[number] for number in numbers]

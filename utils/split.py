@@ -1,0 +1,306 @@
+"""The frozen split: training and held-out rows that share no question, not even in other words.
+
+Rows that are near copies of each other (`similarity`) or that the data's own `group` column joins are one group, and a
+group is never on both sides. Near copies of a benchmark item and of the tutorials' example question are dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from utils import demo_data
+from utils.data import check_rows, load_rows
+from utils.errors import DataError
+from utils.settings import Config, DataSection
+from utils.similarity import Vectors, group_near_copies, largest_cosine, near_pairs, normalise, vectorise
+
+# The one question by which the tutorials judge the model; it is a row of the file that they train on, in no fixed place.
+TUTORIAL_QUESTION = (
+    "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or sneezing but "
+    "no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what would cystometry "
+    "most likely reveal about her residual volume and detrusor contractions?"
+)
+_SAME_TEXT = 0.95  # at least this cosine: the tutorials' question itself, with a character more or less
+_MEASURED = (
+    *("threshold", "exact_duplicates", "near_copy_groups", "rows_in_groups", "near_benchmark"),
+    *("largest_cosine_train_eval", "largest_cosine_train_benchmark", "tutorial_question_found"),
+)
+_DUPLICATE = "same question as an earlier row"
+_NEAR_ITEM = "near copy of a benchmark item"
+_NEAR_TUTORIAL = "near copy of the tutorials' example question"
+_TUTORIAL = "the tutorials' example question, kept as an anecdote"
+
+
+@dataclass(frozen=True)
+class Division:
+    """Positions of the rows of each side, in order, and entries of the report: (position, reason, position it is tied to)."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    set_aside: list[tuple[int, str, int | None]]
+    moved: list[tuple[int, str, int | None]]
+
+
+def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    """(train, held-out, report), fixed by data.seed and the benchmark's items; both frames have a `group` column.
+
+    The report accounts for every row of the source: `train_rows`, `eval_rows`, each entry of `dropped` and `set_aside`,
+    and `not_drawn` (left over where data.train_rows asks for fewer) add up to `source_rows`. Its `contamination` holds
+    what was looked for and the largest cosines that are left; its `anecdote` is the tutorials' row, or empty.
+
+    The embedded rows are written from templates, which every two of them share; they are exempt, since their rule keeps
+    both parts apart: no three findings of a held-out question occur together in a training row.
+
+    Raises DataError where more held-out rows are asked for than there are.
+    """
+    data = config.data
+    if config.embedded_data:
+        train, held_out, found = _split_embedded(data)
+    else:
+        train, held_out, found = _split_loaded(load_rows(data), data, benchmark)
+    if data.shuffle_answers:
+        train = _shuffle_answers(train, data.seed)
+    report = {
+        "source": "embedded synthetic data" if config.embedded_data else str(data.path or data.name),
+        "revision": data.revision,
+        "seed": data.seed,
+        "train_rows": len(train),
+        "train_rows_asked_for": data.train_rows,
+        "eval_rows": len(held_out),
+        "train_sha256": ids_digest(train),
+        "eval_sha256": ids_digest(held_out),
+        "benchmark_commits": {s.name: s.revision for s in config.evaluate.benchmarks if s.path is None},
+        **found,
+    }
+    return train.reset_index(drop=True), held_out.reset_index(drop=True), report
+
+
+def _shuffle_answers(train: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """A control that must come out worse: every question with the reasoning and the response of another row."""
+    order = np.random.default_rng(seed).permutation(len(train))
+    answers = ["Complex_CoT", "Response"]
+    swapped = train.reset_index(drop=True)
+    swapped.loc[order, answers] = swapped.loc[np.roll(order, 1), answers].to_numpy()
+    return swapped
+
+
+def ids_digest(frame: pd.DataFrame) -> str:
+    """sha256 over the rows' ids in order: two splits with the same digest hold the same questions."""
+    return hashlib.sha256("\n".join(frame["id"]).encode()).hexdigest()
+
+
+def _split_embedded(data: DataSection) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    train = check_rows(pd.DataFrame(demo_data.tuning_rows("train", data.train_rows or 960)), "demo data")
+    pool = check_rows(pd.DataFrame(demo_data.tuning_rows("test")), "demo data")
+    _require_rows(data.eval_rows, len(pool))
+    held_out = pool.head(data.eval_rows)
+    found = {
+        "rule": "written from templates by rule: training and held-out questions share no triple of findings, so near "
+        "copies are not looked for",
+        "source_rows": len(train) + len(pool),
+        "not_drawn": len(pool) - len(held_out),
+        "dropped": [],
+        "set_aside": [],
+        "moved": [],
+        "contamination": dict.fromkeys(_MEASURED),
+        "anecdote": {},
+    }
+    return train, held_out, found
+
+
+def _split_loaded(
+    rows: pd.DataFrame, data: DataSection, benchmark: pd.DataFrame | None
+) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    source_rows, rows = len(rows), rows.assign(row=range(1, len(rows) + 1))
+    rows, dropped = _drop_duplicates(rows)
+    stems = [] if benchmark is None else list(benchmark["stem"] if "stem" in benchmark else benchmark["question"])
+    texts = [*rows["Question"], *stems, TUTORIAL_QUESTION]
+    vectors = vectorise(texts)
+    kept, entries, anecdote = _drop_near(rows, vectors, benchmark, stems, data.near_copy_cosine)
+    dropped += entries
+    rows, row_vectors = rows.iloc[kept].reset_index(drop=True), vectors.take(kept)
+    item_vectors = vectors.take(np.arange(len(texts) - len(stems) - 1, len(texts) - 1))
+    rows["group"], copies = _group(rows, row_vectors, data.near_copy_cosine)
+
+    division = _divide(rows, data)
+    train, held_out = rows.iloc[division.train], rows.iloc[division.held_out]
+    listed = {
+        name: [_entry(rows, *entry, vectors=row_vectors) for entry in getattr(division, name)]
+        for name in ("set_aside", "moved")
+    }
+    sizes = np.bincount(copies)
+    train_vectors = row_vectors.take(division.train)
+    found = {
+        "source_rows": source_rows,
+        "not_drawn": source_rows - len(dropped) - len(listed["set_aside"]) - len(train) - len(held_out),
+        "dropped": dropped,
+        **listed,
+        "contamination": {
+            "threshold": data.near_copy_cosine,
+            "exact_duplicates": sum(entry["reason"] == _DUPLICATE for entry in dropped),
+            "near_copy_groups": int((sizes > 1).sum()),
+            "rows_in_groups": int(sizes[sizes > 1].sum()),
+            "near_benchmark": sum(entry["reason"] == _NEAR_ITEM for entry in dropped),
+            "largest_cosine_train_eval": _rounded(largest_cosine(row_vectors.take(division.held_out), train_vectors)),
+            "largest_cosine_train_benchmark": _rounded(largest_cosine(item_vectors, train_vectors)),
+            "tutorial_question_found": bool(anecdote),
+        },
+        "anecdote": anecdote,
+    }
+    return train.drop(columns="row"), held_out.drop(columns="row"), found
+
+
+def _drop_duplicates(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
+    again = rows["id"].duplicated()
+    dropped = [
+        {"id": row.id, "row": row.row, "reason": _DUPLICATE, "near": row.id, "cosine": 1.0}
+        for row in rows[again].itertuples()
+    ]
+    return rows[~again].reset_index(drop=True), dropped
+
+
+def _drop_near(
+    rows: pd.DataFrame, vectors: Vectors, benchmark: pd.DataFrame | None, stems: list[str], threshold: float
+) -> tuple[np.ndarray, list[dict], dict]:
+    """Positions of the rows that are far enough from all items and from the tutorials' question; entries; the anecdote.
+
+    `vectors` are those of the rows, then the stems, then the tutorials' question.
+    """
+    count = len(rows)
+    fixed = vectors.take(np.arange(count, len(vectors.lengths)))
+    near = {}
+    if threshold < 1:
+        near = near_pairs(vectors.take(np.arange(count)), fixed, threshold).best_for_left()
+    near |= {  # 1 asks for exact copies only, and two texts of the same words are not that
+        left: (right, 1.0) for left, right in _equal_texts(list(rows["Question"]), [*stems, TUTORIAL_QUESTION])
+    }
+    tutorial, dropped, anecdote = len(stems), [], {}
+    ids = [] if benchmark is None else list(benchmark["id"])
+    for position, (other, cosine) in sorted(near.items()):
+        row = rows.iloc[position]
+        entry = {"id": row["id"], "row": int(row["row"])}
+        if other != tutorial:
+            dropped.append({**entry, "reason": _NEAR_ITEM, "near": str(ids[other]), "cosine": _rounded(cosine)})
+            continue
+        itself = cosine >= _SAME_TEXT
+        dropped.append({**entry, "reason": _TUTORIAL if itself else _NEAR_TUTORIAL, "cosine": _rounded(cosine)})
+        if itself and not anecdote:
+            anecdote = {key: row[key] for key in ("id", "Question", "Complex_CoT", "Response")}
+    return np.setdiff1d(np.arange(count), list(near)), dropped, anecdote
+
+
+def _equal_texts(left: list[str], right: list[str]) -> list[tuple[int, int]]:
+    places = {normalise(text): position for position, text in enumerate(right)}
+    return [(i, places[text]) for i, text in enumerate(map(normalise, left)) if text in places]
+
+
+def _group(rows: pd.DataFrame, vectors: Vectors, threshold: float) -> tuple[list[str], np.ndarray]:
+    """(names, near-copy group numbers): a name joins near copies and rows of one `group` of the data's own.
+
+    It is the first such group's name, or the first row's id.
+    """
+    pairs = near_pairs(vectors, threshold=threshold) if threshold < 1 else None
+    links = [(np.empty(0), np.empty(0))] if pairs is None else [(pairs.left, pairs.right)]
+    copies = group_near_copies(len(rows), *links)
+    own = rows["group"] if "group" in rows.columns else pd.Series([None] * len(rows))
+    first: dict[str, int] = {}
+    same = [(first.setdefault(name, i), i) for i, name in enumerate(own) if isinstance(name, str)]
+    joined = group_near_copies(len(rows), *links, tuple(zip(*same, strict=True)) if same else ([], []))
+    names: dict[int, str] = {}
+    for number, name in zip(joined, own, strict=True):
+        if isinstance(name, str):
+            names.setdefault(number, name)
+    for number, row_id in zip(joined, rows["id"], strict=True):
+        names.setdefault(number, row_id)
+    return [names[number] for number in joined], copies
+
+
+def _divide(rows: pd.DataFrame, data: DataSection) -> Division:
+    """Whole groups to one side; the draw is by seed, and unshuffled training rows are the first of the file."""
+    groups = pd.factorize(rows["group"])[0]
+    rng = np.random.default_rng(data.seed)
+    return _draw_shuffled(groups, data, rng) if data.shuffle else _draw_after_first(groups, data, rng)
+
+
+def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Division:
+    """Groups are held out in shuffled order as long as they fit; what is then missing is a part of the smallest other."""
+    _require_rows(data.eval_rows, len(groups) - 1)
+    order = rng.permutation(len(groups))
+    members: dict[int, list[int]] = {}
+    for position in order:
+        members.setdefault(int(groups[position]), []).append(int(position))
+    held_out: list[int] = []
+    moved, passed = [], []
+    for group, positions in members.items():
+        if len(held_out) + len(positions) <= data.eval_rows:
+            held_out += positions
+        elif len(held_out) < data.eval_rows:
+            passed.append(group)
+    set_aside: list[tuple[int, str, int | None]] = []
+    missing = data.eval_rows - len(held_out)
+    if missing:  # only then is a group divided, and its other rows go nowhere
+        split = min(passed, key=lambda group: len(members[group]))
+        taken, rest = members[split][:missing], members[split][missing:]
+        held_out += taken
+        reason = "shares a group with a held-out row, and data.eval_rows is met without it"
+        set_aside = [(position, reason, taken[0]) for position in rest]
+        passed.remove(split)
+    for group in passed:
+        reason = "its group is too large for the held-out rows that were still to draw, so it stays out of them"
+        moved += [(position, reason, members[group][0]) for position in members[group]]
+    away = set(held_out) | {entry[0] for entry in set_aside}
+    train = [position for position in order if position not in away]
+    if not train:
+        raise DataError(
+            f"data.eval_rows asks for {data.eval_rows} held-out rows, but no training row is left that is not a near copy "
+            "of them; lower it, raise data.near_copy_cosine, or give more data."
+        )
+    return Division(np.array(train[: data.train_rows]), np.array(held_out), set_aside, moved)
+
+
+def _draw_after_first(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Division:
+    """The first rows train; held out are rows behind them that share no group with any of them."""
+    count = len(groups)
+    if data.train_rows and data.train_rows >= count:
+        raise DataError(
+            f"data.train_rows asks for the first {data.train_rows} rows, but there are only {count} and some must be "
+            "held out; lower data.train_rows, or give more data."
+        )
+    first_of_group = pd.Series(np.arange(count)).groupby(groups).transform("min").to_numpy()
+    if data.train_rows:
+        first = data.train_rows
+    else:  # as many as leave enough rows behind them
+        _require_rows(data.eval_rows, count - 1)
+        first = int(np.sort(first_of_group)[count - data.eval_rows])
+    behind = np.arange(first, count)
+    free = behind[first_of_group[behind] >= first]
+    _require_rows(data.eval_rows, len(free) if first else 0)
+    held_out = rng.permutation(free)[: data.eval_rows]
+    reason = "shares a group with a training row"
+    set_aside = [(int(i), reason, int(first_of_group[i])) for i in behind if first_of_group[i] < first]
+    return Division(np.arange(first), held_out, set_aside, [])
+
+
+def _require_rows(asked: int, found: int) -> None:
+    if asked > found:
+        raise DataError(
+            f"data.eval_rows asks for {asked} held-out rows, but only {max(found, 0)} can be held out; "
+            "lower it, or give more data."
+        )
+
+
+def _entry(rows: pd.DataFrame, position: int, reason: str, other: int | None, vectors: Vectors) -> dict:
+    """One line of the report; the cosine is that with the row it is tied to, which a chain of others may lie between."""
+    entry = {"id": rows["id"].iloc[position], "row": int(rows["row"].iloc[position]), "reason": reason}
+    if other is None or other == position:
+        return entry
+    cosine = largest_cosine(vectors.take([position]), vectors.take([other]))
+    return entry | {"near": rows["id"].iloc[other], "cosine": _rounded(cosine)}
+
+
+def _rounded(cosine: float | None) -> float | None:
+    return None if cosine is None else round(float(cosine), 4)
