@@ -153,7 +153,7 @@ def test_one_pair_is_never_called_better():
 
 def test_a_secondary_metric_is_coloured_by_the_p_value_that_the_table_shows():
     entry = result("correct", np.zeros(20), np.array([1.0] * 15 + [0.0] * 5))
-    rows = build_rows({"primary": entry, "secondary": [{**entry, "p_holm": 0.2}]})
+    rows = build_rows({"primary": {**entry, "p_holm": None}, "secondary": [{**entry, "p_holm": 0.2}]})
     assert [row.sign for row in rows] == ["better", "cannot tell"]
 
 

@@ -192,7 +192,7 @@ def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, 
     train, held_out, report = split(tmp_path, questions, eval_rows=2, train_rows=3, shuffle=shuffle)
     assert not any("cystometry" in text.lower() for text in [*train["Question"], *held_out["Question"]])
     assert report["contamination"]["tutorial_question_found"]
-    assert set(report["anecdote"]) == {"id", "question", "Complex_CoT", "Response"}
+    assert set(report["anecdote"]) == {"id", "Question", "Complex_CoT", "Response"}
     assert (report["anecdote"]["Response"], [entry["row"] for entry in report["dropped"]]) == ("Answer 8.", [9, 10])
     assert accounted(train, held_out, report)
 

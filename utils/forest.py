@@ -89,7 +89,7 @@ def _build_row(result: dict, primary: bool) -> Row:
         change=None if scale is None else turn * scale * result["difference"],
         low=ends[0],
         high=ends[1],
-        p_value=result.get("p_holm", result["p_value"]),
+        p_value=result["p_value"] if result.get("p_holm") is None else result["p_holm"],
         share=share,
         primary=primary,
     )

@@ -50,6 +50,7 @@ class DataSection(Section):
     near_copy_cosine: Annotated[float, Field(gt=0, le=1)] = (
         0.5  # from here on two questions are one; 1: exact copies only
     )
+    shuffle_answers: bool = False  # a control: every training question gets another row's answer
     seed: NotNegative = 3407
 
 
