@@ -7,6 +7,7 @@ group is never on both sides. Near copies of a benchmark item and of the tutoria
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from utils import demo_data
 from utils.data import check_rows, load_rows
 from utils.errors import DataError
 from utils.settings import Config, DataSection
-from utils.similarity import Vectors, group_near_copies, largest_cosine, near_pairs, normalise, vectorise
+from utils.similarity import Vectors, cosines, group_near_copies, largest_cosine, near_pairs, normalise, vectorise
 
 # The one question by which the tutorials judge the model; it is a row of the file that they train on, in no fixed place.
 TUTORIAL_QUESTION = (
@@ -41,8 +42,8 @@ class Division:
 
     train: np.ndarray
     held_out: np.ndarray
-    set_aside: list[tuple[int, str, int | None]]
-    moved: list[tuple[int, str, int | None]]
+    set_aside: list[tuple[int, str, int]]
+    moved: list[tuple[int, str, int]]
 
 
 def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
@@ -117,10 +118,7 @@ def _split_loaded(
 
     division = _divide(rows, data)
     train, held_out = rows.iloc[division.train], rows.iloc[division.held_out]
-    listed = {
-        name: [_entry(rows, *entry, vectors=row_vectors) for entry in getattr(division, name)]
-        for name in ("set_aside", "moved")
-    }
+    listed = {name: _list(rows, getattr(division, name), row_vectors) for name in ("set_aside", "moved")}
     sizes = np.bincount(copies)
     train_vectors = row_vectors.take(division.train)
     found = {
@@ -229,7 +227,7 @@ def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generat
             held_out += positions
         elif len(held_out) < data.eval_rows:
             passed.append(group)
-    set_aside: list[tuple[int, str, int | None]] = []
+    set_aside: list[tuple[int, str, int]] = []
     missing = data.eval_rows - len(held_out)
     if missing:  # only then is a group divided, and its other rows go nowhere
         split = min(passed, key=lambda group: len(members[group]))
@@ -282,14 +280,17 @@ def _require_rows(asked: int, found: int) -> None:
         )
 
 
-def _entry(rows: pd.DataFrame, position: int, reason: str, other: int | None, vectors: Vectors) -> dict:
-    """One line of the report; the cosine is that with the row it is tied to, which a chain of others may lie between."""
-    entry = {"id": rows["id"].iloc[position], "row": int(rows["row"].iloc[position]), "reason": reason}
-    if other is None or other == position:
-        return entry
-    cosine = largest_cosine(vectors.take([position]), vectors.take([other]))
-    return entry | {"near": rows["id"].iloc[other], "cosine": _rounded(cosine)}
+def _list(rows: pd.DataFrame, entries: list[tuple[int, str, int]], vectors: Vectors) -> list[dict]:
+    """Lines of the report; the cosine is that with the row named, which a chain of others may lie between."""
+    places, others = ([entry[end] for entry in entries] for end in (0, 2))
+    near = cosines(vectors.take(places), vectors.take(others))
+    ids, numbers = rows["id"].to_numpy(), rows["row"].tolist()
+    return [
+        {"id": ids[place], "row": numbers[place], "reason": reason}
+        | ({} if place == other else {"near": ids[other], "cosine": _rounded(cosine)})
+        for (place, reason, other), cosine in zip(entries, near, strict=True)
+    ]
 
 
 def _rounded(cosine: float | None) -> float | None:
-    return None if cosine is None else round(float(cosine), 4)
+    return None if cosine is None else math.floor(10_000 * float(cosine)) / 10_000  # what is below 0.5 stays so
