@@ -6,11 +6,11 @@ the document frequencies are smoothed, so that ten texts are judged like ten tho
 full length of a long one (pivoted length normalisation, Singhal et al. 1996), since a rewritten vignette drops half of
 it; and a few words in common prove less than many. Identical texts need not have a cosine of 1: compare those exactly.
 
-Measured at the threshold of 0.5 on 54 reworded questions (tests/planted/): 54 found among 534 real questions, 216 of 216
-in files of ten rows, 52 among 20,000 recombined ones (benchmarks/results/split.json); of the 96 real training questions
-none comes closer than 0.43 to one of the 200 real benchmark items, and among all 642 real and planted texts 14 pairs
-that were not planted are joined, about half of them true copies. The plain measure finds 24 of 54 among the 534. Stemmed
-words as a second signal found nothing that this one missed.
+Measured at the threshold of 0.5 on 54 reworded questions (tests/planted/): 54 are found among 534 real questions, 216
+of 216 in files of ten rows, 52 among 20,000 recombined ones (benchmarks/results/split.json). Of the 96 real training
+questions none comes closer than 0.43 to one of the 200 real benchmark items; among all 642 texts 14 more pairs are
+joined, three of them true copies, most others short questions about one thing. The plain measure finds 24 of the 54.
+Stemmed words as a second signal found nothing that this one missed.
 Texts without spaces between words (Chinese) are compared too, but a free rewording shares fewer sequences there.
 """
 
@@ -49,7 +49,7 @@ _MOST_NEIGHBOURS = 100  # kept for each text; more than that are in one group an
 
 @dataclass(frozen=True)
 class Vectors:
-    """Texts as rows of `matrix` (texts x features, float32), scaled to a length near 1, and their lengths before (texts,)."""
+    """Rows of `matrix` (texts x features, float32) scaled to a length of nearly 1; their `lengths` before (texts,)."""
 
     matrix: sparse.csr_matrix
     lengths: np.ndarray

@@ -19,7 +19,7 @@ from utils.errors import DataError
 from utils.settings import Config, DataSection
 from utils.similarity import Vectors, cosines, group_near_copies, largest_cosine, near_pairs, normalise, vectorise
 
-# The one question by which the tutorials judge the model; it is a row of the file that they train on, in no fixed place.
+# The one question by which the tutorials judge the model; it is a row of the file that they train on, at no fixed place
 TUTORIAL_QUESTION = (
     "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or sneezing but "
     "no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what would cystometry "
@@ -38,7 +38,7 @@ _TUTORIAL = "the tutorials' example question, kept as an anecdote"
 
 @dataclass(frozen=True)
 class Division:
-    """Positions of the rows of each side, in order, and entries of the report: (position, reason, position it is tied to)."""
+    """Positions of each side's rows, in order; entries for the report: (position, reason, position it is tied to)."""
 
     train: np.ndarray
     held_out: np.ndarray
@@ -214,7 +214,7 @@ def _divide(rows: pd.DataFrame, data: DataSection) -> Division:
 
 
 def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Division:
-    """Groups are held out in shuffled order as long as they fit; what is then missing is a part of the smallest other."""
+    """Groups are held out in shuffled order while they fit; what is then missing is a part of the smallest other."""
     _require_rows(data.eval_rows, len(groups) - 1)
     order = rng.permutation(len(groups))
     members: dict[int, list[int]] = {}
@@ -243,7 +243,7 @@ def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generat
     train = [position for position in order if position not in away]
     if not train:
         raise DataError(
-            f"data.eval_rows asks for {data.eval_rows} held-out rows, but no training row is left that is not a near copy "
+            f"data.eval_rows asks for {data.eval_rows} held-out rows, but none is left to train on that is not a near copy "
             "of them; lower it, raise data.near_copy_cosine, or give more data."
         )
     return Division(np.array(train[: data.train_rows]), np.array(held_out), set_aside, moved)
