@@ -12,6 +12,7 @@ from utils.models import load_tokenizer
 from utils.project import ROOT
 
 EVIDENCE = json.loads((ROOT / "benchmarks" / "results" / "series-8b.json").read_text(encoding="utf-8"))
+SPLIT = json.loads((ROOT / "benchmarks" / "results" / "split.json").read_text(encoding="utf-8"))
 VOCABULARY = ROOT.parent / "shared" / "data" / "llama3_bpe.model"
 
 
@@ -71,3 +72,20 @@ def test_every_picture_and_file_that_the_readme_links_to_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         if not target.startswith("http"):
             assert Path(ROOT / target).exists(), target
+
+
+def test_twenty_thousand_questions_were_split_within_a_minute_and_four_gib():
+    assert SPLIT["questions"] == 20_000 and SPLIT["items"] == 1_273 and SPLIT["item_mean_characters"] > 700
+    assert 200 <= SPLIT["mean_characters"] <= 260 and SPLIT["seconds"] <= 60 and SPLIT["peak_rss_gib"] <= 4
+    assert SPLIT["planted_found"] >= 0.9 * SPLIT["planted"] and SPLIT["others_dropped"] <= 0.02 * SPLIT["questions"]
+
+
+def test_recombined_questions_are_as_long_as_the_real_ones_and_the_same_every_time():
+    import numpy as np
+
+    from benchmarks.split import recombine
+
+    texts = ["one two three four five six seven eight", "two one four three six five eight seven nine ten"]
+    made = recombine(50, texts, np.random.default_rng(1))
+    assert made == recombine(50, texts, np.random.default_rng(1)) and len(set(made)) > 40
+    assert 7 <= sum(len(text.split()) for text in made) / 50 <= 11

@@ -232,6 +232,12 @@ def test_a_relative_path_is_made_absolute_and_a_hub_id_stays(tmp_path):
     assert absolute_overrides({"model.name": "model"}, tmp_path) == {"model.name": str(tmp_path / "model")}
 
 
+def test_relative_paths_of_further_benchmarks_are_made_absolute(tmp_path):
+    given_ = {"evaluate.more_benchmarks": [{"path": "items.jsonl", "rows": 3}, {"name": "a/b"}]}
+    result = absolute_overrides(given_, tmp_path)["evaluate.more_benchmarks"]
+    assert result == [{"path": str(tmp_path / "items.jsonl"), "rows": 3}, {"name": "a/b"}]
+
+
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from utils.config import load_config
-from utils.data import check_rows, read_benchmark, read_table, write_split
+from utils.data import check_rows, find_commits, read_benchmark, read_table, write_split
 from utils.errors import DataError
 from utils.settings import Config
 from utils.split import split_rows
@@ -199,3 +199,29 @@ def test_a_written_split_is_read_back_as_it_was(tmp_path):
     assert json.loads((tmp_path / "split.json").read_text()) == report
     write_split(tmp_path, train, held_out, None, report)
     assert read_benchmark(tmp_path) is None
+
+
+def test_every_hub_benchmark_gets_a_commit_and_the_list_is_pinned_whole(monkeypatch):
+    from utils import data
+
+    monkeypatch.setattr(data, "_head", lambda name: f"head of {name}")
+    found = find_commits(load_config("full"))
+    assert found["evaluate.benchmark.revision"] == "head of GBaker/MedQA-USMLE-4-options"
+    pinned = load_config("full", found).evaluate
+    assert [s.revision for s in pinned.more_benchmarks] == [f"head of {s.name}" for s in pinned.more_benchmarks]
+    assert find_commits(load_config("full", found)) == {} == find_commits(load_config("demo"))
+
+
+def test_where_the_hub_is_out_of_reach_nothing_is_pinned(monkeypatch):
+    from utils import data
+
+    monkeypatch.setattr(data, "_head", lambda name: 1 / 0)
+    assert find_commits(load_config("full")) == {}
+
+
+def test_the_anecdote_is_a_file_of_its_own_and_empty_where_there_is_none(tmp_path):
+    train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
+    write_split(tmp_path, train, held_out, None, report)
+    assert json.loads((tmp_path / "anecdote.json").read_text()) == {}
+    write_split(tmp_path, train, held_out, None, report | {"anecdote": {"id": "x", "question": "医?"}})
+    assert json.loads((tmp_path / "anecdote.json").read_text(encoding="utf-8")) == {"id": "x", "question": "医?"}

@@ -119,7 +119,7 @@ def _convert(table: pd.DataFrame, source: str, split: str) -> pd.DataFrame:
 
 
 def _options(cell: Any) -> Any:
-    """{letter: text} from a dict, a list of {key, value}, or either as JSON text (in a CSV); options without text fall away."""
+    """{letter: text} from a dict, a list of {key, value}, or either as JSON text (in a CSV); empty ones fall away."""
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)
@@ -131,7 +131,7 @@ def _options(cell: Any) -> Any:
 
 
 def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    """The right option is counted from 0 on the Hub and from 1 in the original files; a 0 or a 4 somewhere tells which."""
+    """The right option counts from 0 on the Hub and from 1 in the original files; a 0 or a 4 somewhere tells which."""
     try:
         right = [int(cell) for cell in table["cop"]]
     except (TypeError, ValueError):
@@ -139,7 +139,7 @@ def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
     values = set(right)
     if -1 in values:
         raise DataError(
-            f"{source} has items without a right option (cop is -1), as MedMCQA's test split has; take split validation."
+            f"{source} has items without a right option (cop is -1), as MedMCQA's split test has; take split validation."
         )
     if (0 in values) == (4 in values) or not values <= set(range(5)):
         raise DataError(
@@ -199,7 +199,7 @@ def _check(items: pd.DataFrame, source: str) -> pd.DataFrame:
 
 
 def _name(section: BenchmarkSection, table: pd.DataFrame) -> str:
-    """medqa, medmcqa or pubmedqa by the name or the columns that only they have; otherwise the file's or data set's name."""
+    """medqa, medmcqa or pubmedqa by the name or by columns that only they have; otherwise the file's or data set's."""
     own = section.path.stem if section.path is not None else str(section.name).rsplit("/", 1)[-1]
     columns = {str(column).lower() for column in table.columns}
     folded = own.lower().replace("-", "").replace("_", "")

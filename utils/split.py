@@ -7,6 +7,7 @@ group is never on both sides. Near copies of a benchmark item and of the tutoria
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,9 @@ from utils import demo_data
 from utils.data import check_rows, load_rows
 from utils.errors import DataError
 from utils.settings import Config, DataSection
-from utils.similarity import Vectors, group_near_copies, largest_cosine, near_pairs, normalise, vectorise
+from utils.similarity import Vectors, cosines, group_near_copies, largest_cosine, near_pairs, normalise, vectorise
 
-# The one question by which the tutorials judge the model; it is a row of the file that they train on, in no fixed place.
+# The one question by which the tutorials judge the model; it is a row of the file that they train on, at no fixed place
 TUTORIAL_QUESTION = (
     "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or sneezing but "
     "no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what would cystometry "
@@ -37,12 +38,12 @@ _TUTORIAL = "the tutorials' example question, kept as an anecdote"
 
 @dataclass(frozen=True)
 class Division:
-    """Positions of the rows of each side, in order, and entries of the report: (position, reason, position it is tied to)."""
+    """Positions of each side's rows, in order; entries for the report: (position, reason, position it is tied to)."""
 
     train: np.ndarray
     held_out: np.ndarray
-    set_aside: list[tuple[int, str, int | None]]
-    moved: list[tuple[int, str, int | None]]
+    set_aside: list[tuple[int, str, int]]
+    moved: list[tuple[int, str, int]]
 
 
 def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
@@ -128,10 +129,7 @@ def _split_loaded(
 
     division = _divide(rows, data)
     train, held_out = rows.iloc[division.train], rows.iloc[division.held_out]
-    listed = {
-        name: [_entry(rows, *entry, vectors=row_vectors) for entry in getattr(division, name)]
-        for name in ("set_aside", "moved")
-    }
+    listed = {name: _list(rows, getattr(division, name), row_vectors) for name in ("set_aside", "moved")}
     sizes = np.bincount(copies)
     train_vectors = row_vectors.take(division.train)
     found = {
@@ -227,7 +225,7 @@ def _divide(rows: pd.DataFrame, data: DataSection) -> Division:
 
 
 def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Division:
-    """Groups are held out in shuffled order as long as they fit; what is then missing is a part of the smallest other."""
+    """Groups are held out in shuffled order while they fit; what is then missing is a part of the smallest other."""
     _require_rows(data.eval_rows, len(groups) - 1)
     order = rng.permutation(len(groups))
     members: dict[int, list[int]] = {}
@@ -240,7 +238,7 @@ def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generat
             held_out += positions
         elif len(held_out) < data.eval_rows:
             passed.append(group)
-    set_aside: list[tuple[int, str, int | None]] = []
+    set_aside: list[tuple[int, str, int]] = []
     missing = data.eval_rows - len(held_out)
     if missing:  # only then is a group divided, and its other rows go nowhere
         split = min(passed, key=lambda group: len(members[group]))
@@ -256,7 +254,7 @@ def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generat
     train = [position for position in order if position not in away]
     if not train:
         raise DataError(
-            f"data.eval_rows asks for {data.eval_rows} held-out rows, but no training row is left that is not a near copy "
+            f"data.eval_rows asks for {data.eval_rows} held-out rows, but none is left to train on that is not a near copy "
             "of them; lower it, raise data.near_copy_cosine, or give more data."
         )
     return Division(np.array(train[: data.train_rows]), np.array(held_out), set_aside, moved)
@@ -293,14 +291,17 @@ def _require_rows(asked: int, found: int) -> None:
         )
 
 
-def _entry(rows: pd.DataFrame, position: int, reason: str, other: int | None, vectors: Vectors) -> dict:
-    """One line of the report; the cosine is that with the row it is tied to, which a chain of others may lie between."""
-    entry = {"id": rows["id"].iloc[position], "row": int(rows["row"].iloc[position]), "reason": reason}
-    if other is None or other == position:
-        return entry
-    cosine = largest_cosine(vectors.take([position]), vectors.take([other]))
-    return entry | {"near": rows["id"].iloc[other], "cosine": _rounded(cosine)}
+def _list(rows: pd.DataFrame, entries: list[tuple[int, str, int]], vectors: Vectors) -> list[dict]:
+    """Lines of the report; the cosine is that with the row named, which a chain of others may lie between."""
+    places, others = ([entry[end] for entry in entries] for end in (0, 2))
+    near = cosines(vectors.take(places), vectors.take(others))
+    ids, numbers = rows["id"].to_numpy(), rows["row"].tolist()
+    return [
+        {"id": ids[place], "row": numbers[place], "reason": reason}
+        | ({} if place == other else {"near": ids[other], "cosine": _rounded(cosine)})
+        for (place, reason, other), cosine in zip(entries, near, strict=True)
+    ]
 
 
 def _rounded(cosine: float | None) -> float | None:
-    return None if cosine is None else round(float(cosine), 4)
+    return None if cosine is None else math.floor(10_000 * float(cosine)) / 10_000  # what is below 0.5 stays so
