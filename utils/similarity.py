@@ -10,7 +10,7 @@ Measured at the threshold of 0.5 on 64 reworded questions (tests/planted/): all 
 of 256 in files of ten rows, 63 among 20,000 recombined ones (benchmarks/results/split.json); of 8 real benchmark stems
 cut down to a third or less, 6. Of the 96 real training questions none comes closer than 0.47 to one of the 200 real
 benchmark items; among all 662 texts 22 more pairs are joined, three of them true copies, most others short questions
-about one thing. The plain measure finds less than half. Stemmed words as a second signal found nothing more.
+about one thing. The plain measure finds 24 of the first 54. Stemmed words, alone or averaged in, found no more.
 Texts without spaces between words (Chinese) are compared too, but a free rewording shares fewer sequences there.
 """
 
