@@ -10,7 +10,7 @@ from utils.project import ROOT
 
 GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
 PURE = "demo_data prompts parsing metrics results statistics verdicts similarity data items split answers probe_results".split()
-MODELS = "demo models memory sampling".split()
+MODELS = "decoding demo models memory sampling".split()
 WORK = (
     "generation probe selftest likelihood workers comparison forest figures training export report answers_page".split()
 )

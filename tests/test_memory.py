@@ -18,21 +18,26 @@ LLAMA_8B = LlamaConfig(
 
 def test_an_8b_models_cache_takes_128_kib_a_token():
     longer, shorter = (bytes_per_sequence(LLAMA_8B, 200, new, 2) for new in (1200, 1000))
-    assert longer - shorter == 200 * 128 * 1024
+    assert longer - shorter == pytest.approx(1.05 * 200 * 128 * 1024, abs=2)
 
 
-def test_long_prompts_are_counted_by_their_forward_pass():
-    assert bytes_per_sequence(LLAMA_8B, 4000, 8, 2) > 4512 * 128 * 1024 + 16 * 128_256
+@pytest.mark.parametrize(("prompt", "measured_mib"), [(256, 88.8), (760, 219.7), (1272, 355.7)])
+def test_the_estimate_is_a_little_above_what_was_measured_through_unsloth(prompt, measured_mib):
+    """36 new tokens, fp16, on an H200 with a T4's attention; the estimate must hold without wasting a third."""
+    assert measured_mib < bytes_per_sequence(LLAMA_8B, prompt, 36, 2) / 2**20 < 1.3 * measured_mib
 
 
-def test_on_a_t4_some_dozens_of_8b_sequences_fit(monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(7.6 * GIB))
+def test_on_a_t4_some_dozens_of_8b_sequences_fit(monkeypatch, tiny_model):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(7.8 * GIB))
 
     class Model:
         config, dtype, device = LLAMA_8B, torch.float16, torch.device("cuda")
 
-    assert 60 <= sequences_that_fit(Model, 180, 512) <= 100
-    assert 25 <= sequences_that_fit(Model, 1200, 512) <= 40
+        def modules(self):
+            return []
+
+    assert 55 <= sequences_that_fit(Model(), 250, 512) <= 80
+    assert 18 <= sequences_that_fit(Model(), 1200, 512) <= 30
 
 
 def test_one_sequence_is_always_tried(tiny_model, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 
 from utils import probe
 from utils.data import read_table
-from utils.errors import DataError, ModelError, PinError, StageOrderError
+from utils.errors import DataError, ModelError, PinError
 from utils.files import write_text
 from utils.probe import probe_letters
 from utils.probe_results import current_probe, format_probe

@@ -18,7 +18,7 @@ from utils.progress import Progress
 from utils.sampling import question_stream, sampling_processors
 from utils.settings import GenerateSection
 
-ROUND_TOKENS = 512  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
+ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
 
 
 class Helpers(Protocol):
@@ -118,8 +118,8 @@ class _Engine:
 
     def __init__(self, model, tokenizer, config: GenerateSection, keys: dict[str, str], path: Path):
         self.model, self.tokenizer, self.config, self.keys, self.path = model, tokenizer, config, keys, path
-        self.most = None if config.batch_size == "auto" else config.batch_size
-        self.tokens, self.largest = 0, 0
+        self.share = 1.0  # of what should fit or was asked for; halved whenever it did not
+        self.tokens = 0
 
     def run(self, questions: Sequence[Question], already: int, total: int) -> None:
         """Answer `questions`; `already` and `total` are for the progress bar."""
@@ -157,10 +157,10 @@ class _Engine:
         return rows[:size], steps
 
     def _size(self, prompt_tokens: int, steps: int) -> int:
-        if self.config.batch_size != "auto":
-            return self.most
-        size = sequences_that_fit(self.model, prompt_tokens, steps)
-        return size if self.most is None else min(size, self.most)
+        size = self.config.batch_size
+        if size == "auto":
+            size = sequences_that_fit(self.model, prompt_tokens, steps)
+        return max(1, int(size * self.share))
 
     def _try_generate(self, batch: list[Pending], steps: int) -> list[list[int]] | None:
         """New token ids of each row, or None after running out of memory, with the next batch halved."""
@@ -173,10 +173,8 @@ class _Engine:
         if outputs is None:  # outside the handler, whose traceback would keep the tensors alive
             if len(batch) == 1:
                 raise HardwareError("A single question does not fit into memory; lower generate.max_new_tokens.")
-            self.most = len(batch) // 2
-            release_memory()
-        else:
-            self.largest = max(self.largest, len(batch))
+            self.share /= 2
+            release_memory(self.model)
         return outputs
 
     def _finish(self, batch: list[Pending], outputs: list[list[int]]) -> list[dict]:

@@ -53,7 +53,7 @@ def completion_nll(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.
             if sums is None:
                 if count == 1:
                     raise HardwareError("A single held-out row does not fit into memory; lower model.max_seq_length.")
-                limit, _ = limit // 2, release_memory()
+                limit, _ = limit // 2, release_memory(model)
                 continue
             for i, values in zip(waiting[:count], sums, strict=True):
                 results[i] = {"id": rows["id"].iloc[i], **values}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psutil
 
+from utils.decoding import forget_cache
 from utils.platforms import GIB
 
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -16,10 +17,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in str(error) for sign in _NO_MEMORY)
 
 
-def release_memory() -> None:
-    """Hand cached GPU blocks back to the driver."""
+def release_memory(model) -> None:
+    """Drop what an interrupted batch left behind, and hand cached GPU blocks back to the driver."""
     import torch
 
+    forget_cache(model)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -39,19 +41,21 @@ def free_bytes(device) -> int:
 def bytes_per_sequence(config, prompt_tokens: int, new_tokens: int, dtype_bytes: int) -> int:
     """What one sequence takes at its peak while a batch is generated, in bytes.
 
-    `config` is a transformers model configuration. The peak is either the prompt's forward pass (activations of one
-    layer beside the cache so far) or the last step (the whole cache). unsloth reserves its cache in steps of 512
-    tokens, so at least as many are counted.
+    `config` is a transformers model configuration. The peak is the prompt's forward pass (activations of one layer
+    beside the cache so far), or the first step (unsloth copies the cache), or the last one (the whole cache). Measured
+    on 8B shapes through unsloth: 89 MiB for a prompt of 256 tokens, 218 for 760, 354 for 1,272.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * heads * head_size * dtype_bytes
     active = dtype_bytes * (3 * config.intermediate_size + 4 * config.hidden_size)
-    logits = 4 * 4 * config.vocab_size  # float32, and what temperature and top-p make of them
-    return max(prompt_tokens * (cached + active), (prompt_tokens + max(new_tokens, 512)) * cached) + logits
+    cache = cached * (max(2 * prompt_tokens, prompt_tokens + new_tokens) + 128)  # which grows in steps of 128 tokens
+    sampling = 64 * config.vocab_size  # logits, and what sorting and summing them for top-p takes
+    return int(1.05 * max(prompt_tokens * (cached + active), cache)) + sampling
 
 
 def sequences_that_fit(model, prompt_tokens: int, new_tokens: int) -> int:
     """How many prompts of this length can be continued at once on the model's device; at least 1."""
+    forget_cache(model)
     each = bytes_per_sequence(model.config, prompt_tokens, new_tokens, model.dtype.itemsize)
     return max(1, min(_MOST_ROWS[model.device.type], free_bytes(model.device) // each))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.credentials import share_hub_token
+from utils.decoding import speed_up_unsloth
 from utils.errors import HardwareError, ModelError
 from utils.platforms import GIB, gpu_ids, resolve_hardware
 from utils.settings import EMBEDDED, Config
@@ -36,6 +37,7 @@ def start_backend(config: Config) -> str:
         raise HardwareError("hardware.backend=unsloth, but unsloth is not installed; run 00_setup to install it.")
     import unsloth  # noqa: F401
 
+    speed_up_unsloth()
     return "unsloth"
 
 
