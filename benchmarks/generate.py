@@ -1,7 +1,8 @@
 """How fast the engine answers, against one prompt at a time, on a CUDA GPU with a T4's limits emulated.
 
     python -m benchmarks.standin /tmp/standin-8b --vocabulary llama3_bpe.model
-    python -m benchmarks.generate measure /tmp/standin-8b --items medqa_sample.jsonl --out generation.json
+    python -m benchmarks.generate measure /tmp/standin-8b --rows medical_o1_sample.jsonl \\
+        --items medqa_sample.jsonl --out generation.json
     python -m benchmarks.generate kill /tmp/standin-8b --items medqa_sample.jsonl --out generation.json
 
 Same model, same prompts, same sampling, same limit of new tokens, in one process. A model of random weights never ends an
@@ -91,6 +92,8 @@ def measure_engine(model, tokenizer, questions: list[Question], config: Generate
         return [[*ids[: n - 1], eos] if n <= len(ids) else ids for ids, n in zip(outputs, left, strict=True)]
 
     generation.generate_batch = recorded
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
         with tempfile.TemporaryDirectory() as scratch:
             started = time.monotonic()
@@ -102,6 +105,7 @@ def measure_engine(model, tokenizer, questions: list[Question], config: Generate
     cuda = torch.cuda.is_available()
     return {
         "questions": len(questions),
+        "decoding": config.model_dump(mode="json"),
         "tokens": sum(a["tokens"] for a in answers),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(sum(a["tokens"] for a in answers) / seconds, 1),
@@ -133,6 +137,15 @@ def kill_and_continue(standin: Path, items: Path) -> dict:
     }
 
 
+def add(evidence: dict, name: str, single: list[float], case: dict, out: Path) -> None:
+    """Put a case into the evidence, the first one also as the headline, and write it."""
+    ratio = round(case["tokens_per_second"] / statistics.median(single), 2)
+    evidence["cases"][name] = {"ratio": ratio, "one_at_a_time_windows": single, **case}
+    headline = next(iter(evidence["cases"].values()))
+    evidence |= {key: headline[key] for key in ("ratio", "tokens_per_second", "batch_size", "reserved_gib")}
+    write_json(out, evidence)
+
+
 @app.command()
 def answer(standin: Path, items: Path, path: Path) -> None:
     """Answer all items in few tokens and small batches: what `measure` kills and starts again."""
@@ -160,12 +173,11 @@ def measure(
     standin: Path,
     items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
-    limits: Annotated[
-        str, typer.Option(help="Limits of new tokens to measure at, the first one being the headline.")
-    ] = "128,1536",
-    count: Annotated[int, typer.Option(help="How many questions the engine answers; half of them at limits above 1,000.")] = 200,
+    rows: Annotated[Path, typer.Option(help="Open questions, JSONL: the headline.")],
+    limit: Annotated[int, typer.Option(help="New tokens of an answer; drawn lengths go up to twelve times it.")] = 128,
+    count: Annotated[int, typer.Option(help="How many answers of drawn lengths.")] = 64,
 ) -> None:
-    """Measure both ways at each limit, then with drawn lengths; write OUT after each."""
+    """Measure both ways: short answers to open and multiple-choice questions, then drawn lengths; write OUT after each."""
     evidence: dict = {
         "what": "the engine against one prompt at a time: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",
         "date": datetime.now(UTC).date().isoformat(),
@@ -173,29 +185,23 @@ def measure(
         "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "bitsandbytes")},
         "cases": {},
     }
-    model, tokenizer, questions, decoding = load(standin, items)
-    questions = questions[:count]
-    for limit in (int(text) for text in limits.split(",")):
-        config = decoding.model_copy(update={"max_new_tokens": limit})
-        single = measure_single(model, tokenizer, questions, config)
-        case = {"decoding": config.model_dump(mode="json"), "one_at_a_time_windows": single}
-        case |= measure_engine(model, tokenizer, questions[: count if limit < 1000 else count // 2], config)
-        case["ratio"] = round(case["tokens_per_second"] / statistics.median(single), 2)
-        evidence["cases"][f"limit {limit}"] = case
-        headline = next(iter(evidence["cases"].values()))
-        evidence |= {key: headline[key] for key in ("ratio", "tokens_per_second", "batch_size", "reserved_gib")}
-        write_json(out, evidence)
-    limit = max(int(text) for text in limits.split(","))
-    config, single = decoding.model_copy(update={"max_new_tokens": limit}), evidence["cases"][f"limit {limit}"]
-    rng = np.random.default_rng(0)  # a median of 650 tokens: the paper's model writes 712 on average
-    drawn = np.clip(rng.lognormal(np.log(limit * 0.42), 0.45, len(questions)), 8, limit).astype(int)
-    lengths = {q.id: int(n) for q, n in zip(questions, drawn, strict=True)}
+    model, tokenizer, choices, decoding = load(standin, items)
+    lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").split("\n") if line.strip()]
+    opened = [Question(f"open-{i}", "open", format_prompt(row["Question"], "native")) for i, row in enumerate(lines)]
+    short = decoding.model_copy(update={"max_new_tokens": limit})
+    measure_engine(model, tokenizer, opened, short.model_copy(update={"max_new_tokens": 4}))  # compiles
+    for name, questions in (("open questions", opened), ("multiple choice", choices)):
+        single = measure_single(model, tokenizer, questions, short)
+        add(evidence, name, single, measure_engine(model, tokenizer, questions, short), out)
+    # A median of 650 tokens: the paper's model writes 712 on average.
+    rng, longest = np.random.default_rng(0), 12 * limit
+    drawn = np.clip(rng.lognormal(np.log(longest * 0.42), 0.45, len(choices)), 8, longest).astype(int)
+    lengths = {q.id: int(n) for q, n in zip(choices, drawn, strict=True)}
+    single = measure_single(model, tokenizer, choices, decoding.model_copy(update={"max_new_tokens": 5 * limit}))
+    long = decoding.model_copy(update={"max_new_tokens": longest})
     for name, rounds in (("drawn lengths", generation.ROUND_TOKENS), ("drawn lengths, no rounds", 10**9)):
         generation.ROUND_TOKENS = rounds
-        case = measure_engine(model, tokenizer, questions[: count // 2], config, lengths)
-        case["ratio"] = round(case["tokens_per_second"] / statistics.median(single["one_at_a_time_windows"]), 2)
-        evidence["cases"][name] = case
-        write_json(out, evidence)
+        add(evidence, name, single, measure_engine(model, tokenizer, choices[:count], long, lengths), out)
     print(json.dumps({key: evidence[key] for key in ("ratio", "tokens_per_second", "batch_size", "reserved_gib")}))
 
 

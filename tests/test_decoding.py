@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils.decoding import attend_by_groups, forget_cache
+from utils.decoding import attend_by_groups, forget_cache, free_copied_cache
 
 
 def tensors(batch: int = 3, heads: int = 8, kv_heads: int = 2, length: int = 17, size: int = 16, count: int = 1):
@@ -52,3 +52,12 @@ def test_the_cache_that_unsloth_leaves_on_its_modules_is_freed():
     forget_cache(model)
     assert not hasattr(layer, "paged_attention") and not hasattr(layer, "paged_attention_V")
     forget_cache(model)  # and nothing to free is no error
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_prompts_keys_are_freed_after_the_first_step_only(first):
+    keys, values = torch.ones(2, 3), torch.ones(2, 3)
+    attend = free_copied_cache(lambda self, hidden, past, position, do_prefill=False, **more: (past[0].sum(), more))
+    total, more = attend(None, None, (keys, values), None, do_prefill=first, attention_mask=7)
+    assert float(total) == 6 and more == {"attention_mask": 7}
+    assert (keys.untyped_storage().size() == 0) is first

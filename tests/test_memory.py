@@ -21,8 +21,8 @@ def test_an_8b_models_cache_takes_128_kib_a_token():
     assert longer - shorter == pytest.approx(1.05 * 200 * 128 * 1024, abs=2)
 
 
-@pytest.mark.parametrize(("prompt", "measured_mib"), [(256, 88.8), (760, 219.7), (1272, 355.7)])
-def test_the_estimate_is_a_little_above_what_was_measured_through_unsloth(prompt, measured_mib):
+@pytest.mark.parametrize(("prompt", "measured_mib"), [(256, 61.7), (760, 182.2), (1272, 305.4)])
+def test_the_estimate_is_a_little_above_what_was_measured(prompt, measured_mib):
     """36 new tokens, fp16, on an H200 with a T4's attention; the estimate must hold without wasting a third."""
     assert measured_mib < bytes_per_sequence(LLAMA_8B, prompt, 36, 2) / 2**20 < 1.3 * measured_mib
 
@@ -36,7 +36,7 @@ def test_on_a_t4_some_dozens_of_8b_sequences_fit(monkeypatch, tiny_model):
         def modules(self):
             return []
 
-    assert 55 <= sequences_that_fit(Model(), 250, 512) <= 80
+    assert 55 <= sequences_that_fit(Model(), 250, 512) <= 90
     assert 18 <= sequences_that_fit(Model(), 1200, 512) <= 30
 
 

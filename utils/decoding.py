@@ -35,11 +35,31 @@ def attend_by_groups(query, key, value, attn_mask=None, is_causal=False, enable_
 
 
 def speed_up_unsloth() -> None:
-    """Let unsloth's batched decoding use `attend_by_groups` and grow its cache in smaller steps."""
+    """Let unsloth's batched decoding use `attend_by_groups`, hold the prompt's cache once, and grow it in small steps.
+
+    Call it before a model is loaded: unsloth puts its forward together then.
+    """
     from unsloth.models import llama
 
+    if llama.scaled_dot_product_attention is attend_by_groups:
+        return
     llama.scaled_dot_product_attention = attend_by_groups
     llama.KV_CACHE_INCREMENT = _CACHE_STEP
+    attention = free_copied_cache(llama.LlamaAttention_fast_forward_inference)
+    llama.LlamaModel_fast_forward_inference = llama._LlamaModel_fast_forward_inference(attention)
+
+
+def free_copied_cache(attention):
+    """Wrap unsloth's attention so that a prompt's keys and values are freed once the first step has copied them."""
+
+    def attend(self, hidden_states, past_key_value, position_ids, do_prefill=False, **more):
+        result = attention(self, hidden_states, past_key_value, position_ids, do_prefill=do_prefill, **more)
+        if do_prefill:
+            for tensor in past_key_value:
+                tensor.untyped_storage().resize_(0)
+        return result
+
+    return attend
 
 
 def forget_cache(model) -> None:
