@@ -92,6 +92,8 @@ def answer_share(run_dir: str, arm: str, number: int) -> None:
     questions = {question.id: question for question in load_questions(run)[0]}
     model, tokenizer = load_model(run.config, adapter=run.file(_ADAPTER) if arm == "tuned" else None)
     model = ready_for_inference(model)
+    place = os.environ.get("CUDA_VISIBLE_DEVICES") if model.device.type == "cuda" else "cpu"
+    print(f"{len(listed)} questions on device {place}", flush=True)
     path = share_path(run.file(f"{arm}/answers.jsonl"), number)
     answer_questions(model, tokenizer, [questions[i] for i in listed], run.config.generate, path, arm_digest(run, arm))
 
