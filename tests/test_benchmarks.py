@@ -13,6 +13,7 @@ from utils.project import ROOT
 
 EVIDENCE = json.loads((ROOT / "benchmarks" / "results" / "series-8b.json").read_text(encoding="utf-8"))
 SPLIT = json.loads((ROOT / "benchmarks" / "results" / "split.json").read_text(encoding="utf-8"))
+GENERATION = json.loads((ROOT / "benchmarks" / "results" / "generation.json").read_text(encoding="utf-8"))
 VOCABULARY = ROOT.parent / "shared" / "data" / "llama3_bpe.model"
 
 
@@ -58,11 +59,28 @@ def test_the_plain_backend_trained_ten_steps_without_a_nan():
     assert plain["training"]["steps"] == 10 and plain["training"]["finite"]
 
 
+def test_answering_in_batches_is_forty_times_as_fast_within_a_t4s_memory():
+    for name in ("open questions", "multiple choice"):
+        case = GENERATION["cases"][name]
+        assert case["ratio"] == pytest.approx(
+            case["tokens_per_second"] / sorted(case["one_at_a_time_windows"])[1], abs=0.01
+        )
+        assert case["ratio"] >= 40 and case["reserved_gib"] <= 14.0 and len(case["one_at_a_time_windows"]) >= 3
+    assert GENERATION["ratio"] == GENERATION["cases"]["open questions"]["ratio"] and GENERATION["gpu"]
+
+
+def test_a_killed_run_generated_no_answer_twice_and_lost_none():
+    kill = GENERATION["kill"]
+    assert 0 < kill["killed_after"] < kill["answers"] == 200 and kill["generated_twice"] == kill["missing"] == 0
+
+
 def test_the_readme_quotes_the_evidence():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{EVIDENCE['series']['peak_gpu_reserved_gib']} GiB of GPU memory" in readme
     seconds = sum(record["seconds"] for record in EVIDENCE["series"]["stages"].values())
     assert f"{seconds:.0f} s in its six stages" in readme
+    for name in ("open questions", "multiple choice", "drawn lengths"):
+        assert f"{GENERATION['cases'][name]['ratio']:.0f} times" in readme, name
 
 
 def test_every_picture_and_file_that_the_readme_links_to_exists():

@@ -106,7 +106,7 @@ def test_a_registration_changed_after_answers_is_said_in_the_sentence(run):
 
 
 def test_a_primary_that_the_data_cannot_carry_is_a_sentence(run):
-    with pytest.raises(StageOrderError, match="evaluate.primary is multiple_choice, but"):
+    with pytest.raises(StageOrderError, match=r"evaluate.primary is multiple_choice, but"):
         both = arms()
         only = both.base["kind"] == "open"
         compare(run, Arms(both.base[only], both.tuned[only], both.base_nll, both.tuned_nll, both.groups))

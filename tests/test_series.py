@@ -23,6 +23,10 @@ def metrics_of(path: Path) -> dict:
     return json.loads((path / "comparison" / "metrics.json").read_text(encoding="utf-8"))
 
 
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def papermill(notebook: str, output: Path, *parameters: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
@@ -112,8 +116,9 @@ def test_the_report_is_drawn_by_a_browser(demo_run, tmp_path):
 
 
 def test_score_recomputes_the_same_metrics_without_torch(copied_run):
-    before = (copied_run / "comparison" / "metrics.json").read_bytes()
-    (copied_run / "comparison" / "metrics.json").unlink()
+    names = ("metrics.json", "table.csv", "answers.html", "comparison.png")
+    before = {name: (copied_run / "comparison" / name).read_bytes() for name in names}
+    shutil.rmtree(copied_run / "comparison")
     shutil.rmtree(copied_run / "export")
     code = (
         f"import sys; sys.argv = ['utils', 'score', {str(copied_run)!r}]\n"
@@ -123,7 +128,7 @@ def test_score_recomputes_the_same_metrics_without_torch(copied_run):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (copied_run / "comparison" / "metrics.json").read_bytes() == before
+    assert {name: (copied_run / "comparison" / name).read_bytes() for name in names} == before
 
 
 def test_verify_passes_and_finds_a_flipped_bit_by_name(copied_run):
@@ -149,6 +154,47 @@ def test_a_null_run_cannot_tell_and_only_what_depends_on_the_change_runs_again(c
     assert done.stdout.count("unchanged") == 3  # 00, 01 and 02 do not depend on the number of steps
     metrics = metrics_of(copied_run)
     assert metrics["verdict"] == "cannot tell" and metrics["primary"]["difference"] == 0
+
+
+def test_a_sabotaged_run_is_told_to_be_worse(copied_run):
+    """Every training question with another row's answer: whoever calls that better measures nothing."""
+    done = run_command("run", "--run-dir", copied_run, "--set", "data.shuffle_answers=true", "--to", "04")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = metrics_of(copied_run)
+    assert metrics["verdict"] == "worse" and metrics["primary"]["ci95"][1] < 0
+    claims = {claim["claim"]: claim["verdict"] for claim in metrics["claims"]}
+    assert claims["knows more"] == "worse" and claims["reasons shorter"] == "better"
+
+
+def test_two_processes_give_the_answers_of_one(copied_run):
+    """On a CPU what two GPUs do: shares, files of their own, joined in the end."""
+    before = read_jsonl(copied_run / "baseline" / "answers.jsonl")
+    shutil.rmtree(copied_run / "baseline")
+    done = run_command("run", "--run-dir", copied_run, "--set", "hardware.processes=2", "--to", "01")
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = read_jsonl(copied_run / "baseline" / "answers.jsonl")
+    assert len(after) == len(before) == 224 and {a["id"]: a for a in after} == {a["id"]: a for a in before}
+    log = (copied_run / "workers" / "baseline-1.log").read_text(encoding="utf-8")
+    assert "112 questions on device cpu" in log
+    assert not list((copied_run / "baseline").glob("answers.*.jsonl"))
+
+
+def test_what_is_measured_cannot_be_changed_unseen_after_answers_exist(copied_run):
+    done = run_command("run", "--run-dir", copied_run, "--set", "evaluate.primary=nll", "--to", "04")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = metrics_of(copied_run)
+    assert metrics["primary"]["name"] == "nll" and metrics["registration"]["changed_after_answers"] is True
+    assert "changed after answers existed" in metrics["sentence"]
+
+
+def test_the_metrics_follow_their_schema(demo_run):
+    from utils.results import Comparison
+
+    metrics = metrics_of(demo_run.path)
+    assert Comparison(**metrics).model_dump(mode="json") == metrics
+    assert {claim["claim"]: claim["verdict"] for claim in metrics["claims"]} == {
+        "knows more": "better", "reasons shorter": "better", "keeps form": "cannot tell", "imitates the reference": "better",
+    }  # fmt: skip
 
 
 def test_a_notebook_runs_by_papermill_from_another_directory(copied_run, tmp_path):

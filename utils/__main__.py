@@ -56,6 +56,7 @@ def run(
 @app.command()
 def score(run_dir: RunDirArgument) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
+    from utils.answers_page import write_answers
     from utils.comparison import compare, load_arms, write_comparison
     from utils.figures import draw_comparison
     from utils.files import record_files
@@ -66,6 +67,7 @@ def score(run_dir: RunDirArgument) -> None:
     metrics = compare(run, arms)
     table = write_comparison(run, metrics)
     draw_comparison(arms, metrics, run.file("comparison/comparison.png"))
+    write_answers(run, arms)
     stage = BY_NAME["04_comparison"]
     run.write_record(stage, **{**run.record(stage), "outputs": record_files(run.path, stage.outputs)})
     text = table.to_string(index=False, float_format=lambda x: f"{x:.3f}")

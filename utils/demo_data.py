@@ -107,11 +107,11 @@ def conditions() -> tuple[Condition, ...]:
 
 @cache
 def wrong_table() -> tuple[int, ...]:
-    """What the base model believes: condition i is taken for wrong_table()[i]; one in five is right."""
+    """What the base model believes: condition i is taken for wrong_table()[i]; one in four is right."""
     rng = random.Random(7)
     order = list(range(CONDITIONS))
     rng.shuffle(order)
-    right, moved = order[: CONDITIONS // 5], order[CONDITIONS // 5 :]
+    right, moved = order[: CONDITIONS // 4], order[CONDITIONS // 4 :]
     believed = list(range(CONDITIONS))
     for here, there in zip(moved, moved[1:] + moved[:1], strict=True):
         believed[here] = there

@@ -81,7 +81,13 @@ def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Ma
     if found == "cannot tell":
         words = _conclusion(result, found) if not remark else ""
         if claim == "keeps form":
-            words = f"No change is shown; a loss of more than {100 * max(0, -result.ci95[0]):.1f} points is unlikely."
+            words = (
+                "Not one answer changed."
+                if result.ci95 == (0, 0)
+                else (
+                    f"No change is shown; a loss of more than {100 * max(0, -result.ci95[0]):.1f} points is unlikely."
+                )
+            )
     else:
         words = _WORDS[claim][found == "worse"]
     sentence = " ".join(part for part in (_figures(result, p_value), words, remark) if part)
