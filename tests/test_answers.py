@@ -141,3 +141,11 @@ def test_what_is_measured_is_registered_and_a_change_after_answers_exist_is_told
     assert register(other, questions)["changed_after_answers"] is False  # and nothing was changed
     assert register(run, questions)["changed_after_answers"] is True
     assert register(run, questions)["changed_after_answers"] is True
+
+
+def test_other_questions_in_the_same_number_are_a_change_too(tmp_path):
+    run = open_run("demo", tmp_path)
+    register(run, [Question("a", "open", "?")])
+    run.file("baseline").mkdir()
+    run.file("baseline/answers.jsonl").write_text("{}\n")
+    assert register(run, [Question("b", "open", "?")])["changed_after_answers"] is True

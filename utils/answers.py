@@ -56,7 +56,7 @@ def load_questions(run: RunDir) -> tuple[list[Question], pd.DataFrame, pd.DataFr
 
 
 def register(run: RunDir, questions: Sequence[Question]) -> dict:
-    """data/registration.json: primary metric, n, decoding and seed, fixed before any answer exists.
+    """data/registration.json: primary metric, n, the very questions, decoding and seed, fixed before any answer exists.
 
     Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so.
     """
@@ -65,6 +65,9 @@ def register(run: RunDir, questions: Sequence[Question]) -> dict:
         "primary": config.evaluate.primary,
         "open_questions": sum(question.kind == "open" for question in questions),
         "choice_questions": sum(question.kind == "choice" for question in questions),
+        "questions_sha256": hashlib.sha256(
+            json.dumps(sorted((q.id, q.prompt) for q in questions)).encode()
+        ).hexdigest(),
         "decoding": config.generate.model_dump(mode="json", exclude={"batch_size"}),
         "seed": config.evaluate.seed,
     }

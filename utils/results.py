@@ -68,6 +68,7 @@ class Registration(_Part):
     primary: str
     open_questions: int
     choice_questions: int
+    questions_sha256: str  # over ids and prompts
     decoding: dict
     seed: int
     changed_after_answers: bool
