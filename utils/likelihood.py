@@ -141,7 +141,7 @@ def forced_letters(
     cut_off = [a for a in answers if a["kind"] == "choice" and needs_forcing(a, options[a["id"]])]
     known = {(row["id"], row["key"]): row for row in read_answers(path)}
     rows = []
-    for answer in track(cut_off, "forcing answers", unit="answer"):
+    for answer in track(cut_off, "forcing answers", unit="answer") if cut_off else ():
         row = known.get((answer["id"], answer["key"]))
         if row is None:
             text = prompts[answer["id"]] + answer["text"] + ("" if CLOSE in answer["text"] else f"\n{CLOSE}")
