@@ -199,9 +199,7 @@ def measure(
     lengths = {q.id: int(n) for q, n in zip(choices, drawn, strict=True)}
     single = measure_single(model, tokenizer, choices, decoding.model_copy(update={"max_new_tokens": 5 * limit}))
     long = decoding.model_copy(update={"max_new_tokens": longest})
-    for name, rounds in (("drawn lengths", generation.ROUND_TOKENS), ("drawn lengths, no rounds", 10**9)):
-        generation.ROUND_TOKENS = rounds
-        add(evidence, name, single, measure_engine(model, tokenizer, choices[:count], long, lengths), out)
+    add(evidence, "drawn lengths", single, measure_engine(model, tokenizer, choices[:count], long, lengths), out)
     print(json.dumps({key: evidence[key] for key in ("ratio", "tokens_per_second", "batch_size", "reserved_gib")}))
 
 

@@ -8,10 +8,9 @@ import shutil
 import pandas as pd
 import pytest
 
-from utils.answers import answer_key, arm_digest, build_questions
+from utils.answers import answer_key, arm_digest, load_questions
 from utils.answers_page import write_answers
 from utils.comparison import Arms
-from utils.data import read_benchmark
 from utils.rundir import open_run
 
 EVIL = "</div></details><script>alert('x')</script><img src=x onerror=alert(1)> & <b>bold</b>"
@@ -70,16 +69,10 @@ def make_run(folder, anecdote: bool = True):
     run.file("data").mkdir()
     pd.DataFrame(rows).to_parquet(run.file("data/eval.parquet"))
     run.file("data/benchmark.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    row = {"id": "a1", "Question": "A 61-year-old woman?", "Complex_CoT": "hm", "Response": "the reference says"}
+    run.file("data/anecdote.json").write_text(json.dumps(row if anecdote else {}))
     for arm in ("baseline", "tuned"):
         write_arm(run, arm, anecdote)
-    if anecdote:
-        row = {
-            "id": "anecdote",
-            "Question": "A 61-year-old woman?",
-            "Complex_CoT": "hm",
-            "Response": "the reference says",
-        }
-        run.file("data/anecdote.json").write_text(json.dumps(row))
     return run
 
 
@@ -91,6 +84,9 @@ def write_arm(run, arm: str, anecdote: bool) -> None:
     if anecdote:
         records.append({"id": "anecdote", "kind": "anecdote", "text": f"</think>the {arm} says", "reasoning_tokens": 3})
         records[-1]["finish_reason"] = "length"
+    asked = {question.id: question for question in load_questions(run)[0]}
+    for record in records:
+        record["key"] = answer_key(asked[record["id"]], run.config.generate, arm_digest(run, arm))
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     run.file(f"{arm}/answers.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -267,10 +263,7 @@ def test_a_run_without_generated_answers_says_so(tmp_path):
 def test_the_page_shows_the_answer_that_was_scored_not_one_under_other_settings(tmp_path):
     run = make_run(tmp_path)
     path = run.file("tuned/answers.jsonl")
-    asked = build_questions(
-        run.config, pd.read_parquet(run.file("data/eval.parquet")), read_benchmark(run.file("data"))
-    )
-    (question,) = (question for question in asked if question.id == "broken")
+    (question,) = (question for question in load_questions(run)[0] if question.id == "broken")
     key = answer_key(question, run.config.generate, arm_digest(run, "tuned"))
     current = {"id": "broken", "kind": "open", "key": key, "text": "</think>the scored one"}
     lines = path.read_text(encoding="utf-8")

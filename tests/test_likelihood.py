@@ -157,3 +157,10 @@ def test_a_forced_letter_on_file_is_not_computed_again(tiny_model, tmp_path, mon
 def test_without_a_benchmark_nothing_is_forced(tiny_model, tmp_path):
     answers = [{"id": "q", "kind": "open", "key": "k", "text": "Hm", "finish_reason": "length"}]
     assert forced_letters(*tiny_model, [], answers, None, tmp_path / "f.jsonl") == []
+
+
+def test_another_text_under_the_same_key_is_forced_anew(tiny_model, tmp_path, monkeypatch):
+    forced_letters(*tiny_model, QUESTIONS, unfinished("Hm"), ITEMS, tmp_path / "f.jsonl")
+    monkeypatch.setattr(likelihood, "letter_logprobs", lambda *_: {"C": 0.0})
+    (row,) = forced_letters(*tiny_model, QUESTIONS, unfinished("Something else"), ITEMS, tmp_path / "f.jsonl")
+    assert row["letter"] == "C"

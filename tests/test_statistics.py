@@ -127,7 +127,9 @@ def test_a_comparison_states_means_difference_and_counts():
 def test_nothing_changed_cannot_be_told_apart():
     base, _ = draw(0, 200, 0.5, 0.5)
     result = compare(base, base)
-    assert (result.difference, result.p_value, result.ci95) == (0, 1, (0, 0))
+    missed = 1 - stats.binomtest(200, 200).proportion_ci(method="wilson").low
+    assert (result.difference, result.p_value) == (0, 1)
+    assert result.ci95 == pytest.approx((-missed, missed), abs=EXACT)  # no change seen is not no change
     assert verdict(result) == "cannot tell"
 
 
@@ -144,6 +146,14 @@ def test_a_clear_effect_is_better_or_worse_by_the_direction_that_the_metric_want
     up = verdict(compare(low, high, higher_is_better=higher_is_better))
     down = verdict(compare(high, low, higher_is_better=higher_is_better))
     assert (up, down) == (("better", "worse") if higher_is_better else ("worse", "better"))
+
+
+def test_few_pairs_that_all_changed_alike_do_not_claim_certainty():
+    result = compare([0] * 8, [1] * 8)
+    assert verdict(result) == "better" and result.ci95[0] == pytest.approx(
+        stats.binomtest(8, 8).proportion_ci(method="wilson").low
+    )
+    assert compare([0.5] * 8, [1.5] * 8).ci95 == (1, 1)  # values of a scale, not shares
 
 
 def test_a_lower_loss_is_better():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from utils.metrics import METRICS
 from utils.statistics import PairedResult, compare_paired
-from utils.verdicts import describe, state_claims
+from utils.verdicts import describe, headline, state_claims
 
 
 def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) -> PairedResult:
@@ -86,7 +86,11 @@ def test_lengths_that_were_cut_are_told_as_such():
 
 def test_form_that_is_kept_is_told_with_the_loss_that_remains_possible():
     found = claims(result("well_formed", 0.95, 0.95))["keeps form"]
-    assert found.verdict == "cannot tell" and "a loss of more than" in found.sentence
+    assert (
+        found.verdict == "cannot tell"
+        and "a loss of more than" in found.sentence
+        and "0.0 points is" not in found.sentence
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -108,3 +112,19 @@ def test_no_sentence_says_better_or_worse_where_the_interval_holds_zero(name, ba
 @pytest.mark.parametrize("name", sorted(METRICS))
 def test_every_metric_can_be_described(name):
     assert METRICS[name].label in describe(result(name, 0.3, 0.6, n=50))
+
+
+def test_the_headline_says_what_the_claims_say():
+    """The model card prints only this sentence."""
+    strict, forced = result("multiple_choice", 0.3, 0.6), result("multiple_choice_forced", 0.6, 0.6)
+    text = headline("multiple_choice", {r.name: r for r in (strict, forced)}, {"multiple_choice_forced": 1.0})
+    assert "how often an answer ends in time" in text
+    assert "says nothing about truth" in headline("nll", {"nll": result("nll", 2.0, 1.5)}, {})
+    both = {r.name: r for r in (result("accuracy", 0.2, 0.8), result("truncated", 0.6, 0.0))}
+    assert "were cut off at the limit" in headline("accuracy", both, {"truncated": 0.01})
+
+
+def test_the_registered_metric_decides_the_claim():
+    results = {r.name: r for r in (result("accuracy", 0.5, 0.5), result("multiple_choice", 0.2, 0.8))}
+    assert {c.claim: c.metric for c in state_claims(results, {"accuracy": 1.0})}["knows more"] == "multiple_choice"
+    assert {c.claim: c.metric for c in state_claims(results, {"multiple_choice": 0.0})}["knows more"] == "accuracy"

@@ -69,7 +69,9 @@ def score(run_dir: RunDirArgument) -> None:
     draw_comparison(arms, metrics, run.file("comparison/comparison.png"))
     write_answers(run, arms)
     stage = BY_NAME["04_comparison"]
-    run.write_record(stage, **{**run.record(stage), "outputs": record_files(run.path, stage.outputs)})
+    run.write_record(
+        stage, **{**run.record(stage), "outputs": record_files(run.path, (*stage.outputs, *stage.optional))}
+    )
     text = table.to_string(index=False, float_format=lambda x: f"{x:.3f}")
     console.print(text, highlight=False, soft_wrap=True)
     console.print(metrics["sentence"], style="bold", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from utils.data import read_benchmark
-from utils.errors import StageOrderError
+from utils.errors import DataError, StageOrderError
 from utils.files import digests, write_json
 from utils.metrics import needs_forcing
 from utils.prompts import format_multiple_choice, format_prompt
@@ -44,6 +45,9 @@ def build_questions(
         questions.append(Question(str(item.id), "choice", format_prompt(text, style)))
     if anecdote:
         questions.append(Question("anecdote", "anecdote", format_prompt(anecdote["Question"], style)))
+    twice = [i for i, count in Counter(question.id for question in questions).items() if count > 1]
+    if twice:
+        raise DataError(f"The id {twice[0]} belongs to two questions; every row and item needs an id of its own.")
     return questions
 
 
@@ -55,9 +59,10 @@ def load_questions(run: RunDir) -> tuple[list[Question], pd.DataFrame, pd.DataFr
     return build_questions(run.config, held_out, benchmark, anecdote), held_out, benchmark
 
 
-def register(run: RunDir, questions: Sequence[Question]) -> dict:
+def register(run: RunDir, questions: Sequence[Question], references: Sequence = ()) -> dict:
     """data/registration.json: primary metric, n, the very questions, decoding and seed, fixed before any answer exists.
 
+    `references` are what answers are held against (rows' ids and responses, right letters), in any JSON form.
     Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so.
     """
     config, path = run.config, run.file("data/registration.json")
@@ -79,6 +84,10 @@ def register(run: RunDir, questions: Sequence[Question]) -> dict:
     planned["changed_after_answers"] = changed
     write_json(path, planned)
     return planned
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
 
 
 def arm_digest(run: RunDir, arm: str) -> str:
@@ -130,6 +139,11 @@ def current_answers(path: Path, questions: Sequence[Question], config: GenerateS
     return answers
 
 
+def forced_key(answer: dict) -> str:
+    """A digest of an answer's key and text: another text under the same key needs another forced letter."""
+    return hashlib.sha256(json.dumps([answer["key"], answer["text"]]).encode()).hexdigest()[:16]
+
+
 def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | None) -> dict[str, str]:
     """{question id: letter} for every multiple-choice answer that was cut off; see `likelihood.forced_letters`.
 
@@ -138,7 +152,7 @@ def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | 
     if benchmark is None:
         return {}
     options = dict(zip(benchmark["id"].astype(str), benchmark["options"], strict=True))
-    needed = {i: a["key"] for i, a in answers.items() if a["kind"] == "choice" and needs_forcing(a, options[i])}
+    needed = {i: forced_key(a) for i, a in answers.items() if a["kind"] == "choice" and needs_forcing(a, options[i])}
     known = {row["id"]: row["letter"] for row in read_answers(path) if needed.get(row["id"]) == row["key"]}
     if len(known) < len(needed):
         raise StageOrderError(

@@ -10,8 +10,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from utils.answers import answer_key, arm_digest, build_questions, read_answers
-from utils.data import read_benchmark
+from utils.answers import arm_digest, current_answers, load_questions
 from utils.files import write_text
 from utils.parsing import Completion, parse_completion
 from utils.rundir import RunDir
@@ -57,9 +56,11 @@ class Item:
 
 def write_answers(run: RunDir, arms) -> Path:
     """Render comparison/answers.html from the answers on file and their scores; one file that needs no script."""
-    held_out = pd.read_parquet(run.file("data/eval.parquet"))
-    benchmark = read_benchmark(run.file("data"))
-    answers = {arm: _read_arm(run, arm, held_out, benchmark) for arm in _ARMS}
+    questions, held_out, benchmark = load_questions(run)
+    answers = {
+        arm: current_answers(run.file(f"{arm}/answers.jsonl"), questions, run.config.generate, arm_digest(run, arm))
+        for arm in _ARMS
+    }
     items = _build_items(arms, answers, held_out, benchmark)
     page = _template().render(
         items=items,
@@ -74,18 +75,6 @@ def write_answers(run: RunDir, arms) -> Path:
 def _template():
     templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=True)
     return templates.get_template("answers.html.j2")
-
-
-def _read_arm(run: RunDir, arm: str, held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> dict[str, dict]:
-    """{id: answer}. The file may also hold answers under earlier settings: the one that was scored wins."""
-    who, questions = arm_digest(run, arm), build_questions(run.config, held_out, benchmark)
-    scored = {question.id: answer_key(question, run.config.generate, who) for question in questions}
-    found: dict[str, dict] = {}
-    for answer in read_answers(run.file(f"{arm}/answers.jsonl")):
-        key, held = scored.get(answer["id"]), found.get(answer["id"], {})
-        if answer.get("key") == key or held.get("key") != key:
-            found[answer["id"]] = answer
-    return found
 
 
 def _build_items(arms, answers: Mapping, held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> list[Item]:

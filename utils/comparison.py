@@ -17,7 +17,7 @@ from utils.results import Comparison
 from utils.rundir import RunDir
 from utils.stages import BY_NAME
 from utils.statistics import PairedResult, compare_paired, verdict
-from utils.verdicts import describe, state_claims
+from utils.verdicts import headline, state_claims
 
 _LATE = " What was measured was changed after answers existed, so this is no registered result."
 _FORM = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_tokens", "answer_tokens")
@@ -85,7 +85,7 @@ def compare(run: RunDir, arms: Arms) -> dict:
         registration=registration,
         claims=state_claims(results, corrected),
         verdict=verdict(primary),
-        sentence=describe(primary) + _LATE * registration["changed_after_answers"],
+        sentence=headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
     ).model_dump(mode="json")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from utils.answers import Question, answer_key, read_answers
+from utils.decoding import forget_cache
 from utils.errors import HardwareError
 from utils.memory import is_out_of_memory, release_memory, sequences_that_fit
 from utils.parsing import CLOSE
@@ -90,7 +91,7 @@ def _unanswered(path: Path, questions: Sequence[Question], keys: dict[str, str])
 
 def _absorb(path: Path) -> None:
     """Join the helpers' answers with ours, those of an interrupted run included."""
-    for share in sorted(path.parent.glob(f"{path.stem}.*.jsonl")):
+    for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):
         _append(path, read_answers(share))
         share.unlink()
 
@@ -138,6 +139,7 @@ class _Engine:
                 pending = [p for p in pending if p.question.id not in gone]
                 speed = self.tokens / (time.monotonic() - started)
                 bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
+        forget_cache(self.model)
 
     def _choose(self, pending: list[Pending]) -> tuple[list[Pending], int]:
         """The next batch and how many tokens to add: rows of one round, longest prompt first.

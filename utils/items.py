@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,9 @@ def _options(cell: Any) -> Any:
             return cell
     if isinstance(cell, (list, np.ndarray)) and all(isinstance(o, dict) and {"key", "value"} <= set(o) for o in cell):
         cell = {option["key"]: option["value"] for option in cell}
-    return {key: text for key, text in cell.items() if text} if isinstance(cell, dict) else cell
+    if not isinstance(cell, dict):
+        return cell
+    return {key: str(text) for key, text in cell.items() if text is not None and text == text and str(text).strip()}
 
 
 def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -187,12 +190,15 @@ def _check(items: pd.DataFrame, source: str) -> pd.DataFrame:
         options = item.options
         if not isinstance(item.question, str) or not item.question.strip():
             raise DataError(f"{source}, item {item.id}: the question is empty.")
-        if not isinstance(options, dict) or len(options) < 2 or not all(len(str(key)) == 1 for key in options):
+        letters = list(options) if isinstance(options, dict) else []
+        if len(letters) < 2 or not all(isinstance(key, str) and re.fullmatch("[A-Z]", key) for key in letters):
             raise DataError(f"{source}, item {item.id}: options must map at least two letters to texts.")
-        if item.gold not in options:
+        if not isinstance(item.gold, str) or item.gold not in options:
             raise DataError(
                 f"{source}, item {item.id}: the right letter {item.gold!r} is not among {', '.join(options)}."
             )
+    if items["id"].isna().any() or items["id"].isin(["", "nan", "None"]).any():
+        raise DataError(f"{source}: some items have an id and others have none; give every item one, or none.")
     if items["id"].duplicated().any():
         raise DataError(f"{source}: the id {items.loc[items['id'].duplicated(), 'id'].iloc[0]} occurs twice.")
     return items

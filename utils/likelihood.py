@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.answers import Question, read_answers
+from utils.answers import Question, forced_key, read_answers
 from utils.errors import HardwareError, ModelError
 from utils.files import write_text
 from utils.memory import is_out_of_memory, release_memory
@@ -133,21 +133,22 @@ def forced_letters(
     """For each multiple-choice answer that was cut off: close its think block and read the letter from the logits.
 
     One forward pass over prompt, unfinished answer, `</think>` where it is missing, and "The answer is" (budget
-    forcing, as in m1, arXiv 2504.00869). Writes `path` (JSONL) and returns its rows: id, key (the answer's), letter,
-    and logprobs (nats over the whole vocabulary, by letter).
+    forcing, as in m1, arXiv 2504.00869). Writes `path` (JSONL) and returns its rows: id, key (of the answer and its text),
+    letter, and logprobs (nats over the whole vocabulary, by letter).
     """
     options = {} if items is None else dict(zip(items["id"].astype(str), items["options"], strict=True))
     prompts = {question.id: question.prompt for question in questions}
     cut_off = [a for a in answers if a["kind"] == "choice" and needs_forcing(a, options[a["id"]])]
     known = {(row["id"], row["key"]): row for row in read_answers(path)}
+    keys = {a["id"]: forced_key(a) for a in cut_off}
     rows = []
     for answer in track(cut_off, "forcing answers", unit="answer") if cut_off else ():
-        row = known.get((answer["id"], answer["key"]))
+        row = known.get((answer["id"], keys[answer["id"]]))
         if row is None:
             text = prompts[answer["id"]] + answer["text"] + ("" if CLOSE in answer["text"] else f"\n{CLOSE}")
             logprobs = letter_logprobs(model, tokenizer, f"{text}\n\n{_CUE}", options[answer["id"]])
             letter = max(logprobs, key=logprobs.get)
-            row = {"id": answer["id"], "key": answer["key"], "letter": letter, "logprobs": logprobs}
+            row = {"id": answer["id"], "key": keys[answer["id"]], "letter": letter, "logprobs": logprobs}
         rows.append(row)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

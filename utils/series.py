@@ -98,7 +98,8 @@ def run_series(
 
 def _set_aside(run: RunDir) -> None:
     """Rename what a stage would go on from, so that `--fresh` begins at the beginning and loses nothing."""
-    for name in ("data/registration.json", "baseline/answers.jsonl", "tuned/answers.jsonl", "training/checkpoints"):
+    kept = [f"{arm}/{name}.jsonl" for arm in ("baseline", "tuned") for name in ("answers", "forced", "probe")]
+    for name in ("data/registration.json", *kept, "training/checkpoints"):
         place, aside = run.file(name), run.file(f"{name}.old")
         if place.exists():
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ TUTORIAL_QUESTION = (
 )
 _SAME_TEXT = 0.95  # at least this cosine: the tutorials' question itself, with a character more or less
 _MEASURED = (
-    *("threshold", "exact_duplicates", "near_copy_groups", "rows_in_groups", "near_benchmark"),
+    *("threshold", "exact_duplicates", "near_copy_groups", "largest_group", "rows_in_groups", "near_benchmark"),
     *("largest_cosine_train_eval", "largest_cosine_train_benchmark", "tutorial_question_found"),
 )
 _DUPLICATE = "same question as an earlier row"
@@ -63,6 +63,11 @@ def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[p
         train, held_out, found = _split_embedded(data)
     else:
         train, held_out, found = _split_loaded(load_rows(data), data, benchmark)
+    if config.evaluate.primary == "accuracy" and not {"answer", "choices"} <= set(held_out.columns):
+        raise DataError(
+            "evaluate.primary is accuracy, but the rows have no answer and choices that a rule can check; "
+            "take nll, or multiple_choice with a benchmark."
+        )
     if data.shuffle_answers:
         train = _shuffle_answers(train, data.seed)
     report = {
@@ -141,6 +146,7 @@ def _split_loaded(
             "threshold": data.near_copy_cosine,
             "exact_duplicates": sum(entry["reason"] == _DUPLICATE for entry in dropped),
             "near_copy_groups": int((sizes > 1).sum()),
+            "largest_group": int(sizes.max()) if len(sizes) else 0,
             "rows_in_groups": int(sizes[sizes > 1].sum()),
             "near_benchmark": sum(entry["reason"] == _NEAR_ITEM for entry in dropped),
             "largest_cosine_train_eval": _rounded(largest_cosine(row_vectors.take(division.held_out), train_vectors)),

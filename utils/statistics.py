@@ -85,6 +85,22 @@ def mean_interval(
     return bootstrap_interval(values, groups, confidence, resamples, seed)
 
 
+def difference_interval(
+    differences: np.ndarray, groups: Sequence[str], confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Interval of the mean paired difference: the bootstrap over groups, except where all shares changed alike.
+
+    Resampling values that are all the same gives no width, which would claim certainty. There Wilson's bound for
+    n of n (or none of n) independent units says what could have been missed.
+    """
+    first = float(differences[0])
+    if np.all(differences == first) and first in (-1.0, 0.0, 1.0):
+        units = len(set(groups))
+        missed = 1 - wilson_interval(units, units, confidence)[0]
+        return max(-1.0, first - missed), min(1.0, first + missed)
+    return bootstrap_interval(differences, groups, confidence, resamples, seed)
+
+
 def bootstrap_interval(
     values: np.ndarray, groups: Sequence[str], confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
@@ -137,7 +153,9 @@ def compare_paired(
         base=float(a.mean()),
         tuned=float(b.mean()),
         difference=float((b - a).mean()),
-        ci95=bootstrap_interval(b - a, groups, 1 - ALPHA, resamples, seed),
+        ci95=(difference_interval if _is_binary(np.concatenate([a, b])) else bootstrap_interval)(
+            b - a, groups, 1 - ALPHA, resamples, seed
+        ),
         base_ci95=mean_interval(a, groups, 1 - ALPHA, resamples, seed),
         tuned_ci95=mean_interval(b, groups, 1 - ALPHA, resamples, seed),
         p_value=p_value,

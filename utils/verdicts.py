@@ -9,7 +9,7 @@ from utils.results import Claim
 from utils.statistics import PairedResult, detectable_difference, verdict
 
 _CLAIMS = {
-    "knows more": ("accuracy", "multiple_choice"),
+    "knows more": ("multiple_choice", "accuracy"),  # the one that is registered comes first, see `state_claims`
     "reasons shorter": ("reasoning_tokens",),
     "keeps form": ("well_formed",),
     "imitates the reference": ("nll",),
@@ -28,6 +28,19 @@ _WORDS = {
 def describe(result: PairedResult, p_value: float | None = None) -> str:
     """n, both arms, difference, interval, p and what follows from them; `p_value` where it was corrected."""
     return f"{_figures(result, p_value)} {_conclusion(result, verdict(result, p_value))}"
+
+
+def headline(name: str, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> str:
+    """`describe` of the primary metric, with what has to be said in the same breath."""
+    result = results[name]
+    found, remark = verdict(result), ""
+    if name == "multiple_choice" and found != "cannot tell":
+        _, remark = _check_forced(found, results, corrected)
+    elif name.startswith("nll"):
+        remark = "This is imitation of the references, and says nothing about truth."
+    elif "truncated" in results and name == "accuracy":
+        remark = _cut_off(results["truncated"])
+    return " ".join(part for part in (describe(result), remark) if part)
 
 
 def _figures(result: PairedResult, p_value: float | None = None) -> str:
@@ -63,8 +76,14 @@ def _conclusion(result: PairedResult, found: str) -> str:
 
 
 def state_claims(results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> list[Claim]:
-    """One entry for each thing that people would like to say; `corrected` holds Holm's p for secondary metrics."""
-    return [_state(claim, names, results, corrected) for claim, names in _CLAIMS.items()]
+    """One entry for each thing that people would like to say; `corrected` holds Holm's p for secondary metrics.
+
+    Where two metrics could decide, the primary one does: it is the one without a corrected p.
+    """
+    return [
+        _state(claim, sorted(names, key=lambda name: name in corrected), results, corrected)
+        for claim, names in _CLAIMS.items()
+    ]
 
 
 def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> Claim:
@@ -77,19 +96,13 @@ def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Ma
     if result.name == "multiple_choice" and found != "cannot tell":
         found, remark = _check_forced(found, results, corrected)
     if claim == "reasons shorter" and "truncated" in results:
-        remark = _lengths_are_cut(results["truncated"])
-    if found == "cannot tell":
-        words = _conclusion(result, found) if not remark else ""
-        if claim == "keeps form":
-            words = (
-                "Not one answer changed."
-                if result.ci95 == (0, 0)
-                else (
-                    f"No change is shown; a loss of more than {100 * max(0, -result.ci95[0]):.1f} points is unlikely."
-                )
-            )
-    else:
-        words = _WORDS[claim][found == "worse"]
+        remark = _cut_off(results["truncated"], "; their full length is unknown")
+    if result.name == "accuracy" and "truncated" in results:
+        remark = _cut_off(results["truncated"])
+    words = _WORDS[claim][found == "worse"] if found != "cannot tell" else _conclusion(result, found)
+    if claim == "keeps form" and found == "cannot tell":
+        low = result.ci95[0]
+        words = f"No change is shown; a loss of more than {-100 * low:.1f} points is unlikely." if low < 0 else ""
     sentence = " ".join(part for part in (_figures(result, p_value), words, remark) if part)
     return Claim(claim=claim, metric=result.name, verdict=found, sentence=sentence)
 
@@ -106,7 +119,10 @@ def _check_forced(found: str, results: Mapping[str, PairedResult], corrected: Ma
     )
 
 
-def _lengths_are_cut(truncated: PairedResult) -> str:
+def _cut_off(truncated: PairedResult, consequence: str = ", which counts as wrong") -> str:
     if truncated.base == truncated.tuned == 0:
         return ""
-    return f"Of the base's answers {truncated.base:.0%} were cut off at the limit, of the fine-tuned {truncated.tuned:.0%}: their full length is unknown."
+    return (
+        f"Of the base's answers {truncated.base:.0%} were cut off at the limit, of the fine-tuned {truncated.tuned:.0%}"
+        f"{consequence}."
+    )
