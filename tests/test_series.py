@@ -179,6 +179,12 @@ def test_two_processes_give_the_answers_of_one(copied_run):
     assert not list((copied_run / "baseline").glob("answers.*.jsonl"))
 
 
+def test_a_verdict_that_newer_settings_left_behind_is_called_out_of_date(copied_run):
+    done = run_command("run", "--run-dir", copied_run, "--set", "generate.max_new_tokens=64", "--to", "00")
+    assert done.returncode == 0 and "Out of date: 01_baseline_inference changed" in done.stdout
+    assert "Out of date." in (copied_run / "report" / "index.html").read_text(encoding="utf-8")
+
+
 def test_what_is_measured_cannot_be_changed_unseen_after_answers_exist(copied_run):
     done = run_command("run", "--run-dir", copied_run, "--set", "evaluate.primary=nll", "--to", "04")
     assert done.returncode == 0, done.stdout + done.stderr

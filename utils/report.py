@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from utils.files import write_text
 from utils.rundir import RunDir
-from utils.stages import STAGES
+from utils.stages import BY_NAME, STAGES, ancestors
 
 _FIGURES = (
     ("comparison/comparison.png", "Both arms on the same held-out questions"),
@@ -50,6 +50,7 @@ def write_report(run: RunDir) -> Path:
     page = templates.get_template("report.html.j2").render(
         run=run,
         metrics=metrics,
+        stale=stale_comparison(run) if metrics else None,
         table=list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else [],
         split=_read_json(run.file("data/split.json")),
         environment=_read_json(run.file("environment.json")),
@@ -60,6 +61,15 @@ def write_report(run: RunDir) -> Path:
     )
     write_text(run.file("report/index.html"), page)
     return run.file("report/index.html")
+
+
+def stale_comparison(run: RunDir) -> str | None:
+    """Why the comparison on file is not that of the settings in force, in words; None where it is."""
+    comparison = BY_NAME["04_comparison"]
+    for stage in (*ancestors(comparison), comparison):
+        if reason := run.stale_because(stage, with_notebook=False):
+            return f"{stage.name} changed: {reason}"
+    return None
 
 
 def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:

@@ -24,7 +24,7 @@ from rich.console import Console
 from utils.errors import UserError
 from utils.progress import VARIABLE
 from utils.project import ROOT, command
-from utils.report import executed_dir, write_report
+from utils.report import executed_dir, stale_comparison, write_report
 from utils.rundir import RunDir, open_run, require_ancestors
 from utils.stages import STAGES, Stage, find_stage
 
@@ -156,6 +156,8 @@ def _summarise(run: RunDir, console: Console, seconds: float) -> None:
     console.print()
     if metrics.exists():
         console.print(json.loads(metrics.read_text(encoding="utf-8"))["sentence"], style="bold", highlight=False)
+        if stale := stale_comparison(run):
+            console.print(f"[yellow]Out of date: {stale}; run to 04 again.[/yellow]", highlight=False, soft_wrap=True)
     rows = [
         ("report", "report/index.html", "open it in a browser; it needs no network"),
         ("figures", "comparison/metrics.json", "the numbers behind it"),

@@ -102,7 +102,7 @@ def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Ma
     words = _WORDS[claim][found == "worse"] if found != "cannot tell" else _conclusion(result, found)
     if claim == "keeps form" and found == "cannot tell":
         low = result.ci95[0]
-        words = f"No change is shown; a loss of more than {-100 * low:.1f} points is unlikely." if low < 0 else ""
+        words = f"No change is certain; a loss of more than {-100 * low:.1f} points is unlikely." if low < 0 else ""
     sentence = " ".join(part for part in (_figures(result, p_value), words, remark) if part)
     return Claim(claim=claim, metric=result.name, verdict=found, sentence=sentence)
 
