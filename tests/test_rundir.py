@@ -178,7 +178,7 @@ def test_an_interrupted_or_failed_stage_is_stale(tmp_path):
         ("lora.r", 8, {"03"}, "lora"),
         ("evaluate.resamples", 1000, {"04"}, "evaluate"),
         ("export.prompts", 2, {"05"}, "export"),
-        ("prompt.style", "tutorial", {"01", "02", "03", "04", "05"}, "prompt"),
+        ("prompt.style", "tutorial", {"00", "01", "02", "03", "04", "05"}, "prompt"),
         ("tracking.mode", "disabled", set(), ""),
     ],
 )
@@ -331,4 +331,4 @@ def test_every_stage_reads_only_what_an_earlier_one_writes():
         for name in stage.inputs:
             assert any(out == name or out.startswith(f"{name}/") or name.startswith(f"{out}/") for out in written)
         assert all(needed in {earlier.name for earlier in STAGES[: int(stage.number)]} for needed in stage.needs)
-        written += stage.outputs
+        written += (*stage.outputs, *stage.optional)
