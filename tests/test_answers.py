@@ -8,7 +8,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from utils.answers import Question, answer_key, arm_digest, build_questions, current_answers, read_answers, register
+from utils.answers import (
+    Question,
+    answer_key,
+    arm_digest,
+    build_questions,
+    collect_references,
+    current_answers,
+    read_answers,
+    register,
+)
 from utils.config import load_config
 from utils.errors import StageOrderError
 from utils.rundir import open_run
@@ -133,19 +142,55 @@ def test_the_tuned_arm_is_another_with_another_adapter_and_the_base_stays_the_sa
 def test_what_is_measured_is_registered_and_a_change_after_answers_exist_is_told_for_good(tmp_path):
     questions = [Question("a", "open", "?")]
     run = open_run("demo", tmp_path)
-    assert register(run, questions)["changed_after_answers"] is False
+    assert register(run, questions, [])["changed_after_answers"] is False
     other = open_run("demo", tmp_path, {"generate.max_new_tokens": 8})
-    assert register(other, questions)["changed_after_answers"] is False  # nobody has answered yet
+    assert register(other, questions, [])["changed_after_answers"] is False  # nobody has answered yet
     run.file("baseline").mkdir()
     run.file("baseline/answers.jsonl").write_text("{}\n")
-    assert register(other, questions)["changed_after_answers"] is False  # and nothing was changed
-    assert register(run, questions)["changed_after_answers"] is True
-    assert register(run, questions)["changed_after_answers"] is True
+    assert register(other, questions, [])["changed_after_answers"] is False  # and nothing was changed
+    assert register(run, questions, [])["changed_after_answers"] is True
+    assert register(run, questions, [])["changed_after_answers"] is True
 
 
 def test_other_questions_in_the_same_number_are_a_change_too(tmp_path):
     run = open_run("demo", tmp_path)
-    register(run, [Question("a", "open", "?")])
+    register(run, [Question("a", "open", "?")], [])
     run.file("baseline").mkdir()
     run.file("baseline/answers.jsonl").write_text("{}\n")
-    assert register(run, [Question("b", "open", "?")])["changed_after_answers"] is True
+    assert register(run, [Question("b", "open", "?")], [])["changed_after_answers"] is True
+
+
+HELD_OUT = pd.DataFrame(
+    [{"id": i, "Question": f"{i}?", "Complex_CoT": "Hm.", "Response": "Gout.", "answer": "gout", "choices": ["gout", "flu"],
+      "group": "joints"} for i in "ab"]
+)  # fmt: skip
+ITEMS = pd.DataFrame([{"id": 7, "benchmark": "medqa", "options": {"A": "one", "B": "two"}, "gold": "B", "group": "7"}])
+
+
+def change_cell(frame: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
+    return frame.assign(**{column: [*frame[column][:-1], value]})
+
+
+@pytest.mark.parametrize(
+    ("held_out", "items"),
+    [
+        (HELD_OUT, change_cell(ITEMS, "gold", "A")),
+        (HELD_OUT, None),
+        (change_cell(HELD_OUT, "Response", "Flu."), ITEMS),
+        (change_cell(HELD_OUT, "Complex_CoT", "Ah."), ITEMS),  # the loss is over the reasoning too
+        (change_cell(HELD_OUT, "Question", "Another one?"), ITEMS),  # no answer in words may be asked of this row
+        (change_cell(HELD_OUT, "answer", "flu"), ITEMS),
+        (change_cell(HELD_OUT, "group", "skin"), ITEMS),  # pairs that are independent count for more
+        (HELD_OUT.head(1), ITEMS),
+    ],
+    ids=["gold", "no benchmark", "response", "reasoning", "question", "answer", "group", "rows"],
+)
+def test_other_references_under_the_same_questions_are_a_change_too(tmp_path, held_out, items):
+    run = open_run("demo", tmp_path, {"evaluate.primary": "nll"})
+    asked = [Question("a", "open", "?")]
+    register(run, asked, collect_references(HELD_OUT, ITEMS))
+    run.file("baseline").mkdir()
+    run.file("baseline/answers.jsonl").write_text("{}\n")
+    same = collect_references(HELD_OUT[::-1], ITEMS)
+    assert register(run, asked, same)["changed_after_answers"] is False
+    assert register(run, asked, collect_references(held_out, items))["changed_after_answers"] is True

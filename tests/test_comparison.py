@@ -63,7 +63,7 @@ def run(tmp_path) -> RunDir:
     settings = {"data.path": str(rows), "evaluate.benchmark.path": str(rows), "evaluate.resamples": 1000}
     run = open_run("demo", tmp_path / "run", settings)
     write_json(run.file("data/split.json"), {"contamination": CONTAMINATION})
-    register(run, [Question("a", "open", "?")])
+    register(run, [Question("a", "open", "?")], [])
     return run
 
 

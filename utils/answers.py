@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,6 +20,10 @@ from utils.prompts import format_multiple_choice, format_prompt
 from utils.rundir import RunDir
 from utils.settings import Config, GenerateSection
 from utils.stages import BY_NAME
+
+# Not what a row or item may carry besides; a group is what counts as one independent unit.
+_REFERENCES = ("id", "group", "Question", "Complex_CoT", "Response", "answer", "choices")
+_RIGHT_LETTERS = ("id", "group", "benchmark", "gold")
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,20 @@ def load_questions(run: RunDir) -> tuple[list[Question], pd.DataFrame, pd.DataFr
     return build_questions(run.config, held_out, benchmark, anecdote), held_out, benchmark
 
 
-def register(run: RunDir, questions: Sequence[Question], references: Sequence = ()) -> dict:
-    """data/registration.json: primary metric, n, the very questions, decoding and seed, fixed before any answer exists.
+def collect_references(held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> list[str]:
+    """What answers and losses are held against, as JSON texts: the held-out rows and the right letters, each by id."""
+    known = ((held_out, _REFERENCES), (benchmark, _RIGHT_LETTERS))
+    return [
+        frame[[column for column in columns if column in frame]].sort_values("id").to_json(orient="records")
+        for frame, columns in known
+        if frame is not None
+    ]
 
-    `references` are what answers are held against (rows' ids and responses, right letters), in any JSON form.
+
+def register(run: RunDir, questions: Sequence[Question], references: Sequence[str]) -> dict:
+    """data/registration.json: primary metric, n, the very questions with their references, decoding and seed, fixed
+    before any answer exists; `references` as `collect_references` gives them.
+
     Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so.
     """
     config, path = run.config, run.file("data/registration.json")
@@ -70,9 +85,7 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence = 
         "primary": config.evaluate.primary,
         "open_questions": sum(question.kind == "open" for question in questions),
         "choice_questions": sum(question.kind == "choice" for question in questions),
-        "questions_sha256": hashlib.sha256(
-            json.dumps(sorted((q.id, q.prompt) for q in questions)).encode()
-        ).hexdigest(),
+        "questions_sha256": _digest([sorted((q.id, q.prompt) for q in questions), list(references)]),
         "decoding": config.generate.model_dump(mode="json", exclude={"batch_size"}),
         "seed": config.evaluate.seed,
     }
@@ -86,8 +99,8 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence = 
     return planned
 
 
-def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def arm_digest(run: RunDir, arm: str) -> str:
@@ -101,7 +114,7 @@ def arm_digest(run: RunDir, arm: str) -> str:
     if arm == "tuned":
         inputs = run.record(BY_NAME["04_comparison"]).get("inputs", {})
         who["adapter"] = {k: v for k, v in digests(inputs).items() if k.endswith((".safetensors", "_config.json"))}
-    return hashlib.sha256(json.dumps(who, sort_keys=True).encode()).hexdigest()[:16]
+    return _digest(who)[:16]
 
 
 def answer_key(question: Question, config: GenerateSection, arm: str) -> str:
@@ -109,7 +122,7 @@ def answer_key(question: Question, config: GenerateSection, arm: str) -> str:
     decoding = config.model_dump(mode="json", exclude={"batch_size"})
     if not config.do_sample:
         decoding = {"max_new_tokens": config.max_new_tokens}
-    return hashlib.sha256(json.dumps([arm, question.prompt, decoding]).encode()).hexdigest()[:16]
+    return _digest([arm, question.prompt, decoding])[:16]
 
 
 def read_answers(path: Path) -> list[dict]:
@@ -141,7 +154,7 @@ def current_answers(path: Path, questions: Sequence[Question], config: GenerateS
 
 def forced_key(answer: dict) -> str:
     """A digest of an answer's key and text: another text under the same key needs another forced letter."""
-    return hashlib.sha256(json.dumps([answer["key"], answer["text"]]).encode()).hexdigest()[:16]
+    return _digest([answer["key"], answer["text"]])[:16]
 
 
 def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | None) -> dict[str, str]:

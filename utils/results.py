@@ -68,7 +68,7 @@ class Registration(_Part):
     primary: str
     open_questions: int
     choice_questions: int
-    questions_sha256: str  # over ids and prompts
+    questions_sha256: str  # over ids and prompts, and what the answers are held against
     decoding: dict
     seed: int
     changed_after_answers: bool
