@@ -110,6 +110,15 @@ def test_answers_of_another_decoding_or_arm_count_as_missing(tmp_path, config, a
         current_answers(tmp_path / "answers.jsonl", QUESTIONS, config, arm)
 
 
+def test_a_line_that_is_no_answer_of_ours_is_passed_over(tmp_path):
+    """Without id and key it used to match whatever had none either, and was counted."""
+    path = tmp_path / "answers.jsonl"
+    lines = [*write_answers(path, QUESTIONS[:1]), "{}", json.dumps({"id": "of another series"})]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(StageOrderError, match="holds 1 of 2 answers"):
+        current_answers(path, QUESTIONS[:2], GREEDY, "base")
+
+
 def test_the_last_of_two_answers_to_one_question_counts(tmp_path):
     path = tmp_path / "answers.jsonl"
     (line,) = write_answers(path, QUESTIONS[:1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,18 @@ def read_answers(path: Path) -> list[dict]:
     return answers
 
 
+def matching_answers(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
+    """{question id: answer}, the last of each, for what is on file under exactly these keys ({question id: key})."""
+    return {a["id"]: a for a in read_answers(path) if a.get("id") in keys and a.get("key") == keys[a["id"]]}
+
+
 def current_answers(path: Path, questions: Sequence[Question], config: GenerateSection, arm: str) -> dict[str, dict]:
     """{question id: answer} for exactly these questions, this decoding and this arm.
 
     Raises StageOrderError where an answer is missing, with the count: n is never silently smaller.
     """
     keys = {question.id: answer_key(question, config, arm) for question in questions}
-    answers = {a["id"]: a for a in read_answers(path) if keys.get(a.get("id")) == a.get("key")}
+    answers = matching_answers(path, keys)
     if len(answers) < len(keys):
         raise StageOrderError(
             f"{path.parent.name}/{path.name} holds {len(answers)} of {len(keys)} answers; run the notebook that "

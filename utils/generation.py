@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from utils.answers import Question, answer_key, read_answers
+from utils.answers import Question, answer_key, matching_answers, read_answers
 from utils.decoding import forget_cache
 from utils.errors import HardwareError
 from utils.memory import is_out_of_memory, release_memory, sequences_that_fit
@@ -73,8 +73,7 @@ def answer_questions(
         if helpers:
             helpers.wait()
             helpers = None  # a second pass, if there is one, is ours alone
-            _absorb(path)
-    answers = {a["id"]: a for a in read_answers(path) if keys.get(a["id"]) == a["key"]}
+    answers = matching_answers(path, keys)
     return [answers[q.id] for q in questions]
 
 
@@ -85,7 +84,7 @@ def share_path(path: Path, number: int) -> Path:
 
 def _unanswered(path: Path, questions: Sequence[Question], keys: dict[str, str]) -> list[Question]:
     _absorb(path)
-    done = {a["id"] for a in read_answers(path) if keys.get(a["id"]) == a["key"]}
+    done = matching_answers(path, keys)
     return [q for q in questions if q.id not in done]
 
 
