@@ -11,7 +11,7 @@ import torch
 from utils import likelihood
 from utils.answers import Question
 from utils.errors import HardwareError, ModelError
-from utils.likelihood import check_same_base, completion_nll, forced_letters, tokenize_row
+from utils.likelihood import check_same_base, completion_nll, forced_letters, letter_logprobs, tokenize_row
 from utils.prompts import format_row
 
 ROWS = [
@@ -164,3 +164,22 @@ def test_another_text_under_the_same_key_is_forced_anew(tiny_model, tmp_path, mo
     monkeypatch.setattr(likelihood, "letter_logprobs", lambda *_: {"C": 0.0})
     (row,) = forced_letters(*tiny_model, QUESTIONS, unfinished("Something else"), ITEMS, tmp_path / "f.jsonl")
     assert row["letter"] == "C"
+
+
+class Failing:
+    device = torch.device("cpu")
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __call__(self, **_):
+        raise self.error
+
+
+def test_an_unfinished_answer_that_does_not_fit_is_a_sentence(tiny_model):
+    with pytest.raises(
+        HardwareError, match=r"unfinished answer does not fit into memory; lower generate.max_new_tokens"
+    ):
+        letter_logprobs(Failing(torch.OutOfMemoryError("CUDA out of memory")), tiny_model[1], "Hm", "AB")
+    with pytest.raises(RuntimeError, match=r"^shape$"):  # anything else is no lack of memory
+        letter_logprobs(Failing(RuntimeError("shape")), tiny_model[1], "Hm", "AB")

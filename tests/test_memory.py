@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from utils import memory
-from utils.memory import bytes_per_sequence, is_out_of_memory, sequences_that_fit
+from utils.memory import bytes_per_sequence, free_memory, is_out_of_memory, sequences_that_fit
 from utils.platforms import GIB
 
 LLAMA_8B = LlamaConfig(
@@ -55,3 +57,20 @@ def test_running_out_of_memory_is_told_from_other_errors(error, expected):
 
 def test_free_memory_of_a_cpu_is_the_machines():
     assert 0 < memory.free_bytes(torch.device("cpu")) < 10**14
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_freeing_memory_collects_cycles_and_a_named_models_kept_cache(monkeypatch, named):
+    """An interrupted batch leaves cycles behind, and unsloth keeps its cache on the modules."""
+    emptied, module = [], torch.nn.Linear(1, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(left() is None))
+    for name in ("paged_attention", "paged_attention_K", "paged_attention_V"):
+        setattr(module, name, torch.zeros(1))
+    cycle = torch.nn.Linear(1, 1)
+    cycle.self = [cycle]
+    left = weakref.ref(cycle)
+    del cycle
+    free_memory(module if named else None)
+    assert emptied == [True]  # blocks go back to the driver only after what held them is gone
+    assert hasattr(module, "paged_attention_K") is not named

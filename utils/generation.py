@@ -13,7 +13,7 @@ from typing import Protocol
 from utils.answers import Question, answer_key, matching_answers, read_answers
 from utils.decoding import forget_cache
 from utils.errors import HardwareError
-from utils.memory import is_out_of_memory, release_memory, sequences_that_fit
+from utils.memory import free_memory, is_out_of_memory, sequences_that_fit
 from utils.parsing import CLOSE
 from utils.progress import Progress
 from utils.sampling import question_stream, sampling_processors
@@ -175,7 +175,7 @@ class _Engine:
             if len(batch) == 1:
                 raise HardwareError("A single question does not fit into memory; lower generate.max_new_tokens.")
             self.share /= 2
-            release_memory(self.model)
+            free_memory(self.model)
         return outputs
 
     def _finish(self, batch: list[Pending], outputs: list[list[int]]) -> list[dict]:

@@ -11,7 +11,7 @@ import pandas as pd
 from utils.answers import Question, forced_key, read_answers
 from utils.errors import HardwareError, ModelError
 from utils.files import write_text
-from utils.memory import is_out_of_memory, release_memory
+from utils.memory import free_memory, is_out_of_memory
 from utils.metrics import needs_forcing
 from utils.parsing import CLOSE
 from utils.progress import Progress, track
@@ -53,7 +53,8 @@ def completion_nll(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.
             if sums is None:
                 if count == 1:
                     raise HardwareError("A single held-out row does not fit into memory; lower model.max_seq_length.")
-                limit, _ = limit // 2, release_memory(model)
+                limit //= 2
+                free_memory(model)
                 continue
             for i, values in zip(waiting[:count], sums, strict=True):
                 results[i] = {"id": rows["id"].iloc[i], **values}
@@ -155,13 +156,23 @@ def forced_letters(
 
 
 def letter_logprobs(model, tokenizer, text: str, letters: Mapping[str, str] | Sequence[str]) -> dict[str, float]:
-    """log p(" X" | text) in nats for each letter X, from the logits of one forward pass over `text`."""
+    """log p(" X" | text) in nats for each letter X, from the logits of one forward pass over `text`.
+
+    Raises HardwareError where that does not fit into memory.
+    """
     import torch
 
     shared, tokens = _letter_tokens(tokenizer, letters)
     ids = tokenizer(text)["input_ids"] + shared
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise HardwareError(
+            "A single unfinished answer does not fit into memory; lower generate.max_new_tokens."
+        ) from None
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     return {letter: float(logprobs[token]) for letter, token in tokens.items()}
 

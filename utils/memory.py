@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import psutil
 
 from utils.decoding import forget_cache
@@ -17,11 +19,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in str(error) for sign in _NO_MEMORY)
 
 
-def release_memory(model) -> None:
-    """Drop what an interrupted batch left behind, and hand cached GPU blocks back to the driver."""
+def free_memory(model=None) -> None:
+    """Collect garbage and hand cached GPU blocks back to the driver, with what `model` kept of its last batch if given.
+
+    Drop your own references first.
+    """
     import torch
 
-    forget_cache(model)
+    if model is not None:
+        forget_cache(model)
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -5,7 +5,6 @@ Both backends hand out ordinary PEFT models and ordinary tokenizers, so the note
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from utils.credentials import share_hub_token
 from utils.decoding import speed_up_unsloth
 from utils.errors import HardwareError, ModelError
+from utils.memory import free_memory as free_memory  # export takes it from here
 from utils.platforms import GIB, gpu_ids, resolve_hardware
 from utils.settings import EMBEDDED, Config
 
@@ -225,15 +225,6 @@ def count_fused_layers(model) -> dict[str, int] | None:
         "o": sum(layer.self_attn.apply_o is apply_lora_o for layer in layers),
         "mlp": sum(getattr(layer.mlp.forward, "__func__", None) is apply_lora_mlp_swiglu for layer in layers),
     }
-
-
-def free_memory() -> None:
-    """Collect garbage and hand cached GPU memory back; drop your own references first."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _load_unsloth(config: Config, source: str):
