@@ -128,3 +128,15 @@ def test_the_registered_metric_decides_the_claim():
     results = {r.name: r for r in (result("accuracy", 0.5, 0.5), result("multiple_choice", 0.2, 0.8))}
     assert {c.claim: c.metric for c in state_claims(results, {"accuracy": 1.0})}["knows more"] == "multiple_choice"
     assert {c.claim: c.metric for c in state_claims(results, {"multiple_choice": 0.0})}["knows more"] == "accuracy"
+
+
+@pytest.mark.parametrize("name", ["accuracy", "multiple_choice", "nll"])
+@pytest.mark.parametrize("tuned", [0.1, 0.9])
+def test_claim_and_headline_make_the_same_remark_on_the_same_metric(name, tuned):
+    """A claim that could not tell kept silent that losses are imitation, which the headline said."""
+    results = (result(name, 0.3, tuned), result("multiple_choice_forced", 0.6, 0.6), result("truncated", 0.6, 0.1))
+    named = {r.name: r for r in results}
+    corrected = dict.fromkeys(("multiple_choice_forced", "truncated"), 0.01)
+    remark = headline(name, named, corrected).removeprefix(describe(named[name])).strip()
+    (claim,) = (claim for claim in state_claims(named, corrected) if claim.metric == name)
+    assert remark and claim.sentence.endswith(remark)

@@ -19,10 +19,12 @@ _WORDS = {
     "reasons shorter": ("Its reasoning is shorter.", "Its reasoning is longer."),
     "keeps form": ("More of its answers are well formed.", "Fewer of its answers are well formed."),
     "imitates the reference": (
-        "The references surprise it less: it writes more like them, which says nothing about truth.",
+        "The references surprise it less: it writes more like them.",
         "The references surprise it more.",
     ),
 }
+# What an answer without its end means for a metric.
+_CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their full length is unknown"}
 
 
 def describe(result: PairedResult, p_value: float | None = None) -> str:
@@ -32,15 +34,20 @@ def describe(result: PairedResult, p_value: float | None = None) -> str:
 
 def headline(name: str, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> str:
     """`describe` of the primary metric, with what has to be said in the same breath."""
-    result = results[name]
-    found, remark = verdict(result), ""
+    _, remark = _judge(name, results, corrected)
+    return " ".join(part for part in (describe(results[name]), remark) if part)
+
+
+def _judge(name: str, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> tuple[str, str]:
+    """What a claim may rest on this metric, and what has to be said in the same breath wherever it is named."""
+    found = verdict(results[name], corrected.get(name))
     if name == "multiple_choice" and found != "cannot tell":
-        _, remark = _check_forced(found, results, corrected)
-    elif name.startswith("nll"):
-        remark = "This is imitation of the references, and says nothing about truth."
-    elif "truncated" in results and name == "accuracy":
-        remark = _cut_off(results["truncated"])
-    return " ".join(part for part in (describe(result), remark) if part)
+        return _check_forced(found, results, corrected)
+    if name.startswith("nll"):
+        return found, "The loss measures imitation of the references, and says nothing about truth."
+    if name in _CUT_OFF and "truncated" in results:
+        return found, _cut_off(results["truncated"], _CUT_OFF[name])
+    return found, ""
 
 
 def _figures(result: PairedResult, p_value: float | None = None) -> str:
@@ -92,13 +99,7 @@ def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Ma
         text = "Nothing in this run measures it."
         return Claim(claim=claim, metric=None, verdict="cannot tell", sentence=text)
     p_value = corrected.get(result.name)
-    found, remark = verdict(result, p_value), ""
-    if result.name == "multiple_choice" and found != "cannot tell":
-        found, remark = _check_forced(found, results, corrected)
-    if claim == "reasons shorter" and "truncated" in results:
-        remark = _cut_off(results["truncated"], "; their full length is unknown")
-    if result.name == "accuracy" and "truncated" in results:
-        remark = _cut_off(results["truncated"])
+    found, remark = _judge(result.name, results, corrected)
     words = _WORDS[claim][found == "worse"] if found != "cannot tell" else _conclusion(result, found)
     if claim == "keeps form" and found == "cannot tell":
         low = result.ci95[0]
@@ -119,7 +120,7 @@ def _check_forced(found: str, results: Mapping[str, PairedResult], corrected: Ma
     )
 
 
-def _cut_off(truncated: PairedResult, consequence: str = ", which counts as wrong") -> str:
+def _cut_off(truncated: PairedResult, consequence: str) -> str:
     if truncated.base == truncated.tuned == 0:
         return ""
     return (
