@@ -84,8 +84,6 @@ def _build_items(arms, answers: Mapping, held_out: pd.DataFrame, benchmark: pd.D
     items = []
     for scores in zip(arms.base.to_dict("records"), arms.tuned.to_dict("records"), strict=True):
         identifier, kind = scores[0]["id"], scores[0]["kind"]
-        if kind == ANECDOTE:
-            continue
         about = _about_choice(choices[identifier]) if kind == "choice" else _about_row(rows[identifier])
         replies = tuple(_reply(arm, answers[arm][identifier], score) for arm, score in zip(_ARMS, scores, strict=True))
         items.append(Item(id=identifier, kind=kind, outcome=_outcome(*scores), replies=replies, **about))
@@ -128,8 +126,7 @@ def _reply(arm: str, answer: Mapping, score: Mapping) -> Reply:
 
 def _build_anecdote(run: RunDir, answers: Mapping) -> Item | None:
     """The tutorials' own question, where this run asked it."""
-    path = run.file("data/anecdote.json")
-    row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    row = json.loads(run.file("data/anecdote.json").read_text(encoding="utf-8"))
     if not row:
         return None
     given = {arm: answers[arm][ANECDOTE] for arm in _ARMS if ANECDOTE in answers[arm]}
