@@ -230,6 +230,15 @@ def test_a_changed_notebook_makes_its_stage_stale_but_keeps_its_outputs_usable(t
     assert open_stage("02_dataset_formatting", "demo", tmp_path).stage.name == "02_dataset_formatting"
 
 
+def test_the_first_stale_stage_is_named_with_its_reason_and_an_edited_notebook_is_passed_over(tmp_path, monkeypatch):
+    run = complete(tmp_path, "02")
+    assert run.first_stale(STAGES) == (STAGES[3], "it has not run")
+    monkeypatch.setattr(rundir, "notebook_digest", lambda stage: "another")
+    assert run.first_stale(STAGES[:3]) is None
+    write_text(run.file("baseline/nll.parquet"), "other")
+    assert run.first_stale(STAGES) == (STAGES[1], "one of its outputs changed")
+
+
 def test_files_altered_behind_the_manifests_back_are_named_even_with_their_old_time(tmp_path):
     run = complete(tmp_path)
     file = run.file("training/log.csv")

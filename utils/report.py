@@ -66,10 +66,8 @@ def write_report(run: RunDir) -> Path:
 def stale_comparison(run: RunDir) -> str | None:
     """Why the comparison on file is not that of the settings in force, in words; None where it is."""
     comparison = BY_NAME["04_comparison"]
-    for stage in (*ancestors(comparison), comparison):
-        if reason := run.stale_because(stage, with_notebook=False):
-            return f"{stage.name} changed: {reason}"
-    return None
+    found = run.first_stale((*ancestors(comparison), comparison))
+    return f"{found[0].name} changed: {found[1]}" if found else None
 
 
 def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,6 +117,14 @@ class RunDir:
             if found != digests(record[f"{kind}s"]):
                 return f"one of its {kind}s changed"
         return None
+
+    def first_stale(self, stages: Iterable[Stage]) -> tuple[Stage, str] | None:
+        """The first of `stages` whose result cannot be relied on, and why; None while all are done and current.
+
+        A notebook that was edited since makes no result wrong, and is passed over.
+        """
+        reasons = ((stage, self.stale_because(stage, with_notebook=False)) for stage in stages)
+        return next(((stage, reason) for stage, reason in reasons if reason), None)
 
 
 @dataclass
@@ -252,13 +260,12 @@ def open_stage(
 
 def require_ancestors(run: RunDir, stage: Stage) -> None:
     """Raise StageOrderError unless every stage that this one rests on is done and current."""
-    for needed in ancestors(stage):
-        reason = run.stale_because(needed, with_notebook=False)
-        if reason:
-            raise StageOrderError(
-                f"{stage.name} needs {needed.name}, but {reason} in {run.path}; run notebooks/{needed.name}.ipynb first, "
-                f"with the same PROFILE and RUN_DIR."
-            )
+    if found := run.first_stale(ancestors(stage)):
+        needed, reason = found
+        raise StageOrderError(
+            f"{stage.name} needs {needed.name}, but {reason} in {run.path}; run notebooks/{needed.name}.ipynb first, "
+            f"with the same PROFILE and RUN_DIR."
+        )
 
 
 def require_hardware(run: RunDir, stage: Stage) -> None:
