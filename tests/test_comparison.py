@@ -97,6 +97,15 @@ def test_an_answer_that_was_cut_off_stays_in_n_and_counts_as_wrong(run):
     assert metrics["primary"]["base"] == pytest.approx(mine["correct"].mean())
 
 
+def test_held_out_rows_without_a_loss_are_counted(run):
+    both = arms()
+    assert compare(run, both)["nll_rows_left_out"] == 0
+    shorter = Arms(both.base, both.tuned, both.base_nll[3:], both.tuned_nll[3:], both.groups)
+    metrics = compare(run, shorter)
+    assert metrics["nll_rows_left_out"] == 3
+    assert next(r["n"] for r in metrics["secondary"] if r["name"] == "nll") == 7
+
+
 def test_a_registration_changed_after_answers_is_said_in_the_sentence(run):
     registration = json.loads(run.file("data/registration.json").read_text())
     write_json(run.file("data/registration.json"), {**registration, "changed_after_answers": True})

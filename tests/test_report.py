@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import nbformat
+import pytest
 
+from utils.files import write_json
 from utils.report import executed_dir, write_report
 from utils.rundir import open_run
 
@@ -18,6 +20,29 @@ def test_a_report_of_an_unfinished_run_shows_what_there_is(tmp_path):
     run = make_run(tmp_path)
     page = write_report(run).read_text(encoding="utf-8")
     assert "demo" in page and "Verdict" not in page
+
+
+def metrics_file(left_out: int | None) -> dict:
+    """What the template reads of comparison/metrics.json; None: written before the count was kept."""
+    primary = {
+        "name": "nll", "unit": "nats per token", "base": 2.0, "tuned": 1.5, "difference": -0.5, "ci95": [-0.6, -0.4], "n": 9,
+        "groups": 9, "test": "sign flips",
+    }  # fmt: skip
+    metrics = {"primary": primary, "verdict": "better", "sentence": "So.", "claims": [], "registration": {}}
+    return metrics if left_out is None else {**metrics, "nll_rows_left_out": left_out}
+
+
+@pytest.mark.parametrize(
+    ("left_out", "told"), [(None, None), (0, None), (1, "1 held-out row is longer"), (3, "3 held-out rows are longer")]
+)
+def test_rows_that_were_too_long_for_the_loss_are_told_where_there_are_any(tmp_path, left_out, told):
+    run = make_run(tmp_path)
+    write_json(run.file("comparison/metrics.json"), metrics_file(left_out))
+    names = ("metric", "n", "base", "tuned", "difference", "ci_low", "ci_high", "p")
+    run.file("comparison/table.csv").write_text(f"{','.join(names)}\nheld-out loss,9,2,1.5,-0.5,-0.6,-0.4,0.01\n")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "imitation of the reference" in page
+    assert ("max_seq_length" in page) is (told is not None) and (told or "") in page
 
 
 def test_an_executed_notebook_shows_the_last_state_of_a_progress_bar_and_no_badge(tmp_path):

@@ -25,7 +25,10 @@ _FORM = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_toke
 
 @dataclass(frozen=True)
 class Arms:
-    """What both arms said: scored answers (aligned by id) and losses per row (aligned by id)."""
+    """What both arms said: scored answers (aligned by id) and losses per row (aligned by id).
+
+    `groups` has every held-out row ({id: group}), those too long for a loss included.
+    """
 
     base: pd.DataFrame
     tuned: pd.DataFrame
@@ -81,6 +84,7 @@ def compare(run: RunDir, arms: Arms) -> dict:
         secondary=[_entry(result, corrected[result.name]) for result in secondary],
         form={arm: _form(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned)) if len(frame)},
         length={arm: _lengths(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned)) if len(frame)},
+        nll_rows_left_out=len(arms.groups) - len(arms.base_nll),
         contamination=_read(run, "data/split.json").get("contamination", {}),
         registration=registration,
         claims=state_claims(results, corrected),

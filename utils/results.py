@@ -82,6 +82,7 @@ class Comparison(_Part):
     secondary: list[Result]
     form: dict[Literal["base", "tuned"], Form]
     length: dict[Literal["base", "tuned"], Length]
+    nll_rows_left_out: int  # held-out rows longer than model.max_seq_length: in no loss, of neither arm
     contamination: dict[str, float | int | bool | None]
     registration: Registration
     claims: list[Claim]
