@@ -118,6 +118,17 @@ def test_where_unshuffled_training_rows_leave_none_to_hold_out_the_message_names
         split_rows(local(path, eval_rows=1, train_rows=10, shuffle=False))
 
 
+def test_more_questions_than_held_out_rows_are_refused_with_both_numbers(tmp_path):
+    """They were silently as many as there were rows: another n than the one that was asked for."""
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
+    expected = r"evaluate.questions asks for 4 answers in words, but data.eval_rows holds out only 3 rows"
+    for given_path in ({"data.path": str(path)}, {}):
+        with pytest.raises(DataError, match=expected):
+            split_rows(load_config("demo", {**given_path, "data.eval_rows": 3, "evaluate.questions": 4}))
+        config = load_config("demo", {**given_path, "data.eval_rows": 3, "evaluate.questions": 3})
+        assert len(split_rows(config)[1]) == 3
+
+
 def test_more_held_out_rows_than_the_embedded_data_has_is_refused():
     with pytest.raises(DataError, match=r"data.eval_rows asks for 5000 held-out rows, but only 224 can be held out"):
         split_rows(load_config("demo", {"data.eval_rows": 5000}))

@@ -56,9 +56,14 @@ def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[p
     The embedded rows are written from templates, which every two of them share; they are exempt, since their rule keeps
     both parts apart: no three findings of a held-out question occur together in a training row.
 
-    Raises DataError where more held-out rows are asked for than there are.
+    Raises DataError where more held-out rows are asked for than there are, or more questions than held-out rows.
     """
-    data = config.data
+    data, asked = config.data, config.evaluate.questions
+    if asked is not None and asked > data.eval_rows:
+        raise DataError(
+            f"evaluate.questions asks for {asked} answers in words, but data.eval_rows holds out only {data.eval_rows} "
+            "rows to ask; lower the one, or raise the other."
+        )
     if config.embedded_data:
         train, held_out, found = _split_embedded(data)
     else:
