@@ -8,7 +8,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from utils.answers import answer_key, arm_digest, load_questions
+from utils.answers import answer_key, arm_digest, forced_key, load_questions
 from utils.answers_page import write_answers
 from utils.comparison import Arms
 from utils.rundir import open_run
@@ -28,6 +28,7 @@ OPEN = {
     "broken": (1.0, 0.0, "Which test comes next?"),
 }
 CHOICE = {"item 7/b": (1.0, 0.0, "Which letter?"), "item-8": (0.0, 0.0, "Which other letter?")}
+FORCED = {"baseline": "B", "tuned": "<i>C</i>"}  # what was read from the logits for `item-8`
 LONG = "no space at all " * 100 + "W" * 98_400
 
 
@@ -79,8 +80,10 @@ def make_run(folder, anecdote: bool = True):
 def write_arm(run, arm: str, anecdote: bool) -> None:
     run.file(arm).mkdir()
     records = [{"id": i, "kind": "open", "text": completion(i, arm)} for i in OPEN]
-    records += [{"id": i, "kind": "choice", "text": f"hm\n</think>\n{arm}: The answer is C."} for i in CHOICE]
-    records[-1]["text"] = "thinking without an end"
+    said = f"hm\n</think>\n{arm}: The answer is C."
+    records += [{"id": i, "kind": "choice", "text": said, "finish_reason": "stop"} for i in CHOICE]
+    records[-1] |= {"text": "thinking without an end", "finish_reason": "length"}
+    cut_off = records[-1]
     if anecdote:
         records.append({"id": "anecdote", "kind": "anecdote", "text": f"</think>the {arm} says", "reasoning_tokens": 3})
         records[-1]["finish_reason"] = "length"
@@ -89,6 +92,8 @@ def write_arm(run, arm: str, anecdote: bool) -> None:
         record["key"] = answer_key(asked[record["id"]], run.config.generate, arm_digest(run, arm))
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     run.file(f"{arm}/answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    forced = {"id": cut_off["id"], "key": forced_key(cut_off), "letter": FORCED[arm]}
+    run.file(f"{arm}/forced.jsonl").write_text(json.dumps(forced) + "\n", encoding="utf-8")
 
 
 def make_page(folder, **changes):
@@ -258,6 +263,15 @@ def test_a_run_without_generated_answers_says_so(tmp_path):
     empty = scored(0).head(0)
     text = write_answers(run, Arms(empty, empty, empty, empty, {})).read_text(encoding="utf-8")
     assert "No held-out question was answered" in text and "<article" not in text
+
+
+def test_a_reply_that_was_cut_off_shows_its_forced_letter_and_no_other_reply_has_one(page):
+    """In the page's source, so that it is looked at without a browser too."""
+    text = page.read_text(encoding="utf-8")
+    start = text.index('id="q-item-8"')
+    base, tuned = text[start : text.index("</article>", start)].split('<section class="arm">')[1:]
+    assert ">forced: B</span>" in base and ">forced: &lt;i&gt;C&lt;/i&gt;</span>" in tuned
+    assert text.count("forced: ") == 2 and "<i>" not in text
 
 
 def test_the_page_shows_the_answer_that_was_scored_not_one_under_other_settings(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from utils.answers import arm_digest, current_answers, load_questions
+from utils.answers import arm_digest, current_answers, load_questions, read_forced
 from utils.files import write_text
 from utils.parsing import Completion, parse_completion
 from utils.rundir import RunDir
@@ -30,13 +30,17 @@ _ARMS = ("baseline", "tuned")
 
 @dataclass(frozen=True)
 class Reply:
-    """One arm's answer: taken apart, with what the scoring says about it in words, and the letter that was read."""
+    """One arm's answer: taken apart, with what the scoring says about it in words, and the letter that was read.
+
+    `forced` is the letter from the logits where a multiple-choice answer was cut off before it stated one.
+    """
 
     arm: str
     completion: Completion
     reasoning_tokens: int
     marks: tuple[str, ...] = ()
     letter: str | None = None
+    forced: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def write_answers(run: RunDir, arms) -> Path:
         arm: current_answers(run.file(f"{arm}/answers.jsonl"), questions, run.config.generate, arm_digest(run, arm))
         for arm in _ARMS
     }
-    items = _build_items(arms, answers, held_out, benchmark)
+    forced = {arm: read_forced(run.file(f"{arm}/forced.jsonl"), answers[arm], benchmark) for arm in _ARMS}
+    items = _build_items(arms, answers, forced, held_out, benchmark)
     page = _template().render(
         items=items,
         anecdote=_build_anecdote(run, answers),
@@ -77,7 +82,9 @@ def _template():
     return templates.get_template("answers.html.j2")
 
 
-def _build_items(arms, answers: Mapping, held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> list[Item]:
+def _build_items(
+    arms, answers: Mapping, forced: Mapping, held_out: pd.DataFrame, benchmark: pd.DataFrame | None
+) -> list[Item]:
     """The scored questions, sorted by outcome; within one outcome they keep the order of the frames."""
     rows = held_out.set_index("id").to_dict("index")
     choices = {} if benchmark is None else {str(item["id"]): item for item in benchmark.to_dict("records")}
@@ -85,7 +92,10 @@ def _build_items(arms, answers: Mapping, held_out: pd.DataFrame, benchmark: pd.D
     for scores in zip(arms.base.to_dict("records"), arms.tuned.to_dict("records"), strict=True):
         identifier, kind = scores[0]["id"], scores[0]["kind"]
         about = _about_choice(choices[identifier]) if kind == "choice" else _about_row(rows[identifier])
-        replies = tuple(_reply(arm, answers[arm][identifier], score) for arm, score in zip(_ARMS, scores, strict=True))
+        replies = tuple(
+            _reply(arm, answers[arm][identifier], score, forced[arm].get(identifier))
+            for arm, score in zip(_ARMS, scores, strict=True)
+        )
         items.append(Item(id=identifier, kind=kind, outcome=_outcome(*scores), replies=replies, **about))
     return sorted(items, key=lambda item: OUTCOMES.index(item.outcome))
 
@@ -105,7 +115,7 @@ def _outcome(base: Mapping, tuned: Mapping) -> str:
     return _OUTCOMES[bool(base["correct"]), bool(tuned["correct"])]
 
 
-def _reply(arm: str, answer: Mapping, score: Mapping) -> Reply:
+def _reply(arm: str, answer: Mapping, score: Mapping, forced: str | None) -> Reply:
     """What one arm said; `score` is its row of the scored frame."""
     marks = [] if pd.isna(score["correct"]) else ["right" if score["correct"] else "wrong"]
     if not score["stopped"]:
@@ -121,6 +131,7 @@ def _reply(arm: str, answer: Mapping, score: Mapping) -> Reply:
         reasoning_tokens=int(score["reasoning_tokens"]),
         marks=tuple(marks),
         letter=letter if isinstance(letter, str) else None,
+        forced=forced,
     )
 
 
