@@ -74,7 +74,7 @@ def test_leaving_early_ends_the_processes(three):
 
 def test_a_worker_ends_with_its_parent():
     """A killed notebook must not leave a process on the second GPU."""
-    code = "from utils.workers import _end_with_parent; import time; _end_with_parent(); time.sleep(60)"
+    code = "from utils.workers import end_with_parent; import time; end_with_parent(); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=workers.ROOT)
     process.stdin.close()
     assert process.wait(timeout=20) == 1

@@ -14,7 +14,8 @@ from utils.credentials import share_hub_token
 from utils.decoding import speed_up_unsloth
 from utils.errors import HardwareError, ModelError
 from utils.memory import free_memory as free_memory  # export takes it from here
-from utils.platforms import GIB, gpu_ids, resolve_hardware
+from utils.packing import keep_documents_apart
+from utils.platforms import GIB, gpu_ids, local_rank, resolve_hardware
 from utils.settings import EMBEDDED, Config
 
 _PROBE = "Hello world, this is a test.\nx"
@@ -38,6 +39,7 @@ def start_backend(config: Config) -> str:
     import unsloth  # noqa: F401
 
     speed_up_unsloth()
+    keep_documents_apart()
     return "unsloth"
 
 
@@ -173,7 +175,7 @@ def add_lora(model, config: Config, **lora: Any):
 
         return FastLanguageModel.get_peft_model(
             model,
-            use_gradient_checkpointing="unsloth" if config.train.gradient_checkpointing else False,
+            use_gradient_checkpointing=_checkpointing(config),
             random_state=config.train.seed,
             max_seq_length=config.model.max_seq_length,
             **{key: value for key, value in lora.items() if key != "task_type"},
@@ -183,6 +185,13 @@ def add_lora(model, config: Config, **lora: Any):
 
     torch.manual_seed(config.train.seed)
     return get_peft_model(model, LoraConfig(**lora))
+
+
+def _checkpointing(config: Config) -> bool | str:
+    """unsloth's own kind moves activations to main memory; a fit decides layer by layer, for which it has no use."""
+    if not config.train.gradient_checkpointing:
+        return False
+    return True if config.train.fit == "auto" else "unsloth"
 
 
 def ready_for_inference(model):
@@ -260,7 +269,7 @@ def load_plain(config: Config, source: str):
         revision=config.model.revision,
         dtype=dtype,
         attn_implementation="sdpa",
-        device_map={"": torch.device(device(config), 0) if device(config) == "cuda" else "cpu"},
+        device_map={"": torch.device("cuda", local_rank()) if device(config) == "cuda" else "cpu"},
         quantization_config=quantization if config.model.load_in_4bit else None,
     )
 
@@ -271,8 +280,8 @@ def _emulate_t4() -> None:
 
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    torch.cuda.set_per_process_memory_fraction(min(1.0, _T4_GIB / total))
+    total = torch.cuda.get_device_properties(local_rank()).total_memory / GIB
+    torch.cuda.set_per_process_memory_fraction(min(1.0, _T4_GIB / total), local_rank())
 
 
 def _first_line(error: Exception) -> str:

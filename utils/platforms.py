@@ -87,6 +87,21 @@ def processes(hardware: HardwareSection) -> int:
     return max(1, len(gpu_ids())) if resolve_hardware(hardware)["device"] == "cuda" else 1
 
 
+def local_rank() -> int:
+    """Which of this machine's training processes this is, as `accelerate launch` numbers them; 0 where there is one."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def global_rank() -> int:
+    """Which of all machines' training processes this is; the first one writes what is left."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes train together, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def default_profile() -> str:
     """t4 where there is a CUDA GPU, demo elsewhere."""
     return "t4" if gpus() else "demo"

@@ -85,7 +85,7 @@ class RunDir:
         """The settings that this stage's result rests on, local data and model named by their content."""
         values = self.config.sections(*stage.settings)
         # What changes no result must not make hours of work stale.
-        for section, keys in (("train", ("save_steps", "logging_steps")), ("generate", ("batch_size",))):
+        for section, keys in (("train", ("save_steps", "logging_steps", "fit")), ("generate", ("batch_size",))):
             for key in keys if section in values else ():
                 del values[section][key]
         if "data" in values:
@@ -142,8 +142,11 @@ class StageRun(RunDir):
             self.save()
             self.write_record(self.stage, **{**self.record(self.stage), "settings": self.settings(self.stage)})
 
-    def finish(self, **figures: float | int | str) -> None:
-        """Hash what was written and mark the stage done; `figures` are kept in the manifest beside it."""
+    def finish(self, peak: dict[str, float] | None = None, **figures: float | int | str) -> None:
+        """Hash what was written and mark the stage done; `figures` are kept in the manifest beside it.
+
+        `peak` is the peak memory of the process that did the work, where it was another than this one.
+        """
         missing = [name for name in self.stage.outputs if not self.file(name).exists()]
         if missing:
             raise StageOrderError(
@@ -154,7 +157,7 @@ class StageRun(RunDir):
             state="done",
             finished=_now(),
             seconds=round(time.monotonic() - self.started, 1),
-            peak_memory=peak_memory(),
+            peak_memory=peak_memory() | (peak or {}),
             figures=figures,
             outputs=record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
         )

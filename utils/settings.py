@@ -101,6 +101,7 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     packing: bool = False
     gradient_checkpointing: bool = True
+    fit: Literal["auto", "given"] = "given"  # auto: micro-batch, accumulation and recomputed layers found by trials
     save_steps: Positive = 50
     logging_steps: Positive = 1
     seed: NotNegative = 3407
@@ -160,7 +161,8 @@ class HardwareSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    processes: Positive | Literal["auto"] = "auto"  # that answer questions; auto: one for each GPU
+    processes: Positive | Literal["auto"] = "auto"  # that answer questions and train; auto: one for each GPU
+    accelerate_config: Path | None = None  # of `accelerate config`: trains on several machines
     min_gpu_memory_gib: Annotated[float, Field(ge=0)] = 0.0
     min_disk_gib: Annotated[float, Field(ge=0)] = 1.0  # for the run directory
     min_cache_gib: Annotated[float, Field(ge=0)] = 0.0  # for what is downloaded from the Hub

@@ -84,7 +84,13 @@ STAGES = (
         title="LoRA training",
         needs=("02_dataset_formatting",),
         inputs=("data/formatted",),
-        outputs=("training/adapter", "training/log.csv", "training/loss.png"),
+        outputs=(
+            "training/adapter",
+            "training/log.csv",
+            "training/loss.png",
+            "training/fit.json",
+            "training/summary.json",
+        ),
         settings=(*_MODEL, "lora", "train"),
     ),
     Stage(

@@ -1,72 +1,121 @@
-"""Around `trainer.train()`: callbacks for progress, tracking and health, checkpoints to resume from, the log."""
+"""One process's training: fit, checkpoints to resume from, what to do when memory runs out, and what is left at the end."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from transformers import TrainerCallback
+import torch
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from utils.callbacks import HealthCallback, ProgressCallback, RecomputeCallback, TrackingCallback, transformer_layers
 from utils.errors import TrainingError
-from utils.files import atomic, atomic_folder, digests, record_files
-from utils.platforms import peak_memory
-from utils.progress import Progress
+from utils.figures import draw_loss
+from utils.files import atomic, atomic_folder, digests, record_files, write_json
+from utils.fit import Fit
+from utils.memory import free_memory, is_out_of_memory
+from utils.models import count_fused_layers, torch_dtype
+from utils.platforms import global_rank, peak_memory, resolve_hardware, world_size
 from utils.rundir import StageRun
+from utils.settings import Config
 from utils.tracking import Tracker
-
-_PATIENCE = 5  # non-finite steps in a row before a run is ended; fp16's scaler skips a few at the start, normally
-
-
-class ProgressCallback(TrainerCallback):
-    """Draws the bar: step, loss."""
-
-    def on_train_begin(self, args, state, control, **_):
-        self.bar = Progress("training", state.max_steps, "step")
-        self.bar.update(state.global_step)
-
-    def on_step_end(self, args, state, control, **_):
-        last = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-        self.bar.update(1, note="" if last is None else f"loss {float(last):.3f}")
-
-    def on_train_end(self, args, state, control, **_):
-        self.bar.close()
+from utils.trial import Stopwatch, choose_fit, fall_back, let_go
 
 
-class TrackingCallback(TrainerCallback):
-    """Sends loss, learning rate, gradient norm and memory to the tracker."""
-
-    def __init__(self, tracker: Tracker):
-        self.tracker = tracker
-
-    def on_log(self, args, state, control, logs=None, **_):
-        names = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy")
-        values = {f"train/{name}": float(logs[name]) for name in names if name in (logs or {})}
-        if values:
-            memory = {f"memory/{name}": value for name, value in peak_memory().items()}
-            self.tracker.log(values | memory, step=state.global_step)
+class OutOfMemory(RuntimeError):
+    """One of several processes ran out of memory: all of them have to start again, with the safer fit on file."""
 
 
-class HealthCallback(TrainerCallback):
-    """Ends the run with a sentence when loss or gradient stay non-finite."""
+def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> None:
+    """Train in this process, one of `world_size()`; the first one leaves adapter, log, curve and training/summary.json.
 
-    def __init__(self):
-        self.bad_steps = 0
+    Goes on from the last checkpoint of the same rows and settings. Where memory runs out, a safer fit takes over from
+    there: at once in a single process, by OutOfMemory for all where there are several.
+    """
+    config, folder = run.config, checkpoint_dir(run)
+    rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
+    model, tokenizer = load_with_lora(config)
+    figures = describe_model(model, config)
+    fit = choose_fit(run, model, tokenizer, rows, make_trainer, world_size())
+    first = [p.detach().to("cpu", copy=True) for p in model.parameters() if p.requires_grad]
+    tracker = Tracker(run, job_type="train") if global_rank() == 0 else None
+    while True:
+        trainer = make_trainer(model, tokenizer, config, rows, fit, str(folder))
+        print(check_loss_mask(trainer.train_dataset, rows))
+        print(f"{fit}, {world_size()} process{'es' if world_size() > 1 else ''}; before: {memory_report()}")
+        watch = _listen(trainer, config, fit, tracker)
+        if (
+            config.train.max_steps == 0
+        ):  # a null run, for testing the comparison: the adapter stays as it was initialised
+            break
+        checkpoint = find_checkpoint(folder)
+        if _train(trainer, checkpoint):
+            break
+        instead = fall_back(run, fit, len(transformer_layers(model)))
+        print(f"Out of memory with {fit}; going on from {checkpoint or 'the start'} with {instead}.")
+        if world_size() > 1:
+            raise OutOfMemory
+        let_go(trainer)
+        del trainer, watch
+        free_memory(model)
+        if find_checkpoint(folder) is None:
+            with torch.no_grad():
+                for parameter, value in zip((p for p in model.parameters() if p.requires_grad), first, strict=True):
+                    parameter.copy_(value)
+        fit = instead
+    print(f"after: {memory_report()}")
+    if global_rank() == 0:
+        log = training_log(trainer)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run, log)
+        _finish_tracking(tracker, run, log)
+        figures |= {"steps": trainer.state.global_step, "processes": world_size(), **asdict(fit), **watch.figures(run)}
+        figures["final_loss"] = round(float(log["loss"].tail(5).mean()), 4) if len(log) else "none"
+        write_json(run.file("training/summary.json"), {"figures": figures, "peak_memory": peak_memory()})
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in (logs or {}):
-            return
-        finite = all(math.isfinite(float(logs[name])) for name in ("loss", "grad_norm") if name in logs)
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        if self.bad_steps >= _PATIENCE:
-            raise TrainingError(
-                f"Loss or gradient was not finite {_PATIENCE} times in a row, last at step {state.global_step}; "
-                "lower train.learning_rate or train.max_grad_norm and run 03 again."
-            )
+
+def describe_model(model, config: Config) -> dict:
+    """Backend, device, trainable parameters and fused layers: printed, and returned for the manifest."""
+    backend = resolve_hardware(config.hardware)["backend"]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fused = count_fused_layers(model)
+    print(f"backend {backend}, {model.device}, {torch_dtype(config)}")
+    print(f"{trainable:,} trainable parameters; fused layers: {fused or 'none (plain backend)'}")
+    figures = {"backend": backend, "trainable_parameters": trainable}
+    return figures | {f"fused_{name}": count for name, count in (fused or {}).items()}
+
+
+def _listen(trainer, config: Config, fit: Fit, tracker: Tracker | None) -> Stopwatch:
+    trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
+    trainer.add_callback(HealthCallback(trainer.accelerator.scaler))
+    if tracker is not None:
+        trainer.add_callback(ProgressCallback())
+        trainer.add_callback(TrackingCallback(tracker))
+    if config.train.fit == "auto" and config.train.gradient_checkpointing:
+        trainer.add_callback(RecomputeCallback(fit.recompute_layers))
+    return Stopwatch(trainer)
+
+
+def _train(trainer, checkpoint: str | None) -> bool:
+    """Whether it came to its end; False where memory ran out."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _finish_tracking(tracker: Tracker, run: StageRun, log: pd.DataFrame) -> None:
+    tracker.image("loss", draw_loss(log, run.file("training/loss.png")))
+    tracker.image("lengths", run.file("data/lengths.png"))
+    tracker.finish()
 
 
 def checkpoint_dir(run: StageRun) -> Path:
@@ -83,13 +132,13 @@ def find_checkpoint(folder: Path) -> str | None:
     for path in folder.glob("checkpoint-*"):
         # The Trainer writes trainer_state.json last: without it the process died while saving.
         if not (path / "trainer_state.json").exists():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # several processes may look at once
     return get_last_checkpoint(str(folder))
 
 
 def training_log(trainer) -> pd.DataFrame:
-    """step, loss, learning_rate, grad_norm, mean_token_accuracy for every logged step, resumed ones included."""
-    names = ["step", "loss", "learning_rate", "grad_norm", "mean_token_accuracy"]
+    """step, loss, learning_rate, grad_norm, mean_token_accuracy, scale (fp16's) for every logged step, resumed ones too."""
+    names = ["step", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "scale"]
     rows = [entry for entry in trainer.state.log_history if "loss" in entry]
     log = pd.DataFrame(rows, columns=names)
     return log.apply(pd.to_numeric, errors="coerce")
@@ -130,11 +179,9 @@ def save_adapter(model, tokenizer, run: StageRun, log: pd.DataFrame) -> None:
 
 def memory_report() -> str:
     """Memory of this process in one line, before and after training."""
-    import torch
-
     parts = [f"process {peak_memory()['rss_gib']:.2f} GiB at its peak"]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        name, total = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
-        reserved = torch.cuda.max_memory_reserved(0) / 2**30
+        name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / 2**30
+        reserved = torch.cuda.max_memory_reserved() / 2**30
         parts.append(f"{name}: {reserved:.2f} of {total:.1f} GiB reserved at the peak")
     return ", ".join(parts)

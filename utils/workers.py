@@ -25,6 +25,7 @@ from utils.project import ROOT
 from utils.rundir import RunDir, open_run
 
 _ADAPTER = "training/adapter"
+PARENT = "SERIES_PARENT"  # set where standard input is held open by the process that waits for us
 
 
 class Workers:
@@ -98,7 +99,7 @@ def answer_share(run_dir: str, arm: str, number: int) -> None:
     answer_questions(model, tokenizer, [questions[i] for i in listed], run.config.generate, path, arm_digest(run, arm))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """The parent holds our standard input open; when it is gone, however it went, nobody waits for our answers."""
 
     def watch() -> None:
@@ -109,5 +110,5 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _end_with_parent()
+    end_with_parent()
     answer_share(sys.argv[1], sys.argv[2], int(sys.argv[3]))

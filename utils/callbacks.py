@@ -1,0 +1,94 @@
+"""What listens to the trainer: progress, tracking, health, and which layers recompute."""
+
+from __future__ import annotations
+
+import math
+
+from transformers import TrainerCallback
+
+from utils.errors import TrainingError
+from utils.platforms import peak_memory
+from utils.progress import Progress
+from utils.tracking import Tracker
+
+_PATIENCE = 5  # non-finite steps in a row before a run is ended
+_SCALER_SETTLES = 10  # steps within which fp16's loss scaler finds its scale, skipping some
+
+
+class ProgressCallback(TrainerCallback):
+    """Draws the bar: step, loss."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.bar = Progress("training", state.max_steps, "step")
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args, state, control, **_):
+        last = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        self.bar.update(1, note="" if last is None else f"loss {float(last):.3f}")
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+
+class TrackingCallback(TrainerCallback):
+    """Sends loss, learning rate, gradient norm, fp16's scale and memory to the tracker."""
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
+
+    def on_log(self, args, state, control, logs=None, **_):
+        names = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "scale")
+        logged = {**(logs or {}), **(state.log_history[-1] if state.log_history else {})}
+        values = {f"train/{name}": float(logged[name]) for name in names if logged.get(name) is not None}
+        if logs and "loss" in logs:
+            memory = {f"memory/{name}": value for name, value in peak_memory().items()}
+            self.tracker.log(values | memory, step=state.global_step)
+
+
+class HealthCallback(TrainerCallback):
+    """Watches loss, gradient and fp16's scale: tells a step that was skipped, ends a run that stays non-finite.
+
+    `scaler` is the trainer's `torch.amp.GradScaler`, or None where nothing is scaled.
+    """
+
+    def __init__(self, scaler=None):
+        self.scaler, self.bad_steps = scaler, 0
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" not in (logs or {}):
+            return
+        scale = self.scaler.get_scale() if self.scaler is not None else None
+        if state.log_history:
+            state.log_history[-1]["scale"] = scale
+        wrong = [name for name in ("loss", "grad_norm") if name in logs and not math.isfinite(float(logs[name]))]
+        self.bad_steps = self.bad_steps + 1 if wrong else 0
+        if not wrong:
+            return
+        if self.bad_steps >= _PATIENCE:
+            raise TrainingError(
+                f"Loss or gradient was not finite {_PATIENCE} times in a row, last at step {state.global_step}"
+                f"{'' if scale is None else f' (fp16 scale {scale:g})'}; "
+                "lower train.learning_rate or train.max_grad_norm and run 03 again."
+            )
+        normal = wrong == ["grad_norm"] and scale is not None and state.global_step <= _SCALER_SETTLES
+        what = " and ".join({"loss": "loss", "grad_norm": "gradient"}[name] for name in wrong)
+        after = "" if scale is None else f"; the update was skipped, fp16 scale now {scale:g}"
+        print(f"step {state.global_step}: {what} not finite{after}{' (normal in the first steps)' if normal else ''}")
+
+
+class RecomputeCallback(TrainerCallback):
+    """Lets the first `count` layers compute their activations again on the way back, and the others keep theirs."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        # At every step: unsloth's for_training and the trainer's own enabling switch all layers on again.
+        for number, layer in enumerate(transformer_layers(model)):
+            layer.gradient_checkpointing = number < self.count
+
+
+def transformer_layers(model):
+    """The model's stack of layers, LoRA wrapper or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.model.layers

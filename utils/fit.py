@@ -1,0 +1,96 @@
+"""How a training step is computed: micro-batch, accumulation, recomputed layers.
+
+It decides speed and memory, never what is learnt: every choice takes the same rows into the same update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One way to compute an update of `per_device_train_batch_size * gradient_accumulation_steps` rows on each GPU.
+
+    `recompute_layers`: so many of the model's layers, the first ones, compute their activations again on the way back;
+    the others keep them. The first ones, since their turn comes when the others' memory is free again.
+    """
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    recompute_layers: int
+
+    def __str__(self) -> str:
+        return (
+            f"micro-batch {self.per_device_train_batch_size} x {self.gradient_accumulation_steps}, "
+            f"{self.recompute_layers} layers recompute"
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a trial of `fit` showed: tokens per second, and the peak of allocated memory in GiB."""
+
+    fit: Fit
+    tokens_per_second: float
+    peak_gib: float
+
+
+class DoesNotFit(Exception):
+    """A trial ran out of memory."""
+
+
+def search(
+    measure: Callable[[Fit], Measured], rows: int, layers: int, room_gib: float
+) -> tuple[Fit | None, list[Measured]]:
+    """The fastest fit for an update of `rows` rows, and all trials; None where not even the smallest one fits.
+
+    For each micro-batch that divides `rows`, from 1 on: memory is measured with all `layers` recomputing and with an
+    eighth of them keeping activations; the line through both says how many can keep theirs within `room_gib`, which a
+    third trial confirms or corrects. A larger micro-batch is tried as long as it is faster: it keeps fewer activations.
+    """
+    trials: list[Measured] = []
+
+    def attempt(fit: Fit) -> Measured | None:
+        try:
+            trials.append(measure(fit))
+        except DoesNotFit:
+            return None
+        return trials[-1]
+
+    best: Measured | None = None
+    for micro in (n for n in range(1, rows + 1) if rows % n == 0):
+        fastest = _fastest_with(micro, rows // micro, attempt, layers, room_gib)
+        if fastest is None or (best and fastest.tokens_per_second <= best.tokens_per_second):
+            break
+        best = fastest
+    return (best.fit if best else None), trials
+
+
+def _fastest_with(micro: int, accumulate: int, attempt, layers: int, room_gib: float) -> Measured | None:
+    step = max(1, layers // 8)
+    all_recompute = attempt(Fit(micro, accumulate, layers))
+    if all_recompute is None:
+        return None
+    some_keep = attempt(Fit(micro, accumulate, layers - step))
+    if some_keep is None:
+        return all_recompute
+    each = max((some_keep.peak_gib - all_recompute.peak_gib) / step, 1e-6)
+    keep = min(layers, int((room_gib - all_recompute.peak_gib) / each))
+    while keep > step:
+        most_keep = attempt(Fit(micro, accumulate, layers - keep))
+        if most_keep is not None:
+            return max(most_keep, some_keep, all_recompute, key=lambda m: m.tokens_per_second)
+        keep -= max(1, layers // 16)
+    return max(some_keep, all_recompute, key=lambda m: m.tokens_per_second)
+
+
+def safer(fit: Fit, layers: int) -> Fit | None:
+    """What to go on with after `fit` ran out of memory: more layers recompute, then smaller micro-batches; None at the end."""
+    if fit.recompute_layers < layers:
+        more = min(layers, fit.recompute_layers + max(1, layers // 4))
+        return Fit(fit.per_device_train_batch_size, fit.gradient_accumulation_steps, more)
+    micro, rows = fit.per_device_train_batch_size, fit.per_device_train_batch_size * fit.gradient_accumulation_steps
+    smaller = [n for n in range(1, micro) if rows % n == 0]
+    return Fit(smaller[-1], rows // smaller[-1], layers) if smaller else None

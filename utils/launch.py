@@ -1,0 +1,182 @@
+"""Notebook 03's training, in the notebook's own process or in one process for each GPU.
+
+    train(run, load_with_lora, make_trainer)
+
+With one GPU, or none, both functions are called here. With several, their source goes into training/recipe.py, and
+`accelerate launch` starts a process for each GPU (DistributedDataParallel), all of which run it:
+
+    accelerate launch --config_file machine.yaml -m utils.launch RUN_DIR     # by hand, on several machines
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from utils import errors
+from utils.errors import ConfigError, TrainingError, UserError
+from utils.files import write_json, write_text
+from utils.platforms import gpu_ids, local_rank, processes
+from utils.project import ROOT
+from utils.rundir import StageRun, open_run
+from utils.stages import BY_NAME
+from utils.workers import PARENT, end_with_parent
+
+RECIPE, SUMMARY, _ERROR, _LOG = (
+    f"training/{name}" for name in ("recipe.py", "summary.json", "error.json", "launch.log")
+)
+_AGAIN = 75  # os.EX_TEMPFAIL: memory ran out, a safer fit is on file
+
+
+def train(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> dict:
+    """Train as the two functions say and leave training/adapter, log.csv and loss.png; returns training/summary.json.
+
+    `load_with_lora(config)` returns model and tokenizer, `make_trainer(model, tokenizer, config, rows, fit, folder)` an
+    SFTTrainer; see notebook 03. Raises what they raise, and TrainingError where a process ended without a word.
+    """
+    count = processes_that_divide(run)
+    if count == 1 and run.config.hardware.accelerate_config is None:
+        from utils.training import train_here
+
+        train_here(run, load_with_lora, make_trainer)
+    else:
+        write_recipe(run, (load_with_lora, make_trainer))
+        _launch_until_done(run, count)
+    return json.loads(run.file(SUMMARY).read_text(encoding="utf-8"))
+
+
+def processes_that_divide(run: StageRun) -> int:
+    """One process for each GPU, or fewer, so that each takes as many rows of an update as the others.
+
+    Raises ConfigError where hardware.processes asks for a number that cannot.
+    """
+    wanted, train_section = processes(run.config.hardware), run.config.train
+    rows = train_section.per_device_train_batch_size * train_section.gradient_accumulation_steps
+    if rows % wanted == 0 or wanted == 1:
+        return wanted
+    if run.config.hardware.processes != "auto":
+        raise ConfigError(
+            f"hardware.processes={wanted} cannot share the {rows} rows of an update evenly; take a number that divides "
+            "them, or change train.gradient_accumulation_steps."
+        )
+    return max(n for n in range(1, wanted + 1) if rows % n == 0)
+
+
+def write_recipe(run: StageRun, functions: Sequence[Callable]) -> Path:
+    """training/recipe.py: the notebook's functions as they stand in its cells, for the other processes."""
+    source = "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in functions)
+    names = ", ".join(function.__name__ for function in functions)
+    write_text(run.file(RECIPE), f'"""From notebook 03: {names}."""\n\n{source}')
+    return run.file(RECIPE)
+
+
+def read_recipe(run: StageRun) -> tuple[Callable, Callable]:
+    """load_with_lora and make_trainer from training/recipe.py."""
+    spec = importlib.util.spec_from_file_location("recipe", run.file(RECIPE))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load_with_lora, module.make_trainer
+
+
+def _launch_until_done(run: StageRun, count: int) -> None:
+    from utils.trial import fit_on_file, wants_trials
+
+    run.file(SUMMARY).unlink(missing_ok=True)
+    rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
+    if wants_trials(run.config) and fit_on_file(run, rows, count) is None:
+        # Alone, so that a trial which runs out of memory leaves no other process waiting for it.
+        _start(run, [sys.executable, "-m", "utils.launch", str(run.path), "--trial", str(count)], gpu_ids()[:1])
+    while _start(run, _command(run, count), gpu_ids()[:count]) == _AGAIN:
+        print("starting again from the last checkpoint")
+
+
+def _command(run: StageRun, count: int) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    if run.config.hardware.accelerate_config is not None:
+        launch += ["--config_file", str(run.config.hardware.accelerate_config)]
+    else:
+        launch += ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--main_process_port", "0"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the trainer's arguments say which
+    return [*launch, "-m", "utils.launch", str(run.path)]
+
+
+def _start(run: StageRun, command: list[str], visible: Sequence[str]) -> int:
+    """Run `command` with its output shown here as it comes; returns 0 or _AGAIN, raises the error that it left."""
+    run.file(_ERROR).unlink(missing_ok=True)
+    environment = {**os.environ, PARENT: "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}
+    if visible:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+    run.file(_LOG).parent.mkdir(parents=True, exist_ok=True)
+    with run.file(_LOG).open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
+        try:
+            decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+            while chunk := os.read(process.stdout.fileno(), 4096):
+                sys.stdout.write(decode(chunk))
+                sys.stdout.flush()
+            status = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+    if status and run.file(_ERROR).exists():
+        left = json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
+        if left["kind"] == _AGAIN:
+            return _AGAIN
+        raise getattr(errors, left["kind"], TrainingError)(left["message"])
+    if status:
+        lines = run.file(_LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
+        raise TrainingError(
+            f"A training process ended with status {status}; read {run.file(_LOG)} ({lines[-1][:200]}) and run 03 again, "
+            "it goes on from its last checkpoint."
+        )
+    return 0
+
+
+def _python_path() -> list[str]:
+    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+
+
+def take_part(run_dir: str, trial_for: int = 0) -> None:
+    """What a launched process does: train with the others, or, with `trial_for`, try fits for that many processes."""
+    from utils.training import OutOfMemory, train_here
+    from utils.trial import choose_fit
+
+    opened = open_run("auto", run_dir)
+    run = StageRun(opened.path, opened.config, opened.overrides, BY_NAME["03_lora_training"])
+    if local_rank() > 0:
+        log = run.file(f"training/process-{os.environ['RANK']}.log").open("w", encoding="utf-8")
+        sys.stdout = log  # what the first process of a machine says is said for all
+    try:
+        load_with_lora, make_trainer = read_recipe(run)
+        if trial_for:
+            model, tokenizer = load_with_lora(run.config)
+            rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
+            choose_fit(run, model, tokenizer, rows, make_trainer, trial_for)
+        else:
+            train_here(run, load_with_lora, make_trainer)
+    except UserError as error:
+        write_json(run.file(_ERROR), {"kind": type(error).__name__, "message": str(error)})
+        raise
+    except OutOfMemory:
+        write_json(run.file(_ERROR), {"kind": _AGAIN, "message": "out of memory"})
+        raise
+
+
+if __name__ == "__main__":
+    if os.environ.get(PARENT):
+        end_with_parent()
+    with contextlib.suppress(BrokenPipeError):
+        take_part(sys.argv[1], int(sys.argv[3]) if "--trial" in sys.argv else 0)

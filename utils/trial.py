@@ -1,0 +1,224 @@
+"""Short trials of training steps: how fast a fit is on this GPU, and how much memory it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import datetime
+
+import pandas as pd
+import torch
+from transformers import TrainerCallback
+
+from utils.callbacks import RecomputeCallback, transformer_layers
+from utils.errors import HardwareError
+from utils.files import write_json
+from utils.fit import DoesNotFit, Fit, Measured, safer, search
+from utils.memory import free_bytes, free_memory, is_out_of_memory
+from utils.platforms import GIB, global_rank, gpus, installed, resolve_hardware, world_size
+from utils.rundir import StageRun
+from utils.settings import Config
+
+_FILE = "training/fit.json"
+_UPDATES = 2  # of one trial; the first warms up
+MakeTrainer = Callable[..., "object"]  # notebook 03's make_trainer
+
+
+class Stopwatch(TrainerCallback):
+    """When each update ended (seconds, GPU work included) and how many tokens it held, padding not counted."""
+
+    def __init__(self, trainer):
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
+        take = trainer.get_batch_samples
+
+        def counted(*arguments, **keywords):
+            batches, items = take(*arguments, **keywords)
+            self.tokens.append(sum(_count_tokens(batch) for batch in batches))
+            return batches, items
+
+        trainer.get_batch_samples = counted
+        trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, **_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.monotonic())
+
+    def figures(self, run: StageRun) -> dict[str, float]:
+        """Seconds from the stage's start to the first update's end, and the median tokens per second of this process."""
+        if not self.ends:
+            return {}
+        began = datetime.fromisoformat(run.record(run.stage)["started"]).timestamp()
+        found = {"seconds_to_first_update": round(time.time() - (time.monotonic() - self.ends[0]) - began, 1)}
+        return found | ({"tokens_per_second": round(statistics.median(self.speeds()))} if self.speeds() else {})
+
+    def speeds(self, skip: int = 1) -> list[float]:
+        """Tokens per second of each update after the first `skip`."""
+        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+        return [tokens / s for tokens, s in zip(self.tokens[1:], seconds, strict=False)][skip - 1 :]
+
+
+def _count_tokens(batch: dict) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+def rows_per_update(config: Config, packed: bool, mean_tokens: float) -> int:
+    """How many rows, or packs where the trainer packs, go into one update over all GPUs.
+
+    Where packing is wanted and the backend cannot pack, as many rows as the packs would hold.
+    """
+    rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    if config.train.packing and not packed:
+        rows *= max(1, round(config.model.max_seq_length / mean_tokens))
+    return rows
+
+
+def given_fit(config: Config, rows: int, layers: int) -> Fit:
+    """The configured micro-batch, or the largest below it that divides this process's `rows` of an update."""
+    micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= config.train.per_device_train_batch_size)
+    return Fit(micro, rows // micro, layers if config.train.gradient_checkpointing else 0)
+
+
+def choose_fit(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer: MakeTrainer, world: int = 1) -> Fit:
+    """The fit of this run for each of `world` processes: on file, found by trials on this GPU, or as configured.
+
+    It is kept in training/fit.json and found again there while settings, rows and GPU are the same. The LoRA weights
+    are left as they were. Trials need a process that is alone. Raises HardwareError where not even a single row fits.
+    """
+    known = fit_on_file(run, rows, world)
+    if known is not None:
+        return known
+    config = run.config
+    packed = config.train.packing and resolve_hardware(config.hardware)["backend"] == "unsloth"
+    share = rows_per_update(config, packed, float(rows["tokens"].mean())) // world
+    layers = len(transformer_layers(model))
+    fit, trials = given_fit(config, share, layers), []
+    if wants_trials(config) and world_size() == 1:
+        found, trials = _search(model, tokenizer, config, rows, packed, make_trainer, share, layers, world)
+        if found is None:
+            raise HardwareError("A single training row does not fit into GPU memory; lower model.max_seq_length.")
+        fit = found
+    if global_rank() == 0:
+        basis = _basis(run, rows, world)
+        write_json(run.file(_FILE), {"fit": asdict(fit), "trials": [asdict(t) for t in trials], "basis": basis})
+    return fit
+
+
+def wants_trials(config: Config) -> bool:
+    """Whether the configuration leaves the fit to trials, and there is a GPU to try it on."""
+    on_gpu = resolve_hardware(config.hardware)["device"] == "cuda"
+    return config.train.fit == "auto" and config.train.gradient_checkpointing and on_gpu
+
+
+def fit_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> Fit | None:
+    """What training/fit.json holds for these settings, rows, GPU and number of processes."""
+    known = json.loads(run.file(_FILE).read_text(encoding="utf-8")) if run.file(_FILE).exists() else {}
+    return Fit(**known["fit"]) if known.get("basis") == _basis(run, rows, world) else None
+
+
+def fall_back(run: StageRun, fit: Fit, layers: int) -> Fit:
+    """Put a safer fit than `fit`, which ran out of memory, on file and return it; raises HardwareError at the end."""
+    known = json.loads(run.file(_FILE).read_text(encoding="utf-8"))
+    if Fit(**known["fit"]) != fit:  # another process was here first
+        return Fit(**known["fit"])
+    instead = safer(fit, layers if run.config.train.gradient_checkpointing else fit.recompute_layers)
+    if instead is None:
+        raise HardwareError(
+            f"Training ran out of GPU memory even with {fit}; lower model.max_seq_length, or free the GPU."
+        )
+    given_up = [*known.get("ran_out_of_memory", []), asdict(fit)]
+    write_json(run.file(_FILE), {**known, "fit": asdict(instead), "ran_out_of_memory": given_up})
+    return instead
+
+
+def _search(model, tokenizer, config, rows, packed, make_trainer, share, layers, world):
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    kept = [p.detach().to("cpu", copy=True) for p in trainable]
+    longest = _longest_rows(rows, packed, config.model.max_seq_length)
+    room = (free_bytes(model.device) + torch.cuda.memory_allocated(model.device)) / GIB
+    if world > 1:  # the buckets in which gradients travel between processes
+        room -= sum(p.numel() * p.element_size() for p in trainable) / GIB
+    print(f"trials of {_UPDATES} updates, {room:.1f} GiB to be had:")
+
+    def measure(fit: Fit) -> Measured:
+        try:
+            measured = run_trial(model, tokenizer, config, longest, make_trainer, fit)
+        finally:
+            with torch.no_grad():
+                for parameter, before in zip(trainable, kept, strict=True):
+                    parameter.copy_(before)
+        print(f"  {fit}: {measured.tokens_per_second:,.0f} tokens/s, {measured.peak_gib:.1f} GiB")
+        return measured
+
+    return search(measure, share, layers, room)
+
+
+def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: MakeTrainer, fit: Fit) -> Measured:
+    """Two updates on `rows` (repeated as needed) with at most two micro-batches each; raises DoesNotFit.
+
+    Two, since gradients of the first are held while the second is computed.
+    """
+    accumulate = min(2, fit.gradient_accumulation_steps)
+    count = fit.per_device_train_batch_size * accumulate * _UPDATES
+    few = pd.concat([rows] * -(-count // len(rows)), ignore_index=True).head(count)
+    fitted, failed = replace(fit, gradient_accumulation_steps=accumulate), False
+    trainer = watch = None
+    free_memory()
+    torch.cuda.reset_peak_memory_stats(model.device)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            trainer = make_trainer(model, tokenizer, config, few, fitted, scratch)
+            trainer.args.max_steps, trainer.args.save_strategy = _UPDATES, "no"
+            trainer.add_callback(RecomputeCallback(fit.recompute_layers))
+            watch = Stopwatch(trainer)
+            trainer.train()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+    if trainer is not None:
+        let_go(trainer)
+    if failed:  # outside the handler, whose traceback would keep the tensors alive
+        del trainer, watch
+        free_memory(model)
+        raise DoesNotFit(str(fit))
+    peak = torch.cuda.max_memory_allocated(model.device) / GIB
+    return Measured(fit, round(watch.speeds()[-1], 1), round(peak, 2))
+
+
+def let_go(trainer) -> None:
+    """Take a trainer's hands off its model, so that another one can train it: gradients, autocast wrapper, optimizer."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.zero_grad(set_to_none=True)
+    trainer.accelerator.free_memory()
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.model_wrapped = trainer.model
+
+
+def _longest_rows(rows: pd.DataFrame, packed: bool, max_length: int) -> pd.DataFrame:
+    """The row that takes most memory: the longest one, or one that fills a whole pack (the trainer cuts it there)."""
+    longest = rows.sort_values("tokens").tail(1)[["prompt", "completion"]]
+    if not packed:
+        return longest
+    times = -(-max_length // int(rows["tokens"].max())) + 1
+    return longest.assign(completion=longest["completion"] * times)
+
+
+def _basis(run: StageRun, rows: pd.DataFrame, world: int) -> str:
+    """A digest of what a fit rests on; no GPU is touched for it."""
+    versions = {name: installed(name) for name in ("torch", "unsloth", "transformers", "trl", "peft", "bitsandbytes")}
+    lengths = (len(rows), int(rows["tokens"].max()), int(rows["tokens"].sum()))
+    sections = run.config.sections("model", "lora", "train", "hardware")
+    for name in ("device", "accelerate_config", "processes"):
+        del sections["hardware"][name]
+    cards = [(gpu.name, gpu.memory_gib) for gpu in gpus()[:1]]
+    return hashlib.sha256(json.dumps([sections, lengths, world, cards, versions], sort_keys=True).encode()).hexdigest()
