@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -30,6 +31,14 @@ def run_command(*words: str | Path, cwd: Path = ROOT, **variables: str) -> subpr
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **variables}
     command = [sys.executable, "-m", "utils", *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=900)
+
+
+def import_file(path: Path):
+    """The module in `path`, whose source `inspect` finds there."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +90,38 @@ def tiny_folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in tiny_model:
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def training_run(tiny_folder: Path, tmp_path: Path):
+    """A function that makes a run directory ready for notebook 03: `training_run(name, **settings)`; few rows, tiny model."""
+    import pandas as pd
+
+    from utils import demo_data
+    from utils.likelihood import tokenize_row
+    from utils.models import load_tokenizer
+    from utils.prompts import format_row
+    from utils.rundir import StageRun, open_run
+    from utils.stages import BY_NAME
+
+    tokenizer = load_tokenizer(tiny_folder)
+    pairs = [format_row(row, "native") for row in demo_data.tuning_rows("train", 64)]
+    parts = [tokenize_row(tokenizer, *pair)["part"] for pair in pairs]
+    rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
+    rows["tokens"], rows["counted"] = [len(part) for part in parts], [sum(p > 0 for p in part) for part in parts]
+
+    def make(name: str = "run", **settings):
+        few = {"model.name": str(tiny_folder), "train.max_steps": 12, "train.save_steps": 3, "tracking.mode": "disabled",
+               "train.per_device_train_batch_size": 4, "train.warmup_steps": 2}  # fmt: skip
+        few |= {key.replace("__", "."): value for key, value in settings.items()}
+        opened = open_run("demo", tmp_path / name, few)
+        run = StageRun(opened.path, opened.config, opened.overrides, BY_NAME["03_lora_training"])
+        run.save()
+        computed_on = {"device": "cpu", "backend": "transformers", "dtype": "float32"}
+        run.write_record(run.stage, state="running", started="2026-11-21T00:00:00+00:00", computed_on=computed_on)
+        run.file("data/formatted").mkdir(parents=True)
+        rows.to_parquet(run.file("data/formatted/train.parquet"))
+        shutil.copy(ROOT / "benchmarks" / "results" / "demo-comparison.png", run.file("data/lengths.png"))
+        return run
+
+    return make

@@ -98,7 +98,7 @@ def _launch_until_done(run: StageRun, count: int) -> None:
         # Alone, so that a trial which runs out of memory leaves no other process waiting for it.
         _start(run, [sys.executable, "-m", "utils.launch", str(run.path), "--trial", str(count)], gpu_ids()[:1])
     while _start(run, _command(run, count), gpu_ids()[:count]) == _AGAIN:
-        print("starting again from the last checkpoint")
+        print(_left(run)["message"])
 
 
 def _command(run: StageRun, count: int) -> list[str]:
@@ -129,10 +129,11 @@ def _start(run: StageRun, command: list[str], visible: Sequence[str]) -> int:
                 sys.stdout.flush()
             status = process.wait()
         finally:
+            process.stdin.close()  # upon which each of the processes ends, also those whose launcher was killed
             process.terminate()
             process.wait()
     if status and run.file(_ERROR).exists():
-        left = json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
+        left = _left(run)
         if left["kind"] == _AGAIN:
             return _AGAIN
         raise getattr(errors, left["kind"], TrainingError)(left["message"])
@@ -143,6 +144,11 @@ def _start(run: StageRun, command: list[str], visible: Sequence[str]) -> int:
             "it goes on from its last checkpoint."
         )
     return 0
+
+
+def _left(run: StageRun) -> dict:
+    """What a process wrote before it ended: kind and message of an error."""
+    return json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
 
 
 def _python_path() -> list[str]:
@@ -167,12 +173,22 @@ def take_part(run_dir: str, trial_for: int = 0) -> None:
             choose_fit(run, model, tokenizer, rows, make_trainer, trial_for)
         else:
             train_here(run, load_with_lora, make_trainer)
+            _part_together()
     except UserError as error:
         write_json(run.file(_ERROR), {"kind": type(error).__name__, "message": str(error)})
         raise
-    except OutOfMemory:
-        write_json(run.file(_ERROR), {"kind": _AGAIN, "message": "out of memory"})
+    except OutOfMemory as error:
+        write_json(run.file(_ERROR), {"kind": _AGAIN, "message": str(error)})
         raise
+
+
+def _part_together() -> None:
+    """Nobody leaves while another still waits for an answer."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

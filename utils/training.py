@@ -54,17 +54,18 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
             config.train.max_steps == 0
         ):  # a null run, for testing the comparison: the adapter stays as it was initialised
             break
-        checkpoint = find_checkpoint(folder)
-        if _train(trainer, checkpoint):
+        if _train(trainer, find_checkpoint(folder)):
             break
         instead = fall_back(run, fit, len(transformer_layers(model)))
-        print(f"Out of memory with {fit}; going on from {checkpoint or 'the start'} with {instead}.")
+        last = find_checkpoint(folder)
+        told = f"Out of memory with {fit}; going on from {Path(last).name if last else 'the start'} with {instead}."
         if world_size() > 1:
-            raise OutOfMemory
+            raise OutOfMemory(told)
+        print(told)
         let_go(trainer)
         del trainer, watch
         free_memory(model)
-        if find_checkpoint(folder) is None:
+        if last is None:
             with torch.no_grad():
                 for parameter, value in zip((p for p in model.parameters() if p.requires_grad), first, strict=True):
                     parameter.copy_(value)
@@ -90,7 +91,17 @@ def describe_model(model, config: Config) -> dict:
     return figures | {f"fused_{name}": count for name, count in (fused or {}).items()}
 
 
+def _name_the_cpu(trainer) -> None:
+    """accelerate calls a CPU that several processes share cpu:0, to which torch cannot load a checkpoint's optimizer.
+
+    transformers 5.17 asks for just that. To be retired when it loads to where the optimizer's state is.
+    """
+    if trainer.args.device.type == "cpu":
+        trainer.args.__dict__["_setup_devices"] = torch.device("cpu")
+
+
 def _listen(trainer, config: Config, fit: Fit, tracker: Tracker | None) -> Stopwatch:
+    _name_the_cpu(trainer)
     trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
     trainer.add_callback(HealthCallback(trainer.accelerator.scaler))
     if tracker is not None:

@@ -144,7 +144,8 @@ def _search(model, tokenizer, config, rows, packed, make_trainer, share, layers,
     trainable = [p for p in model.parameters() if p.requires_grad]
     kept = [p.detach().to("cpu", copy=True) for p in trainable]
     longest = _longest_rows(rows, packed, config.model.max_seq_length)
-    room = (free_bytes(model.device) + torch.cuda.memory_allocated(model.device)) / GIB
+    held = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0
+    room = (free_bytes(model.device) + held) / GIB
     if world > 1:  # the buckets in which gradients travel between processes
         room -= sum(p.numel() * p.element_size() for p in trainable) / GIB
     print(f"trials of {_UPDATES} updates, {room:.1f} GiB to be had:")
@@ -173,7 +174,9 @@ def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: MakeTr
     fitted, failed = replace(fit, gradient_accumulation_steps=accumulate), False
     trainer = watch = None
     free_memory()
-    torch.cuda.reset_peak_memory_stats(model.device)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         try:
             trainer = make_trainer(model, tokenizer, config, few, fitted, scratch)
@@ -191,7 +194,7 @@ def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: MakeTr
         del trainer, watch
         free_memory(model)
         raise DoesNotFit(str(fit))
-    peak = torch.cuda.max_memory_allocated(model.device) / GIB
+    peak = torch.cuda.max_memory_allocated(model.device) / GIB if on_gpu else 0.0
     return Measured(fit, round(watch.speeds()[-1], 1), round(peak, 2))
 
 

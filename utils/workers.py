@@ -103,7 +103,8 @@ def end_with_parent() -> None:
     """The parent holds our standard input open; when it is gone, however it went, nobody waits for our answers."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 4096):  # not sys.stdin, whose lock a daemon thread would still hold when Python shuts down
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

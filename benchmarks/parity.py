@@ -1,0 +1,179 @@
+"""Whether packing and fitting learn as much: the demo's task on a CUDA GPU, against the tutorial's padded recipe.
+
+    python -m benchmarks.parity --out benchmarks/results/parity.json
+
+Both recipes see the same rows equally often, about sixteen in an update, from the same base in fp16 with a T4's limits;
+three seeds each. Then the held-out loss and the answers to the held-out questions are compared. It also stops one training
+and goes on from its checkpoint, and trains the same thing twice, to tell what a GPU repeats.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+
+from benchmarks.recipe import notebook_functions
+from utils import demo_data
+from utils.answers import Question
+from utils.config import load_config
+from utils.files import write_json
+from utils.platforms import gpus, installed
+from utils.prompts import format_prompt, format_row
+from utils.rundir import StageRun
+from utils.stages import BY_NAME
+
+SEEDS = (1, 2, 3)
+RECIPES = {
+    "tutorial": {"train.per_device_train_batch_size": 8, "train.gradient_accumulation_steps": 2},
+    "ours": {"train.packing": True, "train.fit": "auto", "model.max_seq_length": 480,
+             "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 1},
+}  # fmt: skip
+
+
+def load_recipe(name: str, seed: int, more: dict | None = None):
+    """The demo's configuration on the GPU there is, by one of the two recipes."""
+    settings = {"train.seed": seed, "train.gradient_checkpointing": True, "train.save_steps": 60, **RECIPES[name]}
+    if gpus():
+        settings |= {"hardware.device": "cuda", "hardware.dtype": "float16", "hardware.emulate_t4": True,
+                     "hardware.backend": "unsloth", "train.optim": "adamw_8bit"}  # fmt: skip
+    return load_config("demo", settings | (more or {}))
+
+
+def train_once(config, folder: Path, steps: int | None = None, resume: str | None = None):
+    """(trainer, tokenizer) after training on the demo's rows, to the end or for `steps` updates."""
+    from utils.callbacks import RecomputeCallback
+    from utils.likelihood import tokenize_row
+    from utils.trial import choose_fit
+
+    load_with_lora, make_trainer = notebook_functions()
+    model, tokenizer = load_with_lora(config)
+    pairs = [format_row(row, config.prompt.style) for row in demo_data.tuning_rows("train", config.data.train_rows)]
+    rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
+    rows["tokens"] = [len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs]
+    (folder / "training").mkdir(parents=True, exist_ok=True)
+    fit = choose_fit(StageRun(folder, config, {}, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
+    trainer = make_trainer(model, tokenizer, config, rows, fit, str(folder / "checkpoints"))
+    if config.train.fit == "auto":
+        trainer.add_callback(RecomputeCallback(fit.recompute_layers))
+    if steps:
+        stop_after(trainer, steps)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, tokenizer, fit
+
+
+def stop_after(trainer, steps: int) -> None:
+    """End the training after `steps` updates, the schedule left as if it went on."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step >= steps
+
+    trainer.add_callback(Stop())
+
+
+def held_out(model, tokenizer, config) -> dict[str, np.ndarray]:
+    """Per held-out question: loss of the completion (nats per token) and whether the answer is right; and the groups."""
+    from utils.generation import answer_questions
+    from utils.likelihood import completion_nll
+    from utils.metrics import score_answers
+    from utils.models import ready_for_inference
+
+    rows = pd.DataFrame(demo_data.tuning_rows("test", config.data.eval_rows))
+    rows["id"] = [f"q{i:04d}" for i in range(len(rows))]
+    pairs = [format_row(row, config.prompt.style) for row in rows.to_dict("records")]
+    frame = pd.DataFrame({"id": rows["id"], "prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
+    nll = completion_nll(model, tokenizer, frame, max_length=10**9).set_index("id")
+    tokens = nll["reasoning_tokens"] + nll["response_tokens"]
+    questions = [
+        Question(row.id, "open", format_prompt(row.Question, config.prompt.style)) for row in rows.itertuples()
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "answers.jsonl"
+        answers = answer_questions(ready_for_inference(model), tokenizer, questions, config.generate, path, "parity")
+    scored = score_answers({a["id"]: a for a in answers}, rows, None)
+    return {
+        "nll": ((nll["reasoning_nll"] + nll["response_nll"]) / tokens).loc[scored["id"]].to_numpy(),
+        "correct": scored["correct"].to_numpy(),
+        "group": scored["group"].to_numpy(),
+    }
+
+
+def losses(trainer) -> list[float]:
+    """The logged loss of every update."""
+    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")]) -> None:
+    """Train three seeds by each recipe, stop and resume one, and write OUT."""
+    from utils.memory import free_memory
+    from utils.statistics import compare_paired
+    from utils.training import find_checkpoint
+    from utils.trial import let_go
+
+    evidence: dict = {
+        "what": "the demo's task, fp16: packed and fitted against unpacked rows 8 x 2, same rows equally often",
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpu": [gpu.name for gpu in gpus()],
+        "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "trl", "peft", "bitsandbytes")},
+        "runs": {},
+    }
+    found: dict[str, list[dict]] = {name: [] for name in RECIPES}
+    first: list[float] = []
+    for seed in SEEDS:
+        for name in RECIPES:
+            config = load_recipe(name, seed)
+            with tempfile.TemporaryDirectory() as scratch:
+                trainer, tokenizer, fit = train_once(config, Path(scratch))
+                first = first or losses(trainer)
+                updates = trainer.state.global_step
+                let_go(trainer)
+                model = trainer.model
+                del trainer
+                measured = held_out(model, tokenizer, config)
+            found[name].append(measured)
+            evidence["runs"][f"{name}, seed {seed}"] = {
+                "nll": round(float(measured["nll"].mean()), 5),
+                "accuracy": round(float(measured["correct"].mean()), 4),
+                "updates": updates,
+                "fit": str(fit),
+            }
+            del model
+            free_memory()
+            write_json(out, evidence)
+            print(name, seed, evidence["runs"][f"{name}, seed {seed}"], flush=True)
+    pooled = {name: {key: np.concatenate([m[key] for m in runs]) for key in runs[0]} for name, runs in found.items()}
+    groups = list(pooled["ours"]["group"])
+    accuracy = compare_paired("accuracy", pooled["tutorial"]["correct"], pooled["ours"]["correct"], groups)
+    evidence["nll_ratio"] = round(float(pooled["ours"]["nll"].mean() / pooled["tutorial"]["nll"].mean()), 4)
+    evidence["accuracy"] = {"tutorial": accuracy.base, "ours": accuracy.tuned, "difference": accuracy.difference,
+                            "ci95": accuracy.ci95, "n": accuracy.n}  # fmt: skip
+    write_json(out, evidence)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = load_recipe("tutorial", SEEDS[0])
+        again = losses(train_once(config, Path(scratch) / "again")[0])
+        evidence["same_seed_twice"] = {
+            "largest_loss_difference": max(abs(a - b) for a, b in zip(first, again, strict=True))
+        }
+        train_once(config, Path(scratch) / "torn", steps=97)
+        checkpoint = find_checkpoint(Path(scratch) / "torn" / "checkpoints")
+        resumed = losses(train_once(config, Path(scratch) / "torn", resume=checkpoint)[0])
+    evidence["resume"] = {
+        "stopped_after": 97,
+        "resumed_from": int(checkpoint.rsplit("-", 1)[1]),
+        "last_loss_difference": abs(resumed[-1] - first[-1]),
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(first, resumed, strict=True)),
+    }
+    write_json(out, evidence)
+    print(json.dumps({key: evidence[key] for key in ("nll_ratio", "accuracy", "same_seed_twice", "resume")}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
