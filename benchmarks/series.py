@@ -41,12 +41,17 @@ _SMALL = {
 }
 
 
-def run_series(run_dir: Path, settings: dict[str, object], *, last: str = "05") -> int:
-    """`python -m utils run --profile t4` in a process of its own; returns its exit status."""
-    command = [sys.executable, "-m", "utils", "run", "--profile", "t4", "--run-dir", str(run_dir), "--to", last]
-    for key, value in settings.items():
-        command += ["--set", f"{key}={value}"]
-    return subprocess.run(command, check=False).returncode
+def run_series(run_dir: Path, settings: dict[str, object], *, last: str = "05", only: tuple[str, ...] = ()) -> int:
+    """`python -m utils run --profile t4` to `last`, or of the stages `only`, in a process each; the first exit status."""
+    spans = [("--from", stage, "--to", stage) for stage in only] or [("--to", last)]
+    for span in spans:
+        command = [sys.executable, "-m", "utils", "run", "--profile", "t4", "--run-dir", str(run_dir), *span]
+        for key, value in settings.items():
+            command += ["--set", f"{key}={value}"]
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            return status
+    return 0
 
 
 def summarise(run_dir: Path) -> dict:

@@ -28,7 +28,7 @@ import typer
 
 from utils.config import load_config
 from utils.files import write_json
-from utils.platforms import GIB, global_rank, gpus, installed, world_size
+from utils.platforms import GIB, gpus, installed
 
 app = typer.Typer()
 WARM_UP, WINDOW, WINDOWS, PROFILED = 2, 3, 3, 2
@@ -44,9 +44,8 @@ CASES: dict[str, dict] = {
     "ours, 512 tokens": {**_FITTED, "what": "packs of 512 tokens, longer rows cut", "model.max_seq_length": 512},
     "all layers recompute": {**_FITTED, "what": "packed, 4 at once, unsloth's checkpointing: no fit", "train.fit": "given"},
     "unsloth's attention": {**_FITTED, "what": "ours without utils/packing.py", "own_attention": False},
-    "two GPUs": {**_FITTED, "what": "ours, one process for each of two GPUs", "gpus": 2},
 }  # fmt: skip
-QUICK = ("tutorial", "plain", "ours", "two GPUs")
+QUICK = ("tutorial", "plain", "ours")
 
 
 def settings_of(name: str, standin: Path) -> tuple[str, dict]:
@@ -77,16 +76,8 @@ def prepare(name: str, standin: Path, rows: Path, run_dir: Path, count: int):
 
 
 @app.command()
-def fit(name: str, standin: Path, rows: Path, run_dir: Path, world: int, count: int = 500) -> None:
-    """Find the fit of a case for each of WORLD processes, and leave it in RUN_DIR."""
-    from utils.trial import choose_fit
-
-    choose_fit(*prepare(name, standin, rows, run_dir, count), world)
-
-
-@app.command()
 def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: int = 500) -> None:
-    """One configuration, in this process: writes OUT, JSON. With several processes the first one writes."""
+    """One configuration, in this process: writes OUT, JSON."""
     import torch
 
     from utils.callbacks import RecomputeCallback
@@ -96,7 +87,7 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     started = time.monotonic()
     run, model, tokenizer, frame, make_trainer = prepare(name, standin, rows, run_dir, count)
     config, loaded, cuda = run.config, time.monotonic(), torch.cuda.is_available()
-    fitted = choose_fit(run, model, tokenizer, frame, make_trainer, world_size())
+    fitted = choose_fit(run, model, tokenizer, frame, make_trainer)
     tried = time.monotonic()
     if cuda:
         torch.cuda.empty_cache()
@@ -111,10 +102,6 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
         watch = Stopwatch(trainer)
         profiler = _Profiler(trainer, measured) if cuda else None
         trainer.train()
-    if world_size() > 1:  # what the others' batches held
-        held = torch.tensor(watch.tokens, device=model.device)
-        torch.distributed.all_reduce(held)
-        watch.tokens = held.tolist()
     windows = []
     for first in range(WARM_UP, measured, WINDOW):
         seconds = watch.ends[first + WINDOW - 1] - watch.ends[first - 1]
@@ -135,8 +122,7 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     }  # fmt: skip
     if profiler is not None:
         result["kernels"] = profiler.summary(watch.tokens[measured:])
-    if global_rank() == 0:
-        write_json(out, result)
+    write_json(out, result)
 
 
 @app.command()
@@ -267,14 +253,9 @@ def peak(out: Path) -> None:
     write_json(out, {"windows": windows, "tflops": statistics.median(windows)})
 
 
-def _run(arguments: list[str], processes: int = 1) -> str | None:
-    """`python -m benchmarks.train ...` in a fresh process, or several; the last line of what went wrong, or None."""
-    module = ["-m", "benchmarks.train", *arguments]
-    command = [sys.executable, *module]
-    if processes > 1:
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
-                   "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", *module]  # fmt: skip
+def _run(arguments: list[str]) -> str | None:
+    """`python -m benchmarks.train ...` in a fresh process; the last line of what went wrong, or None."""
+    command = [sys.executable, "-m", "benchmarks.train", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
 
@@ -292,8 +273,6 @@ def ratios(evidence: dict) -> dict:
                 found[f"ratio_vs_{key}"] = round(speed["ours"] / speed[peer], 2)
             if peer in kernel and "ours" in kernel:
                 found[f"kernel_ratio_vs_{key}"] = round(kernel["ours"] / kernel[peer], 2)
-        if "two GPUs" in speed:
-            found["ratio_two_gpus"] = round(speed["two GPUs"] / speed["ours"], 2)
         if "peak" in evidence:
             flops, tflops = cases["ours"]["flops_per_token"], evidence["peak"]["tflops"] * 1e12
             found["peak_share"] = round(speed["ours"] * flops / tflops, 3)
@@ -332,15 +311,9 @@ def measure(
                 else:
                     evidence[name] = json.loads((place / f"{name}.json").read_text(encoding="utf-8"))
         for name in names:
-            count = CASES[name].get("gpus", 1)
-            if count > max(1, len(gpus())):
-                continue
             started = time.monotonic()
             arguments = ["case", name, str(standin), str(rows), str(place / "case.json"), str(place / name)]
-            wrong = None
-            if count > 1:  # trials need a process that is alone
-                wrong = _run(["fit", name, str(standin), str(rows), str(place / name), str(count)])
-            wrong = wrong or _run(arguments, count)
+            wrong = _run(arguments)
             if wrong:
                 evidence["failed"][name] = wrong
             else:
@@ -351,6 +324,100 @@ def measure(
             print(name, wrong or f"{evidence['configurations'][name]['tokens_per_second']:,.0f} tokens/s", flush=True)
     print(json.dumps(ratios(evidence)))
     raise typer.Exit(bool(evidence["failed"]))
+
+
+START, END = "<!-- benchmarks.train table -->", "<!-- end of the table -->"
+
+
+def markdown_table(evidence: dict) -> str:
+    """The README's table: each configuration's tokens per second by wall time and by kernel time, its memory and fit."""
+    lines = ["| configuration | tokens/s | by kernel time | GiB reserved | micro-batch, layers that recompute |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for name, case in evidence["configurations"].items():
+        kernel = f"{case['kernels']['tokens_per_second']:,.0f}" if case.get("kernels") else ""
+        fit = case["fit"]
+        cut = f"{fit['per_device_train_batch_size']} x {fit['gradient_accumulation_steps']}, {fit['recompute_layers']}"
+        bold = "**" if name == "ours" else ""
+        speed = f"{bold}{case['tokens_per_second']:,.0f}{bold}"
+        lines.append(f"| {bold}{name}{bold}: {case['what']} | {speed} | {kernel} | {case['reserved_gib']} | {cut} |")
+    return "\n".join(lines)
+
+
+def draw(evidence: dict, path: Path) -> None:
+    """Bars of wall and kernel speed for each configuration, and where the GPU's time goes in ours."""
+    from matplotlib.figure import Figure
+
+    cases = evidence["configurations"]
+    figure = Figure(figsize=(10, 0.45 * len(cases) + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    places = range(len(cases))
+    wall = [case["tokens_per_second"] for case in cases.values()]
+    kernel = [case.get("kernels", {}).get("tokens_per_second", 0) for case in cases.values()]
+    left.barh([p - 0.2 for p in places], wall, 0.38, label="wall time", color="#d1495b")
+    left.barh([p + 0.2 for p in places], kernel, 0.38, label="kernel time alone", color="#98a2b3")
+    left.set_yticks(list(places), list(cases))
+    left.invert_yaxis()
+    left.set(title="Training, tokens per second", xlabel="8B shapes, 4-bit, fp16, T4's limits")
+    left.legend(frameon=False, loc="lower right")
+    share = cases["ours"]["kernels"]["share"] if cases.get("ours", {}).get("kernels") else {}
+    right.barh(list(share), [100 * part for part in share.values()], 0.6, color="#30638e")
+    right.invert_yaxis()
+    right.set(title="Where ours spends the GPU's time", xlabel="% of the sum of kernel times")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+@app.command()
+def table(evidence: Path, readme: Annotated[Path | None, typer.Option(help="Write it into this file.")] = None) -> None:
+    """Print the table of EVIDENCE, draw the plot beside it, and put the table into a README between its two marks."""
+    found = json.loads(evidence.read_text(encoding="utf-8"))
+    draw(found, evidence.with_suffix(".png"))
+    text = markdown_table(found)
+    print(text)
+    if readme is not None:
+        before, _, rest = readme.read_text(encoding="utf-8").partition(START)
+        _, _, after = rest.partition(END)
+        readme.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+@app.command()
+def two_gpus(
+    standin: Path,
+    rows: Annotated[Path, typer.Option(help="Training rows, JSONL.")],
+    out: Annotated[Path, typer.Option(help="The evidence of `measure`, to which this is added.")],
+    steps: Annotated[int, typer.Option(help="Updates of each run.")] = 24,
+) -> None:
+    """Notebook 03 itself, profile t4, on one GPU and then on two of the same machine; exit 1 where a run failed."""
+    from benchmarks.series import run_series, summarise
+
+    settings = {"model.name": standin.resolve(), "data.path": rows.resolve(), "data.eval_rows": 16, "data.train_rows": 80,
+                "train.num_train_epochs": 100, "train.max_steps": steps, "evaluate.benchmark.name": "null",
+                "evaluate.primary": "nll", "hardware.emulate_t4": "true", "hardware.pins": "report"}  # fmt: skip
+    found: dict = {"gpu": [gpu.name for gpu in gpus()], "date": datetime.now(UTC).date().isoformat(), "failed": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for count in (1, 2):
+            run_dir = Path(scratch) / str(count)
+            status = run_series(run_dir, {**settings, "hardware.processes": count}, only=("00", "02", "03"))
+            summary = run_dir / "training" / "summary.json"
+            if status or not summary.exists():
+                found["failed"].append(summarise(run_dir))
+                break
+            told = json.loads(summary.read_text(encoding="utf-8"))
+            seconds = told["update_seconds"][2:]
+            windows = [round(sum(part), 4) for part in (seconds[i::WINDOWS] for i in range(WINDOWS))]
+            found[f"{count} GPU"] = {
+                **told,
+                "window_seconds": windows,
+                "losses": summarise(run_dir)["training"]["losses"],
+            }
+    if not found["failed"]:  # the same packs in every update
+        one, two = (statistics.median(found[f"{count} GPU"]["window_seconds"]) for count in (1, 2))
+        found["ratio"] = round(one / two, 3)
+    evidence = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    write_json(out, evidence | {"two_gpus": found, "ratio_two_gpus": found.get("ratio")})
+    print(json.dumps({key: found.get(key) for key in ("ratio", "failed")}))
+    raise typer.Exit(bool(found["failed"]))
 
 
 if __name__ == "__main__":

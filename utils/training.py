@@ -77,7 +77,10 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
         _finish_tracking(tracker, run, log)
         figures |= {"steps": trainer.state.global_step, "processes": world_size(), **asdict(fit), **watch.figures(run)}
         figures["final_loss"] = round(float(log["loss"].tail(5).mean()), 4) if len(log) else "none"
-        write_json(run.file("training/summary.json"), {"figures": figures, "peak_memory": peak_memory()})
+        write_json(
+            run.file("training/summary.json"),
+            {"figures": figures, "peak_memory": peak_memory(), "update_seconds": watch.seconds()},
+        )
 
 
 def describe_model(model, config: Config) -> dict:

@@ -58,12 +58,18 @@ class Stopwatch(TrainerCallback):
             return {}
         began = datetime.fromisoformat(run.record(run.stage)["started"]).timestamp()
         found = {"seconds_to_first_update": round(time.time() - (time.monotonic() - self.ends[0]) - began, 1)}
-        return found | ({"tokens_per_second": round(statistics.median(self.speeds()))} if self.speeds() else {})
+        if self.speeds():
+            found["tokens_per_second"] = round(statistics.median(self.speeds()))
+            found["seconds_per_update"] = round(statistics.median(self.seconds()), 4)
+        return found
+
+    def seconds(self) -> list[float]:
+        """How long each update after the first took."""
+        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
 
     def speeds(self, skip: int = 1) -> list[float]:
         """Tokens per second of each update after the first `skip`."""
-        seconds = [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
-        return [tokens / s for tokens, s in zip(self.tokens[1:], seconds, strict=False)][skip - 1 :]
+        return [tokens / s for tokens, s in zip(self.tokens[1:], self.seconds(), strict=False)][skip - 1 :]
 
 
 def _count_tokens(batch: dict) -> int:
