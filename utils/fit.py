@@ -46,9 +46,9 @@ def search(
 ) -> tuple[Fit | None, list[Measured]]:
     """The fastest fit for an update of `rows` rows, and all trials; None where not even the smallest one fits.
 
-    For each micro-batch that divides `rows`, from 1 on: memory is measured with all `layers` recomputing and with an
-    eighth of them keeping activations; the line through both says how many can keep theirs within `room_gib`, which a
-    third trial confirms or corrects. A larger micro-batch is tried as long as it is faster: it keeps fewer activations.
+    For each micro-batch that divides `rows`, from 1 on: memory is measured with all `layers` recomputing, and once with
+    an eighth of them keeping activations; the line through both says how many can keep theirs within `room_gib`, which
+    a further trial confirms or corrects. A larger micro-batch is tried as long as it is faster: it keeps fewer.
     """
     trials: list[Measured] = []
 
@@ -59,31 +59,35 @@ def search(
             return None
         return trials[-1]
 
-    best: Measured | None = None
+    best, each = None, None  # GiB that one row's activations take in one layer
     for micro in (n for n in range(1, rows + 1) if rows % n == 0):
-        fastest = _fastest_with(micro, rows // micro, attempt, layers, room_gib)
-        if fastest is None or (best and fastest.tokens_per_second <= best.tokens_per_second):
+        found, each = _fastest_with(micro, rows // micro, attempt, layers, room_gib, each)
+        if found is None or (best and found.tokens_per_second <= best.tokens_per_second):
             break
-        best = fastest
+        best = found
     return (best.fit if best else None), trials
 
 
-def _fastest_with(micro: int, accumulate: int, attempt, layers: int, room_gib: float) -> Measured | None:
+def _fastest_with(
+    micro: int, accumulate: int, attempt, layers: int, room_gib: float, each: float | None
+) -> tuple[Measured | None, float | None]:
     step = max(1, layers // 8)
-    all_recompute = attempt(Fit(micro, accumulate, layers))
-    if all_recompute is None:
-        return None
-    some_keep = attempt(Fit(micro, accumulate, layers - step))
-    if some_keep is None:
-        return all_recompute
-    each = max((some_keep.peak_gib - all_recompute.peak_gib) / step, 1e-6)
-    keep = min(layers, int((room_gib - all_recompute.peak_gib) / each))
-    while keep > step:
+    tried = [attempt(Fit(micro, accumulate, layers))]
+    if tried[0] is None:
+        return None, each
+    if each is None:
+        tried.append(attempt(Fit(micro, accumulate, layers - step)))
+        if tried[1] is None:
+            return tried[0], each
+        each = max((tried[1].peak_gib - tried[0].peak_gib) / step / micro, 1e-6)
+    keep = min(layers, int((room_gib - tried[0].peak_gib) / (each * micro)))
+    while keep > (step if len(tried) == 2 else 0):
         most_keep = attempt(Fit(micro, accumulate, layers - keep))
         if most_keep is not None:
-            return max(most_keep, some_keep, all_recompute, key=lambda m: m.tokens_per_second)
+            tried.append(most_keep)
+            break
         keep -= max(1, layers // 16)
-    return max(some_keep, all_recompute, key=lambda m: m.tokens_per_second)
+    return max(tried, key=lambda measured: measured.tokens_per_second), each
 
 
 def safer(fit: Fit, layers: int) -> Fit | None:

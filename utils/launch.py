@@ -31,7 +31,7 @@ from utils.platforms import gpu_ids, local_rank, processes
 from utils.project import ROOT
 from utils.rundir import StageRun, open_run
 from utils.stages import BY_NAME
-from utils.workers import PARENT, end_with_parent
+from utils.workers import PARENT, end_with_parent, python_path
 
 RECIPE, SUMMARY, _ERROR, _LOG = (
     f"training/{name}" for name in ("recipe.py", "summary.json", "error.json", "launch.log")
@@ -114,7 +114,7 @@ def _command(run: StageRun, count: int) -> list[str]:
 def _start(run: StageRun, command: list[str], visible: Sequence[str]) -> int:
     """Run `command` with its output shown here as it comes; returns 0 or _AGAIN, raises the error that it left."""
     run.file(_ERROR).unlink(missing_ok=True)
-    environment = {**os.environ, PARENT: "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}
+    environment = {**os.environ, PARENT: "1", "PYTHONPATH": python_path()}
     if visible:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
     run.file(_LOG).parent.mkdir(parents=True, exist_ok=True)
@@ -149,10 +149,6 @@ def _start(run: StageRun, command: list[str], visible: Sequence[str]) -> int:
 def _left(run: StageRun) -> dict:
     """What a process wrote before it ended: kind and message of an error."""
     return json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
-
-
-def _python_path() -> list[str]:
-    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
 
 
 def take_part(run_dir: str, trial_for: int = 0) -> None:

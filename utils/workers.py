@@ -70,7 +70,7 @@ class Workers:
 
     def _launch(self, number: int, questions: Sequence[Question]) -> subprocess.Popen:
         write_json(self._file(number, "json"), [question.id for question in questions])
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         if number < len(gpu_ids()):
             environment["CUDA_VISIBLE_DEVICES"] = gpu_ids()[number]
         environment.pop(VARIABLE, None)  # the driver's line shows one process's progress
@@ -97,6 +97,11 @@ def answer_share(run_dir: str, arm: str, number: int) -> None:
     print(f"{len(listed)} questions on device {place}", flush=True)
     path = share_path(run.file(f"{arm}/answers.jsonl"), number)
     answer_questions(model, tokenizer, [questions[i] for i in listed], run.config.generate, path, arm_digest(run, arm))
+
+
+def python_path() -> str:
+    """PYTHONPATH for a process of ours: this checkout first, then what was there."""
+    return os.pathsep.join([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 
 
 def end_with_parent() -> None:
