@@ -9,10 +9,11 @@ import pytest
 from utils.project import ROOT
 
 GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
-PURE = "demo_data prompts parsing metrics results statistics verdicts similarity data items split answers probe_results".split()
-MODELS = "decoding demo models memory sampling".split()
+PURE = "demo_data shards serving prompts parsing metrics results statistics verdicts similarity data items split answers probe_results".split()
+MODELS = "bases decoding demo llama_cpp memory merge models sampling".split()
 WORK = (
-    "generation probe selftest likelihood workers comparison forest figures training export report answers_page".split()
+    "generation probe selftest likelihood workers comparison forest figures training export agreement loadback "
+    "verification gguf_files card card_facts report answers_page".split()
 )
 DRIVERS = "series bundle __main__".split()
 LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]

@@ -79,7 +79,7 @@ def absolute_overrides(overrides: Mapping[str, Any], base: Path | None = None) -
     base = base or Path.cwd()
     result = {}
     for key, value in overrides.items():
-        if isinstance(value, str) and (key.endswith(".path") or key == "model.name"):
+        if isinstance(value, str) and (key.endswith(".path") or key in ("model.name", "export.base")):
             candidate = base / Path(value).expanduser()
             value = str(candidate.resolve()) if candidate.exists() or key.endswith(".path") else value
         elif isinstance(value, list):  # evaluate.more_benchmarks
