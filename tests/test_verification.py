@@ -92,9 +92,10 @@ def test_a_weight_that_changed_is_found_by_loading_even_where_no_digest_is_asked
 def test_merged_weights_are_checked_against_base_plus_adapter(copied):
     folders, base = export_folders(copied), find_base(copied.config)
     assert check_merged_weights(folders, base)["largest_rounding_units"] < 4
-    change_a_weight(folders["merged"] / "model.safetensors", 1e-4)
-    with pytest.raises(ModelError, match="differ from base plus adapter"):
-        check_merged_weights(folders, base)
+    for change in (1e-4, float("nan")):
+        change_a_weight(folders["merged"] / "model.safetensors", change)
+        with pytest.raises(ModelError, match="differ from base plus adapter"):
+            check_merged_weights(folders, base)
 
 
 def test_an_export_that_cannot_be_loaded_ends_in_a_sentence(copied, monkeypatch):

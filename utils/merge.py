@@ -22,7 +22,7 @@ from utils.platforms import GIB, require_disk
 from utils.progress import Progress
 from utils.shards import BYTES, INDEX, Shard, StoredTensor, find_shards
 
-BLOCK = 2**20  # weights in one piece of work: with the float32 copies some 12 MB for each thread
+BLOCK = 2**21  # weights in one piece of work: with its float32 copy some 12 MB for each thread
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _own = threading.local()
 _PREFIX = "base_model.model."
@@ -207,11 +207,11 @@ def _merge_block(source: int, output: int, tensor: StoredTensor, rows: slice, fa
 
 
 def _buffers(size: int):
-    """This thread's own memory, used again for every block: `size` bytes, and as many float32."""
+    """This thread's own memory, used again for every block: `size` bytes, and a float32 for every two."""
     import torch
 
     if getattr(_own, "size", 0) < size:
-        _own.size, _own.data, _own.sums = size, bytearray(size), torch.empty(size, dtype=torch.float32)
+        _own.size, _own.data, _own.sums = size, bytearray(size), torch.empty(size // 2, dtype=torch.float32)
     return memoryview(_own.data)[:size], _own.sums
 
 

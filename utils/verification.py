@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from utils.files import digests, record_files, sha256, write_json
 from utils.gguf_files import check_folder
 from utils.llama_cpp import find_llama_cpp
 from utils.loadback import answer_elsewhere
-from utils.merge import read_lora
+from utils.merge import Lora, read_lora
 from utils.models import device, free_memory, load_plain, load_tokenizer, model_source, torch_dtype
 from utils.platforms import GIB, gpus, resolve_hardware
 from utils.prompts import format_prompt
@@ -26,7 +27,7 @@ from utils.stages import BY_NAME
 
 REFERENCE = "export/reference.safetensors"
 KINDS = ("adapter", "merged", "gguf")
-_T4_GIB, _GGUF_PROMPTS = 14.0, 20
+_T4_GIB, _GGUF_PROMPTS, _ROWS = 14.0, 20, 512
 
 
 def export_prompts(run: RunDir) -> list[str]:
@@ -128,7 +129,6 @@ def check_merged_weights(folders: Mapping[str, Path], base: Base, modules: int =
     Returns how many were compared and the largest difference in units of the stored dtype's rounding. Raises
     ModelError where any differs by more than r units.
     """
-    import torch
     from safetensors import safe_open
 
     lora = read_lora(folders["adapter"])
@@ -146,18 +146,30 @@ def check_merged_weights(folders: Mapping[str, Path], base: Base, modules: int =
         for folder in shards:
             with safe_open(files[folder, name], framework="pt") as tensors:
                 pair.append(tensors.get_tensor(name).clone())
-        (before, after), (a, b) = pair, (factor.double() for factor in lora.factors[name])
-        rank = a.shape[0]
-        expected = before.double() + lora.scale * (b @ a)
-        # What rounding may do depends on the terms that were added, not on their sum, which can cancel.
-        unit = torch.finfo(after.dtype).eps * (before.double().abs() + abs(lora.scale) * (b.abs() @ a.abs()))
-        worst = max(worst, float(((after.double() - expected).abs() / unit.clamp(min=1e-12)).max()))
+        rank = lora.factors[name][0].shape[0]
+        for rows in range(0, len(pair[0]), _ROWS):  # float64 is large
+            worst = max(worst, _rounding_units(*(t[rows : rows + _ROWS] for t in pair), lora, name, rows))
     if not worst <= rank:  # r products are added for each entry
         raise ModelError(
             f"The merged weights differ from base plus adapter by {worst:.1f} units of rounding, at most {rank} are "
             "rounding; run 05 again."
         )
     return {"modules": len(names), "largest_rounding_units": round(worst, 3)}
+
+
+def _rounding_units(before, after, lora: Lora, name: str, first: int) -> float:
+    """The largest difference of merged rows from before + scale * B @ A, in units of what rounding may do.
+
+    That depends on the terms that were added, not on their sum, which can cancel.
+    """
+    import torch
+
+    a, b = (factor.double() for factor in lora.factors[name])
+    b, before = b[first : first + len(before)], before.double()
+    expected = before + lora.scale * (b @ a)
+    unit = torch.finfo(after.dtype).eps * (before.abs() + abs(lora.scale) * (b.abs() @ a.abs()))
+    units = (after.double() - expected).abs() / unit.clamp(min=1e-12)
+    return float(units.nan_to_num(nan=math.inf).max())  # max() of Python would pass over NaN
 
 
 def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, dict]) -> Path:
