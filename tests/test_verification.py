@@ -15,6 +15,7 @@ from utils.bases import find_base
 from utils.card import write_cards
 from utils.errors import ModelError, RunDirError
 from utils.export import copy_adapter, merge_adapter
+from utils.files import write_text
 from utils.rundir import open_run
 from utils.stages import BY_NAME
 from utils.verification import (
@@ -39,6 +40,9 @@ def exported(tiny_folder, tmp_path_factory):
     folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run)[0]}
     write_reference(run)
     figures = verify_exports(run, folders)
+    folders["gguf"] = run.file("export/gguf")  # what llama.cpp would write: here only its digests are looked at
+    for name in ("model-f16.gguf", "model-q4_k_m.gguf", "adapter-f32.gguf", "Modelfile"):
+        write_text(folders["gguf"] / name, f"GGUF {name}")
     write_cards(run, find_base(run.config), folders, figures)
     write_record(run, folders, figures)
     return run
@@ -47,6 +51,10 @@ def exported(tiny_folder, tmp_path_factory):
 @pytest.fixture
 def copied(exported, tmp_path):
     return open_run("auto", shutil.copytree(exported.path, tmp_path / "run"))
+
+
+def folders_of(run):
+    return {kind: folder for kind, folder in export_folders(run).items() if kind != "gguf"}
 
 
 def change_a_weight(path, by=0.01):
@@ -61,7 +69,7 @@ def test_adapter_and_merged_model_agree_with_the_model_in_memory(exported):
         assert agreement[kind]["level"] == "exact" and agreement[kind]["identical"] == agreement[kind]["prompts"] == 4
         assert agreement[kind]["largest_logit_difference"] < 1e-4
     assert agreement["merged_weights"]["modules"] == 4
-    assert export_folders(exported) == {kind: exported.file(f"export/{kind}") for kind in ("adapter", "merged")}
+    assert export_folders(exported) == {kind: exported.file(f"export/{kind}") for kind in ("adapter", "merged", "gguf")}
 
 
 def test_a_flipped_bit_is_found_in_whichever_file_it_is(copied):
@@ -69,7 +77,7 @@ def test_a_flipped_bit_is_found_in_whichever_file_it_is(copied):
     exported_files = [
         path for path in copied.file("export").rglob("*") if path.is_file() and path.name != "verify.json"
     ]
-    assert len(exported_files) == 15
+    assert len(exported_files) == 20
     for path in exported_files:
         whole = path.read_bytes()
         damaged = bytearray(whole)
@@ -86,7 +94,7 @@ def test_a_flipped_bit_is_found_in_whichever_file_it_is(copied):
 def test_a_weight_that_changed_is_found_by_loading_even_where_no_digest_is_asked(copied):
     change_a_weight(copied.file("export/merged/model.safetensors"), 1.0)
     with pytest.raises(ModelError, match=r"exported merged, loaded back, gives .*(logits differ|the same tokens)"):
-        verify_exports(copied, export_folders(copied))
+        verify_exports(copied, folders_of(copied))
 
 
 def test_merged_weights_are_checked_against_base_plus_adapter(copied):
@@ -141,7 +149,7 @@ def test_a_four_bit_run_holds_merged_weights_against_the_sixteen_bit_base_where_
 
     monkeypatch.setattr(verification, "answer_elsewhere", answers)
     monkeypatch.setattr(verification, "_fits", lambda *_: fits)
-    figures = verify_exports(copied, export_folders(copied))
+    figures = verify_exports(copied, folders_of(copied))
     assert figures["merged"]["level"] == level and asked["merged"]["follows"] == leader
     assert asked["adapter"]["four_bit"] and asked["merged"]["four_bit"] == (not fits)
     if fits:
@@ -157,7 +165,7 @@ def test_an_export_that_lay_in_scratch_and_is_gone_is_no_fault_of_the_rest(copie
     (tmp_path / "merged" / "config.json").write_text("{}")
     assert altered_exports(copied) == ["export/merged/config.json differs from what was verified"]
     shutil.rmtree(elsewhere)
-    assert altered_exports(copied) == [] and set(export_folders(copied)) == {"adapter"}
+    assert altered_exports(copied) == [] and set(export_folders(copied)) == {"adapter", "gguf"}
 
 
 def test_the_reference_says_what_the_trained_model_says(exported):
