@@ -1,6 +1,6 @@
 """A stand-in for DeepSeek-R1-Distill-Llama-8B: exact shapes, random weights, DeepSeek's special tokens.
 
-    python -m benchmarks.standin /tmp/standin-8b [--vocabulary llama3_bpe.model] [--size 8b|tiny]
+    python -m benchmarks.standin /tmp/standin-8b [--vocabulary llama3_bpe.model] [--size 8b|1b|tiny]
 
 It takes the place of the real model's folder wherever weights cannot be fetched. With `--vocabulary`, a Llama-3
 vocabulary in tiktoken form, its token counts are the real ones; otherwise a small vocabulary is trained here and padded
@@ -20,11 +20,12 @@ import typer
 from utils.demo import CHAT_TEMPLATE, train_tokenizer
 from utils.prompts import ASSISTANT, BOS, EOS, PAD, USER
 
-_SHARD_BYTES = 5 * 2**30
 # meta-llama/llama-models, models/llama3/tokenizer.py
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHAPES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2},
@@ -66,7 +67,7 @@ def build_tokenizer(vocabulary: Path | None):
     return tokenizer
 
 
-def build_standin(target: Path, vocabulary: Path | None = None, size: str = "8b") -> None:
+def build_standin(target: Path, vocabulary: Path | None = None, size: str = "8b", shard_gib: float = 5.0) -> None:
     """Write config, sharded bf16 safetensors of random weights, and tokenizer to `target`; one shard in memory at a time."""
     import torch
     from safetensors.torch import save_file
@@ -96,7 +97,7 @@ def build_standin(target: Path, vocabulary: Path | None = None, size: str = "8b"
         shapes = {name: tuple(value.shape) for name, value in LlamaForCausalLM(config).state_dict().items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
-    weight_map, shard, held, count = {}, {}, 0, -(-_total_bytes(shapes) // _SHARD_BYTES)
+    weight_map, shard, held, count = {}, {}, 0, math.ceil(_total_bytes(shapes) / (shard_gib * 2**30))
     for number, (name, shape) in enumerate(shapes.items(), start=1):
         if name.endswith("norm.weight"):
             shard[name] = torch.ones(shape, dtype=torch.bfloat16)
@@ -121,9 +122,10 @@ def main(
     target: Path,
     vocabulary: Annotated[Path | None, typer.Option(help="A Llama-3 vocabulary in tiktoken form.")] = None,
     size: str = "8b",
+    shard_gib: Annotated[float, typer.Option(help="The largest shard.")] = 5.0,
 ) -> None:
     """Build the stand-in in TARGET."""
-    build_standin(target, vocabulary if vocabulary and vocabulary.exists() else None, size)
+    build_standin(target, vocabulary if vocabulary and vocabulary.exists() else None, size, shard_gib)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,15 @@ import pytest
 from utils.project import ROOT
 
 GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
-PURE = "fit demo_data prompts parsing metrics results statistics verdicts similarity data items split answers probe_results".split()
-MODELS = "decoding packing demo models memory sampling".split()
-WORK = "callbacks trial launch generation probe selftest likelihood workers comparison forest figures training export report answers_page".split()
+PURE = (
+    "fit demo_data shards serving prompts parsing metrics results statistics verdicts similarity data items split answers "
+    "probe_results".split()
+)
+MODELS = "bases decoding packing demo llama_cpp memory merge models sampling".split()
+WORK = (
+    "callbacks trial launch generation probe selftest likelihood workers comparison forest figures training export "
+    "agreement loadback verification gguf_files card card_facts report answers_page".split()
+)
 DRIVERS = "series bundle __main__".split()
 LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "lm_eval"}

@@ -131,21 +131,29 @@ def test_score_recomputes_the_same_metrics_without_torch(copied_run):
     assert {name: (copied_run / "comparison" / name).read_bytes() for name in names} == before
 
 
-def test_verify_passes_and_finds_a_flipped_bit_by_name(copied_run):
-    assert run_command("verify", copied_run).returncode == 0
-    weights = copied_run / "export" / "merged" / "model.safetensors"
-    damaged = bytearray(weights.read_bytes())
-    damaged[-1] ^= 1
-    weights.write_bytes(damaged)
+def test_verify_passes_and_finds_a_flipped_bit_in_each_exported_file_by_name(copied_run):
     done = run_command("verify", copied_run)
-    assert done.returncode == 1 and "export/merged/model.safetensors differs" in done.stdout
+    assert done.returncode == 0 and "merged: against the model in memory" in done.stdout
+    files = sorted(path for path in (copied_run / "export").rglob("*") if path.is_file())
+    assert len(files) == 16
+    for path in files:
+        damaged = bytearray(path.read_bytes())
+        damaged[-1] ^= 1
+        path.write_bytes(damaged)
+    done = run_command("verify", copied_run)
+    assert done.returncode == 1
+    for path in files:
+        assert f"{path.relative_to(copied_run).as_posix()} differs" in done.stdout
 
 
 def test_adapter_and_merged_model_lie_apart_and_agree_token_for_token(demo_run):
     assert not (demo_run.path / "export" / "merged" / "adapter_config.json").exists()
     assert not (demo_run.path / "export" / "adapter" / "config.json").exists()
-    figures = json.loads((demo_run.path / "export" / "verify.json").read_text())["agreement"]["adapter_and_merged"]
-    assert figures["identical"] == figures["prompts"] == 24
+    agreement = json.loads((demo_run.path / "export" / "verify.json").read_text())["agreement"]
+    for kind in ("adapter", "merged"):
+        assert agreement[kind]["level"] == "exact"
+        assert agreement[kind]["identical"] == agreement[kind]["prompts"] == 50
+        assert agreement[kind]["largest_logit_difference"] < 1e-4
 
 
 def test_a_null_run_cannot_tell_and_only_what_depends_on_the_change_runs_again(copied_run):

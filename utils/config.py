@@ -74,14 +74,17 @@ def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Con
         raise ConfigError(_explain(error, profile)) from None
 
 
+_PATHS = (".path", ".accelerate_config")  # settings that are paths and nothing else
+
+
 def absolute_overrides(overrides: Mapping[str, Any], base: Path | None = None) -> dict[str, Any]:
     """The overrides with local paths that exist below `base` (the current directory) made absolute."""
     base = base or Path.cwd()
     result = {}
     for key, value in overrides.items():
-        if isinstance(value, str) and (key.endswith((".path", ".accelerate_config")) or key == "model.name"):
+        if isinstance(value, str) and (key.endswith(_PATHS) or key in ("model.name", "export.base")):
             candidate = base / Path(value).expanduser()
-            value = str(candidate.resolve()) if candidate.exists() or key != "model.name" else value
+            value = str(candidate.resolve()) if candidate.exists() or key.endswith(_PATHS) else value
         elif isinstance(value, list):  # evaluate.more_benchmarks
             value = [
                 item | {"path": str((base / Path(item["path"]).expanduser()).resolve())}

@@ -1,248 +1,157 @@
-"""Exports that were loaded back: the adapter in one folder, the merged model in another, a check of each."""
+"""What others can load: the adapter in one folder, the merged model in another, each complete on its own.
+
+Each folder is one repository: weights, tokenizer, chat template and a card, ready to be uploaded as it is.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import shutil
-from collections.abc import Sequence
-from itertools import takewhile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
-import pandas as pd
-
-from utils.errors import ModelError
-from utils.files import atomic_folder, digests, record_files, write_text
-from utils.models import free_memory, load_plain, load_tokenizer, model_source, torch_dtype
-from utils.platforms import require_disk, require_memory
-from utils.progress import track
-from utils.prompts import format_prompt
+from utils.bases import Base, base_name, find_base, trained_on
+from utils.errors import HardwareError, ModelError, RunDirError
+from utils.files import atomic_folder, write_json
+from utils.gguf_files import file_name, write_gguf
+from utils.llama_cpp import find_llama_cpp, how_to_get_it, install_llama_cpp
+from utils.merge import Merged, merge_shards, read_lora
+from utils.models import load_tokenizer, model_source
+from utils.platforms import GIB, free_disk_gib, require_disk, where
+from utils.project import NAME
 from utils.rundir import RunDir
-from utils.settings import Config
+from utils.serving import fit_chat_template, write_modelfile
+from utils.settings import GgufType
+from utils.shards import find_shards
 
-NEW_TOKENS = 48  # greedy tokens compared for each prompt
+_SPARE_GIB = 1.0  # left free beside the merged model, for the report and the next checkpoint
+# What transformers 5 notes about this machine and this loading; of no use to others.
+_LOCAL_KEYS = ("is_local", "local_files_only", "backend", "name_or_path")
 
 
 def copy_adapter(run: RunDir) -> Path:
-    """export/adapter: the trained adapter with its tokenizer, and nothing else beside it."""
-    target = run.file("export/adapter")
-    with atomic_folder(target) as folder:
-        ignored = shutil.ignore_patterns("README.md", ".*")
-        shutil.copytree(run.file("training/adapter"), folder, ignore=ignored, dirs_exist_ok=True)
-    return target
+    """export/adapter: the trained adapter, which names its base and commit, with tokenizer and chat template beside it."""
+    name, revision = trained_on(run.config)
+    source = run.file("training/adapter")
+    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    _check_base(settings, run, name)
+    with _writable(run.file("export/adapter")) as folder:
+        shutil.copyfile(source / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+        write_json(folder / "adapter_config.json", settings | {"base_model_name_or_path": name, "revision": revision})
+        save_tokenizer(run, folder)
+    return run.file("export/adapter")
 
 
-def merge_adapter(run: RunDir) -> Path:
-    """export/merged: adapter folded into the 16-bit base weights (float32 where the run computes so), on the CPU.
+def merge_adapter(run: RunDir) -> tuple[Path, Base, Merged]:
+    """export/merged: the adapter folded into the 16-bit base, shard by shard; returns folder, base and figures.
 
-    Merging into the 4-bit weights would round twice (peft's bnb layers requantise). Raises HardwareError where the
-    disk or main memory is too small, ModelError where a merged weight is not finite. A half-written folder never has the
-    final name.
+    On Kaggle it goes to scratch where the working directory is too small. Raises HardwareError where no disk is large
+    enough, ModelError where base and adapter do not belong together or a weight is not finite, RunDirError where the
+    target cannot be written. A half-written folder never has the final name, and an earlier one stays until then.
     """
-    import torch
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config, target = run.config, run.file("export/merged")
-    source = sixteen_bit_source(config)
-    dtype = torch.float32 if torch_dtype(config) == torch.float32 else torch.bfloat16
-    shape = AutoConfig.from_pretrained(source, revision=_revision(config, source))
-    with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(shape, dtype=dtype).num_parameters() * dtype.itemsize / 2**30
-    instead = "The adapter is exported; run 05 elsewhere, or with export.merged=false."
-    require_memory(size * 1.1, "Merging", instead)
-    with atomic_folder(target) as folder:
-        require_disk(run.path, size * 1.05 + 0.1, "The merged model")
-        base = AutoModelForCausalLM.from_pretrained(source, revision=_revision(config, source), dtype=dtype)
-        try:
-            lora = PeftModel.from_pretrained(base, str(run.file("training/adapter")))
-            merged = lora.merge_and_unload(safe_merge=True)
-        except ValueError as error:  # safe_merge found NaN or infinity
-            raise ModelError(
-                f"The adapter cannot be merged: {error}; train again with a lower learning rate."
-            ) from None
-        merged.save_pretrained(str(folder), safe_serialization=True)
-        load_tokenizer(model_source(config), config.model.revision).save_pretrained(str(folder))
-    del base, lora, merged
-    free_memory()
-    return target
+    base = find_base(run.config)
+    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{base.name} is quantised, and merging into quantised weights rounds twice; name the 16-bit model: "
+            "--set export.base=OWNER/NAME."
+        )
+    lora = read_lora(run.file("export/adapter"))
+    size = sum(shard.size for shard in find_shards(base.folder)) / GIB
+    target = choose_place(run, "merged", size)
+    with _writable(target, size) as folder:
+        merged = merge_shards(base.folder, lora, folder)
+        # As published: transformers 5 would write keys that version 4, vLLM and llama.cpp read otherwise.
+        write_json(folder / "config.json", {key: value for key, value in config.items() if key != "_name_or_path"})
+        if (base.folder / "generation_config.json").exists():
+            shutil.copyfile(base.folder / "generation_config.json", folder / "generation_config.json")
+        save_tokenizer(run, folder)
+    return target, base, merged
 
 
-def set_merged_aside(run: RunDir) -> None:
-    """Rename an earlier run's export/merged, so that it is not taken for this run's where merging is switched off."""
-    merged, aside = run.file("export/merged"), run.file("export/merged.previous")
-    if merged.exists():
+def write_ggufs(run: RunDir, folders: Mapping[str, Path], merged: Merged) -> tuple[Path | None, dict[str, int]]:
+    """export/gguf: the merged model and the LoRA for llama.cpp, and a Modelfile for Ollama; (None, {}) without llama.cpp.
+
+    Returns the folder, and for each file how many tensors had to be stored more finely than asked.
+    """
+    tree = find_llama_cpp() or (install_llama_cpp() if run.config.export.install_llama_cpp else None)
+    if tree is None:
+        set_aside(run, "gguf")
+        print(how_to_get_it(run.path))
+        return None, {}
+    kinds, config = run.config.export.gguf, run.config
+    half = sum(math.prod(t.shape) for shard in find_shards(folders["merged"]) for t in shard.tensors) * 2 / GIB
+    size = half * (1 + 0.54 * ("q8_0" in kinds) + 0.32 * ("q4_k_m" in kinds))  # 8.5 and 4.9 of 16 bits, and a little
+    target = choose_place(run, "gguf", size)
+    with _writable(target, size) as folder:
+        finer = write_gguf(tree, folders["merged"], folders["adapter"], folder, kinds, merged.largest_weight)
+        smallest = file_name(max(kinds, key=get_args(GgufType).index))
+        text = write_modelfile(smallest, config.prompt.style, config.generate, config.model.max_seq_length)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    return target, finer
+
+
+def save_tokenizer(run: RunDir, folder: Path) -> None:
+    """The tokenizer, with a chat template that gives the training prompt, as every version of transformers loads it.
+
+    Version 5 names the class TokenizersBackend, which version 4 and what rests on it do not know.
+    """
+    tokenizer = load_tokenizer(model_source(run.config), run.config.model.revision)
+    fit_chat_template(tokenizer, run.config.prompt.style)
+    tokenizer.save_pretrained(str(folder))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in settings.items() if key not in _LOCAL_KEYS}
+    write_json(folder / "tokenizer_config.json", kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def choose_place(run: RunDir, kind: str, needed_gib: float) -> Path:
+    """export/KIND where `needed_gib` and a little more are free; on Kaggle, whose output is small, else scratch."""
+    target = run.file(f"export/{kind}")
+    if where() != "kaggle" or free_disk_gib(target) >= needed_gib + _SPARE_GIB:
+        require_disk(target.parent, needed_gib + 0.05, f"export/{kind}")
+        return target
+    scratch = Path(tempfile.gettempdir()) / NAME / run.path.name / kind
+    require_disk(scratch, needed_gib + 0.05, f"export/{kind}, for which the working directory is too small,")
+    set_aside(run, kind)
+    print(f"{run.path} has no room for {needed_gib:.1f} GiB: written to {scratch}, which is not kept with the output")
+    return scratch
+
+
+def set_aside(run: RunDir, kind: str) -> None:
+    """Rename an earlier run's export/KIND, so that it is not taken for this run's where none is written there."""
+    earlier, aside = run.file(f"export/{kind}"), run.file(f"export/{kind}.previous")
+    if earlier.exists():
         shutil.rmtree(aside, ignore_errors=True)
-        merged.rename(aside)
+        earlier.rename(aside)
 
 
-def sixteen_bit_source(config: Config) -> str:
-    """The base model in 16 bit: the configured one, or its sibling where that is a pre-quantised repository."""
-    source = model_source(config)
-    for suffix in ("-unsloth-bnb-4bit", "-bnb-4bit"):
-        if not Path(source).exists() and source.endswith(suffix):
-            return source.removesuffix(suffix)
-    return source
-
-
-def _revision(config: Config, source: str) -> str | None:
-    return config.model.revision if source == config.model.name else None
-
-
-def load_exported(run: RunDir, kind: str):
-    """(model, tokenizer) from export/: `adapter` on the base, or `merged` on its own.
-
-    Loaded by plain transformers and peft, as a stranger would, quantised as the run is: 8 B in 16 bit exceed a T4.
-    """
-    from peft import PeftModel
-
-    folder = run.file(f"export/{kind}")
-    if kind == "merged":
-        model = load_plain(run.config.model_copy(update={"model": _local(run.config)}), str(folder))
-    else:
-        model = PeftModel.from_pretrained(load_plain(run.config, model_source(run.config)), str(folder))
-    return model.eval(), load_tokenizer(folder)
-
-
-def _local(config: Config):
-    """The model section for a local folder: a revision names a commit on the Hub."""
-    return config.model.model_copy(update={"revision": None})
-
-
-def check_merged_weights(run: RunDir, modules: int = 12) -> dict[str, float | int]:
-    """Compare merged weights with base + alpha/r * B @ A, computed here in float64, over evenly chosen modules.
-
-    Returns how many were compared and the largest difference in units of the stored dtype's rounding. Raises
-    ModelError where any differs by more than r units.
-    """
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    lora = load_file(run.file("export/adapter/adapter_model.safetensors"))
-    settings = json.loads(run.file("export/adapter/adapter_config.json").read_text())
-    names = sorted(key.removesuffix(".lora_A.weight") for key in lora if key.endswith(".lora_A.weight"))
-    names = names[:: max(1, len(names) // modules)]
-    source = _base_folder(sixteen_bit_source(run.config), run.config)
-    worst = 0.0
-    for name in names:
-        key = name.removeprefix("base_model.model.") + ".weight"
-        base, merged = (_read_tensor(folder, key, safe_open) for folder in (source, run.file("export/merged")))
-        b, a = (lora[f"{name}.lora_{side}.weight"].double() for side in "BA")
-        scale = settings["lora_alpha"] / settings["r"]
-        expected = base.double() + scale * (b @ a)
-        # What rounding may do depends on the terms that were added, not on their sum, which can cancel.
-        unit = torch.finfo(merged.dtype).eps * (base.double().abs() + scale * (b.abs() @ a.abs()))
-        worst = max(worst, float(((merged.double() - expected).abs() / unit.clamp(min=1e-12)).max()))
-    if worst > settings["r"]:  # r products are added for each entry
+def _check_base(settings: dict, run: RunDir, name: str) -> None:
+    """Raise ModelError where the adapter says that it was trained on another base than this run's."""
+    recorded = settings.get("base_model_name_or_path")
+    ours = {base_name(value) for value in (name, model_source(run.config))}
+    if recorded and base_name(recorded) not in ours:
         raise ModelError(
-            f"The merged weights differ from base plus adapter by {worst:.1f} units of rounding; run 05 again."
+            f"The adapter was trained on {recorded}, this run's base is {name}; run 03 again, or set model.name."
         )
-    return {"modules": len(names), "largest_rounding_units": round(worst, 3)}
 
 
-def _base_folder(source: str, config: Config) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, revision=_revision(config, source), allow_patterns=["*.safetensors*"]))
-
-
-def _read_tensor(folder: Path, key: str, safe_open):
-    """One tensor of a possibly sharded safetensors folder."""
-    index = folder / "model.safetensors.index.json"
-    file = json.loads(index.read_text())["weight_map"][key] if index.exists() else "model.safetensors"
-    with safe_open(folder / file, framework="pt") as tensors:
-        return tensors.get_tensor(key)
-
-
-def greedy_tokens(model, tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """The first `NEW_TOKENS` greedy tokens for each prompt, one prompt at a time so that no padding is involved."""
-    import torch
-
-    answers = []
-    for prompt in track(prompts, "comparing exports", unit="prompt"):
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            output = model.generate(
-                **inputs,
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        answers.append(output[0, inputs.input_ids.shape[1] :].tolist())
-    return answers
-
-
-def agreement(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> dict[str, float | int]:
-    """How many prompts got the same tokens, and the mean length of the common beginning."""
-    pairs = list(zip(first, second, strict=True))
-    same = sum(list(a) == list(b) for a, b in pairs)
-    common = [sum(1 for _ in takewhile(lambda t: t[0] == t[1], zip(a, b, strict=False))) for a, b in pairs]
-    return {"prompts": len(first), "identical": same, "mean_common_tokens": round(sum(common) / len(common), 1)}
-
-
-def export_prompts(run: RunDir) -> list[str]:
-    """The held-out prompts that exports are compared on."""
-    held_out = pd.read_parquet(run.file("data/eval.parquet")).head(run.config.export.prompts)
-    return [format_prompt(question, run.config.prompt.style) for question in held_out["Question"]]
-
-
-def verify_exports(run: RunDir) -> dict[str, dict]:
-    """Load each export from disk and compare; returns figures by check.
-
-    Raises ModelError where merged weights are not base plus adapter, or where the two give different tokens although
-    nothing is quantised. In 4-bit they may differ: merged weights are quantised after merging, the base before.
-    """
-    prompts = export_prompts(run)
-    model, tokenizer = load_exported(run, "adapter")
-    from_adapter = greedy_tokens(model, tokenizer, prompts)
-    del model
-    free_memory()
-    if not run.config.export.merged:
-        return {"adapter": {"prompts": len(prompts), "answered": sum(bool(tokens) for tokens in from_adapter)}}
-    model, tokenizer = load_exported(run, "merged")
-    figures = agreement(from_adapter, greedy_tokens(model, tokenizer, prompts))
-    del model
-    free_memory()
-    exact = not run.config.model.load_in_4bit and torch_dtype(run.config).itemsize == 4
-    if exact and figures["identical"] < figures["prompts"]:
-        raise ModelError(
-            f"Adapter and merged model agree on {figures['identical']} of {figures['prompts']} prompts, expected all; "
-            "delete export/ and run 05 again."
-        )
-    return {"adapter_and_merged": figures, "merged_weights": check_merged_weights(run)}
-
-
-def write_card(run: RunDir) -> Path:
-    """export/README.md: what was trained, on what, the measured comparison, and what it must not be used for."""
-    config = run.config
-    metrics = json.loads(run.file("comparison/metrics.json").read_text(encoding="utf-8"))
-    split = json.loads(run.file("data/split.json").read_text(encoding="utf-8"))
-    primary = metrics["primary"]
-    lora = json.loads(run.file("export/adapter/adapter_config.json").read_text(encoding="utf-8"))
-    merged = "- Merged model: `merged/`, complete on its own.\n" if run.file("export/merged").exists() else ""
-    text = f"""# {config.model.name}, fine-tuned with LoRA on {split["source"]}
-
-{metrics["sentence"]}
-
-| {primary["name"]} (n = {primary["n"]}) | base | fine-tuned | difference | 95 % interval |
-|---|---|---|---|---|
-| | {primary["base"]:.3f} | {primary["tuned"]:.3f} | {primary["difference"]:+.3f} | {primary["ci95"][0]:+.3f} to {primary["ci95"][1]:+.3f} |
-
-- Adapter: `adapter/` (LoRA r={lora["r"]}, alpha={lora["lora_alpha"]}), to be loaded on the base model.
-{merged}- Prompt format: `{config.prompt.style}`. Training rows: {split["train_rows"]}; held-out rows: {split["eval_rows"]}, digest
-  `{split["eval_sha256"][:16]}`.
-
-For research and education. No medical advice, no diagnosis, no triage. The reasoning it learnt from is synthetic and
-was not checked by clinicians.
-"""
-    write_text(run.file("export/README.md"), text)
-    return run.file("export/README.md")
-
-
-def verify_record(run: RunDir, figures: dict) -> dict:
-    """What export/verify.json holds: the comparison of exports and the digest of every exported file."""
-    folders = ("export/adapter", "export/merged") if run.config.export.merged else ("export/adapter",)
-    return {"agreement": figures, "files": digests(record_files(run.path, folders))}
+@contextmanager
+def _writable(target: Path, needed_gib: float = 0.1) -> Iterator[Path]:
+    """A scratch folder that becomes `target`; what the disk refuses is told in a sentence, with numbers."""
+    try:
+        with atomic_folder(target) as folder:
+            yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise HardwareError(
+                f"The disk filled up: {target.name} needs {needed_gib:.1f} GiB at {target.parent}, and "
+                f"{free_disk_gib(target):.1f} GiB are free now; free some space and run 05 again."
+            ) from None
+        raise RunDirError(
+            f"{target} could not be written ({error.strerror or error}); choose a --run-dir that can be."
+        ) from None

@@ -17,6 +17,7 @@ EMBEDDED = "embedded"
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GgufType = Literal["f16", "q8_0", "q4_k_m"]
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"
 ]
@@ -145,7 +146,13 @@ class ExportSection(Section):
     """What 05 writes and how thoroughly it compares."""
 
     merged: bool = True
-    prompts: Positive = 8  # held-out prompts on which adapter and merged model are compared
+    base: str | None = (
+        None  # the 16-bit model to merge into: a Hub id or a folder; None: the trained one, or its sibling
+    )
+    base_revision: str | None = None
+    gguf: list[GgufType] = list(get_args(GgufType))  # written where llama.cpp is found; []: none
+    install_llama_cpp: bool = False  # fetch or build llama.cpp where none is found
+    prompts: Positive = 8  # held-out prompts on which every export is compared with the model in memory
 
 
 class TrackingSection(Section):

@@ -116,9 +116,9 @@ STAGES = (
         title="Export, loaded back",
         needs=("04_comparison",),
         inputs=("training/adapter", "comparison/metrics.json"),
-        outputs=("export/adapter", "export/README.md", "export/verify.json"),
+        outputs=("export/adapter", "export/README.md", "export/reference.safetensors", "export/verify.json"),
         settings=(*_MODEL, "export"),
-        optional=("export/merged",),
+        optional=("export/merged", "export/gguf"),
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

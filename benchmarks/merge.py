@@ -1,0 +1,204 @@
+"""The merge against reading and writing the same shards once: time, peak memory, and whether both models agree.
+
+    python -m benchmarks.standin /tmp/standin-8b
+    python -m benchmarks.merge /tmp/standin-8b --out benchmarks/results/merge.json
+
+A random adapter of rank 16 on every projection is folded into BASE in a process of its own, whose peak resident memory
+is the kernel's figure, twice. The same shards are then read and written without arithmetic, once from front to back and once
+by as many threads as the merge uses; the ratio is that of the best of
+each. Every pass ends in fsync, and every shard has
+been read once before the first pass, so that all start from the same cache. Then, where memory allows, adapter on
+16-bit base and merged model continue the same prompts greedily.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from utils import demo_data
+from utils.agreement import compare, continue_greedily, follow, judge
+from utils.files import sha256, write_json
+from utils.merge import merge_shards, read_lora
+from utils.models import free_memory, load_tokenizer
+from utils.platforms import GIB, gpus, installed
+from utils.prompts import format_prompt
+from utils.settings import LoraSection
+from utils.shards import Shard, find_shards
+
+_CHUNK = 16 * 2**20
+RANK, ROUNDS = 16, 2
+
+
+def write_adapter(base: Path, folder: Path, seed: int = 0) -> None:
+    """A LoRA of random factors on all seven projections of `base`, as peft would have saved it."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    targets = LoraSection().target_modules
+    LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=str(base)
+    ).save_pretrained(str(folder))
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for shard in find_shards(base):
+        for stored in shard.tensors:
+            if stored.name.split(".")[-2] in targets:
+                name, (rows, columns) = f"base_model.model.{stored.name.removesuffix('.weight')}", stored.shape
+                # About what training leaves: changes some hundredth of the weights' own size.
+                tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / math.sqrt(columns)
+                tensors[f"{name}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 2e-3
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def copy_front_to_back(shards: list[Shard], target: Path) -> None:
+    """Read and write every shard once, in order, on one thread."""
+    for shard in shards:
+        with shard.path.open("rb") as source, (target / shard.path.name).open("wb") as output:
+            while chunk := source.read(_CHUNK):
+                output.write(chunk)
+            output.flush()
+            os.fsync(output.fileno())
+
+
+def copy_with_threads(shards: list[Shard], target: Path, workers: int) -> None:
+    """Read and write every shard once, pieces in parallel."""
+    for shard in shards:
+        with shard.path.open("rb") as source, (target / shard.path.name).open("wb") as output:
+            output.truncate(shard.size)
+
+            numbers = source.fileno(), output.fileno()
+
+            def copy(start: int, numbers=numbers) -> None:
+                os.pwrite(numbers[1], os.pread(numbers[0], _CHUNK, start), start)
+
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(copy, range(0, shard.size, _CHUNK)))
+            os.fsync(output.fileno())
+
+
+def timed(function, *arguments) -> float:
+    """Seconds that a call takes."""
+    started = time.monotonic()
+    function(*arguments)
+    return time.monotonic() - started
+
+
+def merge_in_own_process(base: Path, adapter: Path, target: Path) -> dict[str, float]:
+    """Seconds of the merge itself, and peak resident GiB of the whole process, imports included."""
+    command = [sys.executable, "-m", "benchmarks.merge", "--only-merge", str(base), str(adapter), str(target)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise SystemExit(answer.stderr)
+    return json.loads(answer.stdout.strip().splitlines()[-1])
+
+
+def _only_merge(base: Path, adapter: Path, target: Path) -> None:
+    import torch  # noqa: F401  imported before the clock starts, as in a notebook
+
+    lora = read_lora(adapter)
+    target.mkdir()
+    seconds = timed(merge_shards, base, lora, target)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+    print(json.dumps({"seconds": seconds, "peak_rss_gib": peak}))
+
+
+def agree(base: Path, adapter: Path, merged: Path, prompts: int) -> dict:
+    """Greedy tokens and logits of the merged model against the adapter on the 16-bit base, on the GPU where there is one.
+
+    In float32 what differs is the one rounding of the merged weights, in bfloat16 that of every step as well. Random
+    weights leave the best two tokens close together, so they part sooner than a trained model's.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    device, tokenizer = "cuda" if torch.cuda.is_available() else "cpu", load_tokenizer(base)
+    texts = [format_prompt(row["Question"], "native") for row in demo_data.base_rows(prompts)]
+    figures = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        load = {"dtype": dtype, "device_map": {"": device}}
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(base), **load), str(adapter)).eval()
+        leader = continue_greedily(model, tokenizer, texts, "adapter on base")
+        del model
+        free_memory()
+        model = AutoModelForCausalLM.from_pretrained(str(merged), **load).eval()
+        found = compare(leader, follow(model, tokenizer, texts, leader, "merged"))
+        del model
+        free_memory()
+        figures[str(dtype).removeprefix("torch.")] = found | {"problem": judge(found, "half")}
+    return figures
+
+
+def main(
+    base: Annotated[Path, typer.Argument(help="A 16-bit model folder, such as the stand-in.")],
+    out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
+    scratch: Annotated[Path | None, typer.Option(help="Where to write; needs the model's size three times.")] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts on which both are compared; 0: none.")] = 8,
+) -> None:
+    """Measure and write OUT."""
+    shards, workers = find_shards(base), len(os.sched_getaffinity(0))
+    size = sum(shard.size for shard in shards)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        place = Path(folder)
+        write_adapter(base, place / "adapter")
+        timed(copy_front_to_back, shards, _made(place / "warm"))  # every pass after this one finds the same cache
+        seconds: dict[str, list[float]] = {"front_to_back": [], "threads": [], "merge": []}
+        peaks, digests = [], []
+        for _ in range(ROUNDS):
+            seconds["front_to_back"].append(timed(copy_front_to_back, shards, _made(place / "copy")))
+            seconds["threads"].append(timed(copy_with_threads, shards, _made(place / "copy"), workers))
+            shutil.rmtree(place / "merged", ignore_errors=True)
+            figures = merge_in_own_process(base, place / "adapter", place / "merged")
+            seconds["merge"].append(figures["seconds"])
+            peaks.append(figures["peak_rss_gib"])
+            digests.append([sha256(place / "merged" / shard.path.name) for shard in shards])
+        best = {name: min(values) for name, values in seconds.items()}
+        for file in base.glob("*.json"):
+            if not (place / "merged" / file.name).exists():
+                shutil.copy(file, place / "merged")
+        evidence = {
+            "what": "LoRA of rank 16 on all seven projections folded into 16-bit shards, against copying them",
+            "date": datetime.now(UTC).date().isoformat(),
+            "gib": round(size / GIB, 2),
+            "shards": len(shards),
+            "largest_shard_gib": round(max(shard.size for shard in shards) / GIB, 2),
+            "processors": workers,
+            "gpu": [gpu.name for gpu in gpus()],
+            "versions": {name: installed(name) for name in ("torch", "safetensors", "peft", "transformers")},
+            "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
+            "time_ratio": round(best["merge"] / min(best["front_to_back"], best["threads"]), 3),
+            "peak_rss_gib": round(max(peaks), 3),
+            "merges_are_identical": all(digest == digests[0] for digest in digests),
+        }
+        write_json(out, evidence)
+        if prompts:
+            evidence["agreement"] = agree(base, place / "adapter", place / "merged", prompts)
+            write_json(out, evidence)
+    print(json.dumps(evidence, indent=2))
+
+
+def _made(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--only-merge"]:
+        _only_merge(*map(Path, sys.argv[2:]))
+    else:
+        typer.run(main)

@@ -1,0 +1,153 @@
+"""A card says what the run's files say, in a form that the Hub reads, and a reader of the card alone can run the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from tests.exported import make_run, result, write_evidence
+from utils.bases import Base
+from utils.card import make_card, write_cards
+from utils.config import load_config
+from utils.export import copy_adapter, merge_adapter
+from utils.project import ROOT
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_folder, tmp_path_factory):
+    run = make_run(tiny_folder, tmp_path_factory.mktemp("card") / "run")
+    write_evidence(run)
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run)[0]}
+    figures = {"adapter": {"prompts": 4, "identical": 3, "largest_logit_difference": 2.5e-5}}
+    write_cards(run, Base(tiny_folder.name, None, tiny_folder), folders, figures)
+    return run
+
+
+@pytest.fixture
+def hub_run(tiny_folder, tmp_path):
+    """A run whose settings are those of the profile t4: model and data from the Hub."""
+    run = make_run(tiny_folder, tmp_path / "run")
+    write_evidence(run)
+    hub = {"evaluate.more_benchmarks": [{"name": "qiaojin/PubMedQA", "split": "train"}], "model.revision": "a" * 40}
+    run.config = load_config("t4", hub | {"evaluate.benchmark.revision": "e" * 40})
+    return run
+
+
+BASE = Base("unsloth/DeepSeek-R1-Distill-Llama-8B", "a" * 40, ROOT)
+
+
+def card_of(run, kind="adapter") -> ModelCard:
+    return make_card(run, BASE, kind, {"adapter": run.path, "merged": run.path}, {})
+
+
+def test_the_metadata_is_yaml_that_the_hubs_classes_read_back(hub_run):
+    card = ModelCard(str(card_of(hub_run)))
+    assert card.data.base_model == BASE.name and card.data.license == "other"
+    assert card.data.license_name == "mit-and-llama-3.1-community" and card.data.license_link.startswith("https://")
+    assert card.data.datasets == ["FreedomIntelligence/medical-o1-reasoning-SFT"]
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    header = yaml.safe_load(str(card).split("---\n")[1])
+    assert set(header) == {
+        "base_model", "base_model_relation", "datasets", "language", "library_name", "license", "license_name",
+        "license_link", "model-index", "pipeline_tag", "tags",
+    }  # fmt: skip
+    assert header["base_model_relation"] == "adapter"
+    assert yaml.safe_load(str(card_of(hub_run, "merged")).split("---\n")[1])["base_model_relation"] == "finetune"
+
+
+def test_every_figure_in_the_metadata_is_one_of_metrics_json_with_its_data_set(hub_run):
+    metrics = json.loads(hub_run.file("comparison/metrics.json").read_text())
+    known = {r["name"]: r for r in (metrics["primary"], *metrics["secondary"])}
+    found = {r.metric_args["metric"]: r for r in ModelCard(str(card_of(hub_run))).data.eval_results}
+    assert set(found) == {"multiple_choice", "multiple_choice:pubmedqa", "nll"}
+    for name, entry in found.items():
+        assert entry.metric_value == known[name]["tuned"]
+        assert entry.metric_args["ci95"] == known[name]["ci95"] and entry.metric_args["n"] == known[name]["n"]
+    primary, second = found["multiple_choice"], found["multiple_choice:pubmedqa"]
+    assert (primary.dataset_type, primary.dataset_split) == ("GBaker/MedQA-USMLE-4-options", "test")
+    assert primary.dataset_revision == "e" * 40 and primary.metric_args["primary"] is True
+    assert second.dataset_type == "qiaojin/PubMedQA" and found["nll"].metric_type == "loss"
+
+
+def test_a_run_that_came_out_worse_says_so_and_nothing_better(hub_run):
+    text = str(card_of(hub_run))
+    body = text.split("---\n", 2)[2]
+    metrics = json.loads(hub_run.file("comparison/metrics.json").read_text())
+    assert body.count(metrics["sentence"]) == 2  # under the title, and as its claim
+    assert "**worse**" in body and not re.search(r"\bbetter\b|more accurate|improve|state.of.the.art", body, re.I)
+
+
+def test_a_figure_that_changes_in_metrics_json_changes_in_the_card(hub_run):
+    before = str(card_of(hub_run))
+    assert (
+        "| multiple-choice accuracy, strict (primary) | 200 | 0.550 | 0.480 | -0.070 | -0.120 to -0.020 | 0.010 |"
+        in before
+    )
+    better = result("multiple_choice", 0.5, 0.61, 0.04, 0.18, label="multiple-choice accuracy, strict", p_value=1e-5)
+    write_evidence(hub_run, "better", primary=better)
+    after = str(card_of(hub_run))
+    assert "| 0.500 | 0.610 | +0.110 | +0.040 to +0.180 | < 0.001 |" in after and "0.550" not in after
+
+
+def test_the_body_tells_recipe_data_split_truncation_contamination_limits_and_licences(hub_run):
+    body = str(card_of(hub_run)).split("---\n", 2)[2]
+    for fact in (
+        "a" * 40, "f" * 40, "a" * 16, "b" * 16, "r 16, alpha 16", "60 steps", "Tesla T4", "2640 s of training",
+        "9.1 GiB of GPU memory", "25.0 % of the base's", "12.5 % of the fine-tuned", "near benchmark 7",
+        "exact duplicates 3", "not measured", "unsloth 2026.10.7", "No medical advice", "GPT-4o", "licensing examinations",
+        "MIT (DeepSeek)", "Llama 3.1", "Apache-2.0", "2501.12948", "2412.18925", "2106.09685", "2 dropped",
+    ):  # fmt: skip
+        assert fact in body, fact
+    assert "largest group" not in body  # was not looked for: no number is made up
+    assert "trl None" not in body
+
+
+def test_a_registration_that_was_changed_is_told(hub_run):
+    assert "no registered result" not in str(card_of(hub_run))
+    path = hub_run.file("comparison/metrics.json")
+    metrics = json.loads(path.read_text())
+    metrics["registration"]["changed_after_answers"] = True
+    path.write_text(json.dumps(metrics))
+    assert "no registered result" in str(card_of(hub_run))
+
+
+def test_tables_are_tables_and_no_template_syntax_is_left(exported):
+    for kind in ("adapter", "merged"):
+        text = exported.file(f"export/{kind}/README.md").read_text()
+        assert "{{" not in text and "{%" not in text and "\n\n\n" not in text
+        tables = re.findall(r"(?:^\|.*\n)+", text.split("---\n", 2)[2], re.M)
+        assert len(tables) == 3
+        for table in tables:
+            assert len({line.count("|") for line in table.splitlines()}) == 1, table
+    assert "| adapter | 4 | 3 | 2.5e-05 |" in text
+
+
+def test_a_card_of_your_own_model_and_rows_claims_no_licence_that_is_not_ours(exported):
+    text = exported.file("export/merged/README.md").read_text()
+    assert "the licence of tiny applies" in text and "Llama 3.1" not in text and "GPT-4o" not in text
+    assert ModelCard(text).data.base_model is None  # a folder here is no id there
+
+
+def test_the_prompt_is_written_out_as_it_was_trained(hub_run, exported):
+    assert "<｜User｜>QUESTION<｜Assistant｜><think>\n```\n\nwith a line break at its end." in str(card_of(hub_run))
+    section = hub_run.config.prompt.model_copy(update={"style": "tutorial"})
+    hub_run.config = hub_run.config.model_copy(update={"prompt": section})
+    text = str(card_of(hub_run))
+    assert "### Question:\nQUESTION\n\n### Response:\n<think>\n```" in text and "with a line break" not in text
+
+
+def test_the_cards_own_python_lines_run_in_their_folders(exported, tiny_folder):
+    code = "import os\n"
+    for kind in ("adapter", "merged"):
+        folder = exported.file(f"export/{kind}")
+        (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+        lines = lines.replace("base_id = 'tiny'", f"base_id = {str(tiny_folder)!r}")  # the reader's own folder
+        code += f"os.chdir({str(folder)!r})\n{lines}\nassert output.shape[1] > inputs['input_ids'].shape[1]\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,113 @@
+"""GGUF by llama.cpp's own tools. What needs a built llama.cpp is marked slow: see the README for how to run it."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from utils import gguf_files
+from utils.errors import HardwareError, ModelError
+from utils.gguf_files import check_modelfile, name_pre_tokenizer, write_gguf
+from utils.llama_cpp import LlamaCpp, build_llama_cpp, find_llama_cpp
+from utils.serving import write_modelfile
+from utils.settings import GenerateSection
+
+LLAMA3 = gguf_files._LLAMA3
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, "gpt-2"),
+        ({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, None),
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}, None),
+        ({"type": "Metaspace", "replacement": "▁"}, None),
+        (None, None),
+        (
+            {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Split", "pattern": {"Regex": LLAMA3}}, {"type": "ByteLevel"}],
+            },
+            "llama-bpe",
+        ),
+        (
+            {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Split", "pattern": {"Regex": "x"}}, {"type": "ByteLevel"}],
+            },
+            None,
+        ),
+    ],
+)
+def test_a_splitting_rule_has_llama_cpps_name_or_none(tmp_path, rule, name):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": rule}))
+    assert name_pre_tokenizer(tmp_path / "tokenizer.json") == name
+
+
+def test_the_embedded_models_rule_is_gpt_2s(tiny_folder):
+    assert name_pre_tokenizer(tiny_folder / "tokenizer.json") == "gpt-2"
+
+
+def test_a_weight_beyond_float16_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="largest merged weight is 70000, f16 ends at 65504"):
+        write_gguf(LlamaCpp(tmp_path), tmp_path, tmp_path, tmp_path, ["f16"], 70000.0)
+
+
+def test_a_modelfile_with_another_prompt_stop_or_file_is_found(tiny_model, tmp_path):
+    text = write_modelfile("model-f16.gguf", "native", GenerateSection(), 2048)
+    path, tokenizer = tmp_path / "Modelfile", tiny_model[1]
+    path.write_text(text)
+    with pytest.raises(ModelError, match=r"made from \./model-f16\.gguf, which is not there"):
+        check_modelfile(path, tokenizer, ["What?"], "native")
+    (tmp_path / "model-f16.gguf").write_bytes(b"GGUF")
+    assert check_modelfile(path, tokenizer, ["What?", "Why?"], "native")["prompts"] == 2
+    with pytest.raises(ModelError, match="gives another prompt than training for 'What"):
+        check_modelfile(path, tokenizer, ["What?"], "tutorial")
+    path.write_text(text.replace("<think>\n", "<think>"))
+    with pytest.raises(ModelError, match="gives another prompt"):
+        check_modelfile(path, tokenizer, ["What?"], "native")
+    path.write_text(text.replace("PARAMETER stop", "PARAMETER top_k"))
+    with pytest.raises(ModelError, match="stops at the tokens"):
+        check_modelfile(path, tokenizer, ["What?"], "native")
+
+
+def test_a_tree_that_is_not_built_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    with pytest.raises(HardwareError, match=r"lacks convert_hf_to_gguf\.py or a built llama-quantize"):
+        find_llama_cpp()
+    (tmp_path / "convert_hf_to_gguf.py").touch()
+    quantize = tmp_path / "build" / "bin" / "llama-quantize"
+    quantize.parent.mkdir(parents=True)
+    quantize.touch(mode=0o755)
+    assert find_llama_cpp().program("llama-quantize") == quantize
+    monkeypatch.delenv("LLAMA_CPP_DIR")
+    monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(tmp_path))  # where unsloth keeps what it downloaded
+    assert find_llama_cpp().root == tmp_path
+
+
+def test_a_build_never_overwrites_and_a_missing_tool_is_named(monkeypatch, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(HardwareError, match="is there already"):
+        build_llama_cpp(tmp_path / "there")
+    monkeypatch.setattr("sys.executable", str(tmp_path / "no-python"))
+    with pytest.raises(HardwareError, match="no-python is not installed"):
+        build_llama_cpp(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLAMA_CPP_DIR" not in os.environ, reason="needs LLAMA_CPP_DIR, a built llama.cpp")
+def test_llama_cpp_and_transformers_read_the_same_model_from_gguf(demo_run, tmp_path):
+    """All the claims of benchmarks/results/gguf.json, measured anew."""
+    from benchmarks.gguf import measure
+
+    found = measure(demo_run.path, tmp_path)
+    assert found["llama.cpp"]["f16"]["identical"] == found["llama.cpp"]["f16"]["prompts"] == 20
+    assert found["transformers"]["identical"] == found["transformers"]["prompts"] == 20
+    assert found["lora_on_base"]["identical"] == 20
+    assert found["modelfile"]["prompts"] == 20
+    assert found["llama.cpp"]["q8_0"]["identical"] >= 18 and found["llama.cpp"]["q4_k_m"]["identical"] >= 10
+    assert found["tensors_stored_more_finely"]["model-q4_k_m.gguf"] == 21
+    assert found["card_line"]["same_as_transformers"]

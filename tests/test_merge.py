@@ -1,0 +1,252 @@
+"""Merging: the right sum, rounded once, the same bytes every time, little memory, and a sentence for what does not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from utils import merge
+from utils.errors import HardwareError, ModelError
+from utils.merge import blocks, merge_shards, read_lora
+from utils.project import ROOT
+from utils.shards import StoredTensor
+
+PREFIX = "base_model.model."
+NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+SHAPES = {NAMES[0]: (48, 32), NAMES[1]: (32, 96)}
+
+
+def write_base(folder, dtype=torch.bfloat16, **extra):
+    """Two shards with an index: two projections, a norm and an embedding."""
+    torch.manual_seed(1)
+    folder.mkdir()
+    weights = {f"{name}.weight": (torch.randn(shape) * 0.1).to(dtype) for name, shape in SHAPES.items()}
+    parts = [
+        {f"{NAMES[0]}.weight": weights[f"{NAMES[0]}.weight"], "model.norm.weight": torch.ones(32).to(dtype), **extra},
+        {
+            f"{NAMES[1]}.weight": weights[f"{NAMES[1]}.weight"],
+            "model.embed_tokens.weight": torch.randn(7, 32).to(dtype),
+        },
+    ]
+    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for part, file in zip(parts, files, strict=True):
+        save_file(part, folder / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for part, file in zip(parts, files, strict=True) for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_adapter(folder, tensors=None, shapes=SHAPES, r=4, **settings):
+    torch.manual_seed(2)
+    LoraConfig(r=r, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM").save_pretrained(folder)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(written | settings))
+    factors = {}
+    for name, (rows, columns) in shapes.items():
+        factors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(r, columns)
+        factors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(rows, r) * 0.05
+    save_file(factors | (tensors or {}), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path):
+    (tmp_path / "out").mkdir()
+    return write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), tmp_path / "out"
+
+
+def read_all(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_sum_is_computed_in_float32_and_rounded_once(tmp_path, dtype):
+    base, adapter = write_base(tmp_path / "base", dtype), write_adapter(tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    figures = merge_shards(base, read_lora(adapter), tmp_path / "out")
+    before, after, factors = (
+        read_all(base),
+        read_all(tmp_path / "out"),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
+    for name in NAMES:
+        a, b = (factors[f"{PREFIX}{name}.lora_{side}.weight"].double() for side in "AB")
+        exact = before[f"{name}.weight"].double() + 2.0 * (b @ a)
+        # Half a unit in the last place for the one rounding, and a little for float32's own sums.
+        unit = torch.finfo(dtype).eps * exact.abs() / 2 + 1e-6
+        assert (after[f"{name}.weight"].double() - exact).abs().le(unit).all()
+        assert not torch.equal(after[f"{name}.weight"], before[f"{name}.weight"])
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        assert torch.equal(after[name], before[name])
+    assert figures.tensors == 2
+    assert figures.largest_weight == max(float(tensor.abs().max()) for tensor in after.values())
+
+
+def test_peft_comes_to_the_same_sum(tiny_folder, tmp_path):
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), LoraConfig(r=4, use_rslora=True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    merge_shards(tiny_folder, read_lora(tmp_path / "adapter"), tmp_path / "out")
+    theirs = model.merge_and_unload().state_dict()
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert any("q_proj" in name for name in ours)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
+
+
+def test_names_order_and_index_are_the_bases(pair):
+    base, adapter, out = pair
+    merge_shards(base, read_lora(adapter), out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in base.iterdir())
+    for path in base.glob("*.safetensors"):
+        (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+        assert (out / path.name).read_bytes()[: 8 + length] == path.read_bytes()[: 8 + length]
+        assert (out / path.name).stat().st_size == path.stat().st_size
+
+
+def test_any_number_of_threads_gives_the_same_bytes(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "BLOCK", 100)
+    base, adapter, out = pair
+    merge_shards(base, read_lora(adapter), out, workers=1)
+    (tmp_path / "again").mkdir()
+    merge_shards(base, read_lora(adapter), tmp_path / "again", workers=7)
+    for path in out.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+@given(st.lists(st.integers(0, 40), max_size=3), st.integers(1, 60))
+def test_blocks_cover_every_row_once(shape, size):
+    tensor = StoredTensor("x", "F32", tuple(shape), 0, 4 * math.prod(shape))
+    rows = [row for block in blocks(tensor, size) for row in range(block.start, block.stop)]
+    assert rows == list(range(shape[0] if shape else 1))
+
+
+def test_rank_stabilised_lora_has_its_own_scale(tmp_path):
+    assert read_lora(write_adapter(tmp_path / "plain")).scale == 2.0
+    assert read_lora(write_adapter(tmp_path / "rs", use_rslora=True)).scale == 4.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("use_dora", True),
+        ("fan_in_fan_out", True),
+        ("bias", "all"),
+        ("lora_bias", True),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", {"q_proj": 8}),
+        ("alpha_pattern", {"q_proj": 8}),
+        ("layer_replication", [[0, 2]]),
+        ("init_lora_weights", "pissa"),
+        ("trainable_token_indices", [1, 2]),
+        ("peft_type", "IA3"),
+        ("something_of_next_year", {"on": True}),
+    ],
+)
+def test_what_would_be_merged_wrongly_is_refused_by_name(tmp_path, setting, value):
+    with pytest.raises(ModelError, match=f"has {setting}="):
+        read_lora(write_adapter(tmp_path / "adapter", **{setting: value}))
+
+
+@pytest.mark.parametrize(
+    "key", ["model.lm_head.weight", "model.embed_tokens.lora_embedding_A", f"{NAMES[0]}.lora_B.bias"]
+)
+def test_a_tensor_that_is_no_factor_is_refused_by_name(tmp_path, key):
+    adapter = write_adapter(tmp_path / "adapter", {PREFIX + key: torch.ones(2, 2)})
+    with pytest.raises(ModelError, match="expected pairs of lora_A and lora_B only"):
+        read_lora(adapter)
+
+
+def test_an_adapter_of_another_base_is_told_with_numbers(pair, tmp_path):
+    base, _, out = pair
+    deeper = SHAPES | {"model.layers.9.mlp.down_proj": (32, 96)}
+    with pytest.raises(ModelError, match=r"changes 3 tensors, 1 of which .* \(model\.layers\.9\.mlp"):
+        merge_shards(base, read_lora(write_adapter(tmp_path / "deeper", shapes=deeper)), out)
+    wider = SHAPES | {NAMES[0]: (64, 32)}
+    with pytest.raises(ModelError, match=r"as \(64, 32\), but it is \(48, 32\)"):
+        merge_shards(base, read_lora(write_adapter(tmp_path / "wider", shapes=wider)), out)
+    assert list(out.iterdir()) == []
+
+
+def test_quantised_weights_are_never_merged_into(tmp_path):
+    base = write_base(tmp_path / "base")
+    file = base / "model-00001-of-00002.safetensors"
+    tensors = load_file(file)
+    tensors[f"{NAMES[0]}.weight"] = torch.zeros(768, 1, dtype=torch.uint8)
+    save_file(tensors, file)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match=r"stored as U8 .*rounds twice; name the 16-bit model in export\.base"):
+        merge_shards(base, read_lora(write_adapter(tmp_path / "adapter")), tmp_path / "out")
+
+
+def test_a_weight_that_is_not_finite_is_named_wherever_it_comes_from(pair, tmp_path):
+    base, _, out = pair
+    with pytest.raises(ModelError, match=r"q_proj\.weight is not finite once the adapter is added"):
+        broken = write_adapter(tmp_path / "nan", {f"{PREFIX}{NAMES[0]}.lora_B.weight": torch.full((48, 4), math.nan)})
+        merge_shards(base, read_lora(broken), out)
+    for folder in ("half", "inf"):
+        (tmp_path / folder).mkdir()
+    half = write_base(tmp_path / "half-base", torch.float16)
+    with pytest.raises(ModelError, match="is not finite once the adapter is added"):  # 70,000 is beyond float16
+        huge = write_adapter(tmp_path / "huge", {f"{PREFIX}{NAMES[0]}.lora_B.weight": torch.full((48, 4), 1e5)})
+        merge_shards(half, read_lora(huge), tmp_path / "half")
+    infinite = write_base(tmp_path / "inf-base", spoilt=torch.tensor([1.0, math.inf]))
+    with pytest.raises(ModelError, match="spoilt is not finite in the base model"):
+        merge_shards(infinite, read_lora(write_adapter(tmp_path / "fine")), tmp_path / "inf")
+
+
+def test_too_little_disk_is_told_before_anything_is_written(pair, monkeypatch):
+    from utils import platforms
+
+    base, adapter, out = pair
+    monkeypatch.setattr(platforms, "free_disk_gib", lambda _: 0.01)
+    with pytest.raises(HardwareError, match=r"merged model needs 0\.1 GiB .* found 0\.0 GiB"):
+        merge_shards(base, read_lora(adapter), out)
+    assert list(out.iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_shards(tmp_path):
+    """300 MiB in two shards: peft's merge would hold them all, the library's reader a whole shard."""
+    base, rows, columns = tmp_path / "base", 20_000, 4096
+    base.mkdir()
+    weight_map = {}
+    for number in (1, 2):
+        name, file = f"model.layers.{number}.mlp.down_proj.weight", f"model-{number}.safetensors"
+        header = {name: {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, 2 * rows * columns]}}
+        head = json.dumps(header).encode()
+        with (base / file).open("wb") as stream:  # zeros that take no room on the disk
+            stream.write(struct.pack("<Q", len(head)) + head)
+            stream.truncate(8 + len(head) + 2 * rows * columns)
+        weight_map[name] = file
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    adapter = write_adapter(tmp_path / "adapter", shapes={"model.layers.1.mlp.down_proj": (rows, columns)}, r=16)
+    (tmp_path / "out").mkdir()
+    code = f"""
+import resource, torch
+from pathlib import Path
+from utils.merge import merge_shards, read_lora
+
+lora = read_lora(Path({str(adapter)!r}))
+torch.ones(64, 64) @ torch.ones(64, 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge_shards(Path({str(base)!r}), lora, Path({str(tmp_path / "out")!r}), workers=4)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < 100  # MiB

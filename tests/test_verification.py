@@ -1,0 +1,179 @@
+"""Exports are loaded back in a process of their own; whatever was changed on the way is found."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.exported import make_run, write_evidence
+from utils.agreement import Continuations
+from utils.bases import find_base
+from utils.card import write_cards
+from utils.errors import ModelError, RunDirError
+from utils.export import copy_adapter, merge_adapter
+from utils.files import write_text
+from utils.rundir import open_run
+from utils.stages import BY_NAME
+from utils.verification import (
+    REFERENCE,
+    altered_exports,
+    check_merged_weights,
+    export_folders,
+    read_record,
+    verify_exports,
+    write_record,
+    write_reference,
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_folder, tmp_path_factory):
+    """A run with every export, verified; read it, or copy it."""
+    run = make_run(tiny_folder, tmp_path_factory.mktemp("verified") / "run")
+    write_evidence(run)
+    computed_on = {"device": "cpu", "backend": "transformers", "dtype": "float32"}
+    run.write_record(BY_NAME["05_export"], state="running", computed_on=computed_on)
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run)[0]}
+    write_reference(run)
+    figures = verify_exports(run, folders)
+    folders["gguf"] = run.file("export/gguf")  # what llama.cpp would write: here only its digests are looked at
+    for name in ("model-f16.gguf", "model-q4_k_m.gguf", "adapter-f32.gguf", "Modelfile"):
+        write_text(folders["gguf"] / name, f"GGUF {name}")
+    write_cards(run, find_base(run.config), folders, figures)
+    write_record(run, folders, figures)
+    return run
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    return open_run("auto", shutil.copytree(exported.path, tmp_path / "run"))
+
+
+def folders_of(run):
+    return {kind: folder for kind, folder in export_folders(run).items() if kind != "gguf"}
+
+
+def change_a_weight(path, by=0.01):
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] += by
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_adapter_and_merged_model_agree_with_the_model_in_memory(exported):
+    agreement = read_record(exported)["agreement"]
+    for kind in ("adapter", "merged"):
+        assert agreement[kind]["level"] == "exact" and agreement[kind]["identical"] == agreement[kind]["prompts"] == 4
+        assert agreement[kind]["largest_logit_difference"] < 1e-4
+    assert agreement["merged_weights"]["modules"] == 4
+    assert export_folders(exported) == {kind: exported.file(f"export/{kind}") for kind in ("adapter", "merged", "gguf")}
+
+
+def test_a_flipped_bit_is_found_in_whichever_file_it_is(copied):
+    assert altered_exports(copied) == []
+    exported_files = [
+        path for path in copied.file("export").rglob("*") if path.is_file() and path.name != "verify.json"
+    ]
+    assert len(exported_files) == 20
+    for path in exported_files:
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+        name = path.relative_to(copied.path).as_posix()
+        assert altered_exports(copied) == [f"{name} differs from what was verified"]
+        path.write_bytes(whole)
+    assert altered_exports(copied) == []
+    exported_files[0].unlink()
+    assert len(altered_exports(copied)) == 1 and "is missing" in altered_exports(copied)[0]
+
+
+def test_a_weight_that_changed_is_found_by_loading_even_where_no_digest_is_asked(copied):
+    change_a_weight(copied.file("export/merged/model.safetensors"), 1.0)
+    with pytest.raises(ModelError, match=r"exported merged, loaded back, gives .*(logits differ|the same tokens)"):
+        verify_exports(copied, folders_of(copied))
+
+
+def test_merged_weights_are_checked_against_base_plus_adapter(copied):
+    folders, base = export_folders(copied), find_base(copied.config)
+    assert check_merged_weights(folders, base)["largest_rounding_units"] < 4
+    for change in (1e-4, float("nan")):
+        change_a_weight(folders["merged"] / "model.safetensors", change)
+        with pytest.raises(ModelError, match="differ from base plus adapter"):
+            check_merged_weights(folders, base)
+
+
+def test_an_export_that_cannot_be_loaded_ends_in_a_sentence(copied, monkeypatch):
+    from utils import loadback
+
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nOSError: no such file")
+    monkeypatch.setattr(loadback.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ModelError, match=r"could not be loaded in a fresh process \(OSError: no such file\)"):
+        verify_exports(copied, {"adapter": copied.file("export/adapter")})
+
+
+def test_on_another_machine_float32_is_held_to_the_wider_tolerance(copied, monkeypatch):
+    from utils import verification
+
+    elsewhere = {"device": "cuda", "backend": "unsloth", "dtype": "float16"}
+    copied.write_record(BY_NAME["05_export"], state="done", computed_on=elsewhere)
+    asked = {}
+
+    def answers(config, exports, prompts, reference):
+        asked.update(exports)
+        return {name: Continuations.load(reference) for name in exports}
+
+    monkeypatch.setattr(verification, "answer_elsewhere", answers)
+    figures = verify_exports(copied, {"adapter": copied.file("export/adapter")})
+    assert figures["adapter"]["level"] == "half" and asked["adapter"]["follows"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("fits", "leader", "level"), [(True, "adapter_on_16_bit", "half"), (False, "reference", "four bit")]
+)
+def test_a_four_bit_run_holds_merged_weights_against_the_sixteen_bit_base_where_it_fits(
+    copied, monkeypatch, fits, leader, level
+):
+    from utils import verification
+
+    section = copied.config.model.model_copy(update={"load_in_4bit": True})
+    copied.config = copied.config.model_copy(update={"model": section})
+    asked = {}
+
+    def answers(config, exports, prompts, reference):
+        asked.update(exports)
+        return {name: Continuations.load(reference) for name in exports}
+
+    monkeypatch.setattr(verification, "answer_elsewhere", answers)
+    monkeypatch.setattr(verification, "_fits", lambda *_: fits)
+    figures = verify_exports(copied, folders_of(copied))
+    assert figures["merged"]["level"] == level and asked["merged"]["follows"] == leader
+    assert asked["adapter"]["four_bit"] and asked["merged"]["four_bit"] == (not fits)
+    if fits:
+        assert list(asked).index("adapter_on_16_bit") < list(asked).index("merged")
+        assert asked["adapter_on_16_bit"]["follows"] is None and not asked["adapter_on_16_bit"]["four_bit"]
+
+
+def test_an_export_that_lay_in_scratch_and_is_gone_is_no_fault_of_the_rest(copied, tmp_path):
+    elsewhere = shutil.move(copied.file("export/merged"), tmp_path / "merged")
+    folders = {"adapter": copied.file("export/adapter"), "merged": tmp_path / "merged"}
+    write_record(copied, folders, read_record(copied)["agreement"])
+    assert read_record(copied)["folders"]["merged"] == str(elsewhere) and altered_exports(copied) == []
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    assert altered_exports(copied) == ["export/merged/config.json differs from what was verified"]
+    shutil.rmtree(elsewhere)
+    assert altered_exports(copied) == [] and set(export_folders(copied)) == {"adapter", "gguf"}
+
+
+def test_the_reference_says_what_the_trained_model_says(exported):
+    reference = Continuations.load(exported.file(REFERENCE))
+    assert len(reference.tokens) == 4 and torch.isfinite(reference.logits).all()
+
+
+def test_a_record_that_cannot_be_read_is_a_sentence(copied):
+    copied.file("export/verify.json").write_text("{")
+    with pytest.raises(RunDirError, match=r"verify\.json cannot be read .*run 05 again"):
+        export_folders(copied)
