@@ -40,7 +40,7 @@ from utils.settings import LoraSection
 from utils.shards import Shard, find_shards
 
 _CHUNK = 16 * 2**20
-RANK, ROUNDS = 16, 2
+RANK = 16
 
 
 def write_adapter(base: Path, folder: Path, seed: int = 0) -> None:
@@ -146,8 +146,9 @@ def agree(base: Path, adapter: Path, merged: Path, prompts: int) -> dict:
 def main(
     base: Annotated[Path, typer.Argument(help="A 16-bit model folder, such as the stand-in.")],
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
-    scratch: Annotated[Path | None, typer.Option(help="Where to write; needs the model's size three times.")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Where to write; needs the model's size twice.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts on which both are compared; 0: none.")] = 8,
+    rounds: Annotated[int, typer.Option(help="How often each way is measured; the best counts.")] = 2,
 ) -> None:
     """Measure and write OUT."""
     shards, workers = find_shards(base), len(os.sched_getaffinity(0))
@@ -155,10 +156,10 @@ def main(
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
         write_adapter(base, place / "adapter")
-        timed(copy_front_to_back, shards, _made(place / "warm"))  # every pass after this one finds the same cache
+        timed(copy_front_to_back, shards, _made(place / "copy"))  # every pass after this one finds the same cache
         seconds: dict[str, list[float]] = {"front_to_back": [], "threads": [], "merge": []}
         peaks, digests = [], []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             seconds["front_to_back"].append(timed(copy_front_to_back, shards, _made(place / "copy")))
             seconds["threads"].append(timed(copy_with_threads, shards, _made(place / "copy"), workers))
             shutil.rmtree(place / "merged", ignore_errors=True)
