@@ -18,9 +18,12 @@ lint: $(VENV)/installed
 bundle: $(VENV)/installed  ## kaggle_kernel.ipynb, the series in one file
 	$(IN) -m utils bundle
 
-bench:  ## on a CUDA machine: the whole series with 8B shapes; ROWS and ITEMS are JSONL files
+bench:  ## on a CUDA machine: the whole series with 8B shapes, training's speed and parity; ROWS and ITEMS are JSONL files
 	python3 -m benchmarks.standin $(or $(STANDIN),/tmp/standin-8b)
 	python3 -m benchmarks.series $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --benchmark $(ITEMS) --out benchmarks/results/series-8b.json
+	python3 -m benchmarks.train measure $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/train.json
+	python3 -m benchmarks.parity --out benchmarks/results/parity.json
+	python3 -m benchmarks.train table benchmarks/results/train.json --readme README.md
 
 # Made anew only when a requirements file is newer than the last installation that worked.
 $(VENV)/installed: requirements.txt requirements-cpu.txt

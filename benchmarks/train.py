@@ -358,13 +358,13 @@ def draw(evidence: dict, path: Path) -> None:
     left.set_yticks(list(places), list(cases))
     left.invert_yaxis()
     left.set(title="Training, tokens per second", xlabel="8B shapes, 4-bit, fp16, T4's limits")
-    left.legend(frameon=False, loc="lower right")
     share = cases["ours"]["kernels"]["share"] if cases.get("ours", {}).get("kernels") else {}
     right.barh(list(share), [100 * part for part in share.values()], 0.6, color="#30638e")
     right.invert_yaxis()
-    right.set(title="Where ours spends the GPU's time", xlabel="% of the sum of kernel times")
+    right.set(title="Ours: what the GPU does", xlabel="% of the sum of kernel times")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=2)
     figure.savefig(path, dpi=150)
 
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.standin import build_standin, build_tokenizer
+from benchmarks.train import flops_per_token, markdown_table
 from utils.models import load_tokenizer
 from utils.project import ROOT
 
 EVIDENCE = json.loads((ROOT / "benchmarks" / "results" / "series-8b.json").read_text(encoding="utf-8"))
 SPLIT = json.loads((ROOT / "benchmarks" / "results" / "split.json").read_text(encoding="utf-8"))
 GENERATION = json.loads((ROOT / "benchmarks" / "results" / "generation.json").read_text(encoding="utf-8"))
+TRAIN = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text(encoding="utf-8"))
+PARITY = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text(encoding="utf-8"))
+LLAMA_8B = SimpleNamespace(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256,
+)  # fmt: skip
 VOCABULARY = ROOT.parent / "shared" / "data" / "llama3_bpe.model"
 
 
@@ -107,3 +116,65 @@ def test_recombined_questions_are_as_long_as_the_real_ones_and_the_same_every_ti
     made = recombine(50, texts, np.random.default_rng(1))
     assert made == recombine(50, texts, np.random.default_rng(1)) and len(set(made)) > 40
     assert 7 <= sum(len(text.split()) for text in made) / 50 <= 11
+
+
+def test_training_evidence_is_of_the_8b_shapes_within_fourteen_gib_and_the_ratios_follow_from_its_windows():
+    cases = TRAIN["configurations"]
+    assert all(len(case["windows"]) >= 3 for case in cases.values()) and not TRAIN["failed"]
+    speed = {name: statistics.median(case["windows"]) for name, case in cases.items()}
+    kernel = {name: case["kernels"]["tokens_per_second"] for name, case in cases.items()}
+    assert TRAIN["ratio_vs_tutorial"] == round(speed["ours"] / speed["tutorial"], 2)
+    assert TRAIN["ratio_vs_plain"] == round(speed["ours"] / speed["plain"], 2)
+    assert TRAIN["kernel_ratio_vs_tutorial"] == round(kernel["ours"] / kernel["tutorial"], 2)
+    assert TRAIN["reserved_gib"] == max(case["reserved_gib"] for case in cases.values()) <= 14.0
+    assert all(run["peak_memory"]["gpu_reserved_gib"] <= 14.0 for run in two_gpu_runs())
+    flops = flops_per_token(LLAMA_8B, cases["ours"]["fit"]["recompute_layers"])
+    assert flops == cases["ours"]["flops_per_token"] and flops_per_token(LLAMA_8B, 32) == pytest.approx(
+        6 * 7.33e9, rel=0.01
+    )
+    assert TRAIN["peak_share"] == round(speed["ours"] * flops / TRAIN["peak"]["tflops"] / 1e12, 3)
+
+
+def two_gpu_runs() -> list[dict]:
+    return [TRAIN["two_gpus"][f"{count} GPU"] for count in (1, 2)]
+
+
+def test_two_gpus_took_the_same_rows_into_each_update_as_one():
+    one, two = two_gpu_runs()
+    assert (one["figures"]["processes"], two["figures"]["processes"]) == (1, 2)
+    assert [run["figures"]["fused_layers"] for run in (one, two)] == [32, 32]
+    before_they_part = list(zip(one["losses"], two["losses"], strict=True))[:8]
+    assert all(abs(a - b) < 1e-2 for a, b in before_they_part)  # fp16, sums in another order
+    seconds = [statistics.median(run["window_seconds"]) for run in (one, two)]
+    assert TRAIN["ratio_two_gpus"] == round(seconds[0] / seconds[1], 3)
+
+
+def test_parity_is_of_the_same_rows_and_resuming_repeats_the_losses():
+    runs = PARITY["runs"]
+    assert len(runs) == 6 and {run["updates"] for run in runs.values()} == {180}
+    nll = {name: [run["nll"] for key, run in runs.items() if key.startswith(name)] for name in ("tutorial", "ours")}
+    assert PARITY["nll_ratio"] == pytest.approx(
+        statistics.mean(nll["ours"]) / statistics.mean(nll["tutorial"]), abs=1e-3
+    )
+    low, high = PARITY["accuracy"]["ci95"]
+    assert low <= 0 <= high and PARITY["accuracy"]["n"] == 672
+    assert PARITY["resume"]["largest_loss_difference"] <= 1e-3
+    assert PARITY["resume"]["resumed_from"] < PARITY["resume"]["stopped_after"]
+
+
+def test_the_readme_quotes_training_as_it_was_measured():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert markdown_table(TRAIN) in (ROOT / "README.md").read_text(encoding="utf-8")
+    for said in (
+        f"{TRAIN['ratio_vs_tutorial']:.2f} times the tutorial's recipe by wall time",
+        f"and {TRAIN['kernel_ratio_vs_tutorial']:.2f} times by the sum of kernel times",
+        f"{TRAIN['ratio_vs_plain']:.2f} and {TRAIN['kernel_ratio_vs_plain']:.2f} times plain TRL",
+        f"{TRAIN['ratio_two_gpus']:.2f} times as fast on two GPUs",
+        f"That is {TRAIN['peak_share']:.0%} of".replace("%", " %"),
+        f"held-out loss {PARITY['nll_ratio']:.3f} times",
+        f"{100 * PARITY['accuracy']['ours']:.1f} % against {100 * PARITY['accuracy']['tutorial']:.1f} %",
+    ):
+        assert said in text, said
+    wanted = 3 * TRAIN["configurations"]["tutorial"]["tokens_per_second"]
+    share = wanted * TRAIN["configurations"]["ours"]["flops_per_token"] / TRAIN["peak"]["tflops"] / 1e12
+    assert f"three times the tutorial's speed would be {share:.0%} of it".replace("%", " %") in text

@@ -209,7 +209,19 @@ def test_a_process_that_ends_without_a_word_is_told_with_where_to_look(training_
 
 def test_processes_share_an_update_evenly_or_the_number_is_refused(training_run, monkeypatch):
     assert processes_that_divide(training_run("two", hardware__processes=2)) == 2
-    with pytest.raises(ConfigError, match=r"hardware.processes=3 cannot share the 4 rows"):
+    with pytest.raises(ConfigError, match="3 processes cannot share the 4 rows"):
         processes_that_divide(training_run("three", hardware__processes=3))
     monkeypatch.setattr("utils.launch.processes", lambda hardware: 3)  # three GPUs found
     assert processes_that_divide(training_run("auto")) == 2
+
+
+def test_accelerates_configuration_file_says_how_many_there_are_on_all_machines(training_run, tmp_path):
+    file = tmp_path / "machine.yaml"
+    run = training_run(hardware__accelerate_config=str(file))
+    with pytest.raises(ConfigError, match=r"names no num_processes; write the file with `accelerate config`"):
+        processes_that_divide(run)
+    file.write_text("num_machines: 2\nnum_processes: 4\n")
+    assert processes_that_divide(run) == 4
+    file.write_text("num_processes: 8\n")
+    with pytest.raises(ConfigError, match="8 processes cannot share the 4 rows"):
+        processes_that_divide(run)

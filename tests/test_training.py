@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,7 +15,7 @@ from utils import demo_data
 from utils.errors import TrainingError
 from utils.likelihood import tokenize_row
 from utils.prompts import format_row
-from utils.training import HealthCallback, check_loss_mask, find_checkpoint, training_log
+from utils.training import check_loss_mask, find_checkpoint, training_log
 
 ROWS = demo_data.tuning_rows("train", 12)
 
@@ -114,14 +113,3 @@ def test_a_half_written_checkpoint_is_not_resumed(tmp_path):
     (tmp_path / "checkpoint-6").mkdir()
     assert find_checkpoint(tmp_path).endswith("checkpoint-3")
     assert find_checkpoint(tmp_path / "absent") is None
-
-
-def test_a_loss_that_stays_non_finite_ends_the_run_with_a_sentence():
-    health, state = HealthCallback(), SimpleNamespace(global_step=9)
-    for _ in range(4):
-        health.on_log(None, state, None, logs={"loss": float("nan"), "grad_norm": 1.0})
-    health.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": 1.0})  # one good step starts the count anew
-    for _ in range(4):
-        health.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})
-    with pytest.raises(TrainingError, match="5 times in a row, last at step 9"):
-        health.on_log(None, state, None, logs={"loss": float("nan")})

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from utils import errors
 from utils.errors import ConfigError, TrainingError, UserError
@@ -59,18 +60,30 @@ def train(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> di
 def processes_that_divide(run: StageRun) -> int:
     """One process for each GPU, or fewer, so that each takes as many rows of an update as the others.
 
-    Raises ConfigError where hardware.processes asks for a number that cannot.
+    Raises ConfigError where hardware.processes, or accelerate's configuration file, asks for a number that cannot.
     """
-    wanted, train_section = processes(run.config.hardware), run.config.train
-    rows = train_section.per_device_train_batch_size * train_section.gradient_accumulation_steps
-    if rows % wanted == 0 or wanted == 1:
+    hardware, rows = run.config.hardware, run.config.train.rows_per_update
+    wanted, asked = processes(hardware), hardware.processes != "auto"
+    if hardware.accelerate_config is not None:
+        wanted, asked = _processes_in(hardware.accelerate_config), True
+    if rows % wanted == 0:
         return wanted
-    if run.config.hardware.processes != "auto":
+    if asked:
         raise ConfigError(
-            f"hardware.processes={wanted} cannot share the {rows} rows of an update evenly; take a number that divides "
-            "them, or change train.gradient_accumulation_steps."
+            f"{wanted} processes cannot share the {rows} rows of an update evenly; take a number that divides them, "
+            "or change train.gradient_accumulation_steps."
         )
     return max(n for n in range(1, wanted + 1) if rows % n == 0)
+
+
+def _processes_in(path: Path) -> int:
+    """num_processes of accelerate's configuration file: those of all machines."""
+    try:
+        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"hardware.accelerate_config={path} names no num_processes; write the file with `accelerate config`."
+        ) from None
 
 
 def write_recipe(run: StageRun, functions: Sequence[Callable]) -> Path:
@@ -97,7 +110,8 @@ def _launch_until_done(run: StageRun, count: int) -> None:
     if wants_trials(run.config) and fit_on_file(run, rows, count) is None:
         # Alone, so that a trial which runs out of memory leaves no other process waiting for it.
         _start(run, [sys.executable, "-m", "utils.launch", str(run.path), "--trial", str(count)], gpu_ids()[:1])
-    while _start(run, _command(run, count), gpu_ids()[:count]) == _AGAIN:
+    here = gpu_ids() if run.config.hardware.accelerate_config else gpu_ids()[:count]
+    while _start(run, _command(run, count), here) == _AGAIN:
         print(_left(run)["message"])
 
 

@@ -107,6 +107,11 @@ class TrainSection(Section):
     logging_steps: Positive = 1
     seed: NotNegative = 3407
 
+    @property
+    def rows_per_update(self) -> int:
+        """Rows, or packs, that go into one update, however many processes share them."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
 
 class GenerateSection(Section):
     """Arguments of model.generate, the same in both arms."""

@@ -82,7 +82,7 @@ def rows_per_update(config: Config, packed: bool, mean_tokens: float) -> int:
 
     Where packing is wanted and the backend cannot pack, as many rows as the packs would hold.
     """
-    rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    rows = config.train.rows_per_update
     if config.train.packing and not packed:
         rows *= max(1, round(config.model.max_seq_length / mean_tokens))
     return rows

@@ -1,0 +1,67 @@
+"""What listens to the trainer: health that tells and ends, and layers that recompute."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from utils.callbacks import HealthCallback, RecomputeCallback, transformer_layers
+from utils.errors import TrainingError
+
+
+def logged(health: HealthCallback, step: int, **logs) -> dict:
+    """The history's entry after the callback saw it."""
+    state = SimpleNamespace(global_step=step, log_history=[dict(logs)])
+    health.on_log(None, state, None, logs=logs)
+    return state.log_history[-1]
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run_with_a_sentence():
+    health, state = HealthCallback(), SimpleNamespace(global_step=9, log_history=[])
+    for _ in range(4):
+        health.on_log(None, state, None, logs={"loss": float("nan"), "grad_norm": 1.0})
+    health.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": 1.0})  # one good step starts the count anew
+    for _ in range(4):
+        health.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})
+    with pytest.raises(TrainingError, match="5 times in a row, last at step 9"):
+        health.on_log(None, state, None, logs={"loss": float("nan")})
+
+
+def test_fp16s_scale_is_on_record_and_its_first_skips_are_told_as_normal(capsys):
+    scaler = SimpleNamespace(get_scale=lambda: 32768.0)
+    health = HealthCallback(scaler)
+    assert logged(health, 1, loss=2.0, grad_norm=float("inf"))["scale"] == 32768.0
+    said = capsys.readouterr().out
+    assert (
+        said
+        == "step 1: gradient not finite; the update was skipped, fp16 scale now 32768 (normal in the first steps)\n"
+    )
+    logged(health, 50, loss=2.0, grad_norm=float("inf"))
+    assert "normal" not in capsys.readouterr().out
+    logged(health, 2, loss=float("nan"), grad_norm=1.0)  # a loss that is not finite never is
+    assert capsys.readouterr().out.startswith("step 2: loss not finite") and health.bad_steps == 3
+    logged(health, 3, loss=2.0, grad_norm=1.0)
+    assert health.bad_steps == 0 and capsys.readouterr().out == ""
+
+
+def test_the_sentence_at_the_end_names_the_scale():
+    health = HealthCallback(SimpleNamespace(get_scale=lambda: 0.5))
+    with pytest.raises(TrainingError, match=r"last at step 5 \(fp16 scale 0.5\)"):
+        for step in range(1, 6):
+            logged(health, step, loss=float("nan"), grad_norm=1.0)
+
+
+def test_without_a_scaler_nothing_is_said_of_one(capsys):
+    assert logged(HealthCallback(None), 1, loss=float("inf"), grad_norm=1.0)["scale"] is None
+    assert capsys.readouterr().out == "step 1: loss not finite\n"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_first_layers_recompute_whatever_was_switched_on_before(tiny_model, count):
+    model = get_peft_model(copy.deepcopy(tiny_model[0]), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    RecomputeCallback(count).on_step_begin(None, None, None, model=model)
+    assert [layer.gradient_checkpointing for layer in transformer_layers(model)] == [i < count for i in range(2)]
