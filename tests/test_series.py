@@ -135,7 +135,7 @@ def test_verify_passes_and_finds_a_flipped_bit_in_each_exported_file_by_name(cop
     done = run_command("verify", copied_run)
     assert done.returncode == 0 and "merged: against the model in memory" in done.stdout
     files = sorted(path for path in (copied_run / "export").rglob("*") if path.is_file())
-    assert len(files) == 16
+    assert len(files) >= 16  # six of GGUF more, where LLAMA_CPP_DIR is set
     for path in files:
         damaged = bytearray(path.read_bytes())
         damaged[-1] ^= 1
