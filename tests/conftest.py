@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.loopback import HubServer, KaggleServer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -81,3 +83,19 @@ def tiny_folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in tiny_model:
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def kaggle_server():
+    """A server on 127.0.0.1 that stands in for Kaggle."""
+    server = KaggleServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub_server():
+    """A server on 127.0.0.1 that stands in for the Hugging Face Hub."""
+    server = HubServer()
+    yield server
+    server.close()

@@ -8,13 +8,17 @@ import pytest
 
 from utils.project import ROOT
 
-GROUND = "errors files progress project stages settings config platforms credentials rundir tracking".split()
+GROUND = (
+    "errors files progress project stages settings config platforms install credentials rundir tracking state "
+    "deadline inputs retry".split()
+)
 PURE = "demo_data prompts parsing metrics results statistics verdicts similarity data items split answers probe_results".split()
 MODELS = "decoding demo models memory sampling".split()
 WORK = (
-    "generation probe selftest likelihood workers comparison forest figures training export report answers_page".split()
+    "generation probe selftest likelihood workers comparison forest figures training export report answers_page "
+    "handover publish".split()
 )
-DRIVERS = "series bundle __main__".split()
+DRIVERS = "series kernel_cells bundle kaggle_api push collect chain remote __main__".split()
 LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "lm_eval"}
 MODULES = sorted(path.stem for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__")
