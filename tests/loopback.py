@@ -195,7 +195,7 @@ class HubServer(Loopback):
             return self._create(request.json)
         if path == "/api/validate-yaml":
             return Answer({"errors": [], "warnings": []})
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit)/main)?", path)
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision)/main)?", path)
         if not found or found[1] not in self.repos:
             return Answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         if found[2] == "preupload":

@@ -193,7 +193,9 @@ def test_a_kernel_of_somebody_else_is_a_sentence(kaggle_server, home):
 
 
 def test_kaggle_that_cannot_be_reached_is_infrastructure(kaggle_server, home):
-    kaggle_server.script["GetKernelSessionStatus"] = [Answer(b"<html>", 503, {"Retry-After": "0"})] * 6
+    kaggle_server.script["GetKernelSessionStatus"] = [
+        Answer(b"<html>", 503, {"Retry-After": "0", "Content-Type": "text/html"})
+    ] * 6
     done = collect(kaggle_server, home)
     assert done.returncode == 3 and "Kaggle could not be reached" in done.stderr
 
