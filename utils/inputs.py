@@ -7,7 +7,9 @@ both are still met, so the manifest is searched for and no path is taken for gra
 from __future__ import annotations
 
 import shutil
+import stat
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from utils.errors import RunDirError
@@ -18,7 +20,7 @@ from utils.rundir import read_manifest
 from utils.state import FILE as STATE
 
 DEPTH = 6  # input/notebooks/OWNER/SLUG/runs/PROFILE
-ENTRIES = 20_000
+WIDTH = 1_000
 
 
 def find_attached(profile: str = "auto", root: Path | None = None) -> Path | None:
@@ -42,22 +44,19 @@ def find_attached(profile: str = "auto", root: Path | None = None) -> Path | Non
 
 
 def _manifests(root: Path) -> Iterator[Path]:
-    """Our manifest.json files below `root`, level by level: at most DEPTH levels and ENTRIES entries are looked at."""
-    level, looked_at = [root], 0
+    """Our manifest.json files, level by level: at most DEPTH levels, and no folder of more than WIDTH entries."""
+    level = [root]
     for _ in range(DEPTH):
         below: list[Path] = []
         for folder in level:
             try:
-                entries = sorted(folder.iterdir())
+                entries = sorted(islice(folder.iterdir(), WIDTH + 1))
             except OSError:
-                continue
-            looked_at += len(entries)
-            if looked_at > ENTRIES:  # somebody's image collection: what is ours lies in small folders
                 continue
             manifest = folder / "manifest.json"
             if manifest in entries and _is_ours(manifest):
                 yield manifest
-            else:
+            elif len(entries) <= WIDTH:  # more is somebody's image collection: ours lie in small folders
                 below += [entry for entry in entries if entry.is_dir()]
         level = below
 
@@ -85,6 +84,8 @@ def adopt_attached(profile: str = "auto", run_dir: str | Path = "", root: Path |
         partial = target.with_name(f".{target.name}.copying")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(attached, partial)
+        for path in (partial, *partial.rglob("*")):
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)  # the mount's are read-only
         (partial / STATE).unlink(missing_ok=True)  # that was the other session's
         if target.exists():
             shutil.rmtree(target)
