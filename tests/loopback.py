@@ -277,8 +277,12 @@ def kaggle_cli(server: Loopback, home: Path, *words: str, cwd: Path = ROOT) -> s
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
-def series_cli(server: Loopback, home: Path, *words: str | Path, **variables: str) -> subprocess.CompletedProcess:
+def series_cli(
+    server: Loopback, home: Path, *words: str | Path, timeout: float = 120, **variables: str
+) -> subprocess.CompletedProcess:
     """`python -m utils WORDS`, which talks to `server` as if it were Kaggle."""
     command = [sys.executable, "-m", "utils", *map(str, words)]
     environment = kaggle_environment(server, home, COLUMNS="200", PYTHONPATH=str(ROOT)) | variables
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, check=False, timeout=timeout
+    )

@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,7 +19,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.loopback import DEAD, ROOT, HubServer, KaggleServer, SecretsServer, kaggle_environment, series_cli
+from tests.loopback import ROOT, HubServer, KaggleServer, SecretsServer, kaggle_environment, series_cli
+from tests.sessions import Machine, without_network
 from utils.stages import STAGES
 
 pytestmark = pytest.mark.series
@@ -32,16 +31,6 @@ CANARIES = {
     "HUGGINGFACE_TOKEN": "hf_canaryInTheDotenvFile0123456789abcdef",
     "wandb": "canary0wandb0in0the0dotenv0file00123456789",
 }
-
-
-def without_network(*command: str | Path) -> list[str]:
-    """`command` in a network of its own with nothing but 127.0.0.1, where the system lets us; as it is elsewhere."""
-    words = [str(word) for word in command]
-    if shutil.which("unshare") and shutil.which("ip"):
-        inside = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-        if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode == 0:
-            return [*inside, *words]
-    return words
 
 
 def archived(text: str) -> list[bytes]:
@@ -75,8 +64,7 @@ class Pushed:
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory, embedded_model):
     root = tmp_path_factory.mktemp("pushed")
-    for name in ("home", "empty", "tmp", "kaggle/working", "kaggle/input", "laptop"):
-        (root / name).mkdir(parents=True)
+    (root / "laptop").mkdir()
     kaggle, hub, secrets = KaggleServer(), HubServer(), SecretsServer()
     dotenv = "".join(f"{name}={value}\n" for name, value in list(CANARIES.items())[2:])
     (root / "laptop" / ".env").write_text(dotenv)
@@ -84,23 +72,12 @@ def pushed(tmp_path_factory, embedded_model):
     done = series_cli(kaggle, root / "laptop", "push", "--profile", "demo", **secret)
     assert done.returncode == 0, done.stderr
 
-    (root / "empty" / "kernel.ipynb").write_text(kaggle.versions[0]["text"])
-    (root / "empty" / ".env").write_text(dotenv)
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL")}
-    environment = kept | secret | {
-        "HOME": str(root / "home"), "TMPDIR": str(root / "tmp"), "SERIES_KAGGLE": str(root / "kaggle"),
-        "XDG_CACHE_HOME": str(embedded_model.parent.parent), "KAGGLE_KERNEL_RUN_TYPE": "Batch",
+    machine = Machine(root, embedded_model, secret | {
         "KAGGLE_USER_SECRETS_TOKEN": "a-session-token", "KAGGLE_URL_BASE": secrets.address,
-        "HTTP_PROXY": DEAD, "HTTPS_PROXY": DEAD, "http_proxy": DEAD, "https_proxy": DEAD,
-    }  # fmt: skip
-    command = without_network(sys.executable, "-m", "papermill", "kernel.ipynb", "__notebook__.ipynb")
-    session = subprocess.run(
-        command, cwd=root / "empty", env=environment, capture_output=True, text=True, check=False, timeout=900
-    )
-    working = root / "kaggle" / "working"
-    kaggle.files = {p.relative_to(working).as_posix(): p.read_bytes() for p in working.rglob("*") if p.is_file()}
-    kaggle.log = json.dumps([{"stream_name": "stderr", "time": 1.0, "data": session.stdout + session.stderr}])
-    kaggle.statuses = [{"status": "complete" if session.returncode == 0 else "error"}]
+    })  # fmt: skip
+    (machine.empty / ".env").write_text(dotenv)
+    session = machine.execute(kaggle.versions[0]["text"])
+    machine.hand_output_to(kaggle, session)
     collected = series_cli(kaggle, root / "laptop", "collect", "--run-dir", root / "laptop" / "run", **secret)
     words = ["publish", root / "laptop" / "run", "--repo", "alice/medical", "--merged", "--no-wandb"]
     local = {"HF_ENDPOINT": hub.address, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}

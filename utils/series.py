@@ -116,7 +116,7 @@ def _run_stages(run: RunDir, first: str, last: str, fresh: bool, console: Consol
             console.print(f"[dim]  {stage.number} {stage.title}: unchanged, not run again (took {seconds:.0f} s)[/dim]")
             continue
         deadline = Deadline.of(run.config.hardware.max_hours)
-        if deadline.is_due():
+        if worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
             raise SeriesPaused(run, stage, deadline.sentence(), SessionOver.__name__)
         run_stage(run, stage, console)
         run = open_run("auto", run.path)  # a stage may have pinned what it found out
