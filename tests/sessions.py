@@ -51,7 +51,9 @@ class Machine:
     def execute(self, text: str) -> subprocess.CompletedProcess:
         """The notebook by papermill, as Kaggle runs it."""
         (self.empty / "kernel.ipynb").write_text(text)
-        command = without_network(sys.executable, "-m", "papermill", "kernel.ipynb", "__notebook__.ipynb")
+        command = without_network(
+            sys.executable, "-m", "papermill", "--log-output", "kernel.ipynb", "__notebook__.ipynb"
+        )
         return subprocess.run(
             command, cwd=self.empty, env=self.environment, capture_output=True, text=True, check=False, timeout=900
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
 import nbformat
 import pytest
 
+from tests.sessions import Machine
 from utils.bundle import KERNEL, MAXIMUM_BYTES, BundleError, build_kernel, build_single, check_kernel, with_parameters
 from utils.demo import cache_dir
 from utils.stages import STAGES
@@ -87,33 +87,24 @@ def test_a_notebook_that_there_is_not_cannot_be_bundled():
 
 
 @pytest.mark.series
-def test_a_single_notebook_goes_on_with_an_attached_output_in_either_layout(copied_run, tmp_path):
-    """04 alone, in an empty folder, on a machine laid out as Kaggle's: 03's output is attached, and cannot be written to."""
-    manifest = json.loads((copied_run / "manifest.json").read_text())
-    for name in ("04_comparison", "05_export"):
-        del manifest["stages"][name]
-    (copied_run / "manifest.json").write_text(json.dumps(manifest))
-    for layout in ("notebooks/alice/03-lora-training/runs/demo", "03-lora-training/runs/demo"):
-        place = tmp_path / layout.partition("/")[0]
-        for name in ("empty", "tmp", "home", "kaggle/working"):
-            (place / name).mkdir(parents=True)
-        shutil.copytree(copied_run, place / "kaggle" / "input" / layout)
-        nbformat.write(build_single("02" if layout[0] == "0" else "04"), place / "empty" / "notebook.ipynb")
-        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-        environment = kept | {
-            "HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "SERIES_KAGGLE": str(place / "kaggle"),
-            "KAGGLE_KERNEL_RUN_TYPE": "Batch", "XDG_CACHE_HOME": str(cache_dir().parent.parent),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "papermill", "notebook.ipynb", "out.ipynb"]
-        done = subprocess.run(
-            command, cwd=place / "empty", env=environment, capture_output=True, text=True, check=False, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        run = place / "kaggle" / "working" / "runs" / "demo"
-        executed = (place / "empty" / "out.ipynb").read_text(encoding="utf-8")
-        assert f"going on with {place / 'kaggle' / 'input' / layout}" in executed
-        stages = json.loads((run / "manifest.json").read_text())["stages"]
-        assert stages["02_dataset_formatting" if layout[0] == "0" else "04_comparison"]["state"] == "done"
+@pytest.mark.parametrize(
+    ("number", "layout"),
+    [("04", "notebooks/alice/03-lora-training/runs/demo"), ("02", "00-setup/runs/demo")],
+    ids=["today's layout", "the older layout"],
+)
+def test_a_single_notebook_goes_on_with_an_attached_output(demo_run, tmp_path, number, layout):
+    """Alone in an empty folder, on a machine laid out as Kaggle's: an earlier output is attached, and cannot be written."""
+    machine = Machine(tmp_path / "m", cache_dir())
+    name = STAGES[int(number)].name
+    manifest = json.loads((demo_run.path / "manifest.json").read_text())
+    del manifest["stages"][name]
+    files = {p.relative_to(demo_run.path).as_posix(): p.read_bytes() for p in demo_run.path.rglob("*") if p.is_file()}
+    machine.attach(files | {"manifest.json": json.dumps(manifest).encode()}, layout)
+    done = machine.execute(nbformat.writes(build_single(number)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"going on with {machine.kaggle / 'input' / layout}" in (machine.empty / "__notebook__.ipynb").read_text()
+    stages = json.loads((machine.working / "runs" / "demo" / "manifest.json").read_text())["stages"]
+    assert stages[name]["state"] == "done" and len(stages) == 6
 
 
 @pytest.mark.series

@@ -148,7 +148,7 @@ class WorkingKaggle(KaggleServer):
 
     def _SaveKernel(self, request: Received) -> Answer:
         answer = super()._SaveKernel(request)
-        machine = Machine(self.root / f"session-{len(self.versions)}", self.model)
+        machine = Machine(self.root / f"s{len(self.versions)}", self.model)
         if request.json.get("kernelDataSources"):
             machine.attach(self.files, self.layouts[len(self.versions) % 2])
         self.session = threading.Thread(
@@ -163,21 +163,29 @@ class WorkingKaggle(KaggleServer):
         return super()._GetKernelSessionStatus(request)
 
 
+SMALL = {
+    "data.train_rows": 192, "data.eval_rows": 32, "train.num_train_epochs": 1, "generate.max_new_tokens": 64,
+    "evaluate.resamples": 1000, "export.prompts": 2,
+}  # fmt: skip
+
+
 @pytest.mark.series
 def test_a_chain_of_short_sessions_ends_in_the_adapter_of_one_long_run_bit_for_bit(
-    demo_run, tmp_path, home, embedded_model
+    tmp_path, tmp_path_factory, home, embedded_model
 ):
-    server = WorkingKaggle(tmp_path / "machines", embedded_model)
+    settings = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    long = run_command("run", "--profile", "demo", "--run-dir", tmp_path / "long", *settings)
+    assert long.returncode == 0, long.stdout + long.stderr
+    server = WorkingKaggle(tmp_path_factory.mktemp("m"), embedded_model)  # short: a kernel's socket lies below
     try:
-        words = ["push", "--profile", "demo", "--set", "hardware.max_hours=0.005", "--until-done", "--poll", "0.5"]
-        done = series_cli(server, home, *words, timeout=1500)
+        words = ["push", "--profile", "demo", *settings, "--set", "hardware.max_hours=0.008", "--until-done"]
+        done = series_cli(server, home, *words, "--poll", "0.5", timeout=800)
     finally:
         server.close()
     assert done.returncode == 0, done.stdout + done.stderr + server.log[-3000:]
     assert 2 <= len(server.versions) <= 6
-    assert [bool(version.get("kernelDataSources")) for version in server.versions] == [
-        number > 0 for number in range(len(server.versions))
-    ]
+    attached = [version.get("kernelDataSources", []) for version in server.versions]
+    assert attached == [[], *[[REFERENCE]] * (len(server.versions) - 1)]
     collected = home / "runs" / "kaggle-deepseek-r1-medical-lora"
     for name in ("export/adapter/adapter_model.safetensors", "comparison/metrics.json", "baseline/answers.jsonl"):
-        assert (collected / name).read_bytes() == (demo_run.path / name).read_bytes(), name
+        assert (collected / name).read_bytes() == (tmp_path / "long" / name).read_bytes(), name

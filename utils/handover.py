@@ -29,7 +29,9 @@ def hand_over(run_dir: str | Path, limit_gib: float = KEPT_GIB) -> SeriesState:
     """
     run_dir = Path(run_dir)
     began = (run_dir / "manifest.json").exists()
-    state = read_state(run_dir) or SeriesState(state="running" if began else "failed", sentence="it never began.")
+    state = read_state(run_dir) or SeriesState(
+        state="running" if began else "failed", sentence="it never began; the lines above say why."
+    )
     if state.state == "running":
         died = "its process died, most often because memory ran out."
         state = state.model_copy(update={"state": "failed", "kind": "killed", "sentence": died})
