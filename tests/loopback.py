@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 DEAD = "http://127.0.0.1:9"  # nothing listens there: a request that strays outside fails at once
@@ -107,7 +110,7 @@ class Loopback:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def address(self) -> str:
@@ -275,6 +278,36 @@ def kaggle_cli(server: Loopback, home: Path, *words: str, cwd: Path = ROOT) -> s
     command = [str(Path(sys.executable).with_name("kaggle")), *words]
     environment = kaggle_environment(server, home)
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def series_call(server: Loopback, home: Path, *words: str | Path, **variables: str) -> subprocess.CompletedProcess:
+    """The same as `series_cli` in this process, and nothing is waited for: for the many tests of one behaviour each."""
+    from utils.__main__ import main
+
+    environment = kaggle_environment(server, home) | variables
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        patch.dict(os.environ, environment, clear=True),
+        patch.object(sys, "argv", ["utils", *map(str, words)]),
+        patch("time.sleep"),
+        contextlib.chdir(home),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        forget_kaggle()
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def forget_kaggle() -> None:
+    """The package reads its environment when it is first imported: not the one of another test."""
+    kept = sys.modules.get("kaggle.api.kaggle_api_extended")
+    if kept is not None and "--local" not in kept.KaggleApi.args:
+        for name in [name for name in sys.modules if name.split(".")[0] == "kaggle"]:
+            del sys.modules[name]
 
 
 def series_cli(

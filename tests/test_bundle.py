@@ -50,6 +50,11 @@ def test_a_kernel_that_is_out_of_date_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "KERNEL", stale)
     with pytest.raises(BundleError, match="out of date; run python -m utils bundle"):
         check_kernel()
+    edited = json.loads(KERNEL.read_text(encoding="utf-8"))
+    edited["cells"][4]["source"] = "print('edited by hand')"
+    stale.write_text(json.dumps(edited))
+    with pytest.raises(BundleError, match="out of date"):
+        check_kernel()
     stale.unlink()
     with pytest.raises(BundleError, match="is missing"):
         check_kernel()

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import run_command
-from tests.loopback import Answer, KaggleServer, Received, series_cli
+from tests.loopback import Answer, KaggleServer, Received, series_call, series_cli
 from tests.sessions import Machine
 from tests.test_collect import serve, write_run
 from utils.chain import continuation, until_done
@@ -34,7 +34,7 @@ def test_continue_attaches_the_last_output_and_keeps_the_runs_own_profile(kaggle
         json.dumps(manifest | {"profile": "full", "overrides": {"hardware.max_hours": 5}})
     )
     serve(kaggle_server, run)
-    done = series_cli(kaggle_server, home, "push", "--continue")
+    done = series_call(kaggle_server, home, "push", "--continue")
     assert done.returncode == 0, done.stderr
     (body,) = kaggle_server.versions
     assert body["kernelDataSources"] == [REFERENCE] and body["sessionTimeoutSeconds"] == 6 * 3600
@@ -45,7 +45,7 @@ def test_continue_attaches_the_last_output_and_keeps_the_runs_own_profile(kaggle
 def test_there_has_to_be_something_to_continue(kaggle_server, home, tmp_path, state):
     if state:
         serve(kaggle_server, write_run(tmp_path / "run", state))
-    done = series_cli(kaggle_server, home, "push", "--continue")
+    done = series_call(kaggle_server, home, "push", "--continue")
     assert done.returncode == 1 and "nothing to go on with; push without --continue" in done.stderr
     assert not kaggle_server.versions
 
@@ -53,7 +53,7 @@ def test_there_has_to_be_something_to_continue(kaggle_server, home, tmp_path, st
 def test_a_source_that_kaggle_does_not_attach_stops_the_chain(kaggle_server, home, tmp_path):
     serve(kaggle_server, write_run(tmp_path / "run", "continue", stage="03_lora_training"))
     kaggle_server.script["SaveKernel"] = [Answer({"versionNumber": 2, "invalidKernelSources": [REFERENCE]})]
-    done = series_cli(kaggle_server, home, "push", "--continue", "--until-done", "--poll", "0.01")
+    done = series_call(kaggle_server, home, "push", "--continue", "--until-done", "--poll", "0.01")
     assert done.returncode == 1 and f"kernels {REFERENCE}" in done.stderr
 
 
@@ -109,7 +109,7 @@ def test_there_is_a_limit_to_how_many_sessions_are_started(monkeypatch, tmp_path
 def test_the_last_sessions_state_is_read_without_its_other_files(kaggle_server, home, tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", "continue", stage="03_lora_training", steps=50)
     serve(kaggle_server, run)
-    done = series_cli(kaggle_server, home, "push", "--continue", "--dry-run")
+    done = series_call(kaggle_server, home, "push", "--continue", "--dry-run")
     assert done.returncode == 0 and not kaggle_server.versions, done.stderr
     fetched = sorted(Path(call.path).name for call in kaggle_server.calls("/files/"))
     assert fetched == ["manifest.json", "state.json"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.loopback import Answer, series_cli
+from tests.loopback import Answer, series_call
 from utils.collect import judge, readable_log, run_folder
 from utils.errors import RunDirError
 from utils.files import record_files, write_json
@@ -47,7 +47,7 @@ def serve(server, run: Path, status: str = "complete", message: str = "") -> Non
 
 
 def collect(server, home, *words: str):
-    return series_cli(server, home, "collect", REFERENCE, "--run-dir", home / "collected", *words)
+    return series_call(server, home, "collect", REFERENCE, "--run-dir", home / "collected", *words)
 
 
 def test_a_run_that_passed_comes_home_whole_and_exits_0(kaggle_server, home, tmp_path):
@@ -68,7 +68,7 @@ def test_a_run_that_passed_comes_home_whole_and_exits_0(kaggle_server, home, tmp
 
 def test_the_kernel_of_the_metadata_and_a_folder_named_by_it_are_the_defaults(kaggle_server, home, tmp_path):
     serve(kaggle_server, write_run(tmp_path / "run"))
-    done = series_cli(kaggle_server, home, "collect")
+    done = series_call(kaggle_server, home, "collect")
     assert done.returncode == 0, done.stderr
     assert (home / "runs" / "kaggle-deepseek-r1-medical-lora" / "manifest.json").exists()
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import nbformat
 import pytest
 
 from tests.conftest import ROOT
-from tests.loopback import Answer, kaggle_cli, kaggle_environment, series_cli
+from tests.loopback import Answer, forget_kaggle, kaggle_cli, kaggle_environment, series_call, series_cli
 from utils.errors import ConfigError, KaggleError
 from utils.push import check_text, kernel_text, read_metadata, reference_of, title_of
 
@@ -66,7 +65,7 @@ def test_our_push_sends_what_the_command_line_sends(kaggle_server, home, checkou
 
 
 def test_a_profile_and_settings_travel_in_the_parameters_cell_and_end_the_session_in_time(kaggle_server, home):
-    done = series_cli(kaggle_server, home, "push", "--profile", "full", "--set", "train.max_steps=10", "--username", "bob",
+    done = series_call(kaggle_server, home, "push", "--profile", "full", "--set", "train.max_steps=10", "--username", "bob",
                   "--slug", "another-name")  # fmt: skip
     assert done.returncode == 0, done.stderr
     (body,) = kaggle_server.versions
@@ -79,7 +78,7 @@ def test_a_profile_and_settings_travel_in_the_parameters_cell_and_end_the_sessio
 
 
 def test_no_run_saves_a_version_and_says_what_to_do_in_the_editor(kaggle_server, home):
-    done = series_cli(kaggle_server, home, "push", "--no-run")
+    done = series_call(kaggle_server, home, "push", "--no-run")
     assert done.returncode == 0 and "Add-ons > Secrets" in done.stdout
     assert kaggle_server.versions[0]["kernelExecutionType"] == "QUICK_SAVE"
 
@@ -89,7 +88,7 @@ def test_a_dry_run_shows_exactly_what_would_be_sent_and_sends_nothing(kaggle_ser
     dry = series_cli(kaggle_server, home, *words, "--dry-run", TMPDIR=str(tmp_path))
     assert dry.returncode == 0, dry.stderr
     assert not kaggle_server.received
-    assert series_cli(kaggle_server, home, *words).returncode == 0
+    assert series_call(kaggle_server, home, *words).returncode == 0
     (sent,) = kaggle_server.versions
     (file,) = tmp_path.glob("*/push.json")
     assert json.loads(file.read_text()) == sent
@@ -104,26 +103,26 @@ def test_an_error_in_the_answer_ends_in_status_1_where_the_command_line_ends_in_
     refusal = Answer({"error": "Maximum batch GPU session count of 2 reached."})
     kaggle_server.script["SaveKernel"] = [refusal, refusal]
     assert kaggle_cli(kaggle_server, home, "kernels", "push", "-p", ".", cwd=checkout).returncode == 0
-    done = series_cli(kaggle_server, home, "push")
+    done = series_call(kaggle_server, home, "push")
     assert done.returncode == 1 and "Kaggle did not take the push: Maximum batch GPU session count" in done.stderr
 
 
 def test_sources_that_kaggle_left_out_are_an_error_and_named(kaggle_server, home):
     kaggle_server.script["SaveKernel"] = [Answer({"versionNumber": 3, "invalidDatasetSources": ["alice/gone"]})]
-    done = series_cli(kaggle_server, home, "push")
+    done = series_call(kaggle_server, home, "push")
     assert done.returncode == 1 and "version 3" in done.stderr and "data sets alice/gone" in done.stderr
 
 
 def test_a_message_that_the_package_hides_is_shown(kaggle_server, home):
     body = {"error": {"code": 400, "message": "The kernel source must be less than 1 megabytes in size."}}
     kaggle_server.script["SaveKernel"] = [Answer(body, 400)]
-    done = series_cli(kaggle_server, home, "push")
+    done = series_call(kaggle_server, home, "push")
     assert done.returncode == 1 and "must be less than 1 megabytes" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_rate_limit_is_waited_for_and_the_push_arrives_once(kaggle_server, home):
     kaggle_server.script["SaveKernel"] = [Answer({"code": 429, "message": "slow down"}, 429, {"Retry-After": "0"})] * 2
-    done = series_cli(kaggle_server, home, "push")
+    done = series_call(kaggle_server, home, "push")
     assert done.returncode == 0 and done.stderr.count("429: slow down; trying again in 0 s") == 2
     assert len(kaggle_server.versions) == 1
 
@@ -142,7 +141,7 @@ def test_a_push_whose_answer_was_lost_but_that_arrived_is_not_repeated(kaggle_se
         kaggle_server.save(json.loads(kaggle_server.received[-1].body))
 
     kaggle_server.script["SaveKernel"] = [Answer(**lost, first=arrives)]
-    done = series_cli(kaggle_server, home, "push")
+    done = series_call(kaggle_server, home, "push")
     assert done.returncode == 0, done.stderr
     assert "version 1 has arrived: not pushed again" in done.stderr and "version 1 of alice/" in done.stdout
     assert len(kaggle_server.versions) == 1 and len(kaggle_server.calls("SaveKernel")) == 1
@@ -150,7 +149,7 @@ def test_a_push_whose_answer_was_lost_but_that_arrived_is_not_repeated(kaggle_se
 
 def test_a_push_that_was_lost_is_repeated_and_says_so(kaggle_server, home):
     kaggle_server.script["SaveKernel"] = [Answer(cut=0)]
-    done = series_cli(kaggle_server, home, "push")
+    done = series_call(kaggle_server, home, "push")
     assert done.returncode == 0, done.stderr
     assert "Kaggle still shows version 0: pushing again" in done.stderr and "cancel one" in done.stderr
     assert len(kaggle_server.versions) == 1
@@ -193,20 +192,19 @@ def _connect(server, monkeypatch):
     """A Kaggle client in this process; the package reads its environment when it is first imported."""
     from utils.kaggle_api import Kaggle
 
-    for name in [name for name in sys.modules if name.split(".")[0] in ("kaggle", "kagglesdk")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget_kaggle()
     return Kaggle(say=lambda _: None)
 
 
 def test_kaggle_that_stays_unreachable_is_infrastructure_and_not_a_failure(kaggle_server, home):
     kaggle_server.script["GetKernel"] = [Answer({"message": "down"}, 503, {"Retry-After": "0"})] * 6
-    done = series_cli(kaggle_server, home, "push")
+    done = series_call(kaggle_server, home, "push")
     assert done.returncode == 3 and "Kaggle could not be reached" in done.stderr and "503: down" in done.stderr
     assert not kaggle_server.versions
 
 
 def test_without_credentials_one_sentence_says_where_to_get_them(kaggle_server, home):
-    done = series_cli(kaggle_server, home, "push", KAGGLE_USERNAME="", KAGGLE_KEY="", KAGGLE_API_TOKEN="nobodys")
+    done = series_call(kaggle_server, home, "push", KAGGLE_USERNAME="", KAGGLE_KEY="", KAGGLE_API_TOKEN="nobodys")
     assert done.returncode == 1 and "no Kaggle credentials" in done.stderr and "kaggle.com/settings" in done.stderr
     assert done.stdout == ""
 
@@ -214,7 +212,7 @@ def test_without_credentials_one_sentence_says_where_to_get_them(kaggle_server, 
 def test_a_token_is_traded_for_the_user_name(kaggle_server, home):
     (home / ".kaggle").mkdir()
     (home / ".kaggle" / "access_token").write_text("KGAT_of-ours")
-    done = series_cli(kaggle_server, home, "push", KAGGLE_USERNAME="", KAGGLE_KEY="")
+    done = series_call(kaggle_server, home, "push", KAGGLE_USERNAME="", KAGGLE_KEY="")
     assert done.returncode == 0, done.stderr
     assert kaggle_server.versions[0]["slug"] == REFERENCE
     assert kaggle_server.calls("SaveKernel")[0].headers["Authorization"] == "Bearer KGAT_of-ours"
@@ -223,7 +221,7 @@ def test_a_token_is_traded_for_the_user_name(kaggle_server, home):
 def test_waiting_tells_each_state_and_ends_with_the_sessions_own(kaggle_server, home):
     kaggle_server.statuses = [{"status": s} for s in ("complete", "queued", "running", "running", "error")]
     kaggle_server.statuses[-1]["failureMessage"] = "out of memory"
-    done = series_cli(kaggle_server, home, "push", "--wait", "--poll", "0.01")
+    done = series_call(kaggle_server, home, "push", "--wait", "--poll", "0.01")
     assert done.returncode == 1 and "error: out of memory" in done.stdout
     assert [line.split(" after")[0].split(": ")[1] for line in done.stdout.splitlines() if " after " in line] == [
         "complete", "queued", "running", "error",
@@ -234,7 +232,7 @@ def test_an_outage_in_the_middle_of_waiting_is_waited_out(kaggle_server, home):
     down = Answer({}, 503, {"Retry-After": "0"})
     kaggle_server.statuses = [{"status": "running"}, {"status": "complete"}]
     kaggle_server.script["GetKernelSessionStatus"] = [down] * 7
-    done = series_cli(kaggle_server, home, "push", "--wait", "--poll", "0.01")
+    done = series_call(kaggle_server, home, "push", "--wait", "--poll", "0.01")
     assert done.returncode == 0 and "unknown" in done.stdout and "complete" in done.stdout
 
 

@@ -138,14 +138,21 @@ def _write(notebook: nbformat.NotebookNode, path: Path) -> Path:
 
 
 def check_kernel() -> None:
-    """Raise BundleError unless kaggle_kernel.ipynb carries the files as they are now.
+    """Raise BundleError unless kaggle_kernel.ipynb carries the files as they are now, and its cells are the generated ones.
 
-    Compared by the files' own digest: zlib may pack the same bytes differently elsewhere.
+    The archive is compared by the files' own digest: zlib may pack the same bytes differently elsewhere.
     """
     if not KERNEL.exists():
         raise BundleError(f"{KERNEL.name} is missing; run {BUNDLE_COMMAND}.")
-    if f'CONTENT = "{content_digest(bundled_files())}"' not in KERNEL.read_text(encoding="utf-8").replace('\\"', '"'):
+    found, expected = nbformat.read(KERNEL, as_version=4), build_kernel()
+    if [_essence(cell) for cell in found.cells] != [_essence(cell) for cell in expected.cells]:
         raise BundleError(f"{KERNEL.name} is out of date; run {BUNDLE_COMMAND} and commit it.")
+
+
+def _essence(cell: nbformat.NotebookNode) -> str:
+    """A cell's source, that of the archive by its files' digest."""
+    digest = re.search(r'(?m)^CONTENT = "([0-9a-f]{64})"$', cell.source)
+    return digest[1] if digest else cell.source
 
 
 def content_digest(files: list[Path]) -> str:
