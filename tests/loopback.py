@@ -78,7 +78,8 @@ class Loopback:
                         answer = outer.respond(request)
                     elif answer.first:
                         answer.first()
-                self._send(answer)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked has given up
+                    self._send(answer)
 
             do_GET = do_POST = do_HEAD = do_PUT = _serve
 

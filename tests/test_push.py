@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import nbformat
 import pytest
@@ -201,6 +202,22 @@ def test_kaggle_that_stays_unreachable_is_infrastructure_and_not_a_failure(kaggl
     done = series_call(kaggle_server, home, "push")
     assert done.returncode == 3 and "Kaggle could not be reached" in done.stderr and "503: down" in done.stderr
     assert not kaggle_server.versions
+
+
+def test_a_connection_that_falls_silent_is_given_up_and_not_waited_for_without_end(kaggle_server, home, monkeypatch):
+    """kagglesdk 0.1.37 sets no time-out at all."""
+    from utils import kaggle_api
+
+    for name, value in kaggle_environment(kaggle_server, home).items():
+        monkeypatch.setenv(name, value)
+    kaggle = _connect(kaggle_server, monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(kaggle_api, "TIMEOUT_S", 0.1)
+    silence = threading.Event()
+    kaggle_server.script["GetKernelSessionStatus"] = [Answer(first=lambda: silence.wait(60))]
+    with pytest.raises(kaggle_api.InfrastructureError, match="ReadTimeout"):
+        kaggle.status(REFERENCE)
+    silence.set()
 
 
 def test_without_credentials_one_sentence_says_where_to_get_them(kaggle_server, home):

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from utils.config import parse_overrides
-from utils.errors import KaggleError, RunDirError
+from utils.errors import HubError, RunDirError
 from utils.project import NAME, command
 
 console = Console(force_terminal=sys.stdout.isatty())
@@ -128,7 +128,7 @@ def publish(
     key = find_secret("WANDB_API_KEY")
     runs = publishing.offline_runs(run_dir) if wandb else []
     if not repo and not runs:
-        raise KaggleError("There is nothing to upload: no --repo, and no offline run of wandb.")
+        raise HubError("There is nothing to upload: no --repo, and no offline run of wandb.")
     uploads = publishing.plan_uploads(run_dir, repo, merged) if repo else []
     _print(publishing.read_verdict(run_dir))
     _print(publishing.describe_uploads(uploads, private, len(runs)))
