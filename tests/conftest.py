@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.loopback import HubServer, KaggleServer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -125,3 +127,19 @@ def training_run(tiny_folder: Path, tmp_path: Path):
         return run
 
     return make
+
+
+@pytest.fixture
+def kaggle_server():
+    """A server on 127.0.0.1 that stands in for Kaggle."""
+    server = KaggleServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub_server():
+    """A server on 127.0.0.1 that stands in for the Hugging Face Hub."""
+    server = HubServer()
+    yield server
+    server.close()

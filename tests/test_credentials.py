@@ -1,4 +1,4 @@
-"""Secrets: found by name in a fixed order of stores, absent without an error, never shown."""
+"""Secrets: found by name in a fixed order of stores; every exception of a platform is one of three words; never shown."""
 
 from __future__ import annotations
 
@@ -8,61 +8,71 @@ from types import ModuleType
 
 import pytest
 
-from utils.credentials import NAMES, Secret, find_secret, share_hub_token
+from tests import kaggle_secrets_standin
+from tests.loopback import Answer, SecretsServer
+from utils import credentials
+from utils.credentials import NAMES, SHARED, Secret, find_secret, known_values, share_hub_token, share_secrets
 
 VALUE = "hf_a-secret-of-ours"
 
 
-class BackendError(Exception):
-    """What Kaggle raises for a label that does not exist or is not attached."""
-
-
-class SecretNotFoundError(Exception):
-    """What Colab raises for a name that does not exist."""
+def found(name: str, source: str, value: str = VALUE) -> Secret:
+    return Secret(name, source, value, "found")
 
 
 @pytest.fixture(autouse=True)
 def isolated(monkeypatch, tmp_path):
     """No store of this machine is seen, and none of the environment's names is left behind."""
-    for name in ("HF_HOME", "NETRC", *(alias for aliases in NAMES.values() for alias in aliases)):
+    variables = (
+        "HF_HOME",
+        "NETRC",
+        SHARED,
+        "KAGGLE_USER_SECRETS_TOKEN",
+        "KAGGLE_URL_BASE",
+        "KAGGLE_KEY",
+        "KAGGLE_API_TOKEN",
+    )
+    for name in (*variables, *(alias for aliases in NAMES.values() for alias in aliases)):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
+    monkeypatch.setattr(credentials, "ROOT", tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path)
     for name in ("kaggle_secrets", "google.colab"):
         monkeypatch.setitem(sys.modules, name, None)
 
 
-def on_kaggle(monkeypatch, secrets: dict[str, str], error: Exception | None = None) -> None:
-    """Kaggle's module: a label that is not attached raises BackendError; `error` is raised on sight."""
+@pytest.fixture
+def kaggle(monkeypatch):
+    """A Kaggle session: its module, its token in the environment, its server on 127.0.0.1."""
+    server = SecretsServer()
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", kaggle_secrets_standin)
+    monkeypatch.setenv("KAGGLE_USER_SECRETS_TOKEN", "a-session-token")
+    monkeypatch.setenv("KAGGLE_URL_BASE", server.address)
+    yield server
+    server.close()
 
-    class UserSecretsClient:
-        def __init__(self):
-            if error:
-                raise error
 
-        def get_secret(self, label: str) -> str:
-            if label not in secrets:
-                raise BackendError("No user secrets exist for kernel id 1 and label.")
-            return secrets[label]
-
-    module = ModuleType("kaggle_secrets")
-    module.UserSecretsClient = UserSecretsClient
-    monkeypatch.setitem(sys.modules, "kaggle_secrets", module)
+def colab(monkeypatch, get, old: bool = False) -> None:
+    """Colab's userdata as `get(module, name)` answers; `old` lacks TimeoutException."""
+    package, module, userdata = ModuleType("google"), ModuleType("google.colab"), ModuleType("google.colab.userdata")
+    kinds = ("SecretNotFoundError", "NotebookAccessError", *(() if old else ("TimeoutException",)))
+    for kind in kinds:
+        setattr(userdata, kind, type(kind, (Exception,), {}))
+    userdata.get = lambda name: get(userdata, name)
+    package.colab, module.userdata = module, userdata
+    for loaded in (package, module, userdata):
+        monkeypatch.setitem(sys.modules, loaded.__name__, loaded)
 
 
 def on_colab(monkeypatch, secrets: dict[str, str]) -> None:
-    """Colab's module: a name that is not there raises SecretNotFoundError."""
-
-    def get(name: str) -> str:
+    def get(userdata, name):
         if name not in secrets:
-            raise SecretNotFoundError(name)
+            raise userdata.SecretNotFoundError(f"Secret {name} does not exist.")
         return secrets[name]
 
-    package, module, userdata = ModuleType("google"), ModuleType("google.colab"), ModuleType("google.colab.userdata")
-    package.colab, module.userdata, userdata.get = module, userdata, get
-    for loaded in (package, module, userdata):
-        monkeypatch.setitem(sys.modules, loaded.__name__, loaded)
+    colab(monkeypatch, get)
 
 
 def log_in(tmp_path, monkeypatch, value: str = VALUE) -> None:
@@ -74,50 +84,141 @@ def log_in(tmp_path, monkeypatch, value: str = VALUE) -> None:
 @pytest.mark.parametrize("name", list(NAMES))
 def test_without_any_store_a_secret_is_absent_and_false(name):
     secret = find_secret(name)
-    assert secret == Secret(name, "absent") and not secret and secret.value is None
+    assert secret == Secret(name, "absent") and not secret and secret.value is None and secret.state == "absent"
 
 
-def test_the_stores_are_asked_in_order_kaggle_colab_environment_cached_login(monkeypatch, tmp_path):
+def test_the_stores_are_asked_in_order_kaggle_colab_environment_dotenv_cached_login(kaggle, monkeypatch, tmp_path):
     log_in(tmp_path, monkeypatch, "from-login")
-    assert find_secret("HF_TOKEN") == Secret("HF_TOKEN", "cached login", "from-login")
+    assert find_secret("HF_TOKEN") == found("HF_TOKEN", "cached login", "from-login")
+    (tmp_path / ".env").write_text('HF_TOKEN="from-dotenv"\n')
+    assert find_secret("HF_TOKEN") == found("HF_TOKEN", ".env (HF_TOKEN)", "from-dotenv")
     monkeypatch.setenv("HF_TOKEN", "from-environment")
-    assert find_secret("HF_TOKEN") == Secret("HF_TOKEN", "environment (HF_TOKEN)", "from-environment")
+    assert find_secret("HF_TOKEN") == found("HF_TOKEN", "environment (HF_TOKEN)", "from-environment")
     on_colab(monkeypatch, {"HF_TOKEN": "from-colab"})
-    assert find_secret("HF_TOKEN") == Secret("HF_TOKEN", "Colab secrets (HF_TOKEN)", "from-colab")
-    on_kaggle(monkeypatch, {"HF_TOKEN": "from-kaggle"})
-    assert find_secret("HF_TOKEN") == Secret("HF_TOKEN", "Kaggle Secrets (HF_TOKEN)", "from-kaggle")
+    assert find_secret("HF_TOKEN") == found("HF_TOKEN", "Colab secrets (HF_TOKEN)", "from-colab")
+    kaggle.secrets["HF_TOKEN"] = "from-kaggle"
+    assert find_secret("HF_TOKEN") == found("HF_TOKEN", "Kaggle Secrets (HF_TOKEN)", "from-kaggle")
+    assert kaggle.received[-1].json == {"Label": "HF_TOKEN", "JWE": "a-session-token"}
 
 
-def test_a_run_pushed_to_kaggle_without_secrets_goes_on_and_is_told_why(monkeypatch):
-    on_kaggle(monkeypatch, {})
+def test_a_pushed_run_has_no_secrets_attached_which_is_absent_and_told(kaggle):
     secret = find_secret("HF_TOKEN")
-    assert not secret and secret.source == "Kaggle Secrets: BackendError"
+    assert (secret.state, secret.source) == ("absent", "Kaggle Secrets: none attached (a pushed run has none)")
 
 
-def test_a_store_that_cannot_be_reached_does_not_hide_the_next_one(monkeypatch):
-    on_kaggle(monkeypatch, {}, error=ConnectionError("no internet"))
+def test_a_kaggle_session_without_a_token_is_absent(kaggle, monkeypatch):
+    monkeypatch.delenv("KAGGLE_USER_SECRETS_TOKEN")
+    secret = find_secret("HF_TOKEN")
+    assert (secret.state, secret.source) == ("absent", "Kaggle Secrets: this session has no access to secrets")
+    assert not kaggle.received
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Answer({}, 401), "no connection"),  # the handlers' order makes every HTTP error a ConnectionError
+        (Answer({}, 403), "no connection"),
+        (Answer({}, 500), "no connection"),
+        (Answer({"wasSuccessful": False, "error": {"code": 13}}), "an answer that it does not understand"),
+        (Answer({"wasSuccessful": True, "result": {}}), "an answer that it does not understand"),
+        (Answer(b"<html>"), "JSONDecodeError"),
+        (Answer(cut=0), "RemoteDisconnected"),
+    ],
+    ids=["401", "403", "500", "code 13", "no secret", "no JSON", "cut"],
+)
+def test_what_kaggle_answers_otherwise_is_unreachable_and_the_run_goes_on(kaggle, answer, said):
+    kaggle.script["/requests/"] = [answer] * 2
+    secret = find_secret("HF_TOKEN")
+    assert secret.state == "unreachable" and secret.source.startswith("Kaggle Secrets: ") and said in secret.source
+
+
+def test_kaggle_without_internet_and_kaggle_too_slow_are_unreachable(kaggle, monkeypatch):
+    kaggle.close()
+    assert find_secret("HF_TOKEN").source == "Kaggle Secrets: no connection; is the internet switched on?"
+
+    def late(self, label):
+        raise ConnectionError("Timeout error trying to communicate with service.")
+
+    monkeypatch.setattr(kaggle_secrets_standin.UserSecretsClient, "get_secret", late)
+    assert find_secret("HF_TOKEN").state == "unreachable"
+
+
+def test_an_empty_label_is_not_what_happens_but_is_classified(kaggle, monkeypatch):
+    monkeypatch.setitem(NAMES, "HF_TOKEN", ("",))
+    assert find_secret("HF_TOKEN").source == "Kaggle Secrets: an empty label"
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "said"),
+    [
+        ("SecretNotFoundError", "absent", "none of that name"),
+        ("NotebookAccessError", "unreachable", "its switch for this notebook is off"),
+        ("TimeoutException", "unreachable", "only where the notebook is open in Colab"),
+    ],
+)
+def test_each_of_colabs_exceptions_has_its_meaning(monkeypatch, kind, state, said):
+    def get(userdata, name):
+        raise getattr(userdata, kind)(f"{name} {VALUE}")
+
+    colab(monkeypatch, get)
+    secret = find_secret("HF_TOKEN")
+    assert secret.state == state and said in secret.source and VALUE not in secret.source
+
+
+def test_an_older_colab_without_timeoutexception_and_a_process_without_a_kernel_are_unreachable(monkeypatch):
+    def get(userdata, name):
+        assert not hasattr(userdata, "TimeoutException")
+        return None.kernel  # what a process meets that no notebook is open for
+
+    colab(monkeypatch, get, old=True)
+    secret = find_secret("WANDB_API_KEY")
+    assert (secret.state, secret.source) == ("unreachable", "Colab secrets: no notebook is open in Colab here")
+
+
+def test_a_store_that_cannot_be_reached_does_not_hide_the_next_one(kaggle, monkeypatch):
+    kaggle.close()
     on_colab(monkeypatch, {})
-    assert find_secret("HF_TOKEN").source == "Kaggle Secrets: ConnectionError; Colab secrets: SecretNotFoundError"
+    source = "Kaggle Secrets: no connection; is the internet switched on?; Colab secrets: none of that name"
+    assert find_secret("HF_TOKEN") == Secret("HF_TOKEN", source, state="unreachable")
     monkeypatch.setenv("HF_TOKEN", VALUE)
-    assert find_secret("HF_TOKEN").source == "environment (HF_TOKEN)"
+    assert find_secret("HF_TOKEN") == found("HF_TOKEN", "environment (HF_TOKEN)")
 
 
 @pytest.mark.parametrize(("name", "alias"), [("HF_TOKEN", "HUGGINGFACE_TOKEN"), ("WANDB_API_KEY", "wandb")])
-@pytest.mark.parametrize("platform", [on_kaggle, on_colab], ids=["Kaggle", "Colab"])
-def test_a_second_label_is_tried_although_the_platform_raises_for_the_first(monkeypatch, platform, name, alias):
+def test_a_second_label_is_tried_although_the_platform_raises_for_the_first(kaggle, monkeypatch, name, alias):
     """Both platforms raise for a label that is not there, so an error alone does not end the search."""
-    platform(monkeypatch, {alias: VALUE})
-    assert find_secret(name).value == VALUE
+    kaggle.secrets[alias] = VALUE
+    assert find_secret(name) == found(name, f"Kaggle Secrets ({alias})")
+    del kaggle.secrets[alias]
+    on_colab(monkeypatch, {alias: VALUE})
+    assert find_secret(name) == found(name, f"Colab secrets ({alias})")
 
 
 def test_an_alias_in_the_environment_is_found_and_stripped(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "  ")
     monkeypatch.setenv("HUGGINGFACE_TOKEN", f" {VALUE}\n")
-    assert find_secret("HF_TOKEN") == Secret("HF_TOKEN", "environment (HUGGINGFACE_TOKEN)", VALUE)
+    assert find_secret("HF_TOKEN") == found("HF_TOKEN", "environment (HUGGINGFACE_TOKEN)")
 
 
-def test_a_blank_secret_is_no_secret(monkeypatch, tmp_path):
-    on_kaggle(monkeypatch, {"HF_TOKEN": " \n"})
+def test_a_dotenv_is_read_by_its_own_rules_and_not_exported(tmp_path):
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / ".env").write_text(
+        "HF_TOKEN=of-the-checkout\nexport wandb='of the checkout'  # a comment\n"
+    )
+    assert find_secret("HF_TOKEN").value == "of-the-checkout"
+    assert find_secret("WANDB_API_KEY").value == "of the checkout"
+    (tmp_path / ".env").write_text("HF_TOKEN=of-here")
+    assert find_secret("HF_TOKEN").value == "of-here" and find_secret("WANDB_API_KEY")
+    assert "HF_TOKEN" not in os.environ
+
+
+def test_a_damaged_dotenv_counts_as_none(tmp_path):
+    (tmp_path / ".env").write_bytes(b"HF_TOKEN=\xff\xfe")
+    assert not find_secret("HF_TOKEN")
+
+
+def test_a_blank_secret_is_no_secret(kaggle, monkeypatch, tmp_path):
+    kaggle.secrets["HF_TOKEN"] = " \n"
     log_in(tmp_path, monkeypatch, "  ")
     assert not find_secret("HF_TOKEN")
 
@@ -139,18 +240,19 @@ def test_a_damaged_cached_login_counts_as_none(monkeypatch, tmp_path):
 def test_the_cached_login_of_wandb_is_read_from_netrc(tmp_path, host):
     (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {VALUE}\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert find_secret("WANDB_API_KEY") == Secret("WANDB_API_KEY", "cached login", VALUE)
+    assert find_secret("WANDB_API_KEY") == found("WANDB_API_KEY", "cached login")
 
 
 def test_a_value_is_in_no_representation():
-    secret = Secret("HF_TOKEN", "environment (HF_TOKEN)", VALUE)
+    secret = found("HF_TOKEN", "environment (HF_TOKEN)")
     assert secret
     assert VALUE not in f"{secret} {secret!r} {[secret]}"
 
 
-def test_a_value_is_in_no_remark_about_a_store_that_failed(monkeypatch):
-    on_kaggle(monkeypatch, {}, error=BackendError(f"token {VALUE} is not valid"))
-    assert VALUE not in find_secret("HF_TOKEN").source
+def test_a_value_is_in_no_remark_about_a_store_that_failed(kaggle):
+    kaggle.script["/requests/"] = [Answer({"wasSuccessful": True, "result": {"token": VALUE}})] * 2
+    secret = find_secret("HF_TOKEN")
+    assert "does not understand" in secret.source and VALUE not in secret.source
 
 
 def test_the_hub_token_is_shared_through_the_environment_and_nothing_is_set_without_one(monkeypatch):
@@ -158,3 +260,25 @@ def test_the_hub_token_is_shared_through_the_environment_and_nothing_is_set_with
     monkeypatch.setenv("HUGGINGFACE_TOKEN", VALUE)
     assert share_hub_token().source == "environment (HUGGINGFACE_TOKEN)"
     assert os.environ["HF_TOKEN"] == VALUE
+
+
+def test_the_notebook_that_is_open_asks_once_and_its_processes_do_not_ask_again(kaggle, monkeypatch):
+    """In Colab a child process has no page to ask through; older versions of its library would wait there for ever."""
+    monkeypatch.setenv("HF_TOKEN", "")  # put back afterwards
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv(SHARED, "")
+    kaggle.secrets["HUGGINGFACE_TOKEN"] = VALUE
+    assert [(secret.name, secret.state) for secret in share_secrets()] == [
+        ("HF_TOKEN", "found"),
+        ("WANDB_API_KEY", "absent"),
+    ]
+    asked = len(kaggle.received)
+    assert find_secret("HF_TOKEN") == found("HF_TOKEN", "environment (HF_TOKEN)")
+    assert find_secret("WANDB_API_KEY") == Secret("WANDB_API_KEY", "absent")
+    assert len(kaggle.received) == asked
+
+
+def test_the_values_at_hand_are_known_to_whoever_checks_what_leaves(monkeypatch, tmp_path):
+    monkeypatch.setenv("KAGGLE_KEY", "a-kaggle-key")
+    (tmp_path / ".env").write_text(f"HF_TOKEN={VALUE}\nKAGGLE_API_TOKEN=KGAT_of-ours\nWANDB_API_KEY=short\n")
+    assert known_values() == {"HF_TOKEN": VALUE, "KAGGLE_KEY": "a-kaggle-key", "KAGGLE_API_TOKEN": "KGAT_of-ours"}

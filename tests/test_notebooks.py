@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 
-from utils.project import NOTEBOOKS, REF, REPOSITORY
+from utils.project import NOTEBOOKS, REF, REPOSITORY, ROOT
 from utils.settings import Config
 from utils.stages import STAGES
 
@@ -82,6 +87,49 @@ def test_the_bootstrap_is_the_same_in_every_notebook_and_agrees_with_the_project
     bootstraps = {code_cells(name)[0].source for name in NAMES}
     assert len(bootstraps) == 1
     assert f'"{REPOSITORY}", "{REF}"' in bootstraps.pop()
+
+
+def bootstrap(folder: Path, repository: str = REPOSITORY, **variables: str) -> subprocess.CompletedProcess:
+    """The first cell alone, in an empty folder, with `repository` put in as `make address` does."""
+    source = code_cells("03_lora_training")[0].source.replace(f'"{REPOSITORY}"', f'"{repository}"')
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SERIES_ROOT")}
+    command = [sys.executable, "-c", source + "\nprint(utils.__file__)"]
+    return subprocess.run(
+        command, cwd=folder, env=environment | variables, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_opened_alone_without_an_address_one_sentence_says_what_to_do(tmp_path):
+    done = bootstrap(tmp_path, "OWNER/deepseek-r1-medical-lora")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: utils/ is not beside")
+    assert "names no repository to clone" in done.stderr and "bundle --notebook" in done.stderr
+
+
+def test_opened_alone_it_clones_the_pinned_ref_and_imports_that(tmp_path):
+    """A real git clone, of a repository on this disk that github.com is told to be; a later commit is not taken."""
+    origin, empty = tmp_path / "origin", tmp_path / "empty"
+    (origin / "utils").mkdir(parents=True)
+    empty.mkdir()
+    for name in ("__init__", "install", "platforms", "errors", "project", "stages"):
+        shutil.copy(ROOT / "utils" / f"{name}.py", origin / "utils")
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"], ["tag", REF]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    (origin / "utils" / "__init__.py").write_text("raise RuntimeError('newer than the tag')")
+    subprocess.run([*git, "commit", "-qam", "two"], check=True, capture_output=True)
+    rule = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
+            "GIT_CONFIG_VALUE_0": "https://github.com/alice/series"}  # fmt: skip
+    done = bootstrap(empty, "alice/series", **rule)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(empty / "deepseek-r1-medical-lora" / "utils" / "__init__.py")
+    assert bootstrap(empty, "alice/series").returncode == 0  # a second time the clone is there, and nothing is fetched
+
+
+def test_a_clone_that_fails_is_a_sentence(tmp_path):
+    rule = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{(tmp_path / 'none').as_uri()}.insteadOf",
+            "GIT_CONFIG_VALUE_0": "https://github.com/alice/series"}  # fmt: skip
+    done = bootstrap(tmp_path, "alice/series", **rule)
+    assert done.returncode == 1 and f"https://github.com/alice/series at {REF} could not be cloned" in done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""The command line: `python -m utils run | score | verify | bundle`."""
+"""The command line: `python -m utils run | score | verify | bundle | push | collect | publish`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ except ModuleNotFoundError as error:
         f"{error.name} is not installed for {sys.executable}; run make demo, then .venv/bin/python -m utils."
     ) from None
 
+from utils import remote
 from utils.config import parse_overrides
-from utils.errors import UserError
+from utils.errors import InfrastructureError, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 # A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
@@ -32,8 +33,12 @@ def run(
     to: Annotated[str, typer.Option(help="Last stage, 00 to 05.")] = "05",
     fresh: Annotated[bool, typer.Option(help="Forget earlier --set values and run every stage again.")] = False,
 ) -> None:
-    """Run the series: six notebooks in order, those that are unchanged left out, and a report at the end."""
-    from utils.series import SeriesFailed, run_series
+    """Run the series: six notebooks in order, those that are unchanged left out, and a report at the end.
+
+    Exits 0 when every stage passed, 1 when one failed, 4 when the session's time was up first (hardware.max_hours).
+    """
+    from utils.credentials import share_secrets
+    from utils.series import SeriesFailed, SeriesPaused, run_series
     from utils.stages import STAGES, find_stage
 
     for name in (from_, to):
@@ -45,8 +50,15 @@ def run(
             ) from None
     if find_stage(from_).number > find_stage(to).number:
         raise UserError(f"--from {from_} comes after --to {to}; swap them.")
+    share_secrets()  # the notebooks' processes could not ask Colab
     try:
         run_series(profile, run_dir, parse_overrides(set_ or []), from_, to, fresh, console)
+    except SeriesPaused as pause:
+        console.print(
+            f"[yellow]to be continued at {pause.stage.name}:[/yellow] {pause}", highlight=False, soft_wrap=True
+        )
+        console.print(f"To go on in a new session: {pause.continue_with}", highlight=False, soft_wrap=True)
+        raise typer.Exit(4) from None
     except SeriesFailed as failure:
         console.print(f"[red]{failure.stage.name} failed:[/red] {failure}", highlight=False, soft_wrap=True)
         console.print(f"To continue, once that is mended: {failure.continue_with}", highlight=False, soft_wrap=True)
@@ -115,16 +127,23 @@ def verify(run_dir: RunDirArgument) -> None:
 
 
 @app.command()
-def bundle(check: Annotated[bool, typer.Option(help="Only say whether it is up to date.")] = False) -> None:
+def bundle(
+    check: Annotated[bool, typer.Option(help="Only say whether it is up to date.")] = False,
+    notebook: Annotated[str, typer.Option(help="Make this one notebook self-contained instead, such as 03.")] = "",
+) -> None:
     """Write kaggle_kernel.ipynb, the whole series in one self-contained notebook."""
-    from utils.bundle import check_kernel, write_kernel
+    from utils.bundle import check_kernel, write_kernel, write_single
 
     if check:
         check_kernel()
         console.print("kaggle_kernel.ipynb is up to date")
     else:
-        path = write_kernel()
+        path = write_single(notebook) if notebook else write_kernel()
         console.print(f"{path} ({path.stat().st_size / 1000:.0f} kB)", highlight=False, soft_wrap=True)
+
+
+for command in (remote.push, remote.collect, remote.publish):
+    app.command()(command)
 
 
 def _existing(run_dir: Path):
@@ -137,12 +156,12 @@ def _existing(run_dir: Path):
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one sentence and exit status 1."""
+    """Run the command line; a user's mistake ends in one sentence and exit status 1, an unreachable service in 3."""
     try:
         app()
     except UserError as error:
         Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+        raise SystemExit(3 if isinstance(error, InfrastructureError) else 1) from None
 
 
 if __name__ == "__main__":

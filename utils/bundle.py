@@ -1,7 +1,8 @@
-"""The whole series in one self-contained notebook, for Kaggle's push (which carries one file) and for Colab.
+"""The series in one self-contained notebook, for Kaggle's push (which carries one file) and for Colab.
 
 The package, the notebooks and the pins travel as a zip inside one cell; the notebook checks the digest, unpacks them
-into scratch, installs what is missing, and runs the series in fresh processes.
+into scratch, installs what is missing, and runs the series in fresh processes. `build_single` makes one numbered
+notebook self-contained in the same way.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ import base64
 import hashlib
 import io
 import json
+import re
 import textwrap
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
+from utils import kernel_cells
 from utils.errors import UserError
 from utils.files import write_text
 from utils.project import NAME, ROOT
+from utils.stages import find_stage
 
 KERNEL = ROOT / "kaggle_kernel.ipynb"
+SINGLES = ROOT / "bundles"
+BUNDLE_COMMAND = "python -m utils bundle"
 MAXIMUM_BYTES = 900_000  # Kaggle refuses a source of 1 MB with a bare "400 Client Error"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 class BundleError(UserError):
@@ -37,6 +46,39 @@ def bundled_files() -> list[Path]:
 
 def build_kernel() -> nbformat.NotebookNode:
     """The kernel notebook, the same for the same files."""
+    cells = [
+        _markdown("kernel-00", kernel_cells.INTRODUCTION),
+        _code("kernel-01", kernel_cells.PARAMETERS, "parameters"),
+        _code("kernel-02", _materialise()),
+        _code("kernel-03", kernel_cells.PREPARE),
+        _code("kernel-04", kernel_cells.RUN),
+        _code("kernel-05", kernel_cells.SHOW),
+        _markdown("kernel-06", kernel_cells.NEXT),
+    ]
+    return _notebook(cells)
+
+
+def build_single(number: str) -> nbformat.NotebookNode:
+    """One numbered notebook with the package inside: its bootstrap cell unpacks instead of looking around.
+
+    Raises BundleError for a number that there is not.
+    """
+    try:
+        stage = find_stage(number)
+    except (KeyError, ValueError):
+        raise BundleError(f"There is no notebook {number!r}; there are 00 to 05.") from None
+    cells = nbformat.read(stage.notebook, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    bootstrap, parameters = code[0], code[1]
+    bootstrap.source = (_materialise().strip() + "\n" + kernel_cells.SINGLE_PREPARE.rstrip()).strip()
+    at = cells.index(parameters) + 1
+    cells[at:at] = [_code(f"{stage.number}-attached", kernel_cells.SINGLE_ADOPT)]
+    cells.insert(len(cells) - 1, _code(f"{stage.number}-output", kernel_cells.SINGLE_END))
+    return _notebook(cells)
+
+
+def _materialise() -> str:
+    """The cell that carries the archive, with its listing and checksums."""
     files = bundled_files()
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as bundle:
@@ -46,49 +88,71 @@ def build_kernel() -> nbformat.NotebookNode:
             entry.compress_type = zipfile.ZIP_DEFLATED
             bundle.writestr(entry, path.read_bytes())
     packed = archive.getvalue()
-    listing = "\n".join(f"#   {path.relative_to(ROOT).as_posix()}" for path in files)
-    text = "\n".join(textwrap.wrap(base64.b64encode(packed).decode(), 120))
-    sources = [
-        ("markdown", _INTRODUCTION),
-        ("parameters", _PARAMETERS),
-        ("code", _MATERIALISE.format(digest=content_digest(files), name=NAME, listing=listing, archive=text,
-                                     checksum=hashlib.sha256(packed).hexdigest())),
-        ("code", _PREPARE),
-        ("code", _RUN),
-        ("code", _SHOW),
-    ]  # fmt: skip
-    cells = []
-    for number, (kind, source) in enumerate(sources):
-        cell = (nbformat.v4.new_markdown_cell if kind == "markdown" else nbformat.v4.new_code_cell)(source.strip())
-        cell["id"] = f"kernel-{number:02d}"
-        if kind == "parameters":
-            cell.metadata["tags"] = ["parameters"]
-        cells.append(cell)
-    kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return nbformat.v4.new_notebook(
-        cells=cells, metadata={"kernelspec": kernelspec, "language_info": {"name": "python"}}
-    )
+    fields = {
+        "LISTING": "\n".join(
+            f"#   {path.relative_to(ROOT).as_posix()} ({path.stat().st_size:,} bytes)" for path in files
+        ),
+        "DIGEST": content_digest(files),
+        "ARCHIVE": "\n".join(textwrap.wrap(base64.b64encode(packed).decode(), 120)),
+        "CHECKSUM": hashlib.sha256(packed).hexdigest(),
+        "NAME": NAME,
+    }
+    text = kernel_cells.MATERIALISE
+    for name, value in fields.items():
+        text = text.replace(f"@{name}@", value)
+    return text
+
+
+def _markdown(name: str, source: str) -> nbformat.NotebookNode:
+    return nbformat.v4.new_markdown_cell(source.strip(), id=name)
+
+
+def _code(name: str, source: str, tag: str = "") -> nbformat.NotebookNode:
+    cell = nbformat.v4.new_code_cell(source.strip(), id=name)
+    if tag:
+        cell.metadata["tags"] = [tag]
+    return cell
+
+
+def _notebook(cells: list) -> nbformat.NotebookNode:
+    metadata = {"kernelspec": _KERNELSPEC, "language_info": {"name": "python"}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 
 
 def write_kernel() -> Path:
     """Write kaggle_kernel.ipynb; raises BundleError where Kaggle would not take it."""
-    notebook = build_kernel()
+    return _write(build_kernel(), KERNEL)
+
+
+def write_single(number: str) -> Path:
+    """Write bundles/NN_….ipynb; raises BundleError."""
+    return _write(build_single(number), SINGLES / f"{find_stage(number).name}.ipynb")
+
+
+def _write(notebook: nbformat.NotebookNode, path: Path) -> Path:
     size = len(json.dumps(notebook))  # as the Kaggle CLI counts: re-serialised in ASCII
     if size > MAXIMUM_BYTES:
-        raise BundleError(f"The kernel notebook has {size:,} bytes; Kaggle takes less than {MAXIMUM_BYTES:,}.")
-    write_text(KERNEL, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
-    return KERNEL
+        raise BundleError(f"{path.name} has {size:,} bytes; Kaggle takes less than {MAXIMUM_BYTES:,}.")
+    write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    return path
 
 
 def check_kernel() -> None:
-    """Raise BundleError unless kaggle_kernel.ipynb carries the files as they are now.
+    """Raise BundleError unless kaggle_kernel.ipynb carries the files as they are now, and its cells are the generated ones.
 
-    Compared by the files' own digest: zlib may pack the same bytes differently elsewhere.
+    The archive is compared by the files' own digest: zlib may pack the same bytes differently elsewhere.
     """
     if not KERNEL.exists():
-        raise BundleError(f"{KERNEL.name} is missing; run python -m utils bundle.")
-    if f'CONTENT = "{content_digest(bundled_files())}"' not in KERNEL.read_text(encoding="utf-8").replace('\\"', '"'):
-        raise BundleError(f"{KERNEL.name} is out of date; run python -m utils bundle and commit it.")
+        raise BundleError(f"{KERNEL.name} is missing; run {BUNDLE_COMMAND}.")
+    found, expected = nbformat.read(KERNEL, as_version=4), build_kernel()
+    if [_essence(cell) for cell in found.cells] != [_essence(cell) for cell in expected.cells]:
+        raise BundleError(f"{KERNEL.name} is out of date; run {BUNDLE_COMMAND} and commit it.")
+
+
+def _essence(cell: nbformat.NotebookNode) -> str:
+    """A cell's source, that of the archive by its files' digest."""
+    digest = re.search(r'(?m)^CONTENT = "([0-9a-f]{64})"$', cell.source)
+    return digest[1] if digest else cell.source
 
 
 def content_digest(files: list[Path]) -> str:
@@ -99,74 +163,16 @@ def content_digest(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-_INTRODUCTION = """
-# What does fine-tuning do to DeepSeek-R1-Distill-Llama-8B?
-
-The whole series in one notebook: measure the model on held-out medical questions, fine-tune it with LoRA, measure it
-again under the same conditions, export what others can load. Run all cells; on a T4 the profile is `t4`, without a GPU
-`demo`. Nothing else is needed: no account, no secret. Generated by `python -m utils bundle`; the chapters are the six
-notebooks inside.
-"""
-_PARAMETERS = """
-PROFILE = "auto"  # demo, tutorial, t4 or full; auto picks by the hardware
-RUN_DIR = ""  # "" is /kaggle/working/runs/<profile> on Kaggle, runs/<profile> below the current directory elsewhere
-OVERRIDES = {}  # for example {"train.max_steps": 20}
-"""
-_MATERIALISE = '''
-# The series' files, unpacked into scratch after their checksum was compared:
-{listing}
-import base64, hashlib, io, os, sys, tempfile, zipfile
-from pathlib import Path
-
-CONTENT = "{digest}"
-ARCHIVE = """
-{archive}
-"""
-packed = base64.b64decode(ARCHIVE)
-if hashlib.sha256(packed).hexdigest() != "{checksum}":
-    raise ValueError("This notebook was altered: its archive does not match its checksum. Download it again.")
-root = Path(tempfile.gettempdir()) / "{name}" / CONTENT[:12]
-zipfile.ZipFile(io.BytesIO(packed)).extractall(root)
-os.environ["SERIES_ROOT"] = str(root)
-sys.path.insert(0, str(root))
-print(root)
-'''
-_PREPARE = """
-# Install what the image lacks, hold its torch still, and hand secrets on to the notebooks' own processes.
-from utils.credentials import NAMES, find_secret
-from utils.platforms import describe, install_missing
-
-install_missing()
-for name in NAMES:
-    secret = find_secret(name)
-    if secret:
-        os.environ[name] = secret.value
-    print(f"{name}: {secret.source}")
-describe()
-"""
-_RUN = """
-import json, subprocess
-
-from utils.project import runs_dir
-
-if not RUN_DIR:
-    from utils.platforms import default_profile
-
-    base = runs_dir() if Path("/kaggle/working").is_dir() else Path.cwd() / "runs"
-    RUN_DIR = str(base / (default_profile() if PROFILE == "auto" else PROFILE))
-settings = [word for key, value in OVERRIDES.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-command = [sys.executable, "-m", "utils", "run", "--profile", PROFILE, "--run-dir", RUN_DIR, *settings]
-environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
-with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as series:
-    for line in series.stdout:
-        print(line, end="")
-if series.returncode:
-    raise RuntimeError("The series stopped; the lines above say where and how to continue. What finished is kept.")
-"""
-_SHOW = """
-from IPython.display import Image, Markdown, display
-
-metrics = json.loads((Path(RUN_DIR) / "comparison/metrics.json").read_text())
-display(Markdown(f"**{metrics['verdict'].capitalize()}.** {metrics['sentence']}"))
-display(Image(str(Path(RUN_DIR) / "comparison/comparison.png")))
-"""
+def with_parameters(notebook: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The notebook (as plain JSON) with other literals in its parameters cell; raises BundleError where it has none."""
+    notebook = json.loads(json.dumps(notebook))
+    tagged = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise BundleError(f"{KERNEL.name} has {len(tagged)} parameters cells, expected one; run {BUNDLE_COMMAND}.")
+    source = "".join(tagged[0]["source"])
+    for name, value in values.items():
+        source, count = re.subn(rf"(?m)^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", source)
+        if count != 1:
+            raise BundleError(f"{KERNEL.name} has no parameter {name}; run {BUNDLE_COMMAND}.")
+    tagged[0]["source"] = source
+    return notebook

@@ -1,13 +1,25 @@
-"""Secrets, read by name: Kaggle, Colab, environment, cached login, in that order. A value is never printed."""
+"""Secrets, read by name: Kaggle, Colab, environment, .env, cached login, in that order. A value is never printed.
+
+A platform raises for everything that is not simply there, each in its own way; here all of it comes to three words:
+found, absent (the store answered, and has no such secret) or unreachable (nobody knows).
+"""
 
 from __future__ import annotations
 
 import netrc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from utils.project import ROOT
 
 NAMES = {"HF_TOKEN": ("HF_TOKEN", "HUGGINGFACE_TOKEN"), "WANDB_API_KEY": ("WANDB_API_KEY", "wandb")}
+SHARED = (
+    "SERIES_SECRETS_SHARED"  # set for processes whose parent asked the platform: in Colab they could not ask themselves
+)
+State = Literal["found", "absent", "unreachable"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +29,7 @@ class Secret:
     name: str
     source: str
     value: str | None = field(default=None, repr=False)
+    state: State = "absent"
 
     def __bool__(self) -> bool:
         return self.value is not None
@@ -25,28 +38,61 @@ class Secret:
 def find_secret(name: str) -> Secret:
     """Look a secret up by its name in `NAMES` and the aliases there.
 
-    Never raises: a store that cannot be reached counts as one that does not hold the secret, and `source` says so,
-    because a run pushed through Kaggle's API has no secrets and must succeed all the same.
+    Never raises: a store that cannot be reached does not hide the next one, and `source` says so, because a run pushed
+    through Kaggle's API has no secrets and must succeed all the same.
     """
-    remarks = []
-    for store, look in (("Kaggle Secrets", _from_kaggle), ("Colab secrets", _from_colab)):
-        remark = None
+    remarks: list[str] = []
+    unreachable = False
+    platforms = () if os.environ.get(SHARED) else (("Kaggle Secrets", _from_kaggle), ("Colab secrets", _from_colab))
+    for store, look in platforms:
+        value, alias, state, remark = _ask(look, NAMES[name])
+        if value:
+            return Secret(name, f"{store} ({alias})", value, "found")
+        remarks += [f"{store}: {remark}"] if remark else []
+        unreachable = unreachable or state == "unreachable"
+    for store, values in (("environment", os.environ), (".env", _dotenv())):
         for alias in NAMES[name]:
-            try:
-                value = (look(alias) or "").strip()
-            except Exception as error:  # each platform has a zoo of exceptions; the type is all that may be told
-                remark = remark or f"{store}: {type(error).__name__}"
-                continue  # a label that does not exist raises too: the next alias may
-            if value:
-                return Secret(name, f"{store} ({alias})", value)
-        remarks += [remark] if remark else []
-    for alias in NAMES[name]:
-        if os.environ.get(alias, "").strip():
-            return Secret(name, f"environment ({alias})", os.environ[alias].strip())
+            if (values.get(alias) or "").strip():
+                return Secret(name, f"{store} ({alias})", values[alias].strip(), "found")
     value = _from_cached_login(name)
     if value:
-        return Secret(name, "cached login", value)
-    return Secret(name, "; ".join(remarks) or "absent")
+        return Secret(name, "cached login", value, "found")
+    return Secret(name, "; ".join(remarks) or "absent", state="unreachable" if unreachable else "absent")
+
+
+def _ask(look: Callable[[str], str | None], aliases: tuple[str, ...]) -> tuple[str | None, str, State, str]:
+    """(value, alias, state, remark) of one platform; a label that does not exist raises there, so each alias is tried."""
+    troubles: list[tuple[State, str]] = []
+    for alias in aliases:
+        try:
+            value = (look(alias) or "").strip()
+        except Exception as error:  # only its type and what it means may be told: a message can hold the value
+            troubles.append(_classify(error))
+            continue
+        if value:
+            return value, alias, "found", ""
+    first = troubles[0] if troubles else ("absent", "")
+    return None, "", *next((trouble for trouble in troubles if trouble[0] == "unreachable"), first)
+
+
+def _classify(error: Exception) -> tuple[State, str]:
+    """What a platform's exception means; by name, since old and new versions of a platform lack some of the classes."""
+    kind = type(error).__name__
+    text = str(error)
+    if kind == "BackendError":  # Kaggle: one class for a label that is not attached (code 5) and for anything else
+        if "'code': 5" in text or "No user secrets exist" in text:
+            return "absent", "none attached (a pushed run has none)"
+        return "unreachable", "an answer that it does not understand (BackendError)"
+    meanings: dict[str, tuple[State, str]] = {
+        "CredentialError": ("absent", "this session has no access to secrets"),
+        "ValidationError": ("absent", "an empty label"),
+        "ConnectionError": ("unreachable", "no connection; is the internet switched on?"),
+        "SecretNotFoundError": ("absent", "none of that name"),
+        "NotebookAccessError": ("unreachable", "there, but its switch for this notebook is off"),
+        "TimeoutException": ("unreachable", "no answer; it is read only where the notebook is open in Colab"),
+        "AttributeError": ("unreachable", "no notebook is open in Colab here"),
+    }
+    return meanings.get(kind, ("unreachable", kind))
 
 
 def _from_kaggle(label: str) -> str | None:
@@ -63,6 +109,21 @@ def _from_colab(label: str) -> str | None:
     except ImportError:
         return None
     return userdata.get(label)
+
+
+def _dotenv() -> dict[str, str | None]:
+    """The .env beside the checkout, and the one in the current directory, which wins; nothing of it is exported."""
+    try:
+        from dotenv import dotenv_values
+    except ImportError:
+        return {}
+    values: dict[str, str | None] = {}
+    for file in dict.fromkeys((ROOT / ".env", Path.cwd() / ".env")):
+        try:
+            values |= dotenv_values(file, interpolate=False)
+        except (OSError, UnicodeDecodeError):
+            continue
+    return values
 
 
 def _from_cached_login(name: str) -> str | None:
@@ -83,9 +144,28 @@ def _from_cached_login(name: str) -> str | None:
     return None
 
 
+def share_secrets() -> list[Secret]:
+    """Ask every store once, here, where the notebook is open, and hand what is found on to the processes started from here."""
+    secrets = [find_secret(name) for name in NAMES]
+    for secret in secrets:
+        if secret.value:
+            os.environ[secret.name] = secret.value
+    os.environ[SHARED] = "1"
+    return secrets
+
+
 def share_hub_token() -> Secret:
     """Put the HF token, where there is one, into the environment that huggingface_hub reads; return its description."""
     secret = find_secret("HF_TOKEN")
     if secret:
         os.environ["HF_TOKEN"] = secret.value
     return secret
+
+
+def known_values() -> dict[str, str]:
+    """{name: value} of the secrets that are at hand here, so that a check can look for them in what is about to leave."""
+    values = {name: find_secret(name).value for name in NAMES}
+    beside = _dotenv()
+    for name in ("KAGGLE_KEY", "KAGGLE_API_TOKEN"):
+        values[name] = os.environ.get(name) or beside.get(name)
+    return {name: value for name, value in values.items() if value and len(value) >= 8}

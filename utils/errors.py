@@ -39,3 +39,23 @@ class ModelError(UserError):
 
 class TrainingError(UserError):
     """A training run that went wrong: a loss that is not finite, a mask that is not the formatted one."""
+
+
+class KaggleError(UserError):
+    """Something that Kaggle refuses, or that must not be sent to it; `status` is its HTTP status, where it gave one."""
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
+
+
+class HubError(UserError):
+    """Something that the Hugging Face Hub refuses, or that must not be sent to it."""
+
+
+class InfrastructureError(UserError):
+    """A service that could not be reached or did not answer in a way that says anything about the run."""
+
+
+class SessionOver(UserError):
+    """No failure: the session's time is up, what was done is saved, and the next session goes on from there."""

@@ -18,13 +18,16 @@ import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from packaging.requirements import Requirement
 
 from utils.errors import HardwareError, PinError
-from utils.project import ROOT
-from utils.settings import HardwareSection
+from utils.project import KAGGLE, ROOT
+
+if TYPE_CHECKING:
+    from utils.settings import HardwareSection  # pydantic: not before it is installed
 
 GIB = 1024**3
 # Which of the pins a run rests on: these change numbers or break cells when they move.
@@ -43,7 +46,7 @@ class Gpu:
 
 def where() -> str:
     """`kaggle`, `colab` or `local`."""
-    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or Path("/kaggle/working").is_dir():
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or (KAGGLE / "working").is_dir():
         return "kaggle"
     if importlib.util.find_spec("google") and importlib.util.find_spec("google.colab"):
         return "colab"
@@ -224,7 +227,7 @@ def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | 
     for row in rows:
         row["needed here"] = row["package"] in needed
     for row in rows if enforce else ():
-        installed_otherwise = row["found"] is not None and row["package"] not in _left_to_the_platform()
+        installed_otherwise = row["found"] is not None and row["package"] not in left_to_the_platform()
         if not row["holds"] and (installed_otherwise or row["needed here"]):
             raise PinError(
                 f"{row['package']} is {row['found'] or 'not installed'}, but requirements.txt asks for "
@@ -239,45 +242,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm without widgets draws text, which is fine
 
 
-def install_missing() -> None:
-    """On Kaggle and Colab, install what the pins ask for and the image lacks; elsewhere do nothing.
-
-    The platform's torch family is held still by a constraints file. Raises PinError with pip's last line where the installation fails.
-    """
-    if where() == "local":
-        return
-    left_out = _left_to_the_platform()
-    missing = [
-        str(requirement)
-        for name, requirement in read_pins().items()
-        if name not in left_out and not requirement.specifier.contains(installed(name) or "0", prereleases=True)
-    ]
-    if missing:
-        held = [f"{name}=={installed(name)}" for name in ("torch", "torchvision", "torchaudio") if installed(name)]
-        constraints = Path("/tmp/constraints.txt")
-        constraints.write_text("\n".join(held) + "\n")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *missing]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode != 0:
-            last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
-            raise PinError(f"pip could not install {', '.join(missing)}: {last} Check that the internet is on.")
-        print(f"installed {', '.join(missing)}")
-    _drop_old_torchao()
-
-
-def _left_to_the_platform() -> set[str]:
+def left_to_the_platform() -> set[str]:
     """Packages whose version is not ours to choose here.
 
-    A kernel cannot replace the ipykernel that it runs on, and without a GPU nothing can use the CUDA stack.
+    A kernel cannot replace the ipykernel that it runs on, without a GPU nothing can use the CUDA stack, and nobody
+    pushes to Kaggle from Kaggle.
     """
-    return {"ipykernel"} | (set() if gpus() else {_normalise(name) for name in CUDA_STACK})
-
-
-def _drop_old_torchao() -> None:
-    """peft refuses torchao below 0.16, which Kaggle and Colab ship (unslothai/notebooks issues 258 and 262)."""
-    version = installed("torchao")
-    if version and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (0, 16):
-        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "-y", "torchao"], check=True)
+    without_gpu = set() if gpus() else {_normalise(name) for name in (*CUDA_STACK, "torchao")}
+    return {"ipykernel"} | without_gpu | (set() if where() == "local" else {"kaggle"})
 
 
 def describe() -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ NAME = "deepseek-r1-medical-lora"
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
+KAGGLE = Path(os.environ.get("SERIES_KAGGLE", "/kaggle"))  # where Kaggle mounts input and working; tests move it
 
 # "owner/name" on GitHub, and the tag that a notebook opened alone clones. `make address REPOSITORY=you/fork` writes
 # yours here, into the notebooks' first cells and into the README; while it starts with OWNER/, nothing is cloned.
@@ -27,7 +29,7 @@ def command() -> str:
 
 def runs_dir() -> Path:
     """Where run directories go by default: Kaggle saves only /kaggle/working."""
-    working = Path("/kaggle/working")
+    working = KAGGLE / "working"
     return (working if working.is_dir() else ROOT) / "runs"
 
 

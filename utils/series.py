@@ -21,12 +21,14 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 
-from utils.errors import UserError
+from utils.deadline import Deadline, note_start
+from utils.errors import SessionOver, UserError
 from utils.progress import VARIABLE
 from utils.project import ROOT, command
 from utils.report import executed_dir, stale_comparison, write_report
 from utils.rundir import RunDir, open_run, require_ancestors
 from utils.stages import STAGES, Stage, find_stage
+from utils.state import SeriesState, write_state
 
 
 class IpcKernelManager(AsyncKernelManager):
@@ -43,12 +45,16 @@ class IpcKernelManager(AsyncKernelManager):
 class SeriesFailed(Exception):
     """A stage failed; the message is its sentence, `continue_with` the command that goes on from there."""
 
-    def __init__(self, run: RunDir, stage: Stage, sentence: str):
+    def __init__(self, run: RunDir, stage: Stage, sentence: str, kind: str = ""):
         super().__init__(sentence)
-        self.stage = stage
+        self.stage, self.kind = stage, kind
         self.continue_with = (
             f"{command()} run --profile {run.config.profile} --run-dir {run.path} --from {stage.number}"
         )
+
+
+class SeriesPaused(SeriesFailed):
+    """The session's time is up before the work is done (hardware.max_hours); nothing failed."""
 
 
 def run_series(
@@ -62,8 +68,8 @@ def run_series(
 ) -> RunDir:
     """Run the stages `first` to `last` that are not current, then write the report.
 
-    Raises SeriesFailed with the failing cell's sentence; what finished stays. `fresh` forgets earlier overrides
-    and runs every stage again.
+    Raises SeriesFailed with the failing cell's sentence; what finished stays. Raises SeriesPaused where the session is
+    over first. How it ended is in state.json either way. `fresh` forgets earlier overrides and runs every stage again.
     """
     console = console or Console(force_terminal=sys.stdout.isatty())
     run = open_run(profile, run_dir, overrides, forget=fresh)
@@ -78,22 +84,50 @@ def run_series(
             soft_wrap=True,
         )
     require_ancestors(run, find_stage(first))
-    started, worked = time.monotonic(), False
+    started = time.monotonic()
+    note_start()
+    write_state(run.path, SeriesState(state="running"))
+    try:
+        run, worked = _run_stages(run, first, last, fresh, console)
+    except SeriesFailed as failure:
+        state = "continue" if isinstance(failure, SeriesPaused) else "failed"
+        steps = checkpointed_steps(run.path)
+        ended = SeriesState(
+            state=state, stage=failure.stage.name, kind=failure.kind, sentence=str(failure), steps=steps
+        )
+        write_state(run.path, ended)
+        raise
+    if not worked:
+        run.save()  # a changed setting on which no stage rests
+    if worked or not run.file("report/index.html").exists():
+        write_report(run)
+    write_state(run.path, SeriesState(state="done"))
+    _summarise(run, console, time.monotonic() - started)
+    return run
+
+
+def _run_stages(run: RunDir, first: str, last: str, fresh: bool, console: Console) -> tuple[RunDir, bool]:
+    """The run as its stages left it, and whether any had to run; raises SeriesFailed and SeriesPaused."""
+    worked = False
     for stage in STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]:
         reason = "--fresh" if fresh else run.stale_because(stage)
         if reason is None:
             seconds = run.record(stage)["seconds"]
             console.print(f"[dim]  {stage.number} {stage.title}: unchanged, not run again (took {seconds:.0f} s)[/dim]")
             continue
+        deadline = Deadline.of(run.config.hardware.max_hours)
+        if worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
+            raise SeriesPaused(run, stage, deadline.sentence(), SessionOver.__name__)
         run_stage(run, stage, console)
         run = open_run("auto", run.path)  # a stage may have pinned what it found out
         worked = True
-    if not worked:
-        run.save()  # a changed setting on which no stage rests
-    if worked or not run.file("report/index.html").exists():
-        write_report(run)
-    _summarise(run, console, time.monotonic() - started)
-    return run
+    return run, worked
+
+
+def checkpointed_steps(run_dir: Path) -> int:
+    """The training step of the newest checkpoint on file, 0 without one."""
+    folders = run_dir.glob("training/checkpoints/*/checkpoint-*")
+    return max((int(folder.name.rpartition("-")[2]) for folder in folders if folder.name[-1].isdigit()), default=0)
 
 
 def _set_aside(run: RunDir) -> None:
@@ -124,14 +158,16 @@ def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
                 kernel_manager_class=IpcKernelManager,
             )
         except PapermillExecutionError as error:
+            if error.ename == SessionOver.__name__:
+                raise SeriesPaused(run, stage, error.evalue, error.ename) from None
             _mark_failed(run, stage, error.evalue)
-            raise SeriesFailed(run, stage, _sentence(error)) from None
+            raise SeriesFailed(run, stage, _sentence(error), error.ename) from None
         except KeyboardInterrupt:
             raise SeriesFailed(run, stage, "interrupted; what was saved stays") from None
         except DeadKernelError:
             message = "its kernel died, most often because memory ran out; what was saved stays"
             _mark_failed(run, stage, message)
-            raise SeriesFailed(run, stage, message) from None
+            raise SeriesFailed(run, stage, message, "killed") from None
         finally:
             del os.environ[VARIABLE]
 
@@ -167,6 +203,9 @@ def _summarise(run: RunDir, console: Console, seconds: float) -> None:
     for name, path, hint in rows:
         if run.file(path).exists():
             console.print(f"  {name:<8} {run.file(path)}  [dim]{hint}[/dim]", highlight=False, soft_wrap=True)
+    if run.file("export/adapter").exists():
+        upload = f"{command()} publish {run.path} --repo USER/NAME"
+        console.print(f"[dim]To upload it, where your tokens are:\n  {upload}[/dim]", highlight=False, soft_wrap=True)
     again = f"{command()} run --profile {run.config.profile} --run-dir {run.path} --set KEY=VALUE"
     console.print(f"[dim]{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {again}[/dim]",
                   highlight=False, soft_wrap=True)  # fmt: skip

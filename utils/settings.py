@@ -178,6 +178,9 @@ class HardwareSection(Section):
     min_gpu_memory_gib: Annotated[float, Field(ge=0)] = 0.0
     min_disk_gib: Annotated[float, Field(ge=0)] = 1.0  # for the run directory
     min_cache_gib: Annotated[float, Field(ge=0)] = 0.0  # for what is downloaded from the Hub
+    max_hours: Annotated[float, Field(gt=0)] | None = (
+        None  # a session older than this ends itself; the next one goes on
+    )
     emulate_t4: bool = False  # on a larger GPU: no flash or cuDNN attention, at most 14 GiB (benchmarks use it)
     pins: Literal["enforce", "report"] = "enforce"
 

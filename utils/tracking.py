@@ -1,7 +1,7 @@
 """Experiment tracking with wandb: offline by default, online where a key is found, never a reason to stop.
 
-Every call into wandb goes through `Tracker._try`: the first trouble is told in one line and tracking is off from
-then on. The Trainer's own integration (report_to="wandb") is not used because its errors end the training.
+Every call into wandb goes through `Tracker._try`: the first trouble is told in one line and nothing more is logged from
+then on; what was logged before is still closed and kept. The Trainer's own integration (report_to="wandb") is not used because its errors end the training.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from utils.credentials import find_secret
 from utils.rundir import StageRun
 
-_INIT_TIMEOUT_S = 25
+_INIT_TIMEOUT_S = 20  # wandb itself waits 90 s for a server that does not answer, and then raises
 
 
 class Tracker:
     """One wandb run for one stage, or nothing; `log`, `table`, `image`, `finish` are safe to call either way."""
 
     def __init__(self, run: StageRun, job_type: str):
-        self._wandb_run = None
+        self._wandb_run, self._broken = None, False
         self.mode = "disabled"
         if run.config.tracking.mode == "disabled":
             return
@@ -67,20 +67,22 @@ class Tracker:
         self._safely(send)
 
     def finish(self) -> None:
-        """Close the run; offline runs can be sent later with `wandb sync`."""
-        self._safely(lambda: self._wandb_run.finish())
+        """Close the run; offline runs can be sent later with `python -m utils publish` or `wandb sync`."""
+        if self._wandb_run is not None:
+            self._try(lambda: self._wandb_run.finish(), "tracking")
         self._wandb_run = None
 
     def _safely(self, action: Callable[[], Any]) -> None:
-        if self._wandb_run is not None:
+        if self._wandb_run is not None and not self._broken:
             self._try(action, "tracking")
 
     def _try(self, action: Callable[[], Any], what: str) -> Any:
         try:
             return action()
         except Exception as error:  # whatever wandb raises must not cost a training run
-            print(f"{what} failed ({type(error).__name__}); the run goes on without it.")
-            self._wandb_run = None
+            if not self._broken:
+                print(f"{what} failed ({type(error).__name__}); the run goes on without it.")
+            self._broken = self._wandb_run is not None
             return None
 
 

@@ -1,0 +1,73 @@
+"""When a session has to end: arithmetic on hours, with nothing to wait for."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import ROOT
+from utils import deadline
+from utils.deadline import RESERVE_S, VARIABLE, Deadline, note_start, session_started
+
+HOURS = st.floats(min_value=0.01, max_value=100)
+
+
+def test_eight_hours_end_ten_minutes_early():
+    eight = Deadline(started=0.0, max_hours=8)
+    assert eight.hours_left(now=0.0) == pytest.approx(8 - RESERVE_S / 3600)
+    assert not eight.is_due(now=8 * 3600 - RESERVE_S - 1) and eight.is_due(now=8 * 3600 - RESERVE_S)
+    assert eight.is_due(now=7 * 3600, next_s=3600) and not eight.is_due(now=7 * 3600, next_s=2999)
+
+
+def test_without_a_limit_it_is_never_due():
+    never = Deadline(started=0.0)
+    assert never.hours_left(now=1e12) == math.inf and not never.is_due(now=1e12, next_s=1e9)
+
+
+@given(hours=HOURS, spent=st.floats(min_value=0, max_value=200), step=st.floats(min_value=0, max_value=36_000))
+def test_what_is_left_never_grows_is_never_negative_and_decides(hours, spent, step):
+    limit = Deadline(started=1e9, max_hours=hours)
+    now = 1e9 + 3600 * spent
+    assert limit.seconds_left(now) >= limit.seconds_left(now + 60) >= 0
+    assert limit.is_due(now, step) == (limit.seconds_left(now) <= step)
+    assert limit.is_due(now) or not limit.is_due(now, 0)
+
+
+def test_a_short_session_keeps_a_tenth_in_reserve(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1000.0")
+    assert Deadline.of(0.01) == Deadline(1000.0, 0.01, pytest.approx(3.6))
+    assert Deadline.of(8).reserve_s == RESERVE_S and Deadline.of(None).max_hours is None
+
+
+def test_the_sentence_has_both_numbers():
+    assert Deadline(0.0, 8).sentence(now=7.9 * 3600) == "this session is 7.9 h old and hardware.max_hours is 8"
+
+
+def test_the_start_is_noted_once_and_handed_on_to_every_process(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "")
+    started = note_start()
+    assert started == pytest.approx(psutil.Process().create_time())
+    code = "import time; time.sleep(0.2)\nfrom utils.deadline import note_start\nprint(repr(note_start()))"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(child.stdout) == started == float(os.environ[VARIABLE])
+
+
+@pytest.mark.parametrize("place", ["kaggle", "colab"])
+def test_on_a_platform_the_session_is_as_old_as_its_machines_first_process(monkeypatch, place):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(deadline, "where", lambda: place)
+    assert session_started() == pytest.approx(psutil.Process(1).create_time())
+    assert session_started() <= time.time()
+
+
+def test_a_note_that_is_no_number_is_not_believed(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "yesterday")
+    assert session_started() == pytest.approx(psutil.Process().create_time())

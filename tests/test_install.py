@@ -1,0 +1,128 @@
+"""Installing on Kaggle and Colab: around the image's torch, with a word where the kernel has to be restarted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from utils import install, platforms
+from utils.errors import PinError
+from utils.install import held_still, install_missing
+from utils.platforms import Gpu, gpus, read_pins
+
+
+@pytest.fixture
+def image(monkeypatch):
+    """`image(**versions)`: a platform that has every pin but these; pip is recorded, and installs what it is asked for."""
+    state = {name: next(iter(pin.specifier)).version for name, pin in read_pins().items()}
+    state |= {"torch": "2.11.0+cu128", "torchvision": "0.26.0", "torchao": "0.17.0"}
+    calls: list[list[str]] = []
+
+    def run(command, **_):
+        calls.append(command)
+        if command[3] == "install":
+            held = Path(command[command.index("--constraint") + 1]).read_text().split()
+            calls[-1] = [
+                *command[: command.index("--constraint")],
+                *command[command.index("--constraint") + 2 :],
+                "|",
+                *held,
+            ]
+            for wanted in command[command.index("--constraint") + 2 :]:
+                requirement = Requirement(wanted)
+                exact = [each.version for each in requirement.specifier if each.operator == "=="]
+                state[requirement.name] = exact[0] if exact else "0.17.0"
+        else:
+            state[command[-1]] = None
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def prepare(place: str = "colab", gpu: bool = True, **versions):
+        state.update({name.replace("_", "-"): version for name, version in versions.items()})
+        for module in (install, platforms):
+            monkeypatch.setattr(module, "installed", lambda name: state.get(platforms._normalise(name)))
+            monkeypatch.setattr(module, "where", lambda: place)
+            monkeypatch.setattr(module, "gpus", lambda: (Gpu("Tesla T4", 15.0, "7.5"),) if gpu else ())
+        monkeypatch.setattr(install.subprocess, "run", run)
+        return calls
+
+    gpus.cache_clear()
+    return prepare
+
+
+def test_colabs_datasets_and_torchao_are_replaced_and_its_torch_is_held_still(image):
+    """googlecolab/backend-info, 2026-06: datasets 4.0.0, which unsloth excludes, and torchao 0.10, which peft refuses."""
+    calls = image(datasets="4.0.0", torchao="0.10.0", transformers="5.9.0", papermill=None)
+    install_missing()
+    (command,) = calls
+    asked, held = command[: command.index("|")], command[command.index("|") + 1 :]
+    assert {"datasets==4.8.5", "torchao<0.19,>=0.16", "transformers==5.17.0", "papermill==2.7.0"} <= set(asked)
+    assert not [word for word in asked if word.startswith("torch==")]
+    assert held == ["torch==2.11.0+cu128", "torchvision==0.26.0"]
+
+
+def test_an_older_torch_gets_no_torchao_that_is_built_for_a_newer_one(image):
+    image(torch="2.10.0+cu128")
+    assert held_still() == ["torch==2.10.0+cu128", "torchvision==0.26.0", "torchao<0.18"]
+
+
+def test_without_a_gpu_no_cuda_package_is_installed_an_old_torchao_goes_and_a_warning_says_what_to_choose(
+    image, capsys
+):
+    calls = image(gpu=False, unsloth=None, bitsandbytes=None, torchao="0.10.0")
+    install_missing()
+    assert [command[3:] for command in calls] == [["uninstall", "--quiet", "-y", "torchao"]]
+    assert "has no GPU" in (said := capsys.readouterr().out) and "Runtime > Change runtime type > T4 GPU" in said
+
+
+def test_with_a_gpu_nothing_is_warned_of_and_what_holds_is_not_installed_again(image, capsys):
+    assert image() == [] and install_missing() is None
+    assert capsys.readouterr().out == ""
+
+
+def test_kaggles_own_client_and_kernel_are_left_alone(image):
+    calls = image("kaggle", kaggle="2.0.2", ipykernel="6.29.5")
+    install_missing()
+    assert calls == []
+
+
+def test_on_a_machine_of_ones_own_nothing_is_installed(image):
+    calls = image("local", datasets="4.0.0")
+    install_missing()
+    assert calls == []
+
+
+def test_a_kernel_that_had_loaded_what_was_replaced_has_to_be_restarted(image, monkeypatch):
+    calls = image(pandas="2.2.2")
+    monkeypatch.setattr(
+        install.importlib.metadata, "packages_distributions", lambda: {"pandas": ["pandas"], "trl": ["trl"]}
+    )
+    monkeypatch.setitem(sys.modules, "pandas", sys.modules["json"])
+    with pytest.raises(PinError, match=r"pinned pandas are installed.*Runtime > Restart session.*second time nothing"):
+        install_missing()
+    install_missing()
+    assert len(calls) == 1
+
+
+def test_the_generated_notebook_needs_no_restart(image, monkeypatch):
+    image(pandas="2.2.2")
+    monkeypatch.setattr(install.importlib.metadata, "packages_distributions", lambda: {"pandas": ["pandas"]})
+    monkeypatch.setitem(sys.modules, "pandas", sys.modules["json"])
+    assert install_missing(restart=False) is None
+
+
+def test_an_installation_that_fails_is_pips_last_line(image, monkeypatch):
+    image(papermill=None)
+    failed = subprocess.CompletedProcess([], 1, "", "a\nERROR: No matching distribution found for papermill\n\n")
+    monkeypatch.setattr(install.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(PinError, match=r"papermill==2.7.0: ERROR: No matching distribution.*internet is on"):
+        install_missing()
+
+
+def test_installing_loads_nothing_that_it_may_replace():
+    code = "import sys; import utils.install; print([m for m in ('pydantic', 'yaml', 'pandas', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=platforms.ROOT)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,230 @@
+"""Uploads against a Hub on 127.0.0.1: one commit for each repository, retries where they help, files untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.loopback import DEAD, Answer
+from utils.errors import HubError
+from utils.files import record_files, write_json, write_text
+from utils.publish import offline_runs, plan_uploads
+from utils.stages import STAGES
+
+TOKEN = "hf_canaryCANARYcanaryCANARYcanary1234"
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run directory with an exported adapter and a merged model, small."""
+    path = tmp_path / "run"
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"):
+        (path / "export" / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / "export" / name).write_bytes(name.encode() * 500)
+    write_text(path / "export" / "README.md", "---\nlicense: apache-2.0\n---\n# A card\n")
+    write_json(path / "comparison" / "metrics.json", {"sentence": "After fine-tuning the model is worse."})
+    stages = {stage.name: {"state": "done", "outputs": {}} for stage in STAGES}
+    stages["05_export"]["outputs"] = record_files(path, ("export",))
+    write_json(path / "manifest.json", {"profile": "t4", "overrides": {}, "stages": stages})
+    return path
+
+
+def publish(server, run: Path, *words: str, token: str = TOKEN, **variables: str) -> subprocess.CompletedProcess:
+    """`python -m utils publish RUN_DIR WORDS` with a Hub of ours and no other network."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_", "HUGGING"))}
+    home = run.parent / "home"
+    home.mkdir(exist_ok=True)
+    environment = kept | {
+        "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": server.address, "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": token, "HTTP_PROXY": DEAD, "HTTPS_PROXY": DEAD, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+        "COLUMNS": "200", "PYTHONPATH": str(ROOT), **variables,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "utils", "publish", str(run), *words]
+    return subprocess.run(
+        command,
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def contents(run: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.rglob("*")) if p.is_file()}
+
+
+def test_adapter_and_merged_model_go_to_two_private_repositories_in_one_commit_each(hub_server, run):
+    before = contents(run)
+    done = publish(hub_server, run, "--repo", "alice/medical", "--merged")
+    assert done.returncode == 0, done.stderr
+    assert set(hub_server.repos) == {"alice/medical", "alice/medical-merged"}
+    for name, kind in (("alice/medical", "adapter"), ("alice/medical-merged", "merged")):
+        repo = hub_server.repos[name]
+        assert repo["private"] is True and len(repo["commits"]) == 1
+        sent = {path: content for path, content in hub_server.files(name).items() if path != "README.md"}
+        folder = run / "export" / kind
+        assert sent == {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.iterdir()}
+        assert hub_server.files(name)["README.md"].startswith(b"---\nlicense")
+        assert f"{hub_server.address}/{name}/commit/" in done.stdout
+    assert contents(run) == before
+
+
+def test_what_will_leave_is_shown_with_its_size_and_the_verdict_before_anything_does(hub_server, run):
+    done = publish(hub_server, run, "--repo", "alice/medical", "--dry-run")
+    assert done.returncode == 0 and not hub_server.received
+    assert "adapter to alice/medical (private)" in done.stdout and "adapter_model.safetensors" in done.stdout
+    assert "After fine-tuning the model is worse." in done.stdout and "MiB" in done.stdout
+
+
+def test_public_has_to_be_said(hub_server, run):
+    done = publish(hub_server, run, "--repo", "alice/medical", "--public")
+    assert done.returncode == 0 and "PUBLIC" in done.stdout
+    assert hub_server.repos["alice/medical"]["private"] is False
+
+
+def test_a_repository_that_is_public_already_is_not_filled_unsaid(hub_server, run):
+    hub_server.repos["alice/medical"] = {"private": False, "commits": []}
+    done = publish(hub_server, run, "--repo", "alice/medical")
+    assert done.returncode == 1 and "exists and is public" in done.stderr
+    assert not hub_server.repos["alice/medical"]["commits"]
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "code", "said"),
+    [
+        ("repos/create", 401, 1, "does not accept the token from environment (HF_TOKEN)"),
+        ("commit/main", 401, 1, "does not accept the token"),
+        ("repos/create", 403, 1, "may not write there"),
+        ("commit/main", 403, 1, "may not write there"),
+        ("preupload/main", 400, 1, "The Hub refused"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence_and_not_tried_again(hub_server, run, part, status, code, said):
+    before = contents(run)
+    hub_server.script[part] = [Answer({"error": f"no: {status}"}, status)] * 9
+    done = publish(hub_server, run, "--repo", "alice/medical")
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "trying again" not in done.stderr and len(hub_server.calls(part)) == 1
+    assert "Nothing on disk was changed" in done.stderr and contents(run) == before
+    hub_server.script.clear()
+    assert publish(hub_server, run, "--repo", "alice/medical").returncode == 0
+    assert len(hub_server.repos["alice/medical"]["commits"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "trouble"),
+    [
+        ("commit/main", {"status": 409}),
+        ("commit/main", {"status": 412}),
+        ("commit/main", {"status": 429}),
+        ("commit/main", {"status": 500}),
+        ("repos/create", {"status": 503}),
+        ("commit/main", {"cut": 0}),
+        ("commit/main", {"body": b'{"success": true, "commitOid": "abc"}', "cut": 10}),
+    ],
+    ids=["409", "412", "429", "500", "503 at create", "cut", "cut in the middle"],
+)
+def test_what_passes_is_tried_again_until_the_files_are_there(hub_server, run, part, trouble):
+    answer = Answer(**{"body": {"error": "busy"}, "headers": {"Retry-After": "0"}, **trouble})
+    hub_server.script[part] = [answer]
+    done = publish(hub_server, run, "--repo", "alice/medical")
+    assert done.returncode == 0, done.stderr
+    assert "trying again" in done.stderr
+    assert len(hub_server.repos["alice/medical"]["commits"]) == 1
+
+
+def test_a_commit_that_arrived_although_its_answer_was_lost_is_not_made_twice(hub_server, run):
+    def arrives():
+        hub_server.respond(hub_server.received[-1])
+
+    hub_server.script["commit/main"] = [Answer(cut=0, first=arrives)]
+    done = publish(hub_server, run, "--repo", "alice/medical")
+    assert done.returncode == 0, done.stderr
+    assert len(hub_server.repos["alice/medical"]["commits"]) == 1
+
+
+def test_an_existing_repository_of_ours_is_filled_and_a_second_time_nothing_is_uploaded(hub_server, run):
+    assert publish(hub_server, run, "--repo", "alice/medical").returncode == 0
+    assert publish(hub_server, run, "--repo", "alice/medical").returncode == 0
+    assert len(hub_server.calls("repos/create")) == 2 and len(hub_server.repos["alice/medical"]["commits"]) == 1
+
+
+def test_a_hub_that_stays_away_ends_in_status_3_and_a_second_publish_finishes_the_job(hub_server, run):
+    assert publish(hub_server, run, "--repo", "alice/medical").returncode == 0
+    hub_server.script["alice/medical-merged/commit"] = [Answer({"error": "down"}, 503, {"Retry-After": "0"})] * 6
+    before = contents(run)
+    done = publish(hub_server, run, "--repo", "alice/medical", "--merged")
+    assert done.returncode == 3 and "could not be reached" in done.stderr and "503: down" in done.stderr
+    assert contents(run) == before and not hub_server.repos["alice/medical-merged"]["commits"]
+    assert publish(hub_server, run, "--repo", "alice/medical", "--merged").returncode == 0
+    assert [len(repo["commits"]) for repo in hub_server.repos.values()] == [1, 1]
+
+
+def test_the_token_goes_into_the_authorization_header_and_nowhere_else(hub_server, run):
+    done = publish(hub_server, run, "--repo", "alice/medical", "--merged")
+    assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr
+    for request in hub_server.received:
+        headers = {name: value for name, value in request.headers.items() if name.lower() != "authorization"}
+        assert TOKEN not in f"{request.path} {headers}" and TOKEN.encode() not in request.body
+    assert hub_server.calls("commit/main")[0].headers["authorization"] == f"Bearer {TOKEN}"
+
+
+def test_without_a_token_one_sentence_says_where_to_put_it(hub_server, run):
+    done = publish(hub_server, run, "--repo", "alice/medical", token="")
+    assert done.returncode == 1 and "There is no HF_TOKEN here" in done.stderr and not hub_server.received
+
+
+def test_an_export_that_is_not_what_the_run_wrote_is_not_uploaded(hub_server, run):
+    weights = run / "export" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    done = publish(hub_server, run, "--repo", "alice/medical")
+    assert done.returncode == 1 and "adapter_model.safetensors differs" in done.stderr and not hub_server.received
+
+
+@pytest.mark.parametrize(
+    ("repo", "merged", "said"),
+    [
+        ("medical", False, "expected USER/NAME"),
+        ("a/b/c", False, "expected USER/NAME"),
+        ("a/b", True, "session's scratch"),
+    ],
+)
+def test_a_wrong_name_or_a_model_that_is_not_here_is_a_sentence(run, repo, merged, said):
+    import shutil
+
+    shutil.rmtree(run / "export" / "merged")
+    with pytest.raises(HubError, match=said):
+        plan_uploads(run, repo, merged)
+
+
+def test_there_has_to_be_something_to_upload(hub_server, run):
+    done = publish(hub_server, run)
+    assert done.returncode == 1 and "nothing to upload" in done.stderr
+
+
+def test_offline_tracking_that_cannot_be_sent_stays_and_is_told(hub_server, run):
+    """The real wandb, a key that looks right, and nobody at the other end."""
+    pytest.importorskip("wandb")
+    code = (
+        "import wandb; run = wandb.init(project='p', mode='offline', settings=wandb.Settings(console='off'));"
+        "run.log({'loss': 1}); run.finish()"
+    )
+    (run / "tracking").mkdir()
+    environment = {**os.environ, "WANDB_DIR": str(run / "tracking"), "WANDB_SILENT": "true"}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=run.parent, check=True, timeout=120)
+    (folder,) = offline_runs(run)
+    before = contents(run)
+    key = "c" * 40
+    done = publish(hub_server, run, WANDB_API_KEY=key, WANDB_BASE_URL=hub_server.address)
+    assert done.returncode == 3 and "wandb took 0 of 1 offline runs" in done.stderr, done.stdout + done.stderr
+    assert key not in done.stdout + done.stderr and offline_runs(run) == [folder]
+    assert {name: digest for name, digest in contents(run).items() if name in before} == before

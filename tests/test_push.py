@@ -1,0 +1,328 @@
+"""Contract tests: the real, unmodified Kaggle command line and package against a server on 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+
+import nbformat
+import pytest
+
+from tests.conftest import ROOT
+from tests.loopback import Answer, forget_kaggle, kaggle_cli, kaggle_environment, series_call, series_cli
+from utils.errors import ConfigError, KaggleError
+from utils.push import check_text, kernel_text, read_metadata, reference_of, title_of
+
+REFERENCE = "alice/deepseek-r1-medical-lora"
+
+
+@pytest.fixture
+def home(tmp_path):
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What `kaggle kernels push -p .` reads, with the user filled in as the README says."""
+    metadata = json.loads((ROOT / "kernel-metadata.json").read_text())
+    metadata["id"] = REFERENCE
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "kernel-metadata.json").write_text(json.dumps(metadata))
+    shutil.copy(ROOT / "kaggle_kernel.ipynb", folder)
+    return folder
+
+
+def test_plain_kaggle_kernels_push_sends_a_private_t4_kernel_of_less_than_900_kb(kaggle_server, home, checkout):
+    done = kaggle_cli(kaggle_server, home, "kernels", "push", "-p", ".", cwd=checkout)
+    assert done.returncode == 0 and "Kernel version 1 successfully pushed" in done.stdout, done.stderr
+    assert "title does not resolve" not in done.stdout  # another slug would make a second kernel
+    (body,) = kaggle_server.versions
+    text = body.pop("text")
+    assert body == {
+        "slug": REFERENCE, "newTitle": "DeepSeek R1 medical LoRA", "language": "python", "kernelType": "notebook",
+        "isPrivate": True, "enableGpu": True, "enableTpu": False, "enableInternet": True, "machineShape": "NvidiaTeslaT4",
+    }  # fmt: skip
+    assert len(text) < 900_000
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and "papermill" not in notebook.metadata
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and not cell.get("execution_count")
+        assert set(cell.metadata) <= {"tags"} and "injected-parameters" not in cell.metadata.get("tags", [])
+
+
+def test_our_push_sends_what_the_command_line_sends(kaggle_server, home, checkout):
+    kaggle_cli(kaggle_server, home, "kernels", "push", "-p", ".", cwd=checkout)
+    done = series_cli(kaggle_server, home, "push")
+    assert done.returncode == 0, done.stderr
+    assert "version 2 of alice/deepseek-r1-medical-lora runs: https://www.kaggle.com/code/alice/" in done.stdout
+    theirs, ours = kaggle_server.versions
+    assert ours == theirs
+    (sent,) = kaggle_server.calls("SaveKernel")[1:]
+    assert sent.headers["Authorization"].startswith("Basic ")
+
+
+def test_a_profile_and_settings_travel_in_the_parameters_cell_and_end_the_session_in_time(kaggle_server, home):
+    done = series_call(kaggle_server, home, "push", "--profile", "full", "--set", "train.max_steps=10", "--username", "bob",
+                  "--slug", "another-name")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (body,) = kaggle_server.versions
+    assert (body["slug"], body["newTitle"]) == ("bob/another-name", "another name")
+    assert body["sessionTimeoutSeconds"] == 9 * 3600  # hardware.max_hours and an hour for saving
+    (cell,) = [c for c in json.loads(body["text"])["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    values: dict = {}
+    exec(cell["source"], values)
+    assert (values["PROFILE"], values["OVERRIDES"]) == ("full", {"train.max_steps": 10})
+
+
+def test_no_run_saves_a_version_and_says_what_to_do_in_the_editor(kaggle_server, home):
+    done = series_call(kaggle_server, home, "push", "--no-run")
+    assert done.returncode == 0 and "Add-ons > Secrets" in done.stdout
+    assert kaggle_server.versions[0]["kernelExecutionType"] == "QUICK_SAVE"
+
+
+def test_a_dry_run_shows_exactly_what_would_be_sent_and_sends_nothing(kaggle_server, home, tmp_path):
+    words = ["push", "--profile", "t4", "--set", "train.seed=1", "--username", "alice"]
+    dry = series_cli(kaggle_server, home, *words, "--dry-run", TMPDIR=str(tmp_path))
+    assert dry.returncode == 0, dry.stderr
+    assert not kaggle_server.received
+    assert series_call(kaggle_server, home, *words).returncode == 0
+    (sent,) = kaggle_server.versions
+    (file,) = tmp_path.glob("*/push.json")
+    assert json.loads(file.read_text()) == sent
+    for key, value in sent.items():
+        if key != "text":
+            assert f"{key}: {json.dumps(value)}" in dry.stdout
+    assert "PROFILE = 't4'" in dry.stdout and "OVERRIDES = {'train.seed': 1}" in dry.stdout
+    assert f"text: {len(sent['text']):,} of 900,000 bytes" in dry.stdout
+
+
+def test_an_error_in_the_answer_ends_in_status_1_where_the_command_line_ends_in_0(kaggle_server, home, checkout):
+    refusal = Answer({"error": "Maximum batch GPU session count of 2 reached."})
+    kaggle_server.script["SaveKernel"] = [refusal, refusal]
+    assert kaggle_cli(kaggle_server, home, "kernels", "push", "-p", ".", cwd=checkout).returncode == 0
+    done = series_call(kaggle_server, home, "push")
+    assert done.returncode == 1 and "Kaggle did not take the push: Maximum batch GPU session count" in done.stderr
+
+
+def test_sources_that_kaggle_left_out_are_an_error_and_named(kaggle_server, home):
+    kaggle_server.script["SaveKernel"] = [Answer({"versionNumber": 3, "invalidDatasetSources": ["alice/gone"]})]
+    done = series_call(kaggle_server, home, "push")
+    assert done.returncode == 1 and "version 3" in done.stderr and "data sets alice/gone" in done.stderr
+
+
+def test_a_message_that_the_package_hides_is_shown(kaggle_server, home):
+    body = {"error": {"code": 400, "message": "The kernel source must be less than 1 megabytes in size."}}
+    kaggle_server.script["SaveKernel"] = [Answer(body, 400)]
+    done = series_call(kaggle_server, home, "push")
+    assert done.returncode == 1 and "must be less than 1 megabytes" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_rate_limit_is_waited_for_and_the_push_arrives_once(kaggle_server, home):
+    kaggle_server.script["SaveKernel"] = [Answer({"code": 429, "message": "slow down"}, 429, {"Retry-After": "0"})] * 2
+    done = series_call(kaggle_server, home, "push")
+    assert done.returncode == 0 and done.stderr.count("429: slow down; trying again in 0 s") == 2
+    assert len(kaggle_server.versions) == 1
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        {"status": 502, "body": b"<html>Bad Gateway</html>"},
+        {"body": b"<html>this is no JSON</html>"},
+        {"cut": 0},
+    ],
+    ids=["5xx", "no JSON", "connection cut"],
+)
+def test_a_push_whose_answer_was_lost_but_that_arrived_is_not_repeated(kaggle_server, home, lost):
+    def arrives():
+        kaggle_server.save(json.loads(kaggle_server.received[-1].body))
+
+    kaggle_server.script["SaveKernel"] = [Answer(**lost, first=arrives)]
+    done = series_call(kaggle_server, home, "push")
+    assert done.returncode == 0, done.stderr
+    assert "version 1 has arrived: not pushed again" in done.stderr and "version 1 of alice/" in done.stdout
+    assert len(kaggle_server.versions) == 1 and len(kaggle_server.calls("SaveKernel")) == 1
+
+
+def test_a_push_that_was_lost_is_repeated_and_says_so(kaggle_server, home):
+    kaggle_server.script["SaveKernel"] = [Answer(cut=0)]
+    done = series_call(kaggle_server, home, "push")
+    assert done.returncode == 0, done.stderr
+    assert "Kaggle still shows version 0: pushing again" in done.stderr and "cancel one" in done.stderr
+    assert len(kaggle_server.versions) == 1
+
+
+def test_where_nobody_can_say_whether_the_push_arrived_it_is_not_repeated(kaggle_server, home, monkeypatch):
+    import tenacity
+
+    from utils import kaggle_api
+
+    for name, value in kaggle_environment(kaggle_server, home).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda _: None)
+    monkeypatch.setattr(kaggle_api.Kaggle, "version", _once_then_unreachable())
+    kaggle = _connect(kaggle_server, monkeypatch)
+    kaggle_server.script["SaveKernel"] = [Answer(cut=0)]
+    from utils.push import build_request
+
+    request = build_request(read_metadata(), REFERENCE, kernel_text())
+    with pytest.raises(kaggle_api.InfrastructureError, match="cannot be asked whether it arrived") as caught:
+        kaggle.save_kernel(request)
+    assert f"https://www.kaggle.com/code/{REFERENCE}" in str(caught.value)
+    assert len(kaggle_server.calls("SaveKernel")) == 1
+
+
+def _once_then_unreachable():
+    from utils.errors import InfrastructureError
+
+    answers = iter([0])
+
+    def version(self, reference):
+        for answer in answers:
+            return answer
+        raise InfrastructureError("no connection")
+
+    return version
+
+
+def _connect(server, monkeypatch):
+    """A Kaggle client in this process; the package reads its environment when it is first imported."""
+    from utils.kaggle_api import Kaggle
+
+    forget_kaggle()
+    return Kaggle(say=lambda _: None)
+
+
+def test_kaggle_that_stays_unreachable_is_infrastructure_and_not_a_failure(kaggle_server, home):
+    kaggle_server.script["GetKernel"] = [Answer({"message": "down"}, 503, {"Retry-After": "0"})] * 6
+    done = series_call(kaggle_server, home, "push")
+    assert done.returncode == 3 and "Kaggle could not be reached" in done.stderr and "503: down" in done.stderr
+    assert not kaggle_server.versions
+
+
+def test_a_connection_that_falls_silent_is_given_up_and_not_waited_for_without_end(kaggle_server, home, monkeypatch):
+    """kagglesdk 0.1.37 sets no time-out at all."""
+    from utils import kaggle_api
+
+    for name, value in kaggle_environment(kaggle_server, home).items():
+        monkeypatch.setenv(name, value)
+    kaggle = _connect(kaggle_server, monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(kaggle_api, "TIMEOUT_S", 0.1)
+    silence = threading.Event()
+    kaggle_server.script["GetKernelSessionStatus"] = [Answer(first=lambda: silence.wait(60))]
+    with pytest.raises(kaggle_api.InfrastructureError, match="ReadTimeout"):
+        kaggle.status(REFERENCE)
+    silence.set()
+
+
+def test_without_credentials_one_sentence_says_where_to_get_them(kaggle_server, home):
+    done = series_call(kaggle_server, home, "push", KAGGLE_USERNAME="", KAGGLE_KEY="", KAGGLE_API_TOKEN="nobodys")
+    assert done.returncode == 1 and "no Kaggle credentials" in done.stderr and "kaggle.com/settings" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_token_is_traded_for_the_user_name(kaggle_server, home):
+    (home / ".kaggle").mkdir()
+    (home / ".kaggle" / "access_token").write_text("KGAT_of-ours")
+    done = series_call(kaggle_server, home, "push", KAGGLE_USERNAME="", KAGGLE_KEY="")
+    assert done.returncode == 0, done.stderr
+    assert kaggle_server.versions[0]["slug"] == REFERENCE
+    assert kaggle_server.calls("SaveKernel")[0].headers["Authorization"] == "Bearer KGAT_of-ours"
+
+
+def test_waiting_tells_each_state_and_ends_with_the_sessions_own(kaggle_server, home):
+    kaggle_server.statuses = [{"status": s} for s in ("complete", "queued", "running", "running", "error")]
+    kaggle_server.statuses[-1]["failureMessage"] = "out of memory"
+    done = series_call(kaggle_server, home, "push", "--wait", "--poll", "0.01")
+    assert done.returncode == 1 and "error: out of memory" in done.stdout
+    assert [line.split(" after")[0].split(": ")[1] for line in done.stdout.splitlines() if " after " in line] == [
+        "complete", "queued", "running", "error",
+    ]  # fmt: skip
+
+
+def test_an_outage_in_the_middle_of_waiting_is_waited_out(kaggle_server, home):
+    down = Answer({}, 503, {"Retry-After": "0"})
+    kaggle_server.statuses = [{"status": "running"}, {"status": "complete"}]
+    kaggle_server.script["GetKernelSessionStatus"] = [down] * 7
+    done = series_call(kaggle_server, home, "push", "--wait", "--poll", "0.01")
+    assert done.returncode == 0 and "unknown" in done.stdout and "complete" in done.stdout
+
+
+def test_status_and_output_of_the_command_line_work_as_the_readme_says(kaggle_server, home, tmp_path):
+    kaggle_server.statuses = [{"status": "error", "failureMessage": "no GPU"}]
+    kaggle_server.files, kaggle_server.log = {"runs/t4/manifest.json": b"{}"}, "the log"
+    status = kaggle_cli(kaggle_server, home, "kernels", "status", REFERENCE)
+    assert status.returncode == 0 and "KernelWorkerStatus.ERROR" in status.stdout and "no GPU" in status.stdout
+    output = kaggle_cli(kaggle_server, home, "kernels", "output", REFERENCE, "-p", str(tmp_path / "out"))
+    assert output.returncode == 0 and (tmp_path / "out" / "runs" / "t4" / "manifest.json").read_bytes() == b"{}"
+
+
+def test_the_title_makes_the_slug_by_the_packages_own_rules():
+    from slugify import slugify
+
+    metadata = read_metadata()
+    assert slugify(metadata["title"]) == metadata["id"].split("/")[1]
+    assert title_of(metadata, "medical-lora-2") == "medical lora 2"
+    with pytest.raises(KaggleError, match="is no slug"):
+        title_of(metadata, "Not A Slug")
+
+
+def test_the_owner_is_asked_for_where_nobody_named_one():
+    with pytest.raises(KaggleError, match="OWNER in its id; pass --username"):
+        reference_of(read_metadata())
+    assert reference_of({"id": "carol/some-kernel"}) == "carol/some-kernel"
+
+
+def executed(**changes) -> str:
+    notebook = json.loads(kernel_text())
+    notebook["metadata"] |= changes.pop("metadata", {})
+    notebook["cells"][1] |= changes
+    return json.dumps(notebook)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            lambda: executed(outputs=[{"output_type": "stream", "name": "stdout", "text": "x"}]),
+            "Cell 2 holds executed output",
+        ),
+        (lambda: executed(execution_count=3), "Cell 2 holds executed output"),
+        (lambda: executed(metadata={"papermill": {}}), "executed by papermill"),
+        (lambda: json.dumps({"cells": [], "metadata": {}}), "names no kernel"),
+        (lambda: executed(source="#" + "x" * 900_000), "expected less than 900,000"),
+        (lambda: executed(source="HF = 'hf_" + "A" * 34 + "'"), "looks like a Hugging Face token"),
+    ],
+    ids=["output", "count", "papermill", "kernel", "size", "token"],
+)
+def test_what_must_not_travel_is_refused_before_anything_is_sent(text, said):
+    with pytest.raises(KaggleError, match=said):
+        check_text(text())
+
+
+def test_injected_parameters_are_refused():
+    notebook = json.loads(kernel_text())
+    notebook["cells"].insert(
+        2, {"cell_type": "code", "metadata": {"tags": ["injected-parameters"]}, "source": "PROFILE = 'x'"}
+    )
+    with pytest.raises(KaggleError, match="Cell 3 holds injected parameters"):
+        check_text(json.dumps(notebook))
+
+
+def test_a_secret_at_hand_is_looked_for_in_what_would_travel(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "import base64, hashlib")
+    with pytest.raises(KaggleError, match="holds the value of WANDB_API_KEY"):
+        kernel_text()
+
+
+def test_a_wrong_setting_or_a_file_of_this_machine_is_told_before_anything_is_sent(tmp_path):
+    with pytest.raises(ConfigError, match=r"did you mean train.learning_rate"):
+        kernel_text("t4", {"train.learning_rat": 1})
+    with pytest.raises(KaggleError, match=r"lies on this machine; attach it to the kernel as a data set"):
+        kernel_text("t4", {"data.path": "rows.jsonl"})
+    assert "/kaggle/input/rows/rows.jsonl" in kernel_text("t4", {"data.path": "/kaggle/input/rows/rows.jsonl"})

@@ -1,0 +1,80 @@
+"""When a session has to end: plain arithmetic, by which a long run stops itself before its platform does.
+
+deadline = Deadline.of(config.hardware.max_hours)
+if deadline.is_due(next_s=seconds_for_one_more_step): save, and stop
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import psutil
+
+from utils.platforms import where
+
+VARIABLE = "SERIES_SESSION_STARTED"  # seconds since 1970; set once, handed on to every process of the session
+RESERVE_S = 600.0  # for the last checkpoint, the report, and the platform's own saving
+
+
+def session_started() -> float:
+    """When this session began, in seconds since 1970.
+
+    As an earlier process of the session noted it; else, on Kaggle and Colab, when the machine's first process started,
+    since their limits count from there; else when this process started.
+    """
+    noted = os.environ.get(VARIABLE, "")
+    try:
+        return float(noted)
+    except ValueError:
+        pass
+    own = psutil.Process().create_time()
+    if where() == "local":
+        return own
+    try:
+        return min(own, psutil.Process(1).create_time())
+    except psutil.Error:
+        return own
+
+
+def note_start() -> float:
+    """Hand the session's start on to the processes that this one starts; returns it."""
+    started = session_started()
+    os.environ[VARIABLE] = repr(started)
+    return started
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The moment at which a run ends itself; `max_hours` None is never."""
+
+    started: float
+    max_hours: float | None = None
+    reserve_s: float = RESERVE_S
+
+    @classmethod
+    def of(cls, max_hours: float | None) -> Deadline:
+        """This session's. Of a very short session a tenth is kept in reserve, so that tests and trials can be short."""
+        return cls(session_started(), max_hours, min(RESERVE_S, 360.0 * max_hours) if max_hours else RESERVE_S)
+
+    def seconds_left(self, now: float | None = None) -> float:
+        """Seconds of work that are left, the reserve taken off; infinite without a limit, never negative."""
+        if self.max_hours is None:
+            return float("inf")
+        now = time.time() if now is None else now
+        return max(0.0, self.started + 3600 * self.max_hours - self.reserve_s - now)
+
+    def hours_left(self, now: float | None = None) -> float:
+        """`seconds_left` in hours."""
+        return self.seconds_left(now) / 3600
+
+    def is_due(self, now: float | None = None, next_s: float = 0.0) -> bool:
+        """Whether to stop now, because another `next_s` seconds of work would not fit."""
+        return self.seconds_left(now) <= next_s
+
+    def sentence(self, now: float | None = None) -> str:
+        """Why it stops, with numbers."""
+        now = time.time() if now is None else now
+        spent = (now - self.started) / 3600
+        return f"this session is {spent:.1f} h old and hardware.max_hours is {self.max_hours:g}"

@@ -1,0 +1,159 @@
+"""The commands that talk to Kaggle, the Hub and wandb: push, collect, publish."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from utils.config import parse_overrides
+from utils.errors import HubError, RunDirError
+from utils.project import NAME, command
+
+console = Console(force_terminal=sys.stdout.isatty())
+UserOption = Annotated[str, typer.Option(help="Your Kaggle user name; else the one that you are signed in as.")]
+PollOption = Annotated[float, typer.Option(help="Seconds between two questions about the session.")]
+
+
+def push(
+    profile: Annotated[str, typer.Option(help="demo, tutorial, t4 or full; auto picks by the hardware.")] = "auto",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")] = None,
+    username: UserOption = "",
+    slug: Annotated[str, typer.Option(help="Another name for the kernel.")] = "",
+    no_run: Annotated[
+        bool, typer.Option("--no-run", help="Save it only: attach secrets in the editor, run there.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the session has ended.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+    continue_: Annotated[bool, typer.Option("--continue", help="Go on from the last session's output.")] = False,
+    until_done: Annotated[bool, typer.Option("--until-done", help="Session after session, until it is done.")] = False,
+    sessions: Annotated[int, typer.Option(help="With --until-done: at most so many.")] = 6,
+    poll: PollOption = 30.0,
+) -> None:
+    """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
+    from utils import chain, kaggle_api
+    from utils import push as pushing
+
+    overrides = parse_overrides(set_ or [])
+    metadata = pushing.read_metadata()
+    text = pushing.kernel_text(profile, overrides)
+    named = bool(username) or not metadata["id"].startswith("OWNER/")
+    kaggle = None if dry_run and named and not continue_ else kaggle_api.Kaggle(_say)
+    reference = pushing.reference_of(metadata, username or ("" if named or kaggle is None else kaggle.username), slug)
+
+    def build(manifest: dict | None = None):
+        if manifest is None:
+            return pushing.build_request(
+                metadata, reference, text, not no_run, pushing.session_hours(profile, overrides)
+            )
+        known = {**manifest["overrides"], **overrides}
+        hours = pushing.session_hours(manifest["profile"], known)
+        return pushing.build_request(metadata, reference, text, not no_run, hours, (reference,))
+
+    request = build(chain.continuation(kaggle, reference) if continue_ else None)
+    if dry_run:
+        _show(pushing.describe_request(request), pushing.body_of(request))
+        return
+    if until_done:
+        state = chain.until_done(kaggle, request, build, console, sessions, poll)
+        _print(f"the last session ended as {state.state if state else 'unknown'}")
+        collect(reference, poll=poll)
+        return
+    pushed = pushing.push(kaggle, request)
+    _print(f"version {pushed.version or '?'} of {reference} {'is saved' if no_run else 'runs'}: {pushed.url}")
+    if no_run:
+        _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
+    elif wait:
+        status, message = pushing.wait(kaggle, reference, console, poll)
+        _print(f"{reference}: {status.replace('_', ' ').lower()}{f': {message}' if message else ''}")
+    if not no_run:
+        _print(f"bring it home: {command()} collect {reference}")
+    if wait and not no_run and status != "COMPLETE":
+        raise typer.Exit(1 if status == "ERROR" else 3)
+
+
+def collect(
+    ref: Annotated[str, typer.Argument(help="OWNER/SLUG; by default the kernel of kernel-metadata.json.")] = "",
+    run_dir: Annotated[str, typer.Option(help="Where to; runs/kaggle-SLUG by default.")] = "",
+    username: UserOption = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the session has ended.")] = False,
+    poll: PollOption = 30.0,
+) -> None:
+    """Fetch a kernel's log and output and judge them; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
+    from utils import collect as collecting
+    from utils import kaggle_api
+    from utils import push as pushing
+
+    kaggle = kaggle_api.Kaggle(_say)
+    if not ref:
+        metadata = pushing.read_metadata()
+        named = not metadata["id"].startswith("OWNER/")
+        ref = pushing.reference_of(metadata, username or ("" if named else kaggle.username))
+    if wait:
+        pushing.wait(kaggle, ref, console, poll)
+    target = Path(run_dir).resolve() if run_dir else collecting.default_target(ref)
+    collected = collecting.collect(kaggle, ref, target, console)
+    collecting.say(collected, ref, console)
+    if collected.verdict == collecting.Verdict.PASS:
+        _print(f"look at {target / 'report' / 'index.html'}; upload it: {command()} publish {target} --repo USER/NAME")
+    elif collected.verdict == collecting.Verdict.CONTINUE:
+        _print(f"go on: {command()} push --continue")
+    raise typer.Exit(int(collected.verdict))
+
+
+def publish(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")],
+    repo: Annotated[str, typer.Option(help="The Hub repository for the adapter, USER/NAME.")] = "",
+    merged: Annotated[bool, typer.Option("--merged", help="Also the merged model, to USER/NAME-merged.")] = False,
+    private: Annotated[bool, typer.Option("--private/--public", help="Who can see it.")] = True,
+    wandb: Annotated[bool, typer.Option("--wandb/--no-wandb", help="Send the offline tracking too.")] = True,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be uploaded, and upload nothing.")
+    ] = False,
+) -> None:
+    """Upload a run to the Hub and its offline tracking to wandb, from where the tokens are."""
+    from utils import publish as publishing
+    from utils.credentials import find_secret
+    from utils.rundir import read_manifest
+
+    run_dir = run_dir.resolve()
+    if not read_manifest(run_dir):
+        raise RunDirError(f"{run_dir} is no run directory (no manifest.json); give one, such as runs/demo.")
+    key = find_secret("WANDB_API_KEY")
+    runs = publishing.offline_runs(run_dir) if wandb else []
+    if not repo and not runs:
+        raise HubError("There is nothing to upload: no --repo, and no offline run of wandb.")
+    uploads = publishing.plan_uploads(run_dir, repo, merged) if repo else []
+    _print(publishing.read_verdict(run_dir))
+    _print(publishing.describe_uploads(uploads, private, len(runs)))
+    if dry_run or (not yes and sys.stdin.isatty() and not typer.confirm("Upload this?")):
+        _print("nothing was uploaded")
+        return
+    token = find_secret("HF_TOKEN")
+    for upload in uploads:
+        _print(f"{upload.kind}: {publishing.upload_model(upload, token, private, _say)}")
+    if runs and key:
+        publishing.sync_tracking(run_dir, key, _say)
+    elif runs:
+        _print(f"tracking stays here: there is no WANDB_API_KEY ({key.source})")
+
+
+def _show(description: str, body: dict) -> None:
+    """The request in readable lines, and its exact body in a file."""
+    file = Path(tempfile.mkdtemp(prefix=f"{NAME}-")) / "push.json"
+    file.write_text(json.dumps(body), encoding="utf-8")
+    _print(f"POST kernels.KernelsApiService/SaveKernel\n{description}\nthe exact body is in {file}; nothing was sent")
+
+
+def _print(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)

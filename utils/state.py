@@ -1,0 +1,37 @@
+"""How a run stands, in one small file: `state.json`, read by whoever brings the run home or goes on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from utils.files import write_text
+
+FILE = "state.json"
+
+
+class SeriesState(BaseModel):
+    """`running` on file means that the process died; `continue`, that the session ended before the work did."""
+
+    state: Literal["running", "done", "continue", "failed"]
+    stage: str = ""  # the one that failed or goes on
+    kind: str = ""  # the failure's type
+    sentence: str = ""
+    steps: int = 0  # checkpointed so far: two sessions in a row with the same number made no progress
+    left_in_scratch: dict[str, int] = Field(default_factory=dict)  # {folder below the run directory: bytes}
+
+
+def write_state(run_dir: Path, state: SeriesState) -> None:
+    """Write `state.json` atomically; nothing where there is no run directory."""
+    if run_dir.is_dir():
+        write_text(run_dir / FILE, state.model_dump_json(indent=2) + "\n")
+
+
+def read_state(run_dir: Path) -> SeriesState | None:
+    """The state on file; None where there is none that can be read."""
+    try:
+        return SeriesState.model_validate_json((run_dir / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None
