@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
-from utils.errors import ConfigError, HardwareError, TrainingError
+from utils.errors import ConfigError, HardwareError, SessionOver, TrainingError
 from utils.launch import SUMMARY, processes_that_divide, read_recipe, train, write_recipe
 from utils.project import ROOT
 from utils.training import checkpoint_dir
@@ -225,3 +226,20 @@ def test_accelerates_configuration_file_says_how_many_there_are_on_all_machines(
     file.write_text("num_processes: 8\n")
     with pytest.raises(ConfigError, match="8 processes cannot share the 4 rows"):
         processes_that_divide(run)
+
+
+@pytest.mark.parametrize("processes", [1])  # two were tried by hand: as slow as four launches, and as equal
+def test_sessions_that_end_in_time_lead_to_the_same_adapter_as_one_long_one(training_run, recipe, processes):
+    # A limit that is over as soon as it began: each session takes one update, the least that is any progress.
+    parts = training_run("parts", hardware__processes=processes, hardware__max_hours=1e-6, train__max_steps=3)
+    stops = []
+    while True:
+        try:
+            train(parts, *recipe)
+            break
+        except SessionOver as over:
+            stops.append(int(re.search(r"stopped at step (\d+) of 3 with a checkpoint", str(over))[1]))
+    assert stops == [1, 2]
+    short = training_run("short", hardware__processes=processes, train__max_steps=3)
+    train(short, *recipe)
+    assert same(parts, short)

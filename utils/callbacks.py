@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 
+import torch
 from transformers import TrainerCallback
 
+from utils.deadline import Deadline
 from utils.errors import TrainingError
 from utils.platforms import peak_memory
 from utils.progress import Progress
@@ -86,6 +89,29 @@ class RecomputeCallback(TrainerCallback):
         # At every step: unsloth's for_training and the trainer's own enabling switch all layers on again.
         for number, layer in enumerate(transformer_layers(model)):
             layer.gradient_checkpointing = number < self.count
+
+
+class DeadlineCallback(TrainerCallback):
+    """Saves a checkpoint and stops the training once the session's time is up; `is_over` says that it did."""
+
+    def __init__(self, deadline: Deadline):
+        self.deadline, self.is_over = deadline, False
+        self._last = time.monotonic()
+
+    def on_step_end(self, args, state, control, **_):
+        took, self._last = time.monotonic() - self._last, time.monotonic()
+        if state.global_step >= state.max_steps or not _decided_together(self.deadline.is_due(next_s=took)):
+            return
+        self.is_over = control.should_save = control.should_training_stop = True
+
+
+def _decided_together(due: bool) -> bool:
+    """The first process's decision, so that all of them stop at the same step."""
+    if not torch.distributed.is_initialized():
+        return due
+    decision = [due]
+    torch.distributed.broadcast_object_list(decision, src=0)
+    return decision[0]
 
 
 def transformer_layers(model):

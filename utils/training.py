@@ -14,8 +14,16 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from utils.callbacks import HealthCallback, ProgressCallback, RecomputeCallback, TrackingCallback, transformer_layers
-from utils.errors import TrainingError
+from utils.callbacks import (
+    DeadlineCallback,
+    HealthCallback,
+    ProgressCallback,
+    RecomputeCallback,
+    TrackingCallback,
+    transformer_layers,
+)
+from utils.deadline import Deadline
+from utils.errors import SessionOver, TrainingError
 from utils.figures import draw_loss
 from utils.files import atomic, atomic_folder, digests, record_files, write_json
 from utils.fit import Fit
@@ -35,7 +43,8 @@ class OutOfMemory(RuntimeError):
 def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> None:
     """Train in this process, one of `world_size()`; the first one leaves adapter, log, curve and training/summary.json.
 
-    Goes on from the last checkpoint of the same rows and settings. Where memory runs out, a safer fit takes over from
+    Goes on from the last checkpoint of the same rows and settings, and raises SessionOver, with a checkpoint saved, where
+    the session's time is up before the work is done. Where memory runs out, a safer fit takes over from
     there: at once in a single process, by OutOfMemory for all where there are several.
     """
     config, folder = run.config, checkpoint_dir(run)
@@ -50,6 +59,8 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
         print(check_loss_mask(trainer.train_dataset, rows))
         print(f"{fit}, {world_size()} process{'es' if world_size() > 1 else ''}; before: {memory_report()}")
         watch = _listen(trainer, config, fit, tracker)
+        session = DeadlineCallback(Deadline.of(config.hardware.max_hours))
+        trainer.add_callback(session)
         if (
             config.train.max_steps == 0
         ):  # a null run, for testing the comparison: the adapter stays as it was initialised
@@ -71,6 +82,11 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
                     parameter.copy_(value)
         fit = instead
     print(f"after: {memory_report()}")
+    if session.is_over:
+        raise SessionOver(
+            f"Training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint, because "
+            f"{session.deadline.sentence()}; run 03 again in the next session, it goes on from there."
+        )
     if global_rank() == 0:
         log = training_log(trainer)
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run, log)

@@ -226,8 +226,8 @@ def _basis(run: StageRun, rows: pd.DataFrame, world: int) -> str:
     """A digest of what a fit rests on; no GPU is touched for it."""
     versions = {name: installed(name) for name in ("torch", "unsloth", "transformers", "trl", "peft", "bitsandbytes")}
     lengths = (len(rows), int(rows["tokens"].max()), int(rows["tokens"].sum()))
-    sections = run.config.sections("model", "lora", "train", "hardware")
-    for name in ("device", "accelerate_config", "processes"):
-        del sections["hardware"][name]
+    sections = run.config.sections(
+        "model", "lora", "train", "hardware.backend", "hardware.dtype", "hardware.emulate_t4"
+    )
     cards = [(gpu.name, gpu.memory_gib) for gpu in gpus()[:1]]
     return hashlib.sha256(json.dumps([sections, lengths, world, cards, versions], sort_keys=True).encode()).hexdigest()
