@@ -178,3 +178,13 @@ def test_the_readme_quotes_training_as_it_was_measured():
     wanted = 3 * TRAIN["configurations"]["tutorial"]["tokens_per_second"]
     share = wanted * TRAIN["configurations"]["ours"]["flops_per_token"] / TRAIN["peak"]["tflops"] / 1e12
     assert f"three times the tutorial's speed would be {share:.0%} of it".replace("%", " %") in text
+
+
+def test_the_merge_of_8b_shapes_stays_below_six_gib_and_half_again_the_time_of_copying():
+    merge = json.loads((ROOT / "benchmarks" / "results" / "merge.json").read_text(encoding="utf-8"))
+    assert merge["gib"] > 14 and merge["shards"] > 1 and merge["merges_are_identical"]
+    assert merge["peak_rss_gib"] < 6 and merge["time_ratio"] < 1.5
+    copied = min(min(merge["seconds"]["front_to_back"]), min(merge["seconds"]["threads"]))
+    assert merge["time_ratio"] == pytest.approx(min(merge["seconds"]["merge"]) / copied, rel=1e-2)
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{merge['peak_rss_gib']:.2f} GiB, {merge['time_ratio']:.2f} times the seconds" in text

@@ -44,28 +44,39 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
     """Train in this process, one of `world_size()`; the first one leaves adapter, log, curve and training/summary.json.
 
     Goes on from the last checkpoint of the same rows and settings, and raises SessionOver, with a checkpoint saved, where
-    the session's time is up before the work is done. Where memory runs out, a safer fit takes over from
-    there: at once in a single process, by OutOfMemory for all where there are several.
+    the session's time is up before the work is done. Where memory runs out, a safer fit takes over from there: at once
+    in a single process, by OutOfMemory for all where there are several.
     """
-    config, folder = run.config, checkpoint_dir(run)
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
-    model, tokenizer = load_with_lora(config)
-    figures = describe_model(model, config)
+    model, tokenizer = load_with_lora(run.config)
+    figures = describe_model(model, run.config)
     fit = choose_fit(run, model, tokenizer, rows, make_trainer, world_size())
-    first = [p.detach().to("cpu", copy=True) for p in model.parameters() if p.requires_grad]
     tracker = Tracker(run, job_type="train") if global_rank() == 0 else None
+    trainer, watch, fit = _train_to_the_end(run, model, tokenizer, rows, make_trainer, fit, tracker)
+    print(f"after: {memory_report()}")
+    if tracker is not None:
+        log = training_log(trainer)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run, log)
+        _finish_tracking(tracker, run, log)
+        figures |= {"steps": trainer.state.global_step, "processes": world_size(), **asdict(fit), **watch.figures(run)}
+        figures["final_loss"] = round(float(log["loss"].tail(5).mean()), 4) if len(log) else "none"
+        summary = {"figures": figures, "peak_memory": peak_memory(), "update_seconds": watch.seconds()}
+        write_json(run.file("training/summary.json"), summary)
+
+
+def _train_to_the_end(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer, fit: Fit, tracker):
+    """(trainer, stopwatch, fit) once the last update is done; raises SessionOver and OutOfMemory, see `train_here`."""
+    config, folder = run.config, checkpoint_dir(run)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    first = [p.detach().to("cpu", copy=True) for p in trainable]
     while True:
         trainer = make_trainer(model, tokenizer, config, rows, fit, str(folder))
         print(check_loss_mask(trainer.train_dataset, rows))
         print(f"{fit}, {world_size()} process{'es' if world_size() > 1 else ''}; before: {memory_report()}")
-        watch = _listen(trainer, config, fit, tracker)
         session = DeadlineCallback(Deadline.of(config.hardware.max_hours))
-        trainer.add_callback(session)
-        if (
-            config.train.max_steps == 0
-        ):  # a null run, for testing the comparison: the adapter stays as it was initialised
-            break
-        if _train(trainer, find_checkpoint(folder)):
+        watch = _listen(trainer, config, fit, tracker, session)
+        null_run = config.train.max_steps == 0  # for testing the comparison: the adapter stays as it was initialised
+        if null_run or _train(trainer, find_checkpoint(folder)):
             break
         instead = fall_back(run, fit, len(transformer_layers(model)))
         last = find_checkpoint(folder)
@@ -78,25 +89,15 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
         free_memory(model)
         if last is None:
             with torch.no_grad():
-                for parameter, value in zip((p for p in model.parameters() if p.requires_grad), first, strict=True):
+                for parameter, value in zip(trainable, first, strict=True):
                     parameter.copy_(value)
         fit = instead
-    print(f"after: {memory_report()}")
     if session.is_over:
         raise SessionOver(
             f"Training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint, because "
             f"{session.deadline.sentence()}; run 03 again in the next session, it goes on from there."
         )
-    if global_rank() == 0:
-        log = training_log(trainer)
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run, log)
-        _finish_tracking(tracker, run, log)
-        figures |= {"steps": trainer.state.global_step, "processes": world_size(), **asdict(fit), **watch.figures(run)}
-        figures["final_loss"] = round(float(log["loss"].tail(5).mean()), 4) if len(log) else "none"
-        write_json(
-            run.file("training/summary.json"),
-            {"figures": figures, "peak_memory": peak_memory(), "update_seconds": watch.seconds()},
-        )
+    return trainer, watch, fit
 
 
 def describe_model(model, config: Config) -> dict:
@@ -119,10 +120,11 @@ def _name_the_cpu(trainer) -> None:
         trainer.args.__dict__["_setup_devices"] = torch.device("cpu")
 
 
-def _listen(trainer, config: Config, fit: Fit, tracker: Tracker | None) -> Stopwatch:
+def _listen(trainer, config: Config, fit: Fit, tracker: Tracker | None, session: DeadlineCallback) -> Stopwatch:
     _name_the_cpu(trainer)
     trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
     trainer.add_callback(HealthCallback(trainer.accelerator.scaler))
+    trainer.add_callback(session)
     if tracker is not None:
         trainer.add_callback(ProgressCallback())
         trainer.add_callback(TrackingCallback(tracker))
