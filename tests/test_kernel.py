@@ -78,7 +78,9 @@ def pushed(tmp_path_factory, embedded_model):
     (machine.empty / ".env").write_text(dotenv)
     session = machine.execute(kaggle.versions[0]["text"])
     machine.hand_output_to(kaggle, session)
-    collected = series_cli(kaggle, root / "laptop", "collect", "--run-dir", root / "laptop" / "run", **secret)
+    collected = series_cli(
+        kaggle, root / "laptop", "collect", "--wait", "--poll", "0.01", "--run-dir", root / "laptop" / "run", **secret
+    )
     words = ["publish", root / "laptop" / "run", "--repo", "alice/medical", "--merged", "--no-wandb"]
     local = {"HF_ENDPOINT": hub.address, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
     published = series_cli(kaggle, root / "laptop", *words, **secret, **local)

@@ -68,7 +68,7 @@ SHOW = """
 from IPython.display import Image, Markdown, display
 
 if state.state == "continue":
-    display(Markdown(f"**To be continued.** {state.sentence}. Attach this output to the next session, or push with `--continue`."))
+    display(Markdown(f"**To be continued.** {state.sentence}. Push with `--continue`, or attach this output yourself."))
 else:
     metrics = json.loads((Path(RUN_DIR) / "comparison/metrics.json").read_text())
     display(Markdown(f"**{metrics['verdict'].capitalize()}.** {metrics['sentence']}"))
