@@ -1,4 +1,4 @@
-"""Whether packing and fitting learn as much: the demo's task on a CUDA GPU, against the tutorial's padded recipe.
+"""Whether packing learns as much: the demo's task on a CUDA GPU, against the same rows unpacked under unsloth.
 
     python -m benchmarks.parity --out benchmarks/results/parity.json
 
@@ -48,9 +48,8 @@ def load_recipe(name: str, seed: int, more: dict | None = None):
 
 def train_once(config, folder: Path, steps: int | None = None, resume: str | None = None):
     """(trainer, tokenizer) after training on the demo's rows, to the end or for `steps` updates."""
-    from utils.callbacks import RecomputeCallback
     from utils.likelihood import tokenize_row
-    from utils.trial import choose_fit
+    from utils.trial import choose_fit, recompute_as
 
     load_with_lora, make_trainer = notebook_functions()
     model, tokenizer = load_with_lora(config)
@@ -60,8 +59,7 @@ def train_once(config, folder: Path, steps: int | None = None, resume: str | Non
     (folder / "training").mkdir(parents=True, exist_ok=True)
     fit = choose_fit(StageRun(folder, config, {}, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
     trainer = make_trainer(model, tokenizer, config, rows, fit, str(folder / "checkpoints"))
-    if config.train.fit == "auto":
-        trainer.add_callback(RecomputeCallback(fit.recompute_layers))
+    recompute_as(trainer, config, fit)
     if steps:
         stop_after(trainer, steps)
     trainer.train(resume_from_checkpoint=resume)

@@ -98,7 +98,7 @@ def main(
     }
     with tempfile.TemporaryDirectory() as scratch:
         series, plain = Path(scratch) / "series", Path(scratch) / "plain"
-        status = [0 if only_plain else run_series(series, settings)]
+        status = [json.loads(out.read_text())["exit_status"][0] if only_plain else run_series(series, settings)]
         evidence = json.loads(out.read_text(encoding="utf-8")) if only_plain else {
             "what": "profile t4 on an 8B-shaped stand-in (random weights), T4 arithmetic and memory emulated",
             "date": datetime.now(UTC).date().isoformat(),

@@ -2,7 +2,8 @@
 
     python -m benchmarks.standin /tmp/standin-8b --vocabulary llama3_bpe.model
     python -m benchmarks.train measure /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json [--quick]
-    python -m benchmarks.train table train.json          # the README's table, and a plot beside the JSON
+    python -m benchmarks.train two-gpus /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json     # adds to it
+    python -m benchmarks.train table train.json --readme README.md     # the table, and a plot beside the JSON
 
 Each configuration runs notebook 03's own functions in a fresh process: two updates to warm up, then windows of three, of
 which the median counts; two more under torch's profiler give the sum of kernel times, which says more about a T4, where
@@ -42,7 +43,6 @@ CASES: dict[str, dict] = {
     "ours": {**_FITTED, "what": "profile t4: packed, fitted"},
     "ours, 1,024 tokens": {**_FITTED, "what": "packs of 1,024 tokens", "model.max_seq_length": 1024},
     "ours, 512 tokens": {**_FITTED, "what": "packs of 512 tokens, longer rows cut", "model.max_seq_length": 512},
-    "all layers recompute": {**_FITTED, "what": "packed, 4 at once, unsloth's checkpointing: no fit", "train.fit": "given"},
     "unsloth's attention": {**_FITTED, "what": "ours without utils/packing.py", "own_attention": False},
 }  # fmt: skip
 QUICK = ("tutorial", "plain", "ours")
@@ -80,9 +80,8 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     """One configuration, in this process: writes OUT, JSON."""
     import torch
 
-    from utils.callbacks import RecomputeCallback
     from utils.models import is_unsloth
-    from utils.trial import Stopwatch, choose_fit
+    from utils.trial import Stopwatch, choose_fit, recompute_as
 
     started = time.monotonic()
     run, model, tokenizer, frame, make_trainer = prepare(name, standin, rows, run_dir, count)
@@ -97,8 +96,7 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
         trainer = make_trainer(model, tokenizer, config, frame, fitted, scratch)
         prepared = time.monotonic()
         trainer.args.max_steps = measured + (PROFILED if cuda else 0)
-        if config.train.fit == "auto":
-            trainer.add_callback(RecomputeCallback(fitted.recompute_layers))
+        recompute_as(trainer, config, fitted)
         watch = Stopwatch(trainer)
         profiler = _Profiler(trainer, measured) if cuda else None
         trainer.train()
@@ -203,6 +201,7 @@ class _Profiler:
 
     def summary(self, tokens: list[int]) -> dict:
         events = self.profiler.key_averages()
+        events = [event for event in events if not event.key.startswith("Memcpy")]  # they overlap with arithmetic
         seconds = sum(event.self_device_time_total for event in events) / 1e6
         parts: dict[str, float] = {}
         for event in events:
@@ -291,7 +290,8 @@ def measure(
 ) -> None:
     """Measure every configuration, each in a fresh process, and write OUT after each."""
     names = only or (QUICK if quick else tuple(CASES))
-    evidence: dict = {
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    evidence: dict = {key: before[key] for key in ("two_gpus", "ratio_two_gpus") if key in before} | {
         "what": "training, non-padding tokens per second: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": [gpu.name for gpu in gpus()],
@@ -404,15 +404,13 @@ def two_gpus(
                 found["failed"].append(summarise(run_dir))
                 break
             told = json.loads(summary.read_text(encoding="utf-8"))
-            seconds = told["update_seconds"][2:]
-            windows = [round(sum(part), 4) for part in (seconds[i::WINDOWS] for i in range(WINDOWS))]
             found[f"{count} GPU"] = {
                 **told,
-                "window_seconds": windows,
+                "seconds_per_update": round(statistics.median(told["update_seconds"][2:]), 4),
                 "losses": summarise(run_dir)["training"]["losses"],
             }
     if not found["failed"]:  # the same packs in every update
-        one, two = (statistics.median(found[f"{count} GPU"]["window_seconds"]) for count in (1, 2))
+        one, two = (found[f"{count} GPU"]["seconds_per_update"] for count in (1, 2))
         found["ratio"] = round(one / two, 3)
     evidence = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     write_json(out, evidence | {"two_gpus": found, "ratio_two_gpus": found.get("ratio")})

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.standin import build_standin, build_tokenizer
-from benchmarks.train import flops_per_token, markdown_table
+from benchmarks.train import CASES, flops_per_token, markdown_table
 from utils.models import load_tokenizer
 from utils.project import ROOT
 
@@ -120,7 +120,9 @@ def test_recombined_questions_are_as_long_as_the_real_ones_and_the_same_every_ti
 
 def test_training_evidence_is_of_the_8b_shapes_within_fourteen_gib_and_the_ratios_follow_from_its_windows():
     cases = TRAIN["configurations"]
-    assert all(len(case["windows"]) >= 3 for case in cases.values()) and not TRAIN["failed"]
+    assert (
+        set(cases) == set(CASES) and all(len(case["windows"]) >= 3 for case in cases.values()) and not TRAIN["failed"]
+    )
     speed = {name: statistics.median(case["windows"]) for name, case in cases.items()}
     kernel = {name: case["kernels"]["tokens_per_second"] for name, case in cases.items()}
     assert TRAIN["ratio_vs_tutorial"] == round(speed["ours"] / speed["tutorial"], 2)
@@ -129,9 +131,8 @@ def test_training_evidence_is_of_the_8b_shapes_within_fourteen_gib_and_the_ratio
     assert TRAIN["reserved_gib"] == max(case["reserved_gib"] for case in cases.values()) <= 14.0
     assert all(run["peak_memory"]["gpu_reserved_gib"] <= 14.0 for run in two_gpu_runs())
     flops = flops_per_token(LLAMA_8B, cases["ours"]["fit"]["recompute_layers"])
-    assert flops == cases["ours"]["flops_per_token"] and flops_per_token(LLAMA_8B, 32) == pytest.approx(
-        6 * 7.33e9, rel=0.01
-    )
+    head, layers = 4096 * 128256, 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
+    assert flops == cases["ours"]["flops_per_token"] and flops_per_token(LLAMA_8B, 32) == 6 * layers + 4 * head
     assert TRAIN["peak_share"] == round(speed["ours"] * flops / TRAIN["peak"]["tflops"] / 1e12, 3)
 
 
@@ -145,8 +146,8 @@ def test_two_gpus_took_the_same_rows_into_each_update_as_one():
     assert [run["figures"]["fused_layers"] for run in (one, two)] == [32, 32]
     before_they_part = list(zip(one["losses"], two["losses"], strict=True))[:8]
     assert all(abs(a - b) < 1e-2 for a, b in before_they_part)  # fp16, sums in another order
-    seconds = [statistics.median(run["window_seconds"]) for run in (one, two)]
-    assert TRAIN["ratio_two_gpus"] == round(seconds[0] / seconds[1], 3)
+    seconds = [statistics.median(run["update_seconds"][2:]) for run in (one, two)]
+    assert TRAIN["ratio_two_gpus"] == pytest.approx(seconds[0] / seconds[1], abs=2e-3)
 
 
 def test_parity_is_of_the_same_rows_and_resuming_repeats_the_losses():
@@ -171,13 +172,13 @@ def test_the_readme_quotes_training_as_it_was_measured():
         f"{TRAIN['ratio_vs_plain']:.2f} and {TRAIN['kernel_ratio_vs_plain']:.2f} times plain TRL",
         f"{TRAIN['ratio_two_gpus']:.2f} times as fast on two GPUs",
         f"That is {TRAIN['peak_share']:.0%} of".replace("%", " %"),
-        f"held-out loss {PARITY['nll_ratio']:.3f} times",
+        f"held-out loss came out at {PARITY['nll_ratio']:.3f} times",
         f"{100 * PARITY['accuracy']['ours']:.1f} % against {100 * PARITY['accuracy']['tutorial']:.1f} %",
     ):
         assert said in text, said
     wanted = 3 * TRAIN["configurations"]["tutorial"]["tokens_per_second"]
-    share = wanted * TRAIN["configurations"]["ours"]["flops_per_token"] / TRAIN["peak"]["tflops"] / 1e12
-    assert f"three times the tutorial's speed would be {share:.0%} of it".replace("%", " %") in text
+    share = wanted * flops_per_token(LLAMA_8B, 0) / TRAIN["peak"]["tflops"] / 1e12
+    assert f"three times the tutorial's speed would be {share:.0%} of it even if no layer".replace("%", " %") in text
 
 
 def test_the_merge_of_8b_shapes_stays_below_six_gib_and_half_again_the_time_of_copying():

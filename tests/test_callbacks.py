@@ -6,6 +6,7 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from utils.callbacks import HealthCallback, RecomputeCallback, transformer_layers
@@ -64,4 +65,9 @@ def test_the_first_layers_recompute_whatever_was_switched_on_before(tiny_model, 
     model = get_peft_model(copy.deepcopy(tiny_model[0]), LoraConfig(r=2, target_modules=["q_proj"]))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     RecomputeCallback(count).on_step_begin(None, None, None, model=model)
-    assert [layer.gradient_checkpointing for layer in transformer_layers(model)] == [i < count for i in range(2)]
+    runs = [0, 0]
+    for number, layer in enumerate(transformer_layers(model)):
+        layer.self_attn.register_forward_pre_hook(lambda *_, number=number: runs.__setitem__(number, runs[number] + 1))
+    ids = torch.arange(8).unsqueeze(0)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert runs == [2 if number < count else 1 for number in range(2)]

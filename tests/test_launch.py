@@ -23,6 +23,7 @@ from utils.errors import ConfigError, HardwareError, SessionOver, TrainingError
 from utils.launch import SUMMARY, processes_that_divide, read_recipe, train, write_recipe
 from utils.project import ROOT
 from utils.training import checkpoint_dir
+from utils.workers import python_path
 
 
 @pytest.fixture
@@ -66,12 +67,12 @@ def killed_on_the_way(run, processes: int, seed: int) -> int:
             "no",
         ]
         command = [sys.executable, *launch, *command[1:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     folder = checkpoint_dir(run)
     while process.poll() is None and not list(folder.glob("checkpoint-*/trainer_state.json")):
         time.sleep(0.01)
-    time.sleep(random.Random(seed).uniform(0, 0.1))
+    time.sleep(random.Random(seed).uniform(0, 1))
     started = psutil.Process(process.pid)
     for one in [started, *started.children(recursive=True)]:
         one.kill()
@@ -80,13 +81,16 @@ def killed_on_the_way(run, processes: int, seed: int) -> int:
     return max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
 
 
-def test_a_killed_run_ends_with_the_same_weights_with_one_process_and_with_two(training_run, recipe):
-    slow = {"train__max_steps": 24}
+def test_a_killed_run_ends_with_the_same_weights_with_one_process_and_with_two(
+    training_run, recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # where the slow recipe finds the notebook's
+    slow = {"train__max_steps": 18}
     whole = training_run("whole", **slow)
     one = train(whole, *recipe)
     torn = training_run("torn", **slow)
-    write_recipe(torn, recipe)
-    assert 3 <= killed_on_the_way(torn, 1, seed=1) < 24
+    write_recipe(torn, slowed_down(tmp_path))
+    assert 3 <= killed_on_the_way(torn, 1, seed=1) < 18
     train(torn, *recipe)
     assert same(whole, torn)
     pd.testing.assert_frame_equal(*(pd.read_csv(run.file("training/log.csv")) for run in (whole, torn)))
@@ -94,8 +98,8 @@ def test_a_killed_run_ends_with_the_same_weights_with_one_process_and_with_two(t
     whole_of_two = training_run("whole-of-two", hardware__processes=2, **slow)
     two = train(whole_of_two, *recipe)
     torn_of_two = training_run("torn-of-two", hardware__processes=2, **slow)
-    write_recipe(torn_of_two, recipe)
-    assert 3 <= killed_on_the_way(torn_of_two, 2, seed=2) < 24
+    write_recipe(torn_of_two, slowed_down(tmp_path))
+    assert 3 <= killed_on_the_way(torn_of_two, 2, seed=2) < 18
     train(torn_of_two, *recipe)
     assert same(whole_of_two, torn_of_two)
 
@@ -104,6 +108,29 @@ def test_a_killed_run_ends_with_the_same_weights_with_one_process_and_with_two(t
     assert (losses[0] - losses[1]).abs().head(20).max() < 1e-3
     assert one["figures"]["processes"] == 1 and two["figures"]["processes"] == 2
     assert two["figures"]["per_device_train_batch_size"] * two["figures"]["gradient_accumulation_steps"] * 2 == 4
+
+
+def slowed_down(tmp_path: Path):
+    """The recipe with a sixth of a second more for each step, so that there is a middle in which to be killed."""
+    source = """
+def load_with_lora(config):
+    from cells import load_with_lora
+
+    return load_with_lora(config)
+
+
+def make_trainer(*arguments):
+    import time
+    from cells import make_trainer
+
+    trainer = make_trainer(*arguments)
+    step = trainer.training_step
+    trainer.training_step = lambda *given, **named: time.sleep(0.15) or step(*given, **named)
+    return trainer
+"""
+    (tmp_path / "slow.py").write_text(source, encoding="utf-8")
+    module = import_file(tmp_path / "slow.py")
+    return module.load_with_lora, module.make_trainer
 
 
 def out_of_memory_once(recipe, tmp_path: Path):
@@ -214,6 +241,13 @@ def test_processes_share_an_update_evenly_or_the_number_is_refused(training_run,
         processes_that_divide(training_run("three", hardware__processes=3))
     monkeypatch.setattr("utils.launch.processes", lambda hardware: 3)  # three GPUs found
     assert processes_that_divide(training_run("auto")) == 2
+
+
+def test_more_processes_than_gpus_are_refused_before_one_of_them_fails(training_run, monkeypatch):
+    monkeypatch.setattr("utils.launch.gpu_ids", lambda: ("0",))
+    monkeypatch.setattr("utils.launch.resolve_hardware", lambda hardware: {"device": "cuda"})
+    with pytest.raises(ConfigError, match=r"hardware.processes=2, but this machine has 1 GPU; leave it on auto"):
+        processes_that_divide(training_run("two", hardware__processes=2))
 
 
 def test_accelerates_configuration_file_says_how_many_there_are_on_all_machines(training_run, tmp_path):

@@ -30,7 +30,7 @@ def weights(model) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
-def test_a_trial_measures_speed_and_a_search_leaves_the_weights_as_they_were(loaded, monkeypatch, capsys):
+def test_a_trial_measures_speed_and_a_search_leaves_the_weights_as_they_were(loaded, capsys):
     run, model, tokenizer, rows = loaded
     before = weights(model)
     measured = run_trial(model, tokenizer, run.config, rows.head(1), MAKE, Fit(2, 2, 1))
@@ -117,3 +117,15 @@ def test_two_processes_out_of_memory_at_once_fall_back_once(loaded):
     assert len(json.loads(run.file("training/fit.json").read_text())["ran_out_of_memory"]) == 2
     with pytest.raises(HardwareError, match="even with micro-batch 1 x 4"):
         fall_back(run, Fit(1, 4, 2), 2)
+
+
+def test_launched_processes_take_the_launchers_fit_whatever_their_own_gpu_is(loaded, monkeypatch):
+    """Two that cut an update differently would wait for each other for ever."""
+    run, model, tokenizer, rows = loaded
+    kept = {"fit": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "recompute_layers": 1}}
+    run.file("training").mkdir()
+    run.file("training/fit.json").write_text(json.dumps({**kept, "world": 2, "basis": "another machine's"}))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_fit(run, model, tokenizer, rows, MAKE, 2) == Fit(1, 2, 1)
+    run.file("training/fit.json").write_text(json.dumps({**kept, "world": 4, "basis": "another run's"}))
+    assert choose_fit(run, model, tokenizer, rows, MAKE, 2) == Fit(2, 1, 2)

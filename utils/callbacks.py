@@ -100,7 +100,9 @@ class DeadlineCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         took, self._last = time.monotonic() - self._last, time.monotonic()
-        if state.global_step >= state.max_steps or not _decided_together(self.deadline.is_due(next_s=took)):
+        if self.deadline.max_hours is None or state.global_step >= state.max_steps:
+            return
+        if not _decided_together(self.deadline.is_due(next_s=took)):
             return
         self.is_over = control.should_save = control.should_training_stop = True
 

@@ -28,7 +28,7 @@ import yaml
 from utils import errors
 from utils.errors import ConfigError, TrainingError, UserError
 from utils.files import write_json, write_text
-from utils.platforms import gpu_ids, local_rank, processes
+from utils.platforms import gpu_ids, local_rank, processes, resolve_hardware
 from utils.project import ROOT
 from utils.rundir import StageRun, open_run
 from utils.stages import BY_NAME
@@ -66,6 +66,8 @@ def processes_that_divide(run: StageRun) -> int:
     wanted, asked = processes(hardware), hardware.processes != "auto"
     if hardware.accelerate_config is not None:
         wanted, asked = _processes_in(hardware.accelerate_config), True
+    elif asked and wanted > max(1, len(gpu_ids())) and resolve_hardware(hardware)["device"] == "cuda":
+        raise ConfigError(f"hardware.processes={wanted}, but this machine has {len(gpu_ids())} GPU; leave it on auto.")
     if rows % wanted == 0:
         return wanted
     if asked:
@@ -107,7 +109,9 @@ def _launch_until_done(run: StageRun, count: int) -> None:
 
     run.file(SUMMARY).unlink(missing_ok=True)
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
-    if wants_trials(run.config) and fit_on_file(run, rows, count) is None:
+    if fit_on_file(run, rows, count) is None:
+        run.file("training/fit.json").unlink(missing_ok=True)  # every process takes what is there
+    if wants_trials(run.config) and not run.file("training/fit.json").exists():
         # Alone, so that a trial which runs out of memory leaves no other process waiting for it.
         _start(run, [sys.executable, "-m", "utils.launch", str(run.path), "--trial", str(count)], gpu_ids()[:1])
     here = gpu_ids() if run.config.hardware.accelerate_config else gpu_ids()[:count]
@@ -132,7 +136,7 @@ def _start(run: StageRun, command: list[str], visible: Sequence[str]) -> int:
     if visible:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
     run.file(_LOG).parent.mkdir(parents=True, exist_ok=True)
-    with run.file(_LOG).open("w", encoding="utf-8") as log:
+    with run.file(_LOG).open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
         )
@@ -173,7 +177,7 @@ def take_part(run_dir: str, trial_for: int = 0) -> None:
     opened = open_run("auto", run_dir)
     run = StageRun(opened.path, opened.config, opened.overrides, BY_NAME["03_lora_training"])
     if local_rank() > 0:
-        log = run.file(f"training/process-{os.environ['RANK']}.log").open("w", encoding="utf-8")
+        log = run.file(f"training/process-{os.environ['RANK']}.log").open("a", encoding="utf-8")
         sys.stdout = log  # what the first process of a machine says is said for all
     try:
         load_with_lora, make_trainer = read_recipe(run)

@@ -1,9 +1,10 @@
 """Attention that keeps packed documents apart, on GPUs without flash attention, such as a T4.
 
-Several rows share one packed sequence, and none may see another. Where flash attention is out of reach, unsloth
-2026.10.7 launches one kernel for each document and pads gradients back together; here one launch of the memory-efficient
-kernel (the one behind `scaled_dot_product_attention`, from compute capability 5.0 on) takes all documents by their
-boundaries, and grouped keys are repeated only while it runs. To be retired when unsloth does so by itself.
+Several rows share one packed sequence, and none may see another. Where flash attention is out of reach and no xformers
+build loads with the torch that is there, unsloth 2026.10.7 launches one kernel for each document and pads gradients back
+together; here one launch of the memory-efficient kernel (the one behind `scaled_dot_product_attention`, from compute
+capability 5.0 on) takes all documents by their boundaries, and grouped keys are repeated only while it runs. Where
+xformers loads, it is left at work. To be retired when unsloth does so by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def choose_attention(unsloths):
         half = Q.dtype in (torch.float16, torch.bfloat16) and Q.dtype == K.dtype == V.dtype
         packed = context.seq_info is not None and context.attention_mask is None and Q.shape[0] == 1
         whole = context.is_causal and not context.sliding_window and Q.shape[-2] == K.shape[-2]
-        plain = context.prefix_seg_info is None and config.backend in ("sdpa", "xformers")
+        plain = context.prefix_seg_info is None and config.backend == "sdpa"
         if not (half and packed and whole and plain and Q.is_cuda and not flash_attention(Q.device.index)):
             return unsloths(config=config, context=context, Q=Q, K=K, V=V)
         from unsloth.utils.packing import cover_padded_cu_seqlens

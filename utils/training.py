@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +12,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from utils.callbacks import (
     DeadlineCallback,
     HealthCallback,
     ProgressCallback,
-    RecomputeCallback,
     TrackingCallback,
     transformer_layers,
 )
@@ -33,7 +31,7 @@ from utils.platforms import global_rank, peak_memory, resolve_hardware, world_si
 from utils.rundir import StageRun
 from utils.settings import Config
 from utils.tracking import Tracker
-from utils.trial import Stopwatch, choose_fit, fall_back, let_go
+from utils.trial import Stopwatch, choose_fit, fall_back, let_go, recompute_as
 
 
 class OutOfMemory(RuntimeError):
@@ -52,14 +50,20 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
     figures = describe_model(model, run.config)
     fit = choose_fit(run, model, tokenizer, rows, make_trainer, world_size())
     tracker = Tracker(run, job_type="train") if global_rank() == 0 else None
-    trainer, watch, fit = _train_to_the_end(run, model, tokenizer, rows, make_trainer, fit, tracker)
+    try:
+        trainer, watch, fit = _train_to_the_end(run, model, tokenizer, rows, make_trainer, fit, tracker)
+    except BaseException:
+        if tracker is not None:
+            tracker.finish()  # what was logged so far is worth keeping
+        raise
     print(f"after: {memory_report()}")
     if tracker is not None:
         log = training_log(trainer)
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run, log)
         _finish_tracking(tracker, run, log)
         figures |= {"steps": trainer.state.global_step, "processes": world_size(), **asdict(fit), **watch.figures(run)}
-        figures["final_loss"] = round(float(log["loss"].tail(5).mean()), 4) if len(log) else "none"
+        last = float(log["loss"].tail(5).mean()) if len(log) else math.nan
+        figures["final_loss"] = round(last, 4) if math.isfinite(last) else "none"
         summary = {"figures": figures, "peak_memory": peak_memory(), "update_seconds": watch.seconds()}
         write_json(run.file("training/summary.json"), summary)
 
@@ -128,8 +132,7 @@ def _listen(trainer, config: Config, fit: Fit, tracker: Tracker | None, session:
     if tracker is not None:
         trainer.add_callback(ProgressCallback())
         trainer.add_callback(TrackingCallback(tracker))
-    if config.train.fit == "auto" and config.train.gradient_checkpointing:
-        trainer.add_callback(RecomputeCallback(fit.recompute_layers))
+    recompute_as(trainer, config, fit)
     return Stopwatch(trainer)
 
 
@@ -158,14 +161,15 @@ def checkpoint_dir(run: StageRun) -> Path:
 
 
 def find_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint in `folder`, to pass as resume_from_checkpoint; None to start from the beginning."""
-    if not folder.is_dir():
-        return None
-    for path in folder.glob("checkpoint-*"):
-        # The Trainer writes trainer_state.json last: without it the process died while saving.
-        if not (path / "trainer_state.json").exists():
-            shutil.rmtree(path, ignore_errors=True)  # several processes may look at once
-    return get_last_checkpoint(str(folder))
+    """The last whole checkpoint in `folder`, to pass as resume_from_checkpoint; None to start from the beginning.
+
+    The Trainer writes trainer_state.json last: a folder without it is one that a process died over, or that another
+    process is writing now. It is passed over, and written anew when training comes by again.
+    """
+    whole = {
+        int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob("checkpoint-*/trainer_state.json")
+    }
+    return str(whole[max(whole)]) if whole else None
 
 
 def training_log(trainer) -> pd.DataFrame:

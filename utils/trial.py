@@ -28,7 +28,6 @@ from utils.settings import Config
 
 _FILE = "training/fit.json"
 _UPDATES = 2  # of one trial; the first warms up
-MakeTrainer = Callable[..., "object"]  # notebook 03's make_trainer
 
 
 class Stopwatch(TrainerCallback):
@@ -94,13 +93,13 @@ def given_fit(config: Config, rows: int, layers: int) -> Fit:
     return Fit(micro, rows // micro, layers if config.train.gradient_checkpointing else 0)
 
 
-def choose_fit(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer: MakeTrainer, world: int = 1) -> Fit:
+def choose_fit(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer: Callable, world: int = 1) -> Fit:
     """The fit of this run for each of `world` processes: on file, found by trials on this GPU, or as configured.
 
     It is kept in training/fit.json and found again there while settings, rows and GPU are the same. The LoRA weights
     are left as they were. Trials need a process that is alone. Raises HardwareError where not even a single row fits.
     """
-    known = fit_on_file(run, rows, world)
+    known = fit_on_file(run, rows, world) if world_size() == 1 else _as_launched(run, world)
     if known is not None:
         return known
     config = run.config
@@ -115,8 +114,21 @@ def choose_fit(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer
         fit = found
     if global_rank() == 0:
         basis = _basis(run, rows, world)
-        write_json(run.file(_FILE), {"fit": asdict(fit), "trials": [asdict(t) for t in trials], "basis": basis})
+        found = {"fit": asdict(fit), "world": world, "trials": [asdict(t) for t in trials], "basis": basis}
+        write_json(run.file(_FILE), found)
     return fit
+
+
+def _as_launched(run: StageRun, world: int) -> Fit | None:
+    """The fit that the launcher left, whatever this process's own GPU is: all have to cut an update alike."""
+    known = json.loads(run.file(_FILE).read_text(encoding="utf-8")) if run.file(_FILE).exists() else {}
+    return Fit(**known["fit"]) if known.get("world") == world else None
+
+
+def recompute_as(trainer, config: Config, fit: Fit) -> None:
+    """Let the trainer's model recompute the layers that `fit` says, where fits are found by trials."""
+    if config.train.fit == "auto" and config.train.gradient_checkpointing:
+        trainer.add_callback(RecomputeCallback(fit.recompute_layers))
 
 
 def wants_trials(config: Config) -> bool:
@@ -169,7 +181,7 @@ def _search(model, tokenizer, config, rows, packed, make_trainer, share, layers,
     return search(measure, share, layers, room)
 
 
-def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: MakeTrainer, fit: Fit) -> Measured:
+def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, fit: Fit) -> Measured:
     """Two updates on `rows` (repeated as needed) with at most two micro-batches each; raises DoesNotFit.
 
     Two, since gradients of the first are held while the second is computed.
