@@ -81,7 +81,7 @@ def pushed(tmp_path_factory, embedded_model):
     collected = series_cli(
         kaggle, root / "laptop", "collect", "--wait", "--poll", "0.01", "--run-dir", root / "laptop" / "run", **secret
     )
-    words = ["publish", root / "laptop" / "run", "--repo", "alice/medical", "--merged", "--no-wandb"]
+    words = ["publish", root / "laptop" / "run", "--repo", "alice/medical", "--merged", "--no-wandb", "--yes"]
     local = {"HF_ENDPOINT": hub.address, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
     published = series_cli(kaggle, root / "laptop", *words, **secret, **local)
     yield Pushed(kaggle, hub, root, session.stdout + session.stderr, session.returncode, collected, published)

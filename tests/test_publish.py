@@ -36,8 +36,10 @@ def run(tmp_path) -> Path:
     return path
 
 
-def publish(server, run: Path, *words: str, token: str = TOKEN, **variables: str) -> subprocess.CompletedProcess:
-    """`python -m utils publish RUN_DIR WORDS` with a Hub of ours and no other network."""
+def publish(
+    server, run: Path, *words: str, token: str = TOKEN, yes: str = "--yes", **variables: str
+) -> subprocess.CompletedProcess:
+    """`python -m utils publish RUN_DIR WORDS --yes` without a terminal, with a Hub of ours and no other network."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_", "HUGGING"))}
     home = run.parent / "home"
     home.mkdir(exist_ok=True)
@@ -46,7 +48,7 @@ def publish(server, run: Path, *words: str, token: str = TOKEN, **variables: str
         "HF_TOKEN": token, "HTTP_PROXY": DEAD, "HTTPS_PROXY": DEAD, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         "COLUMNS": "200", "PYTHONPATH": str(ROOT), **variables,
     }  # fmt: skip
-    command = [sys.executable, "-m", "utils", "publish", str(run), *words]
+    command = [sys.executable, "-m", "utils", "publish", str(run), *words, *yes.split()]
     return subprocess.run(
         command,
         cwd=home,
@@ -80,10 +82,15 @@ def test_adapter_and_merged_model_go_to_two_private_repositories_in_one_commit_e
 
 
 def test_what_will_leave_is_shown_with_its_size_and_the_verdict_before_anything_does(hub_server, run):
-    done = publish(hub_server, run, "--repo", "alice/medical", "--dry-run")
+    done = publish(hub_server, run, "--repo", "alice/medical", "--dry-run", yes="")
     assert done.returncode == 0 and not hub_server.received
     assert "adapter to alice/medical (private)" in done.stdout and "adapter_model.safetensors" in done.stdout
     assert "After fine-tuning the model is worse." in done.stdout and "MiB" in done.stdout
+
+
+def test_where_nobody_can_be_asked_yes_has_to_be_said(hub_server, run):
+    done = publish(hub_server, run, "--repo", "alice/medical", yes="")
+    assert done.returncode == 1 and "say --yes" in done.stderr and not hub_server.received
 
 
 def test_public_has_to_be_said(hub_server, run):

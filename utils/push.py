@@ -26,6 +26,7 @@ _SWITCHES = ("is_private", "enable_gpu", "enable_tpu", "enable_internet")
 _LISTS = ("dataset_sources", "kernel_sources", "competition_sources", "model_sources")
 _GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports
 _UNKNOWN_STATES = 10  # in a row, before waiting is given up
+_START_S = 600.0  # after a push, until its session has to be seen queued or running
 
 
 @dataclass(frozen=True)
@@ -215,11 +216,14 @@ def push(kaggle: Kaggle, request: Any) -> Pushed:
     return pushed
 
 
-def wait(kaggle: Kaggle, reference: str, console: Console, interval_s: float = 30.0) -> tuple[str, str]:
+def wait(
+    kaggle: Kaggle, reference: str, console: Console, interval_s: float = 30.0, just_pushed: bool = False
+) -> tuple[str, str]:
     """(state, message) once the kernel's session has ended; a live line until then.
 
-    A session that was never seen at work is believed to have ended only at the third answer: right after a push, Kaggle
-    can still be telling of the version before. Raises InfrastructureError where Kaggle stays silent.
+    A session that was never seen at work is believed to have ended only at the third answer, and with `just_pushed`
+    never: after a push, Kaggle can be telling of the version before for minutes. Raises InfrastructureError where Kaggle
+    stays silent, or tells of no new session.
     """
     started, before, silent, ended, seen_at_work = time.monotonic(), "", 0, 0, False
     live = console.status("") if console.is_terminal else None
@@ -244,8 +248,13 @@ def wait(kaggle: Kaggle, reference: str, console: Console, interval_s: float = 3
             before = state
             ended = ended + 1 if state in FINISHED else 0
             seen_at_work = seen_at_work or state in ("QUEUED", "RUNNING")
-            if ended and (seen_at_work or ended >= 3):
+            if ended and (seen_at_work or (ended >= 3 and not just_pushed)):
                 return state, message
+            if just_pushed and not seen_at_work and time.monotonic() - started > _START_S:
+                raise InfrastructureError(
+                    f"Kaggle took the push, but shows no queued or running session of {reference} after "
+                    f"{_START_S / 60:.0f} min (its last word: {state.replace('_', ' ').lower()}); look at {page(reference)}."
+                )
             time.sleep(interval_s)
     finally:
         if live:
