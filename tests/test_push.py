@@ -353,3 +353,23 @@ def test_a_wrong_setting_or_a_file_of_this_machine_is_told_before_anything_is_se
     with pytest.raises(KaggleError, match=r"lies on this machine; attach it to the kernel as a data set"):
         kernel_text("t4", {"data.path": "rows.jsonl"})
     assert "/kaggle/input/rows/rows.jsonl" in kernel_text("t4", {"data.path": "/kaggle/input/rows/rows.jsonl"})
+
+
+def test_a_typo_is_told_where_the_profile_is_chosen_there_too():
+    with pytest.raises(ConfigError, match=r"did you mean train.learning_rate"):
+        kernel_text("auto", {"train.learning_rat": 1})
+    assert "train.learning_rate" in kernel_text("auto", {"train.learning_rate": 1e-4})
+
+
+def test_no_setting_may_name_a_file_of_this_machine(tmp_path):
+    away = "/kaggle/input/mine/rows.jsonl"
+    for key, local, remote in (
+        ("model.name", str(tmp_path), "someone/some-model"),
+        ("export.base", str(tmp_path), "someone/some-model"),
+        ("hardware.accelerate_config", "cluster.yaml", "/kaggle/input/mine/cluster.yaml"),
+        ("evaluate.more_benchmarks", [{"name": "a/b"}, {"path": "rows.jsonl"}], [{"name": "a/b"}, {"path": away}]),
+        ("evaluate.benchmark", {"path": "rows.jsonl"}, {"path": away}),
+    ):
+        assert kernel_text("t4", {key: remote})
+        with pytest.raises(KaggleError, match=rf"{key}.* lies on this machine"):
+            kernel_text("t4", {key: local})

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,8 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
     """
     check_kernel()
     overrides = dict(overrides or {})
-    if profile != "auto":
-        load_config(profile, overrides)
-    for key, value in overrides.items():
+    load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
+    for key, value in _leaves(overrides):
         if _is_local(key, value):
             raise KaggleError(
                 f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its path "
@@ -97,7 +96,21 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
 def _is_local(key: str, value: Any) -> bool:
     if str(value).startswith("/kaggle/input/") or value is None:
         return False
-    return key.endswith(".path") or (key == "model.name" and Path(str(value)).expanduser().exists())
+    if key.endswith(".path") or key == "hardware.accelerate_config":
+        return True
+    return key in ("model.name", "export.base") and Path(str(value)).expanduser().exists()
+
+
+def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value below `values`; a list's items are key[0], key[1], …"""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            yield from _leaves(value, f"{key}[{number}]")
+    else:
+        yield key, values
 
 
 def check_text(text: str) -> None:
