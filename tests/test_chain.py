@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from tests.loopback import Answer, KaggleServer, Received, series_call, series_c
 from tests.sessions import Machine
 from tests.test_collect import serve, write_run
 from utils.chain import continuation, until_done
-from utils.errors import KaggleError
+from utils.errors import InfrastructureError, KaggleError
 from utils.series import checkpointed_steps
 from utils.state import read_state
 
@@ -60,10 +61,10 @@ def test_a_source_that_kaggle_does_not_attach_stops_the_chain(kaggle_server, hom
 class Scripted:
     """A Kaggle whose sessions end as `ends` says: (stage, steps), or None for done."""
 
-    def __init__(self, ends: list, monkeypatch, tmp_path):
-        self.ends, self.pushed = iter(ends), []
+    def __init__(self, ends: list, monkeypatch, earlier=None):
+        self.ends, self.pushed, self.earlier = iter(ends), [], earlier
         monkeypatch.setattr("utils.chain.push", self._push)
-        monkeypatch.setattr("utils.chain.wait", lambda *_: ("COMPLETE", ""))
+        monkeypatch.setattr("utils.chain.wait", lambda *_, just_pushed: ("COMPLETE", ""))
         monkeypatch.setattr("utils.chain.peek", self._peek)
 
     def _push(self, kaggle, request):
@@ -75,35 +76,60 @@ class Scripted:
     def _peek(self, kaggle, reference):
         from utils.state import SeriesState
 
-        end = next(self.ends)
+        manifest = {"profile": "full", "overrides": {}}
+        if not self.pushed:
+            return self.earlier, manifest
+        end, started = next(self.ends), float(len(self.pushed))
         if end is None:
-            return SeriesState(state="done"), {"profile": "full", "overrides": {}}
-        return SeriesState(state="continue", stage=end[0], steps=end[1], sentence="8 h"), {
-            "profile": "full",
-            "overrides": {},
-        }
+            return SeriesState(state="done", started=started), manifest
+        return SeriesState(state="continue", stage=end[0], steps=end[1], sentence="8 h", started=started), manifest
 
 
-def chain(ends, monkeypatch, tmp_path, sessions=6):
-    scripted = Scripted(ends, monkeypatch, tmp_path)
-    state = until_done(None, "first", lambda manifest: f"next of {manifest['profile']}", Console(quiet=True), sessions)
-    return state, scripted.pushed
+def chain(ends, monkeypatch, sessions=6, earlier=None):
+    scripted = Scripted(ends, monkeypatch, earlier)
+    first = SimpleNamespace(slug=REFERENCE, name="first")
+    state = until_done(
+        None,
+        first,
+        lambda manifest: SimpleNamespace(name=f"next of {manifest['profile']}"),
+        Console(quiet=True),
+        sessions,
+    )
+    return state, [request.name for request in scripted.pushed]
 
 
-def test_sessions_follow_each_other_until_one_is_done(monkeypatch, tmp_path):
+def test_sessions_follow_each_other_until_one_is_done(monkeypatch):
     ends = [("03_lora_training", 50), ("03_lora_training", 120), ("04_comparison", 120), None]
-    state, pushed = chain(ends, monkeypatch, tmp_path)
+    state, pushed = chain(ends, monkeypatch)
     assert state.state == "done" and pushed == ["first", *["next of full"] * 3]
 
 
-def test_a_run_that_stands_still_is_not_pushed_a_third_time(monkeypatch, tmp_path):
+def test_a_run_that_stands_still_is_not_pushed_a_third_time(monkeypatch):
     with pytest.raises(KaggleError, match="Two sessions in a row ended at 03_lora_training, step 50"):
-        chain([("03_lora_training", 50)] * 9, monkeypatch, tmp_path)
+        chain([("03_lora_training", 50)] * 9, monkeypatch)
 
 
-def test_there_is_a_limit_to_how_many_sessions_are_started(monkeypatch, tmp_path):
+def test_the_output_from_before_the_push_is_not_taken_for_the_new_sessions(monkeypatch):
+    from utils.state import SeriesState
+
+    with pytest.raises(InfrastructureError, match="still the one from before version 1"):
+        chain([None], monkeypatch, earlier=SeriesState(state="done", started=1.0))
+    state, _ = chain([None], monkeypatch, earlier=SeriesState(state="done", started=0.5))
+    assert state.state == "done"
+
+
+def test_a_kernel_that_does_not_exist_yet_has_no_earlier_output(kaggle_server, home, tmp_path):
+    denied = Answer({"code": 403, "message": "Permission 'kernels.get' was denied"}, 403)
+    kaggle_server.script["ListKernelSessionOutput"] = [denied]
+    serve(kaggle_server, write_run(tmp_path / "run", started=5.0))
+    kaggle_server.statuses = [{"status": s} for s in ("queued", "running", "complete")]
+    done = series_call(kaggle_server, home, "push", "--until-done", "--poll", "0.01")
+    assert done.returncode == 0 and "the last session ended as done" in done.stdout, done.stderr
+
+
+def test_there_is_a_limit_to_how_many_sessions_are_started(monkeypatch):
     with pytest.raises(KaggleError, match="not done after 2 sessions; go on with push --continue --until-done"):
-        chain([("03_lora_training", 50 * n) for n in range(1, 9)], monkeypatch, tmp_path, sessions=2)
+        chain([("03_lora_training", 50 * n) for n in range(1, 9)], monkeypatch, sessions=2)
 
 
 def test_the_last_sessions_state_is_read_without_its_other_files(kaggle_server, home, tmp_path, monkeypatch):
@@ -136,6 +162,7 @@ def test_a_session_whose_time_is_up_ends_after_the_stage_at_hand_and_the_next_go
     second = run_command(*words)
     assert second.returncode == 4 and second.stdout.count("unchanged") == 1
     assert read_state(tmp_path / "run").stage == "02_dataset_formatting"
+    assert read_state(tmp_path / "run").started > state.started > 1.7e9
 
 
 class WorkingKaggle(KaggleServer):

@@ -15,6 +15,7 @@ from tests.loopback import DEAD, Answer
 from utils.errors import HubError
 from utils.files import record_files, write_json, write_text
 from utils.publish import offline_runs, plan_uploads
+from utils.rundir import read_manifest
 from utils.stages import STAGES
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanary1234"
@@ -35,8 +36,10 @@ def run(tmp_path) -> Path:
     return path
 
 
-def publish(server, run: Path, *words: str, token: str = TOKEN, **variables: str) -> subprocess.CompletedProcess:
-    """`python -m utils publish RUN_DIR WORDS` with a Hub of ours and no other network."""
+def publish(
+    server, run: Path, *words: str, token: str = TOKEN, yes: str = "--yes", **variables: str
+) -> subprocess.CompletedProcess:
+    """`python -m utils publish RUN_DIR WORDS --yes` without a terminal, with a Hub of ours and no other network."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_", "HUGGING"))}
     home = run.parent / "home"
     home.mkdir(exist_ok=True)
@@ -45,7 +48,7 @@ def publish(server, run: Path, *words: str, token: str = TOKEN, **variables: str
         "HF_TOKEN": token, "HTTP_PROXY": DEAD, "HTTPS_PROXY": DEAD, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         "COLUMNS": "200", "PYTHONPATH": str(ROOT), **variables,
     }  # fmt: skip
-    command = [sys.executable, "-m", "utils", "publish", str(run), *words]
+    command = [sys.executable, "-m", "utils", "publish", str(run), *words, *yes.split()]
     return subprocess.run(
         command,
         cwd=home,
@@ -79,10 +82,15 @@ def test_adapter_and_merged_model_go_to_two_private_repositories_in_one_commit_e
 
 
 def test_what_will_leave_is_shown_with_its_size_and_the_verdict_before_anything_does(hub_server, run):
-    done = publish(hub_server, run, "--repo", "alice/medical", "--dry-run")
+    done = publish(hub_server, run, "--repo", "alice/medical", "--dry-run", yes="")
     assert done.returncode == 0 and not hub_server.received
     assert "adapter to alice/medical (private)" in done.stdout and "adapter_model.safetensors" in done.stdout
     assert "After fine-tuning the model is worse." in done.stdout and "MiB" in done.stdout
+
+
+def test_where_nobody_can_be_asked_yes_has_to_be_said(hub_server, run):
+    done = publish(hub_server, run, "--repo", "alice/medical", yes="")
+    assert done.returncode == 1 and "say --yes" in done.stderr and not hub_server.received
 
 
 def test_public_has_to_be_said(hub_server, run):
@@ -188,6 +196,44 @@ def test_an_export_that_is_not_what_the_run_wrote_is_not_uploaded(hub_server, ru
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     done = publish(hub_server, run, "--repo", "alice/medical")
     assert done.returncode == 1 and "adapter_model.safetensors differs" in done.stderr and not hub_server.received
+
+
+def change(run: Path, stage: str, **values) -> None:
+    manifest = read_manifest(run)
+    manifest["stages"][stage] |= values
+    write_json(run / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize(
+    ("stage", "values", "said"),
+    [
+        ("05_export", {"state": "running"}, "05_export was interrupted"),
+        ("03_lora_training", {"state": "failed"}, "03_lora_training failed"),
+        ("04_comparison", {"state": ""}, "04_comparison has not run"),
+        (
+            "03_lora_training",
+            {"outputs": {"training/adapter/adapter_model.safetensors": {"sha256": "new"}}},
+            "05_export is out of date: training/adapter/adapter_model.safetensors was written anew since",
+        ),
+        ("03_lora_training", {"settings": {"lora": {"r": 16}}}, "03_lora_training is out of date: lora.r was changed"),
+    ],
+)
+def test_an_export_that_is_not_the_runs_last_word_is_not_uploaded(run, stage, values, said):
+    inputs = {"training/adapter/adapter_model.safetensors": {"sha256": "old"}}
+    change(run, "05_export", inputs=inputs, settings={"hardware.dtype": "auto"})
+    write_json(run / "manifest.json", read_manifest(run) | {"overrides": {"lora.r": 8}})
+    change(run, "03_lora_training", settings={"lora": {"r": 8}}, outputs=inputs)
+    assert plan_uploads(run, "alice/medical")
+    change(run, stage, **values)
+    with pytest.raises(HubError, match=said):
+        plan_uploads(run, "alice/medical")
+
+
+def test_only_what_the_export_recorded_is_uploaded(run):
+    for name in (".ipynb_checkpoints/README-checkpoint.md", "notes.txt"):
+        write_text(run / "export" / "adapter" / name, "mine")
+    (upload,) = plan_uploads(run, "alice/medical")
+    assert set(upload.files) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 
 
 @pytest.mark.parametrize(

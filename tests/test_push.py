@@ -8,10 +8,12 @@ import threading
 
 import nbformat
 import pytest
+from rich.console import Console
 
 from tests.conftest import ROOT
 from tests.loopback import Answer, forget_kaggle, kaggle_cli, kaggle_environment, series_call, series_cli
-from utils.errors import ConfigError, KaggleError
+from utils import push
+from utils.errors import ConfigError, InfrastructureError, KaggleError
 from utils.push import check_text, kernel_text, read_metadata, reference_of, title_of
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
@@ -82,6 +84,11 @@ def test_no_run_saves_a_version_and_says_what_to_do_in_the_editor(kaggle_server,
     done = series_call(kaggle_server, home, "push", "--no-run")
     assert done.returncode == 0 and "Add-ons > Secrets" in done.stdout
     assert kaggle_server.versions[0]["kernelExecutionType"] == "QUICK_SAVE"
+
+
+def test_no_run_and_until_done_exclude_each_other(kaggle_server, home):
+    done = series_call(kaggle_server, home, "push", "--no-run", "--until-done", "--poll", "0.01")
+    assert done.returncode == 1 and "--until-done would wait for none" in done.stderr and not kaggle_server.received
 
 
 def test_a_dry_run_shows_exactly_what_would_be_sent_and_sends_nothing(kaggle_server, home, tmp_path):
@@ -245,6 +252,26 @@ def test_waiting_tells_each_state_and_ends_with_the_sessions_own(kaggle_server, 
     ]  # fmt: skip
 
 
+class Telling:
+    """A Kaggle that tells these states, the last one for ever."""
+
+    def __init__(self, *states: str):
+        self.states = list(states)
+
+    def status(self, reference: str) -> tuple[str, str]:
+        return (self.states.pop(0) if len(self.states) > 1 else self.states[0]), ""
+
+
+def test_after_a_push_an_end_counts_only_once_a_session_was_seen(monkeypatch):
+    quiet, old = Console(quiet=True), ["COMPLETE"] * 9
+    ended = push.wait(Telling(*old, "QUEUED", "RUNNING", "ERROR"), REFERENCE, quiet, 0.001, just_pushed=True)
+    assert ended == ("ERROR", "")
+    monkeypatch.setattr(push, "_START_S", 0.05)
+    with pytest.raises(InfrastructureError, match=r"no queued or running session of alice/.*its last word: complete"):
+        push.wait(Telling("COMPLETE"), REFERENCE, quiet, 0.001, just_pushed=True)
+    assert push.wait(Telling("ERROR"), REFERENCE, quiet, 0.001) == ("ERROR", "")  # what collect --wait asks
+
+
 def test_an_outage_in_the_middle_of_waiting_is_waited_out(kaggle_server, home):
     down = Answer({}, 503, {"Retry-After": "0"})
     kaggle_server.statuses = [{"status": "running"}, {"status": "complete"}]
@@ -326,3 +353,23 @@ def test_a_wrong_setting_or_a_file_of_this_machine_is_told_before_anything_is_se
     with pytest.raises(KaggleError, match=r"lies on this machine; attach it to the kernel as a data set"):
         kernel_text("t4", {"data.path": "rows.jsonl"})
     assert "/kaggle/input/rows/rows.jsonl" in kernel_text("t4", {"data.path": "/kaggle/input/rows/rows.jsonl"})
+
+
+def test_a_typo_is_told_where_the_profile_is_chosen_there_too():
+    with pytest.raises(ConfigError, match=r"did you mean train.learning_rate"):
+        kernel_text("auto", {"train.learning_rat": 1})
+    assert "train.learning_rate" in kernel_text("auto", {"train.learning_rate": 1e-4})
+
+
+def test_no_setting_may_name_a_file_of_this_machine(tmp_path):
+    away = "/kaggle/input/mine/rows.jsonl"
+    for key, local, remote in (
+        ("model.name", str(tmp_path), "someone/some-model"),
+        ("export.base", str(tmp_path), "someone/some-model"),
+        ("hardware.accelerate_config", "cluster.yaml", "/kaggle/input/mine/cluster.yaml"),
+        ("evaluate.more_benchmarks", [{"name": "a/b"}, {"path": "rows.jsonl"}], [{"name": "a/b"}, {"path": away}]),
+        ("evaluate.benchmark", {"path": "rows.jsonl"}, {"path": away}),
+    ):
+        assert kernel_text("t4", {key: remote})
+        with pytest.raises(KaggleError, match=rf"{key}.* lies on this machine"):
+            kernel_text("t4", {key: local})

@@ -11,11 +11,14 @@ import pytest
 import yaml
 
 from utils import platforms, rundir
+from utils.config import load_config
 from utils.errors import ConfigError, HardwareError, RunDirError, StageOrderError
-from utils.files import write_text
+from utils.files import write_json, write_text
 from utils.rundir import RunDir, StageRun, altered_files, open_run, open_stage, read_manifest
 from utils.settings import Config
 from utils.stages import BY_NAME, STAGES, find_stage
+from utils.state import SeriesState, write_state
+from utils.verification import altered_exports
 
 NEEDY = [(stage.name, stage.needs[0]) for stage in STAGES if stage.needs]
 
@@ -341,3 +344,21 @@ def test_every_stage_reads_only_what_an_earlier_one_writes():
             assert any(out == name or out.startswith(f"{name}/") or name.startswith(f"{out}/") for out in written)
         assert all(needed in {earlier.name for earlier in STAGES[: int(stage.number)]} for needed in stage.needs)
         written += (*stage.outputs, *stage.optional)
+
+
+def test_what_stayed_in_scratch_is_not_missed_and_anything_else_is(tmp_path):
+    names = ("export/merged/model.safetensors", "export/merged_too/model.safetensors")
+    outputs = {name: {"sha256": "0", "bytes": 1, "mtime_ns": 1} for name in names}
+    write_json(tmp_path / "manifest.json", {"profile": "t4", "stages": {"05_export": {"outputs": outputs}}})
+    write_json(
+        tmp_path / "export" / "verify.json",
+        {"folders": {"merged": "export/merged"}, "files": dict.fromkeys(names, "0")},
+    )
+    assert len(altered_files(tmp_path)) == 2
+    write_state(tmp_path, SeriesState(state="done", left_in_scratch={"export/merged": 16_000_000_000}))
+    assert altered_files(tmp_path) == [f"{names[1]} is missing"]
+    run = RunDir(tmp_path, load_config("t4"))
+    assert altered_exports(run) == [f"{names[1]} is missing"]
+    (tmp_path / "export" / "merged").mkdir()
+    (tmp_path / names[0]).write_text("half of it")
+    assert f"{names[0]} differs from what was written" in altered_files(tmp_path)

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from utils.collect import peek
-from utils.errors import KaggleError
-from utils.kaggle_api import Kaggle
+from utils.errors import InfrastructureError, KaggleError, RunDirError
+from utils.kaggle_api import Kaggle, page
 from utils.push import push, wait
 from utils.stages import STAGES
 from utils.state import SeriesState
@@ -39,14 +39,22 @@ def until_done(
     """Push `request`, then what `following` makes of each session's manifest; returns the last session's state.
 
     Ends when a session ends as anything but "continue". Raises KaggleError after `sessions` sessions, and where two in a
-    row got no further, so that no quota is burnt on a run that stands still.
+    row got no further, so that no quota is burnt on a run that stands still; InfrastructureError where Kaggle shows no
+    new session, or its output is still the one from before the push.
     """
+    shown = _last_state(kaggle, request.slug)
     before: tuple[int, int] | None = None
     for number in range(1, sessions + 1):
         pushed = push(kaggle, request)
         console.print(f"session {number}: version {pushed.version}, {pushed.url}", highlight=False, soft_wrap=True)
-        wait(kaggle, pushed.reference, console, interval_s)
+        wait(kaggle, pushed.reference, console, interval_s, just_pushed=True)
         state, manifest = peek(kaggle, pushed.reference)
+        if state is not None and state == shown:
+            raise InfrastructureError(
+                f"The output of {pushed.reference} is still the one from before version {pushed.version}: either Kaggle is slow "
+                f"or that session did nothing; look at {page(pushed.reference)}, then go on with push --continue --until-done."
+            )
+        shown = state
         if state is None or state.state != "continue":
             return state
         reached = (_ORDER.index(state.stage) if state.stage in _ORDER else -1, state.steps)
@@ -59,3 +67,15 @@ def until_done(
         console.print(f"  to be continued at {state.stage}, step {state.steps}", highlight=False, soft_wrap=True)
         request = following(manifest)
     raise KaggleError(f"The series is not done after {sessions} sessions; go on with push --continue --until-done.")
+
+
+def _last_state(kaggle: Kaggle, reference: str) -> SeriesState | None:
+    """The state that Kaggle shows now; None for a kernel that does not exist yet or left none."""
+    try:
+        return peek(kaggle, reference)[0]
+    except RunDirError:
+        return None
+    except KaggleError as error:
+        if error.status in (403, 404):
+            return None
+        raise

@@ -176,7 +176,7 @@ def judge(status: str, message: str, target: Path, log: str) -> Collected:
         sentence = f"the session ended in the middle of the work, by its time limit or by a fault of the machine.{told}"
         return Collected(Verdict.INFRASTRUCTURE, sentence, state)
     try:
-        wrong = [line for line in altered_files(target) if not _left(line, state)]
+        wrong = altered_files(target)
         stages = read_manifest(target).get("stages", {})
     except RunDirError as error:
         return Collected(Verdict.FAIL, str(error), state)
@@ -212,11 +212,6 @@ def _judge_without_state(status: str, told: str, log: str) -> Collected:
 
 def _last_line(log: str) -> str:
     return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing")
-
-
-def _left(line: str, state: SeriesState) -> bool:
-    """Whether a file is missing because it stayed in the session's scratch."""
-    return line.endswith(" is missing") and any(line.startswith(f"{folder}/") for folder in state.left_in_scratch)
 
 
 def _outcome(target: Path, stages: dict) -> str:

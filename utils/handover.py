@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from utils.deadline import session_started
 from utils.errors import UserError
 from utils.files import list_files
 from utils.platforms import GIB, where
@@ -30,7 +31,9 @@ def hand_over(run_dir: str | Path, limit_gib: float = KEPT_GIB) -> SeriesState:
     run_dir = Path(run_dir)
     began = (run_dir / "manifest.json").exists()
     state = read_state(run_dir) or SeriesState(
-        state="running" if began else "failed", sentence="it never began; the lines above say why."
+        state="running" if began else "failed",
+        sentence="it never began; the lines above say why.",
+        started=session_started(),
     )
     if state.state == "running":
         died = "its process died, most often because memory ran out."

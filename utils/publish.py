@@ -10,15 +10,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.credentials import Secret
 from utils.errors import HubError, InfrastructureError
-from utils.files import list_files
+from utils.files import sha256
+from utils.project import command
 from utils.retry import describe, repeat, status_of
-from utils.rundir import altered_files
+from utils.rundir import read_manifest
+from utils.stages import BY_NAME, ancestors
 
 KINDS = ("adapter", "merged")
 _SYNC_TIMEOUT_S = 600
@@ -41,28 +44,68 @@ class Upload:
 def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]:
     """What would be uploaded where: the adapter to `repo`, with `merged` the merged model to `repo`-merged.
 
-    Raises HubError where an export is missing or is not what the run wrote.
+    Only what 05_export has on record goes, and only with the digest on record. Raises HubError where a stage is undone
+    or out of date, and where an export is missing or is not what the run wrote.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise HubError(f"--repo is {repo!r}; expected USER/NAME.")
-    card = run_dir / "export" / "README.md"
+    manifest = read_manifest(run_dir)
+    if problem := stale_on_record(manifest):
+        raise HubError(f"{problem}; run {command()} run --run-dir {run_dir} first, then publish.")
+    recorded = manifest["stages"]["05_export"]["outputs"]
     uploads = []
     for kind in KINDS if merged else KINDS[:1]:
-        folder = run_dir / "export" / kind
-        files = (
-            {path.relative_to(folder).as_posix(): path for path in list_files(folder, ".")} if folder.is_dir() else {}
-        )
-        if not files:
+        prefix = f"export/{kind}/"
+        files = {name.removeprefix(prefix): run_dir / name for name in recorded if name.startswith(prefix)}
+        if not files or not (run_dir / prefix).is_dir():
             where = "it stays in a Kaggle session's scratch" if kind == "merged" else "05_export writes it"
-            raise HubError(f"{folder} is not there ({where}); run python -m utils run --from 05 for {run_dir} first.")
-        if card.exists():
-            files.setdefault("README.md", card)
+            raise HubError(
+                f"{run_dir / prefix} is not there ({where}); run {command()} run --from 05 for {run_dir} first."
+            )
+        if "export/README.md" in recorded:
+            files.setdefault("README.md", run_dir / "export/README.md")
         uploads.append(Upload(kind, repo if kind == "adapter" else f"{repo}-{kind}", files))
-    mine = {path.relative_to(run_dir).as_posix() for upload in uploads for path in upload.files.values()}
-    altered = [line for line in altered_files(run_dir) if any(line.startswith(f"{name} ") for name in mine)]
-    if altered:
-        raise HubError(f"{altered[0]}; python -m utils verify {run_dir} says more, and 05_export writes it anew.")
+    for path in {path for upload in uploads for path in upload.files.values()}:
+        name = path.relative_to(run_dir).as_posix()
+        if not path.is_file() or sha256(path) != recorded[name]["sha256"]:
+            word = "differs from what was written" if path.is_file() else "is missing"
+            raise HubError(f"{name} {word}; {command()} verify {run_dir} says more, and 05_export writes it anew.")
     return uploads
+
+
+def stale_on_record(manifest: Mapping[str, Any]) -> str | None:
+    """Why the export on record is not the run's last word, by the manifest alone; None where it is.
+
+    A collected run lies where neither its base model nor its checkpoints are, so that `RunDir.stale_because`, which
+    looks at files, would call it stale: states, settings that were given, and recorded digests are compared instead.
+    """
+    records, written = manifest.get("stages", {}), {}
+    export = BY_NAME["05_export"]
+    for stage in (*ancestors(export), export):
+        record = records.get(stage.name, {})
+        if record.get("state") != "done":
+            word = {"running": "was interrupted", "failed": "failed"}.get(record.get("state"), "has not run")
+            return f"{stage.name} {word}"
+        for key, value in manifest.get("overrides", {}).items():
+            if _recorded_setting(record.get("settings", {}), key, value) != value:
+                return f"{stage.name} is out of date: {key} was changed since"
+        for name, entry in record.get("inputs", {}).items():
+            if written.get(name, entry["sha256"]) != entry["sha256"]:
+                return f"{stage.name} is out of date: {name} was written anew since"
+        written |= {name: entry["sha256"] for name, entry in record.get("outputs", {}).items()}
+    return None
+
+
+def _recorded_setting(settings: Mapping[str, Any], key: str, default: Any) -> Any:
+    """What a stage's record has under the dotted `key`; `default` where the stage does not rest on it."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):  # a record names whole sections, or section.key
+        if (head := ".".join(parts[:end])) in settings:
+            found = settings[head]
+            for part in parts[end:]:
+                found = found.get(part, default) if isinstance(found, Mapping) else default
+            return found
+    return default
 
 
 def upload_model(upload: Upload, token: Secret, private: bool = True, say: Callable[[str], None] = print) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ _SWITCHES = ("is_private", "enable_gpu", "enable_tpu", "enable_internet")
 _LISTS = ("dataset_sources", "kernel_sources", "competition_sources", "model_sources")
 _GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports
 _UNKNOWN_STATES = 10  # in a row, before waiting is given up
+_START_S = 600.0  # after a push, until its session has to be seen queued or running
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
     """
     check_kernel()
     overrides = dict(overrides or {})
-    if profile != "auto":
-        load_config(profile, overrides)
-    for key, value in overrides.items():
+    load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
+    for key, value in _leaves(overrides):
         if _is_local(key, value):
             raise KaggleError(
                 f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its path "
@@ -96,7 +96,21 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
 def _is_local(key: str, value: Any) -> bool:
     if str(value).startswith("/kaggle/input/") or value is None:
         return False
-    return key.endswith(".path") or (key == "model.name" and Path(str(value)).expanduser().exists())
+    if key.endswith(".path") or key == "hardware.accelerate_config":
+        return True
+    return key in ("model.name", "export.base") and Path(str(value)).expanduser().exists()
+
+
+def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value below `values`; a list's items are key[0], key[1], …"""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            yield from _leaves(value, f"{key}[{number}]")
+    else:
+        yield key, values
 
 
 def check_text(text: str) -> None:
@@ -215,11 +229,14 @@ def push(kaggle: Kaggle, request: Any) -> Pushed:
     return pushed
 
 
-def wait(kaggle: Kaggle, reference: str, console: Console, interval_s: float = 30.0) -> tuple[str, str]:
+def wait(
+    kaggle: Kaggle, reference: str, console: Console, interval_s: float = 30.0, just_pushed: bool = False
+) -> tuple[str, str]:
     """(state, message) once the kernel's session has ended; a live line until then.
 
-    A session that was never seen at work is believed to have ended only at the third answer: right after a push, Kaggle
-    can still be telling of the version before. Raises InfrastructureError where Kaggle stays silent.
+    A session that was never seen at work is believed to have ended only at the third answer, and with `just_pushed`
+    never: after a push, Kaggle can be telling of the version before for minutes. Raises InfrastructureError where Kaggle
+    stays silent, or tells of no new session.
     """
     started, before, silent, ended, seen_at_work = time.monotonic(), "", 0, 0, False
     live = console.status("") if console.is_terminal else None
@@ -244,8 +261,13 @@ def wait(kaggle: Kaggle, reference: str, console: Console, interval_s: float = 3
             before = state
             ended = ended + 1 if state in FINISHED else 0
             seen_at_work = seen_at_work or state in ("QUEUED", "RUNNING")
-            if ended and (seen_at_work or ended >= 3):
+            if ended and (seen_at_work or (ended >= 3 and not just_pushed)):
                 return state, message
+            if just_pushed and not seen_at_work and time.monotonic() - started > _START_S:
+                raise InfrastructureError(
+                    f"Kaggle took the push, but shows no queued or running session of {reference} after "
+                    f"{_START_S / 60:.0f} min (its last word: {state.replace('_', ' ').lower()}); look at {page(reference)}."
+                )
             time.sleep(interval_s)
     finally:
         if live:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from utils.config import parse_overrides
-from utils.errors import HubError, RunDirError
+from utils.errors import HubError, KaggleError, RunDirError
 from utils.project import NAME, command
 
 console = Console(force_terminal=sys.stdout.isatty())
@@ -39,6 +39,8 @@ def push(
     from utils import chain, kaggle_api
     from utils import push as pushing
 
+    if no_run and until_done:
+        raise KaggleError("--no-run saves a version without a session, so --until-done would wait for none; drop one.")
     overrides = parse_overrides(set_ or [])
     metadata = pushing.read_metadata()
     text = pushing.kernel_text(profile, overrides)
@@ -69,7 +71,7 @@ def push(
     if no_run:
         _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
     elif wait:
-        status, message = pushing.wait(kaggle, reference, console, poll)
+        status, message = pushing.wait(kaggle, reference, console, poll, just_pushed=True)
         _print(f"{reference}: {status.replace('_', ' ').lower()}{f': {message}' if message else ''}")
     if not no_run:
         _print(f"bring it home: {command()} collect {reference}")
@@ -132,7 +134,11 @@ def publish(
     uploads = publishing.plan_uploads(run_dir, repo, merged) if repo else []
     _print(publishing.read_verdict(run_dir))
     _print(publishing.describe_uploads(uploads, private, len(runs)))
-    if dry_run or (not yes and sys.stdin.isatty() and not typer.confirm("Upload this?")):
+    if not (dry_run or yes or sys.stdin.isatty()):
+        raise HubError(
+            "Nobody can be asked here whether to upload this (no terminal); say --yes, or look by --dry-run."
+        )
+    if dry_run or (not yes and not typer.confirm("Upload this?")):
         _print("nothing was uploaded")
         return
     token = find_secret("HF_TOKEN")

@@ -34,6 +34,7 @@ from utils.platforms import (
 from utils.project import embedded_fingerprint, runs_dir, source_digest
 from utils.settings import EMBEDDED, Config
 from utils.stages import BY_NAME, STAGES, Stage, ancestors
+from utils.state import read_state
 
 _HEADER = "# Written by the series: the settings in force. To change one, edit the profile or pass --set / OVERRIDES.\n"
 
@@ -297,13 +298,17 @@ def _words(computed_on: dict[str, str] | None) -> str:
 
 
 def altered_files(path: Path) -> list[str]:
-    """Rehash every output on record and name those that are missing or differ; an empty list is a clean bill."""
-    altered = []
+    """Rehash every output on record and name those that are missing or differ; an empty list is a clean bill.
+
+    What state.json says stayed in a session's scratch is not missed.
+    """
+    altered, state = [], read_state(path)
     for record in read_manifest(path).get("stages", {}).values():
         for name, entry in record.get("outputs", {}).items():
             file = path / name
             if not file.is_file():
-                altered.append(f"{name} is missing")
+                if state is None or not state.left(name):
+                    altered.append(f"{name} is missing")
             elif sha256(file) != entry["sha256"]:
                 altered.append(f"{name} differs from what was written")
     return altered

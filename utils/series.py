@@ -85,15 +85,20 @@ def run_series(
         )
     require_ancestors(run, find_stage(first))
     started = time.monotonic()
-    note_start()
-    write_state(run.path, SeriesState(state="running"))
+    began = note_start()
+    write_state(run.path, SeriesState(state="running", started=began))
     try:
         run, worked = _run_stages(run, first, last, fresh, console)
     except SeriesFailed as failure:
         state = "continue" if isinstance(failure, SeriesPaused) else "failed"
         steps = checkpointed_steps(run.path)
         ended = SeriesState(
-            state=state, stage=failure.stage.name, kind=failure.kind, sentence=str(failure), steps=steps
+            state=state,
+            stage=failure.stage.name,
+            kind=failure.kind,
+            sentence=str(failure),
+            started=began,
+            steps=steps,
         )
         write_state(run.path, ended)
         raise
@@ -101,7 +106,7 @@ def run_series(
         run.save()  # a changed setting on which no stage rests
     if worked or not run.file("report/index.html").exists():
         write_report(run)
-    write_state(run.path, SeriesState(state="done"))
+    write_state(run.path, SeriesState(state="done", started=began))
     _summarise(run, console, time.monotonic() - started)
     return run
 

@@ -19,8 +19,13 @@ class SeriesState(BaseModel):
     stage: str = ""  # the one that failed or goes on
     kind: str = ""  # the failure's type
     sentence: str = ""
+    started: float = 0.0  # the session, in seconds since 1970: no two sessions have the same state
     steps: int = 0  # checkpointed so far: two sessions in a row with the same number made no progress
     left_in_scratch: dict[str, int] = Field(default_factory=dict)  # {folder below the run directory: bytes}
+
+    def left(self, name: str) -> bool:
+        """Whether the file `name`, below the run directory, stayed in the session's scratch."""
+        return any(name.startswith(f"{folder}/") for folder in self.left_in_scratch)
 
 
 def write_state(run_dir: Path, state: SeriesState) -> None:

@@ -24,6 +24,7 @@ from utils.prompts import format_prompt
 from utils.rundir import RunDir
 from utils.shards import find_shards
 from utils.stages import BY_NAME
+from utils.state import read_state
 
 REFERENCE = "export/reference.safetensors"
 KINDS = ("adapter", "merged", "gguf")
@@ -195,9 +196,9 @@ def place(run: RunDir, folder: Path) -> Path:
 def altered_exports(run: RunDir) -> list[str]:
     """Rehash every file in export/verify.json and name those that are missing or differ.
 
-    An export that was written to scratch and went with it is left out: nothing that is here is wrong.
+    An export that was written to scratch, or moved there, and went with it is left out: nothing that is here is wrong.
     """
-    record, altered = read_record(run), []
+    record, altered, state = read_record(run), [], read_state(run.path)
     for name, digest in record.get("files", {}).items():
         kind = name.split("/")[1]
         folder = Path(record["folders"].get(kind, f"export/{kind}"))
@@ -205,7 +206,8 @@ def altered_exports(run: RunDir) -> list[str]:
             continue
         path = run.path / (folder / Path(*Path(name).parts[2:]) if kind in record["folders"] else name)
         if not path.is_file():
-            altered.append(f"{name} is missing")
+            if state is None or not state.left(name):
+                altered.append(f"{name} is missing")
         elif sha256(path) != digest:
             altered.append(f"{name} differs from what was verified")
     return altered
