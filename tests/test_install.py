@@ -53,9 +53,10 @@ def image(monkeypatch):
     return prepare
 
 
-def test_colabs_datasets_and_torchao_are_replaced_and_its_torch_is_held_still(image):
+def test_colabs_datasets_and_torchao_are_replaced_and_its_torch_is_held_still(image, monkeypatch):
     """googlecolab/backend-info, 2026-06: datasets 4.0.0, which unsloth excludes, and torchao 0.10, which peft refuses."""
     calls = image(datasets="4.0.0", torchao="0.10.0", transformers="5.9.0", papermill=None)
+    monkeypatch.setattr("utils.install._loaded", dict)  # a new kernel, whatever other tests imported here
     install_missing()
     (command,) = calls
     asked, held = command[: command.index("|")], command[command.index("|") + 1 :]
