@@ -75,6 +75,22 @@ def test_every_figure_in_the_metadata_is_one_of_metrics_json_with_its_data_set(h
     assert second.dataset_type == "qiaojin/PubMedQA" and found["nll"].metric_type == "loss"
 
 
+def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):
+    merged = {"against": "adapter on 16 bit", "level": "half", "prompts": 50, "identical": 48}
+    gguf = {"against": "adapter on 16 bit", "level": "margin 0.5", "prompts": 20, "identical": 19}
+    hub_run.file("model-f16.gguf").write_bytes(b"GGUF")
+    figures = {"merged": merged, "gguf_f16": gguf, "gguf": {"model-f16.gguf": 0}}
+    folders = dict.fromkeys(("adapter", "merged", "gguf"), hub_run.path)
+    cards = {kind: make_card(hub_run, BASE, kind, folders, figures) for kind in folders}
+    assert ModelCard(str(cards["adapter"])).data.eval_results and "not measured again" not in str(cards["adapter"])
+    for kind, prompts in (("merged", 50), ("gguf", 20)):
+        header, body = str(cards[kind]).split("---\n", 2)[1:]
+        assert not {"model-index", "model_name"} & set(yaml.safe_load(header))
+        assert "measured with the adapter on the base in 4-bit NF4;" in body
+        assert f"the files here were held against adapter on 16 bit on {prompts} prompts, not measured again." in body
+    assert "neither measured again nor held against it" in str(make_card(hub_run, BASE, "gguf", folders, {}))
+
+
 def test_a_run_that_came_out_worse_says_so_and_nothing_better(hub_run):
     text = str(card_of(hub_run))
     body = text.split("---\n", 2)[2]

@@ -10,7 +10,18 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from utils.bases import Base
-from utils.card_facts import LLAMA, bibliography, eval_results, known_base, licences, limits, read, recipe, title
+from utils.card_facts import (
+    LLAMA,
+    bibliography,
+    eval_results,
+    known_base,
+    licences,
+    limits,
+    not_measured,
+    read,
+    recipe,
+    title,
+)
 from utils.files import write_text
 from utils.gguf_files import LORA
 from utils.project import NAME, REPOSITORY
@@ -61,6 +72,7 @@ def make_card(
         else "greedy decoding",
         serving=_serving(served, kind, folders),
         rows=[_row(metrics["primary"], True), *(_row(result, False) for result in metrics["secondary"])],
+        not_measured=not_measured(run, kind, figures),
         contamination=_contamination(metrics["contamination"]),
         recipe=recipe(run, base, split),
         checks=_checks(figures),
@@ -83,8 +95,9 @@ def _metadata(run: RunDir, base: Base, kind: str, metrics: dict, split: dict) ->
         if config.model.name == EMBEDDED
         else {"license": "other", "license_name": "as-the-base-model", "license_link": "LICENSE"}
     )
+    measured = kind == "adapter"  # the Hub takes what stands here for the figures of the files beside it
     return ModelCardData(
-        model_name=title(run),
+        model_name=title(run) if measured else None,
         language="en",
         library_name=_LIBRARIES[kind],
         pipeline_tag="text-generation",
@@ -92,7 +105,7 @@ def _metadata(run: RunDir, base: Base, kind: str, metrics: dict, split: dict) ->
         base_model=base.name if on_hub else None,
         base_model_relation=relation if on_hub else None,
         datasets=[config.data.name] if config.data.path is None and "/" in config.data.name else None,
-        eval_results=eval_results(run, metrics, split),
+        eval_results=eval_results(run, metrics, split) if measured else None,
         **licence,
     )
 
