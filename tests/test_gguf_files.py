@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from utils import gguf_files
+from utils.agreement import NEW_TOKENS, Continuations
 from utils.errors import HardwareError, ModelError
 from utils.gguf_files import check_modelfile, name_pre_tokenizer, write_gguf
 from utils.llama_cpp import LlamaCpp, build_llama_cpp, find_llama_cpp
@@ -95,6 +98,54 @@ def test_a_build_never_overwrites_and_a_missing_tool_is_named(monkeypatch, tmp_p
     with pytest.raises(HardwareError, match="no-python is not installed"):
         build_llama_cpp(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+class Answering:
+    """In place of llama-server: says what it is told to."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, tree, path):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def tokenize(self, prompt):
+        return [ord(letter) for letter in prompt]
+
+    def continue_greedily(self, ids, new_tokens):
+        return self.answer
+
+
+class Letters:
+    eos_token_id = 2
+
+    def __call__(self, prompt):
+        return SimpleNamespace(input_ids=[ord(letter) for letter in prompt])
+
+
+def reference_of(tokens, pairs) -> Continuations:
+    best = torch.full((1, NEW_TOKENS, 2), float("nan"))
+    best[0, : len(pairs)] = torch.tensor(pairs)
+    return Continuations([tokens], torch.zeros(1, 3), best)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4_k_m"])
+def test_figures_of_a_file_say_what_it_was_held_against_and_how_strictly(monkeypatch, tmp_path, kind):
+    (tmp_path / f"model-{kind}.gguf").touch()
+    monkeypatch.setattr(gguf_files, "check_modelfile", lambda *_: {})
+    monkeypatch.setattr(gguf_files, "LlamaServer", Answering([5, 6]))
+    monkeypatch.setattr(LlamaCpp, "program", lambda self, name: self.root / name)
+    reference = reference_of([5, 6, 2], [(3.0, 1.0)] * 3)
+    checked = (LlamaCpp(tmp_path), tmp_path, Letters(), ["What?"], "native", reference, True, "the leader")
+    found = gguf_files.check_folder(*checked)[f"gguf_{kind}"]
+    assert (found["against"], found["identical"]) == ("the leader", 1)
+    assert found["level"] == ("margin 0.5" if kind == "f16" else "reported")
 
 
 @pytest.mark.slow

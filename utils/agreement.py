@@ -16,6 +16,11 @@ EXACT = 1e-4  # largest difference of a logit where everything is computed in fl
 HALF = 0.05  # in 16 bit: root mean square of the differences, in standard deviations of the logits
 FOUR_BIT = 0.5  # the same where one was merged before it was quantised and the other after
 Level = Literal["exact", "half", "four bit"]
+LEVELS = (
+    f"`exact`: the same tokens, logits within {EXACT:.0e}. `half`: logits at the first new token within {HALF} of their "
+    f"spread, and only undecided tokens may turn. `four bit`: within {FOUR_BIT} of their spread. `margin`: by tokens alone; "
+    "where they part, the best token lay at most so many logits above its second. `reported`: nothing was required."
+)
 
 
 @dataclass(frozen=True)

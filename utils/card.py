@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from utils.agreement import LEVELS
 from utils.bases import Base
 from utils.card_facts import (
     LLAMA,
@@ -23,7 +24,7 @@ from utils.card_facts import (
     title,
 )
 from utils.files import write_text
-from utils.gguf_files import LORA
+from utils.gguf_files import LORA, file_name
 from utils.project import NAME, REPOSITORY
 from utils.prompts import EOS, format_prompt
 from utils.rundir import RunDir
@@ -76,6 +77,8 @@ def make_card(
         contamination=_contamination(metrics["contamination"]),
         recipe=recipe(run, base, split),
         checks=_checks(figures),
+        levels=LEVELS,
+        not_loaded=_not_loaded(folders, figures),
         limits=limits(run),
         licences=licences(run),
         project=NAME,
@@ -134,6 +137,8 @@ def _checks(figures: Mapping[str, dict]) -> list[dict[str, Any]]:
     return [
         {
             "name": name.replace("_", " "),
+            "against": found["against"],
+            "level": found["level"],
             "prompts": found["prompts"],
             "identical": found["identical"],
             "difference": f"{found['largest_logit_difference']:.1e}"
@@ -143,6 +148,18 @@ def _checks(figures: Mapping[str, dict]) -> list[dict[str, Any]]:
         for name, found in figures.items()
         if "identical" in found
     ]
+
+
+def _not_loaded(folders: Mapping[str, Path], figures: Mapping[str, dict]) -> list[tuple[str, str]]:
+    """(file, why) of the GGUF files that no program has opened."""
+    if "gguf" not in folders:
+        return []
+    refused = [
+        (file_name(name.removeprefix("gguf_")), found["loaded"].removeprefix("no: "))
+        for name, found in figures.items()
+        if "loaded" in found
+    ]
+    return [*refused, *([(LORA, "no check opens it")] if (folders["gguf"] / LORA).exists() else [])]
 
 
 def _served(run: RunDir, base: Base, folders: Mapping[str, Path]) -> Served:

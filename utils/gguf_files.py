@@ -160,11 +160,12 @@ def check_folder(
     style: str,
     reference: Continuations,
     judged: bool,
+    against: str,
 ) -> dict[str, Mapping]:
     """The Modelfile, and each model in export/gguf where llama.cpp can load it; returns figures by file.
 
-    `reference` holds the merged model's continuations of these questions first; with `judged`, f16 and q8_0 have to
-    follow it.
+    `reference` holds the continuations of these questions first, by the model that `against` names; with `judged`, f16
+    and q8_0 have to follow it.
     """
     figures: dict[str, Mapping] = {"modelfile": check_modelfile(folder / "Modelfile", tokenizer, questions, style)}
     prompts = [format_prompt(question, style) for question in questions]
@@ -174,7 +175,9 @@ def check_folder(
             figures[f"gguf_{kind}"] = {"loaded": "no: llama-server was not found"}
             continue
         margin = MARGINS.get(kind) if judged else None
-        figures[f"gguf_{kind}"] = check_gguf(tree, path, tokenizer, prompts, reference, margin)
+        level = "reported" if margin is None else f"margin {margin}"
+        found = check_gguf(tree, path, tokenizer, prompts, reference, margin)
+        figures[f"gguf_{kind}"] = {"against": against, "level": level, **found}
     return figures
 
 

@@ -26,6 +26,7 @@ from utils.shards import find_shards
 from utils.stages import BY_NAME
 
 REFERENCE = "export/reference.safetensors"
+_LEADERS = {"reference": "the model in memory", "adapter_on_16_bit": "the adapter on the 16-bit base"}
 KINDS = ("adapter", "merged", "gguf")
 _T4_GIB, _GGUF_PROMPTS, _ROWS = 14.0, 20, 512
 
@@ -94,10 +95,7 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
     answers = {"reference": reference} | answer_elsewhere(config, tasks, prompts, run.file(REFERENCE))
     figures: dict[str, dict] = {}
     for name, (leader, level) in against.items():
-        compared_with = "the model in memory" if leader == "reference" else leader.replace("_", " ")
-        figures[name] = {
-            "against": compared_with, "level": level, **compare(answers[leader], answers[name])
-        }  # fmt: skip
+        figures[name] = {"against": _LEADERS[leader], "level": level, **compare(answers[leader], answers[name])}
         problem = judge(figures[name], level)
         if problem:
             raise ModelError(f"The exported {name}, loaded back, gives {problem}; delete export/ and run 05 again.")
@@ -113,6 +111,7 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
             config.prompt.style,
             answers[against["merged"][0]],
             judged=against["merged"][1] != "four bit",
+            against=_LEADERS[against["merged"][0]],
         )
     return figures
 
