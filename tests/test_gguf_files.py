@@ -148,6 +148,15 @@ def test_figures_of_a_file_say_what_it_was_held_against_and_how_strictly(monkeyp
     assert found["level"] == ("margin 0.5" if kind == "f16" else "reported")
 
 
+@pytest.mark.parametrize("margin", [0.5, None])
+@pytest.mark.parametrize("top", [float("nan"), float("inf")])
+def test_a_file_that_parts_where_the_reference_has_no_number_is_refused(monkeypatch, tmp_path, margin, top):
+    monkeypatch.setattr(gguf_files, "LlamaServer", Answering([5, 7]))
+    reference = reference_of([5, 6, 2], [(3.0, 1.0), (top, 1.0), (3.0, 1.0)])
+    with pytest.raises(ModelError, match=r"model-f16\.gguf .* no finite number"):
+        gguf_files.check_gguf(LlamaCpp(tmp_path), tmp_path / "model-f16.gguf", Letters(), ["What?"], reference, margin)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("LLAMA_CPP_DIR" not in os.environ, reason="needs LLAMA_CPP_DIR, a built llama.cpp")
 def test_llama_cpp_and_transformers_read_the_same_model_from_gguf(demo_run, tmp_path):

@@ -9,6 +9,7 @@ the server's token ids are compared with the tokenizer's before anything is beli
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.agreement import NEW_TOKENS, Continuations, common_start
+from utils.agreement import NEW_TOKENS, Continuations, common_start, larger
 from utils.errors import HardwareError, ModelError
 from utils.llama_cpp import LlamaCpp, LlamaServer
 from utils.project import ROOT
@@ -135,7 +136,7 @@ def check_gguf(
                 identical += 1
             elif same < NEW_TOKENS:
                 top, second = reference.best[number, same].tolist()
-                lost = max(lost, top - second)
+                lost = larger(lost, top - second)
     figures = {
         "prompts": len(prompts),
         "identical": identical,
@@ -144,6 +145,8 @@ def check_gguf(
     }
     if not answered:
         raise ModelError(f"{path.name} answered none of {len(prompts)} prompts in llama.cpp; run 05 again.")
+    if not math.isfinite(lost):
+        raise ModelError(f"{path.name} parts from its reference where that has no finite number; run 05 again.")
     if margin is not None and not lost <= margin:
         raise ModelError(
             f"{path.name} in llama.cpp takes another token where the merged model's best was {lost:.2f} ahead, at most "
