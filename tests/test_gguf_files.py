@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from utils.agreement import NEW_TOKENS, Continuations
 from utils.errors import HardwareError, ModelError
 from utils.gguf_files import check_modelfile, name_pre_tokenizer, write_gguf
 from utils.llama_cpp import LlamaCpp, build_llama_cpp, find_llama_cpp
+from utils.project import ROOT
 from utils.serving import write_modelfile
 from utils.settings import GenerateSection
 
@@ -78,16 +81,44 @@ def test_a_modelfile_with_another_prompt_stop_or_file_is_found(tiny_model, tmp_p
 
 def test_a_tree_that_is_not_built_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
-    with pytest.raises(HardwareError, match=r"lacks convert_hf_to_gguf\.py or a built llama-quantize"):
+    with pytest.raises(
+        HardwareError, match=r"lacks convert_hf_to_gguf\.py, convert_lora_to_gguf\.py or a built llama-quantize"
+    ):
         find_llama_cpp()
     (tmp_path / "convert_hf_to_gguf.py").touch()
     quantize = tmp_path / "build" / "bin" / "llama-quantize"
     quantize.parent.mkdir(parents=True)
     quantize.touch(mode=0o755)
+    with pytest.raises(HardwareError, match=r"lacks .*convert_lora_to_gguf\.py"):
+        find_llama_cpp()
+    (tmp_path / "convert_lora_to_gguf.py").touch()
     assert find_llama_cpp().program("llama-quantize") == quantize
     monkeypatch.delenv("LLAMA_CPP_DIR")
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(tmp_path))  # where unsloth keeps what it downloaded
     assert find_llama_cpp().root == tmp_path
+
+
+def run_converter(root, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "utils.gguf_files", str(root), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_converter_without_its_package_is_run_as_it_is(tmp_path):
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import sys\nprint('ran with', *sys.argv[1:])\n")
+    done = run_converter(tmp_path, "gpt-2", "merged", "--outtype", "f16")
+    assert done.returncode == 0 and done.stdout == "ran with merged --outtype f16\n", done.stderr
+
+
+def test_a_converter_with_its_package_is_told_the_pre_tokenizers_name(tmp_path):
+    (tmp_path / "conversion").mkdir()
+    model = "class TextModel:\n    def get_vocab_base_pre(self, tokenizer):\n        raise NotImplementedError\n"
+    (tmp_path / "conversion" / "base.py").write_text(model)
+    script = "from conversion.base import TextModel\nprint(TextModel().get_vocab_base_pre(None))\n"
+    (tmp_path / "convert_hf_to_gguf.py").write_text(script)
+    assert run_converter(tmp_path, "gpt-2").stdout == "gpt-2\n"
+    assert "nor does its rule have a name" in run_converter(tmp_path, "").stderr
+    (tmp_path / "conversion" / "base.py").write_text("import a_package_that_is_not_installed\n")
+    assert "a_package_that_is_not_installed" in run_converter(tmp_path, "gpt-2").stderr  # not taken for its absence
 
 
 def test_a_build_never_overwrites_and_a_missing_tool_is_named(monkeypatch, tmp_path):

@@ -185,8 +185,18 @@ def check_folder(
 
 
 def _convert(root: str, known_as: str, arguments: list[str]) -> None:
-    """Run llama.cpp's converter as it is, with one more answer to which pre-tokenizer this is."""
+    """Run llama.cpp's converter as it is, with one more answer to which pre-tokenizer this is.
+
+    A converter that is one file, as llama.cpp's was, has no class to teach that: it gets by with its own table.
+    """
     sys.path.insert(0, root)
+    if (Path(root) / "conversion" / "base.py").is_file():
+        _teach(known_as)
+    sys.argv = [str(Path(root) / "convert_hf_to_gguf.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _teach(known_as: str) -> None:
     from conversion.base import TextModel
 
     ask = TextModel.get_vocab_base_pre
@@ -202,8 +212,6 @@ def _convert(root: str, known_as: str, arguments: list[str]) -> None:
             return known_as
 
     TextModel.get_vocab_base_pre = name
-    sys.argv = [str(Path(root) / "convert_hf_to_gguf.py"), *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
