@@ -171,6 +171,8 @@ def test_tables_are_tables_and_no_template_syntax_is_left(exported):
 def test_a_card_of_your_own_model_and_rows_claims_no_licence_that_is_not_ours(exported):
     text = exported.file("export/merged/README.md").read_text()
     assert "the licence of tiny applies" in text and "Llama 3.1" not in text and "GPT-4o" not in text
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["license_name"] == "as-the-base-model" and "license_link" not in header  # no such file is written
     assert ModelCard(text).data.base_model is None  # a folder here is no id there
 
 

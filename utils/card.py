@@ -96,7 +96,7 @@ def _metadata(run: RunDir, base: Base, kind: str, metrics: dict, split: dict) ->
         if known_base(run)
         else {"license": "apache-2.0"}
         if config.model.name == EMBEDDED
-        else {"license": "other", "license_name": "as-the-base-model", "license_link": "LICENSE"}
+        else {"license": "other", "license_name": "as-the-base-model"}
     )
     measured = kind == "adapter"  # the Hub takes what stands here for the figures of the files beside it
     return ModelCardData(
