@@ -39,11 +39,12 @@ class Continuations:
 
     def save(self, path: Path) -> None:
         """As safetensors, which any reader opens; the tokens travel in its header."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         with atomic(path) as scratch:
             metadata = {"tokens": json.dumps(self.tokens)}
-            save_file({"logits": self.logits, "best": self.best}, scratch, metadata=metadata)
+            # By way of bytes: what the disk refuses then comes as an OSError, which save_file makes something else of.
+            scratch.write_bytes(save({"logits": self.logits, "best": self.best}, metadata=metadata))
 
     @classmethod
     def load(cls, path: Path) -> Continuations:

@@ -23,6 +23,7 @@ from utils.card_facts import (
     recipe,
     title,
 )
+from utils.disk import writing
 from utils.files import write_text
 from utils.gguf_files import LORA, file_name
 from utils.project import NAME, REPOSITORY
@@ -42,11 +43,16 @@ _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}
 def write_cards(run: RunDir, base: Base, folders: Mapping[str, Path], figures: Mapping[str, dict]) -> None:
     """README.md in every exported folder, each a repository's card, and export/README.md, which names them."""
     for kind, folder in folders.items():
-        write_text(folder / "README.md", str(make_card(run, base, kind, folders, figures)))
+        _write(folder / "README.md", str(make_card(run, base, kind, folders, figures)))
     lines = [f"# {title(run)}", "", read(run, "comparison/metrics.json")["sentence"], ""]
     lines += [f"- `{kind}/`: {_HOLDS[kind]}; a repository of its own, with its card" for kind in folders]
     lines += ["", "For research and education only. No medical advice."]
-    write_text(run.file("export/README.md"), "\n".join(lines) + "\n")
+    _write(run.file("export/README.md"), "\n".join(lines) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    with writing(path):
+        write_text(path, text)
 
 
 def make_card(

@@ -12,6 +12,7 @@ import psutil
 
 from utils.agreement import EXACT, FOUR_BIT, HALF, Continuations, Level, compare, continue_greedily, judge
 from utils.bases import Base, find_base
+from utils.disk import writing
 from utils.errors import ModelError, RunDirError
 from utils.files import digests, record_files, sha256, write_json
 from utils.gguf_files import check_folder
@@ -63,7 +64,8 @@ def write_reference(run: RunDir) -> Continuations:
     reference = continue_greedily(model, tokenizer, export_prompts(run), "the model in memory")
     del model
     free_memory()
-    reference.save(run.file(REFERENCE))
+    with writing(run.file(REFERENCE)):
+        reference.save(run.file(REFERENCE))
     return reference
 
 
@@ -182,7 +184,8 @@ def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, di
         "agreement": figures,
         "files": files,
     }
-    write_json(run.file("export/verify.json"), record)
+    with writing(run.file("export/verify.json")):
+        write_json(run.file("export/verify.json"), record)
     return run.file("export/verify.json")
 
 
