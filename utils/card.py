@@ -179,7 +179,6 @@ def _served(run: RunDir, base: Base, folders: Mapping[str, Path]) -> Served:
         generate=run.config.generate,
         embedded=base.name == EMBEDDED,
         gguf=tuple(order),
-        lora_gguf=LORA if names else None,
     )
 
 
