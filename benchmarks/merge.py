@@ -5,9 +5,11 @@
 
 A random adapter of rank 16 on every projection is folded into BASE in a process of its own, whose peak resident memory
 is the kernel's figure. The same shards are read and written without arithmetic, from front to back and by as many
-threads as the merge uses. Three rounds; the ratio is that of the best merge to the best copy. Every pass ends in fsync,
-and every shard has been read once before the first, so that all start from the same cache. Then adapter on 16-bit base
-and merged model continue the same prompts greedily (--prompts 0 leaves that out: float32 needs twice the model's size).
+threads as the merge uses. Each is measured --rounds times, in turn; the ratio is that of the best merge to the best
+copy, and every time is in the evidence. Every pass ends in fsync, and every shard has been read once before the first,
+so that all start from the same cache. It all happens in a temporary folder below --scratch and goes with it; the
+evidence goes to --out. Then adapter on 16-bit base and merged model continue the same prompts greedily (--prompts 0
+leaves that out: float32 needs twice the model's size).
 """
 
 from __future__ import annotations

@@ -78,3 +78,24 @@ def test_a_difference_that_is_no_number_never_passes():
     figures = {"prompts": 1, "identical": 1, "largest_margin_lost": 0.0}
     broken = {**figures, "relative_logit_difference": float("nan"), "largest_logit_difference": float("nan")}
     assert all(judge(broken, level) for level in ("exact", "half", "four bit"))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "best",
+    [[(9.0, 1.0), (NAN, NAN), (8.0, 0.0)], [(9.0, 1.0), (INF, 1.0), (8.0, 0.0)], [(NAN, NAN), (7.0, 3.0), (8.0, 0.0)]],
+)
+@pytest.mark.parametrize("level", ["exact", "half", "four bit"])
+def test_a_step_that_is_no_finite_number_after_the_first_token_is_a_mismatch(best, level):
+    sound = [(9.0, 1.0), (7.0, 3.0), (8.0, 0.0)]
+    reference, other = continuations([[4, 5, 6]], [sound]), continuations([[4, 5, 6]], [best])
+    assert "no finite number" in judge(compare(reference, other), level)
+    assert "no finite number" in judge(compare(other, reference), level)
+
+
+def test_a_margin_that_is_no_finite_number_is_a_mismatch():
+    reference = continuations([[4, 5], [4, 5]], [[(9.0, 1.0), (NAN, 3.0)], [(9.0, 1.0), (7.0, 3.0)]], [(0.0, 1.0)] * 2)
+    other = continuations([[4, 7], [4, 5]], [[(9.0, 1.0), (7.0, 3.0)]] * 2, [(0.0, 1.0)] * 2)
+    assert "no finite number" in judge(compare(reference, other), "half")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import merge
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train import CASES, flops_per_token, markdown_table
 from utils.models import load_tokenizer
@@ -189,3 +192,9 @@ def test_the_merge_of_8b_shapes_stays_below_six_gib_and_half_again_the_time_of_c
     assert merge["time_ratio"] == pytest.approx(min(merge["seconds"]["merge"]) / copied, rel=1e-2)
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"{merge['peak_rss_gib']:.2f} GiB, {merge['time_ratio']:.2f} times the seconds" in text
+
+
+def test_the_merge_benchmark_describes_its_options_and_no_number_of_rounds_but_theirs():
+    options = [name for name, value in inspect.signature(merge.main).parameters.items() if name != "base"]
+    assert [name for name in options if f"--{name}" not in merge.__doc__] == []
+    assert not re.search(r"(two|three|\d) rounds", merge.__doc__, re.IGNORECASE)

@@ -24,7 +24,8 @@ def exported(tiny_folder, tmp_path_factory):
     run = make_run(tiny_folder, tmp_path_factory.mktemp("card") / "run")
     write_evidence(run)
     folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run)[0]}
-    figures = {"adapter": {"prompts": 4, "identical": 3, "largest_logit_difference": 2.5e-5}}
+    adapter = {"against": "the model in memory", "level": "half", "prompts": 4, "identical": 3}
+    figures = {"adapter": adapter | {"largest_logit_difference": 2.5e-5}}
     write_cards(run, Base(tiny_folder.name, None, tiny_folder), folders, figures)
     return run
 
@@ -73,6 +74,45 @@ def test_every_figure_in_the_metadata_is_one_of_metrics_json_with_its_data_set(h
     assert (primary.dataset_type, primary.dataset_split) == ("GBaker/MedQA-USMLE-4-options", "test")
     assert primary.dataset_revision == "e" * 40 and primary.metric_args["primary"] is True
     assert second.dataset_type == "qiaojin/PubMedQA" and found["nll"].metric_type == "loss"
+
+
+def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):
+    merged = {"against": "the adapter on the 16-bit base", "level": "half", "prompts": 50, "identical": 48}
+    gguf = {"against": "the adapter on the 16-bit base", "level": "margin 0.5", "prompts": 20, "identical": 19}
+    hub_run.file("model-f16.gguf").write_bytes(b"GGUF")
+    figures = {"merged": merged, "gguf_f16": gguf, "gguf": {"model-f16.gguf": 0}}
+    folders = dict.fromkeys(("adapter", "merged", "gguf"), hub_run.path)
+    cards = {kind: make_card(hub_run, BASE, kind, folders, figures) for kind in folders}
+    assert ModelCard(str(cards["adapter"])).data.eval_results and "not measured again" not in str(cards["adapter"])
+    for kind, prompts in (("merged", 50), ("gguf", 20)):
+        header, body = str(cards[kind]).split("---\n", 2)[1:]
+        assert not {"model-index", "model_name"} & set(yaml.safe_load(header))
+        assert "measured with the adapter on the base in 4-bit NF4;" in body
+        assert (
+            f"the files here were held against the adapter on the 16-bit base on {prompts} prompts, not measured again."
+            in body
+        )
+    assert "neither measured again nor held against it" in str(make_card(hub_run, BASE, "gguf", folders, {}))
+
+
+def test_the_table_of_checks_names_what_each_was_held_against_and_what_was_not_loaded(hub_run):
+    for name in ("model-f16.gguf", "model-q8_0.gguf", "adapter-f32.gguf"):
+        hub_run.file(name).write_bytes(b"GGUF")
+    merged = {"against": "the adapter on the 16-bit base", "level": "half", "prompts": 50, "identical": 48}
+    q8_0 = {"against": merged["against"], "level": "margin 1.0", "prompts": 20, "identical": 19}
+    figures = {
+        "merged": merged | {"largest_logit_difference": 0.25},
+        "gguf_f16": {"loaded": "no: llama-server was not found"},
+        "gguf_q8_0": q8_0,
+    }
+    folders = dict.fromkeys(("adapter", "merged", "gguf"), hub_run.path)
+    body = str(make_card(hub_run, BASE, "gguf", folders, figures))
+    assert "| merged | the adapter on the 16-bit base | half | 50 | 48 | 2.5e-01 |" in body
+    assert "| gguf q8 0 | the adapter on the 16-bit base | margin 1.0 | 20 | 19 | not asked |" in body
+    assert "Not loaded: `model-f16.gguf` (llama-server was not found), `adapter-f32.gguf` (no check opens it)." in body
+    assert "Each file was loaded back" not in body and "held against the model in memory" not in body
+    for name in ("exact", "half", "four bit", "margin"):
+        assert f"`{name}`" in body
 
 
 def test_a_run_that_came_out_worse_says_so_and_nothing_better(hub_run):
@@ -125,12 +165,14 @@ def test_tables_are_tables_and_no_template_syntax_is_left(exported):
         assert len(tables) == 3
         for table in tables:
             assert len({line.count("|") for line in table.splitlines()}) == 1, table
-    assert "| adapter | 4 | 3 | 2.5e-05 |" in text
+    assert "| adapter | the model in memory | half | 4 | 3 | 2.5e-05 |" in text
 
 
 def test_a_card_of_your_own_model_and_rows_claims_no_licence_that_is_not_ours(exported):
     text = exported.file("export/merged/README.md").read_text()
     assert "the licence of tiny applies" in text and "Llama 3.1" not in text and "GPT-4o" not in text
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["license_name"] == "as-the-base-model" and "license_link" not in header  # no such file is written
     assert ModelCard(text).data.base_model is None  # a folder here is no id there
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from utils import gguf_files
+from utils.agreement import NEW_TOKENS, Continuations
 from utils.errors import HardwareError, ModelError
 from utils.gguf_files import check_modelfile, name_pre_tokenizer, write_gguf
 from utils.llama_cpp import LlamaCpp, build_llama_cpp, find_llama_cpp
+from utils.project import ROOT
 from utils.serving import write_modelfile
 from utils.settings import GenerateSection
 
@@ -75,16 +81,44 @@ def test_a_modelfile_with_another_prompt_stop_or_file_is_found(tiny_model, tmp_p
 
 def test_a_tree_that_is_not_built_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
-    with pytest.raises(HardwareError, match=r"lacks convert_hf_to_gguf\.py or a built llama-quantize"):
+    with pytest.raises(
+        HardwareError, match=r"lacks convert_hf_to_gguf\.py, convert_lora_to_gguf\.py or a built llama-quantize"
+    ):
         find_llama_cpp()
     (tmp_path / "convert_hf_to_gguf.py").touch()
     quantize = tmp_path / "build" / "bin" / "llama-quantize"
     quantize.parent.mkdir(parents=True)
     quantize.touch(mode=0o755)
+    with pytest.raises(HardwareError, match=r"lacks .*convert_lora_to_gguf\.py"):
+        find_llama_cpp()
+    (tmp_path / "convert_lora_to_gguf.py").touch()
     assert find_llama_cpp().program("llama-quantize") == quantize
     monkeypatch.delenv("LLAMA_CPP_DIR")
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(tmp_path))  # where unsloth keeps what it downloaded
     assert find_llama_cpp().root == tmp_path
+
+
+def run_converter(root, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "utils.gguf_files", str(root), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_converter_without_its_package_is_run_as_it_is(tmp_path):
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import sys\nprint('ran with', *sys.argv[1:])\n")
+    done = run_converter(tmp_path, "gpt-2", "merged", "--outtype", "f16")
+    assert done.returncode == 0 and done.stdout == "ran with merged --outtype f16\n", done.stderr
+
+
+def test_a_converter_with_its_package_is_told_the_pre_tokenizers_name(tmp_path):
+    (tmp_path / "conversion").mkdir()
+    model = "class TextModel:\n    def get_vocab_base_pre(self, tokenizer):\n        raise NotImplementedError\n"
+    (tmp_path / "conversion" / "base.py").write_text(model)
+    script = "from conversion.base import TextModel\nprint(TextModel().get_vocab_base_pre(None))\n"
+    (tmp_path / "convert_hf_to_gguf.py").write_text(script)
+    assert run_converter(tmp_path, "gpt-2").stdout == "gpt-2\n"
+    assert "nor does its rule have a name" in run_converter(tmp_path, "").stderr
+    (tmp_path / "conversion" / "base.py").write_text("import a_package_that_is_not_installed\n")
+    assert "a_package_that_is_not_installed" in run_converter(tmp_path, "gpt-2").stderr  # not taken for its absence
 
 
 def test_a_build_never_overwrites_and_a_missing_tool_is_named(monkeypatch, tmp_path):
@@ -95,6 +129,63 @@ def test_a_build_never_overwrites_and_a_missing_tool_is_named(monkeypatch, tmp_p
     with pytest.raises(HardwareError, match="no-python is not installed"):
         build_llama_cpp(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+class Answering:
+    """In place of llama-server: says what it is told to."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, tree, path):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def tokenize(self, prompt):
+        return [ord(letter) for letter in prompt]
+
+    def continue_greedily(self, ids, new_tokens):
+        return self.answer
+
+
+class Letters:
+    eos_token_id = 2
+
+    def __call__(self, prompt):
+        return SimpleNamespace(input_ids=[ord(letter) for letter in prompt])
+
+
+def reference_of(tokens, pairs) -> Continuations:
+    best = torch.full((1, NEW_TOKENS, 2), float("nan"))
+    best[0, : len(pairs)] = torch.tensor(pairs)
+    return Continuations([tokens], torch.zeros(1, 3), best)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4_k_m"])
+def test_figures_of_a_file_say_what_it_was_held_against_and_how_strictly(monkeypatch, tmp_path, kind):
+    (tmp_path / f"model-{kind}.gguf").touch()
+    monkeypatch.setattr(gguf_files, "check_modelfile", lambda *_: {})
+    monkeypatch.setattr(gguf_files, "LlamaServer", Answering([5, 6]))
+    monkeypatch.setattr(LlamaCpp, "program", lambda self, name: self.root / name)
+    reference = reference_of([5, 6, 2], [(3.0, 1.0)] * 3)
+    checked = (LlamaCpp(tmp_path), tmp_path, Letters(), ["What?"], "native", reference, True, "the leader")
+    found = gguf_files.check_folder(*checked)[f"gguf_{kind}"]
+    assert (found["against"], found["identical"]) == ("the leader", 1)
+    assert found["level"] == ("margin 0.5" if kind == "f16" else "reported")
+
+
+@pytest.mark.parametrize("margin", [0.5, None])
+@pytest.mark.parametrize("top", [float("nan"), float("inf")])
+def test_a_file_that_parts_where_the_reference_has_no_number_is_refused(monkeypatch, tmp_path, margin, top):
+    monkeypatch.setattr(gguf_files, "LlamaServer", Answering([5, 7]))
+    reference = reference_of([5, 6, 2], [(3.0, 1.0), (top, 1.0), (3.0, 1.0)])
+    with pytest.raises(ModelError, match=r"model-f16\.gguf .* no finite number"):
+        gguf_files.check_gguf(LlamaCpp(tmp_path), tmp_path / "model-f16.gguf", Letters(), ["What?"], reference, margin)
 
 
 @pytest.mark.slow

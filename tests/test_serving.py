@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utils import serving
 from utils.demo import CHAT_TEMPLATE
 from utils.prompts import EOS, STYLES, format_prompt
 from utils.serving import (
@@ -112,3 +116,9 @@ def test_vllm_gets_a_rank_that_it_takes_and_a_body_that_is_json():
 def test_llama_cpp_is_given_the_smallest_file_and_the_prompt_escaped():
     lines = llama_cpp_lines(served(gguf=("model-f16.gguf", "model-q4_k_m.gguf")))
     assert "-m model-q4_k_m.gguf" in lines and "<｜Assistant｜><think>\\n'" in lines
+
+
+def test_whatever_a_card_is_served_with_is_read():
+    source = Path(serving.__file__).read_text(encoding="utf-8")
+    unread = {field.name for field in dataclasses.fields(Served) if not re.search(rf"(served|self)\.{field.name}\b", source)}
+    assert unread == set()

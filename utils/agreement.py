@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,13 @@ NEW_TOKENS = 48  # greedy tokens compared for each prompt
 EXACT = 1e-4  # largest difference of a logit where everything is computed in float32
 HALF = 0.05  # in 16 bit: root mean square of the differences, in standard deviations of the logits
 FOUR_BIT = 0.5  # the same where one was merged before it was quantised and the other after
+_MEASURED = ("largest_logit_difference", "relative_logit_difference", "largest_margin_lost")
 Level = Literal["exact", "half", "four bit"]
+LEVELS = (
+    f"`exact`: the same tokens, logits within {EXACT:.0e}. `half`: logits at the first new token within {HALF} of their "
+    f"spread, and only undecided tokens may turn. `four bit`: within {FOUR_BIT} of their spread. `margin`: by tokens alone; "
+    "where they part, the best token lay at most so many logits above its second. `reported`: nothing was required."
+)
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,12 @@ class Continuations:
 
     def save(self, path: Path) -> None:
         """As safetensors, which any reader opens; the tokens travel in its header."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         with atomic(path) as scratch:
             metadata = {"tokens": json.dumps(self.tokens)}
-            save_file({"logits": self.logits, "best": self.best}, scratch, metadata=metadata)
+            # By way of bytes: what the disk refuses then comes as an OSError, which save_file makes something else of.
+            scratch.write_bytes(save({"logits": self.logits, "best": self.best}, metadata=metadata))
 
     @classmethod
     def load(cls, path: Path) -> Continuations:
@@ -121,6 +129,11 @@ def common_start(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
+def larger(first: float, second: float) -> float:
+    """The larger of two; NaN where either is, over which Python's max can pass."""
+    return next((value for value in (first, second) if math.isnan(value)), max(first, second))
+
+
 def compare(reference: Continuations, other: Continuations) -> dict[str, float | int]:
     """How far `other` is from `reference`.
 
@@ -139,12 +152,12 @@ def compare(reference: Continuations, other: Continuations) -> dict[str, float |
         steps = slice(0, same)
         if same:
             gap = (reference.best[number, steps, 0] - other.best[number, steps, 0]).abs().max()
-            largest = max(largest, float(gap))
+            largest = larger(largest, float(gap))
         if ours == theirs:
             identical += 1
         elif same < NEW_TOKENS:
             top, second = reference.best[number, same].tolist()
-            margin = max(margin, top - second)
+            margin = larger(margin, top - second)
     return {
         "prompts": len(reference.tokens),
         "identical": identical,
@@ -158,9 +171,12 @@ def compare(reference: Continuations, other: Continuations) -> dict[str, float |
 def judge(figures: dict[str, float | int], level: Level) -> str | None:
     """What is wrong with the figures of `compare`, in words, for the level of arithmetic; None where they pass.
 
-    exact: the same tokens, logits within EXACT. half: logits within HALF, and they part only where the reference was
-    all but undecided: where its margin was less than twice the largest difference that was found. four bit: FOUR_BIT.
+    A figure that is NaN or infinite passes nowhere. exact: the same tokens, logits within EXACT. half: logits within
+    HALF, and they part only where the reference was all but undecided: where its margin was less than twice the largest
+    difference that was found. four bit: FOUR_BIT.
     """
+    if not all(math.isfinite(figures[name]) for name in _MEASURED):
+        return "logits of which one is no finite number"
     if level == "exact":
         if figures["identical"] < figures["prompts"]:
             return f"the same tokens for {figures['identical']} of {figures['prompts']} prompts, expected all"

@@ -9,10 +9,23 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from utils.agreement import LEVELS
 from utils.bases import Base
-from utils.card_facts import LLAMA, bibliography, eval_results, known_base, licences, limits, read, recipe, title
+from utils.card_facts import (
+    LLAMA,
+    bibliography,
+    eval_results,
+    known_base,
+    licences,
+    limits,
+    not_measured,
+    read,
+    recipe,
+    title,
+)
+from utils.disk import writing
 from utils.files import write_text
-from utils.gguf_files import LORA
+from utils.gguf_files import LORA, file_name
 from utils.project import NAME, REPOSITORY
 from utils.prompts import EOS, format_prompt
 from utils.rundir import RunDir
@@ -30,11 +43,16 @@ _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}
 def write_cards(run: RunDir, base: Base, folders: Mapping[str, Path], figures: Mapping[str, dict]) -> None:
     """README.md in every exported folder, each a repository's card, and export/README.md, which names them."""
     for kind, folder in folders.items():
-        write_text(folder / "README.md", str(make_card(run, base, kind, folders, figures)))
+        _write(folder / "README.md", str(make_card(run, base, kind, folders, figures)))
     lines = [f"# {title(run)}", "", read(run, "comparison/metrics.json")["sentence"], ""]
     lines += [f"- `{kind}/`: {_HOLDS[kind]}; a repository of its own, with its card" for kind in folders]
     lines += ["", "For research and education only. No medical advice."]
-    write_text(run.file("export/README.md"), "\n".join(lines) + "\n")
+    _write(run.file("export/README.md"), "\n".join(lines) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    with writing(path):
+        write_text(path, text)
 
 
 def make_card(
@@ -61,9 +79,12 @@ def make_card(
         else "greedy decoding",
         serving=_serving(served, kind, folders),
         rows=[_row(metrics["primary"], True), *(_row(result, False) for result in metrics["secondary"])],
+        not_measured=not_measured(run, kind, figures),
         contamination=_contamination(metrics["contamination"]),
         recipe=recipe(run, base, split),
         checks=_checks(figures),
+        levels=LEVELS,
+        not_loaded=_not_loaded(folders, figures),
         limits=limits(run),
         licences=licences(run),
         project=NAME,
@@ -81,10 +102,11 @@ def _metadata(run: RunDir, base: Base, kind: str, metrics: dict, split: dict) ->
         if known_base(run)
         else {"license": "apache-2.0"}
         if config.model.name == EMBEDDED
-        else {"license": "other", "license_name": "as-the-base-model", "license_link": "LICENSE"}
+        else {"license": "other", "license_name": "as-the-base-model"}
     )
+    measured = kind == "adapter"  # the Hub takes what stands here for the figures of the files beside it
     return ModelCardData(
-        model_name=title(run),
+        model_name=title(run) if measured else None,
         language="en",
         library_name=_LIBRARIES[kind],
         pipeline_tag="text-generation",
@@ -92,7 +114,7 @@ def _metadata(run: RunDir, base: Base, kind: str, metrics: dict, split: dict) ->
         base_model=base.name if on_hub else None,
         base_model_relation=relation if on_hub else None,
         datasets=[config.data.name] if config.data.path is None and "/" in config.data.name else None,
-        eval_results=eval_results(run, metrics, split),
+        eval_results=eval_results(run, metrics, split) if measured else None,
         **licence,
     )
 
@@ -121,6 +143,8 @@ def _checks(figures: Mapping[str, dict]) -> list[dict[str, Any]]:
     return [
         {
             "name": name.replace("_", " "),
+            "against": found["against"],
+            "level": found["level"],
             "prompts": found["prompts"],
             "identical": found["identical"],
             "difference": f"{found['largest_logit_difference']:.1e}"
@@ -130,6 +154,18 @@ def _checks(figures: Mapping[str, dict]) -> list[dict[str, Any]]:
         for name, found in figures.items()
         if "identical" in found
     ]
+
+
+def _not_loaded(folders: Mapping[str, Path], figures: Mapping[str, dict]) -> list[tuple[str, str]]:
+    """(file, why) of the GGUF files that no program has opened."""
+    if "gguf" not in folders:
+        return []
+    refused = [
+        (file_name(name.removeprefix("gguf_")), found["loaded"].removeprefix("no: "))
+        for name, found in figures.items()
+        if "loaded" in found
+    ]
+    return [*refused, *([(LORA, "no check opens it")] if (folders["gguf"] / LORA).exists() else [])]
 
 
 def _served(run: RunDir, base: Base, folders: Mapping[str, Path]) -> Served:
@@ -143,7 +179,6 @@ def _served(run: RunDir, base: Base, folders: Mapping[str, Path]) -> Served:
         generate=run.config.generate,
         embedded=base.name == EMBEDDED,
         gguf=tuple(order),
-        lora_gguf=LORA if names else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from huggingface_hub import EvalResult
 
@@ -89,9 +90,8 @@ def recipe(run: RunDir, base: Base, split: dict) -> list[tuple[str, str]]:
     devices = ", ".join(gpu["name"] for gpu in machine["gpus"]) or f"{machine['processors']} CPU cores"
     name, revision = trained_on(config)
     peak = ", ".join(f"{value} GiB of {_MEMORY[key]}" for key, value in trained["peak_memory"].items())
-    trained_as = "4-bit NF4" if config.model.load_in_4bit else trained["computed_on"]["dtype"]
     return [
-        ("base model", f"{_at(name, revision)}, trained on in {trained_as}"),
+        ("base model", f"{_at(name, revision)}, trained on in {base_type(run)}"),
         ("merged into", f"{_at(base.name, base.revision)}, in its own dtype"),
         ("data", _at(split["source"], split["revision"])),
         ("rows", f"{split['train_rows']} for training, {split['eval_rows']} held out, {len(split['dropped'])} dropped"),
@@ -108,6 +108,25 @@ def recipe(run: RunDir, base: Base, split: dict) -> list[tuple[str, str]]:
         ("emissions", "not measured"),
         ("versions", ", ".join(f"{package} {version}" for package, version in trained["versions"].items() if version)),
     ]  # fmt: skip
+
+
+def base_type(run: RunDir) -> str:
+    """What the base's weights were stored in while the run trained and measured."""
+    dtype = run.manifest()["stages"]["03_lora_training"]["computed_on"]["dtype"]
+    return "4-bit NF4" if run.config.model.load_in_4bit else dtype
+
+
+def not_measured(run: RunDir, kind: str, figures: Mapping[str, dict]) -> str:
+    """Whose figures the table of this card holds, where they are not the folder's own; empty for the adapter."""
+    if kind == "adapter":
+        return ""
+    held = [f for name, f in figures.items() if "identical" in f and (name == kind or name.startswith(f"{kind}_"))]
+    checked = (
+        f"were held against {held[0]['against']} on {held[0]['prompts']} prompts, not measured again"
+        if held
+        else "were neither measured again nor held against it"
+    )
+    return f"All of this was measured with the adapter on the base in {base_type(run)}; the files here {checked}."
 
 
 def limits(run: RunDir) -> list[str]:

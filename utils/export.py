@@ -5,7 +5,6 @@ Each folder is one repository: weights, tokenizer, chat template and a card, rea
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import shutil
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import get_args
 
 from utils.bases import Base, base_name, find_base, trained_on
-from utils.errors import HardwareError, ModelError, RunDirError
+from utils.disk import writing
+from utils.errors import ModelError
 from utils.files import atomic_folder, write_json
 from utils.gguf_files import file_name, write_gguf
 from utils.llama_cpp import find_llama_cpp, how_to_get_it, install_llama_cpp
@@ -143,15 +143,5 @@ def _check_base(settings: dict, run: RunDir, name: str) -> None:
 @contextmanager
 def _writable(target: Path, needed_gib: float = 0.1) -> Iterator[Path]:
     """A scratch folder that becomes `target`; what the disk refuses is told in a sentence, with numbers."""
-    try:
-        with atomic_folder(target) as folder:
-            yield folder
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise HardwareError(
-                f"The disk filled up: {target.name} needs {needed_gib:.1f} GiB at {target.parent}, and "
-                f"{free_disk_gib(target):.1f} GiB are free now; free some space and run 05 again."
-            ) from None
-        raise RunDirError(
-            f"{target} could not be written ({error.strerror or error}); choose a --run-dir that can be."
-        ) from None
+    with writing(target, needed_gib), atomic_folder(target) as folder:
+        yield folder

@@ -9,6 +9,7 @@ the server's token ids are compared with the tokenizer's before anything is beli
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.agreement import NEW_TOKENS, Continuations, common_start
+from utils.agreement import NEW_TOKENS, Continuations, common_start, larger
 from utils.errors import HardwareError, ModelError
 from utils.llama_cpp import LlamaCpp, LlamaServer
 from utils.project import ROOT
@@ -135,7 +136,7 @@ def check_gguf(
                 identical += 1
             elif same < NEW_TOKENS:
                 top, second = reference.best[number, same].tolist()
-                lost = max(lost, top - second)
+                lost = larger(lost, top - second)
     figures = {
         "prompts": len(prompts),
         "identical": identical,
@@ -144,6 +145,8 @@ def check_gguf(
     }
     if not answered:
         raise ModelError(f"{path.name} answered none of {len(prompts)} prompts in llama.cpp; run 05 again.")
+    if not math.isfinite(lost):
+        raise ModelError(f"{path.name} parts from its reference where that has no finite number; run 05 again.")
     if margin is not None and not lost <= margin:
         raise ModelError(
             f"{path.name} in llama.cpp takes another token where the merged model's best was {lost:.2f} ahead, at most "
@@ -160,11 +163,12 @@ def check_folder(
     style: str,
     reference: Continuations,
     judged: bool,
+    against: str,
 ) -> dict[str, Mapping]:
     """The Modelfile, and each model in export/gguf where llama.cpp can load it; returns figures by file.
 
-    `reference` holds the merged model's continuations of these questions first; with `judged`, f16 and q8_0 have to
-    follow it.
+    `reference` holds the continuations of these questions first, by the model that `against` names; with `judged`, f16
+    and q8_0 have to follow it.
     """
     figures: dict[str, Mapping] = {"modelfile": check_modelfile(folder / "Modelfile", tokenizer, questions, style)}
     prompts = [format_prompt(question, style) for question in questions]
@@ -174,13 +178,25 @@ def check_folder(
             figures[f"gguf_{kind}"] = {"loaded": "no: llama-server was not found"}
             continue
         margin = MARGINS.get(kind) if judged else None
-        figures[f"gguf_{kind}"] = check_gguf(tree, path, tokenizer, prompts, reference, margin)
+        level = "reported" if margin is None else f"margin {margin}"
+        found = check_gguf(tree, path, tokenizer, prompts, reference, margin)
+        figures[f"gguf_{kind}"] = {"against": against, "level": level, **found}
     return figures
 
 
 def _convert(root: str, known_as: str, arguments: list[str]) -> None:
-    """Run llama.cpp's converter as it is, with one more answer to which pre-tokenizer this is."""
+    """Run llama.cpp's converter as it is, with one more answer to which pre-tokenizer this is.
+
+    A converter that is one file, as llama.cpp's was, has no class to teach that: it gets by with its own table.
+    """
     sys.path.insert(0, root)
+    if (Path(root) / "conversion" / "base.py").is_file():
+        _teach(known_as)
+    sys.argv = [str(Path(root) / "convert_hf_to_gguf.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _teach(known_as: str) -> None:
     from conversion.base import TextModel
 
     ask = TextModel.get_vocab_base_pre
@@ -196,8 +212,6 @@ def _convert(root: str, known_as: str, arguments: list[str]) -> None:
             return known_as
 
     TextModel.get_vocab_base_pre = name
-    sys.argv = [str(Path(root) / "convert_hf_to_gguf.py"), *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

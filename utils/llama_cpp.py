@@ -25,7 +25,7 @@ from utils.project import command
 
 SOURCE = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp, converter and all
 _TARGETS = ("llama-quantize", "llama-completion", "llama-tokenize", "llama-server")
-_CONVERTER = "convert_hf_to_gguf.py"
+_CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
 _START_S = 600  # a 16 GB file from a slow disk
 
 
@@ -42,18 +42,18 @@ class LlamaCpp:
 
 
 def find_llama_cpp() -> LlamaCpp | None:
-    """The tree in LLAMA_CPP_DIR, or the one that unsloth keeps; None where neither has converter and quantiser.
+    """The tree in LLAMA_CPP_DIR, or the one that unsloth keeps; None where neither has converters and quantiser.
 
     Raises HardwareError where LLAMA_CPP_DIR is set and names no such tree.
     """
     named = os.environ.get("LLAMA_CPP_DIR")
     kept = os.environ.get("UNSLOTH_LLAMA_CPP_PATH") or Path.home() / ".unsloth" / "llama.cpp"
     tree = LlamaCpp(Path(named or kept).expanduser().resolve())
-    if (tree.root / _CONVERTER).exists() and tree.program("llama-quantize"):
+    if all((tree.root / name).exists() for name in _CONVERTERS) and tree.program("llama-quantize"):
         return tree
     if named:
         raise HardwareError(
-            f"LLAMA_CPP_DIR is {named}, which lacks {_CONVERTER} or a built llama-quantize; unset it, or run "
+            f"LLAMA_CPP_DIR is {named}, which lacks {', '.join(_CONVERTERS)} or a built llama-quantize; unset it, or run "
             f"python -m utils.llama_cpp FOLDER and set it to that."
         )
     return None

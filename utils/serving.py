@@ -112,7 +112,6 @@ class Served:
     generate: GenerateSection
     embedded: bool = False
     gguf: tuple[str, ...] = ()
-    lora_gguf: str | None = None
 
     @property
     def sampling(self) -> str:

@@ -12,6 +12,7 @@ import psutil
 
 from utils.agreement import EXACT, FOUR_BIT, HALF, Continuations, Level, compare, continue_greedily, judge
 from utils.bases import Base, find_base
+from utils.disk import writing
 from utils.errors import ModelError, RunDirError
 from utils.files import digests, record_files, sha256, write_json
 from utils.gguf_files import check_folder
@@ -27,6 +28,7 @@ from utils.stages import BY_NAME
 from utils.state import read_state
 
 REFERENCE = "export/reference.safetensors"
+_LEADERS = {"reference": "the model in memory", "adapter_on_16_bit": "the adapter on the 16-bit base"}
 KINDS = ("adapter", "merged", "gguf")
 _T4_GIB, _GGUF_PROMPTS, _ROWS = 14.0, 20, 512
 
@@ -63,7 +65,8 @@ def write_reference(run: RunDir) -> Continuations:
     reference = continue_greedily(model, tokenizer, export_prompts(run), "the model in memory")
     del model
     free_memory()
-    reference.save(run.file(REFERENCE))
+    with writing(run.file(REFERENCE)):
+        reference.save(run.file(REFERENCE))
     return reference
 
 
@@ -95,10 +98,7 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
     answers = {"reference": reference} | answer_elsewhere(config, tasks, prompts, run.file(REFERENCE))
     figures: dict[str, dict] = {}
     for name, (leader, level) in against.items():
-        compared_with = "the model in memory" if leader == "reference" else leader.replace("_", " ")
-        figures[name] = {
-            "against": compared_with, "level": level, **compare(answers[leader], answers[name])
-        }  # fmt: skip
+        figures[name] = {"against": _LEADERS[leader], "level": level, **compare(answers[leader], answers[name])}
         problem = judge(figures[name], level)
         if problem:
             raise ModelError(f"The exported {name}, loaded back, gives {problem}; delete export/ and run 05 again.")
@@ -114,6 +114,7 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
             config.prompt.style,
             answers[against["merged"][0]],
             judged=against["merged"][1] != "four bit",
+            against=_LEADERS[against["merged"][0]],
         )
     return figures
 
@@ -184,7 +185,8 @@ def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, di
         "agreement": figures,
         "files": files,
     }
-    write_json(run.file("export/verify.json"), record)
+    with writing(run.file("export/verify.json")):
+        write_json(run.file("export/verify.json"), record)
     return run.file("export/verify.json")
 
 
