@@ -38,13 +38,16 @@ def made_run(tiny_folder, tmp_path):
     return run
 
 
-def test_what_a_disk_refuses_is_told_by_its_kind(tmp_path):
-    with pytest.raises(HardwareError, match=r"kept needs 0\.5 GiB at .*, and \d+\.\d GiB are free now"):
-        with writing(tmp_path / "kept", 0.5):
-            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-    with pytest.raises(RunDirError, match=r"kept could not be written \(Read-only file system\)"):
-        with writing(tmp_path / "kept"):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+@pytest.mark.parametrize(
+    ("number", "kind", "sentence"),
+    [
+        (errno.EDQUOT, HardwareError, r"kept needs 0\.5 GiB at .*, and \d+\.\d GiB are free now"),
+        (errno.EROFS, RunDirError, r"kept could not be written \(Read-only file system\)"),
+    ],
+)
+def test_what_a_disk_refuses_is_told_by_its_kind(tmp_path, number, kind, sentence):
+    with pytest.raises(kind, match=sentence), writing(tmp_path / "kept", 0.5):
+        raise OSError(number, os.strerror(number))
 
 
 def test_a_disk_that_fills_up_at_the_cards_is_told(made_run, request):

@@ -120,5 +120,7 @@ def test_llama_cpp_is_given_the_smallest_file_and_the_prompt_escaped():
 
 def test_whatever_a_card_is_served_with_is_read():
     source = Path(serving.__file__).read_text(encoding="utf-8")
-    unread = {field.name for field in dataclasses.fields(Served) if not re.search(rf"(served|self)\.{field.name}\b", source)}
+    unread = {
+        field.name for field in dataclasses.fields(Served) if not re.search(rf"(served|self)\.{field.name}\b", source)
+    }
     assert unread == set()
