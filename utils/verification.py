@@ -104,7 +104,7 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
             raise ModelError(f"The exported {name}, loaded back, gives {problem}; delete export/ and run 05 again.")
     if "merged" in folders:
         figures["merged_weights"] = check_merged_weights(folders, base)
-    if "gguf" in folders:
+    if "gguf" in folders and "merged" in against:  # whose tokens it is held against
         held_out = pd.read_parquet(run.file("data/eval.parquet")).head(min(config.export.prompts, _GGUF_PROMPTS))
         figures |= check_folder(
             find_llama_cpp(),
