@@ -174,14 +174,14 @@ def test_the_readme_quotes_training_as_it_was_measured():
         f"and {TRAIN['kernel_ratio_vs_tutorial']:.2f} times by the sum of kernel times",
         f"{TRAIN['ratio_vs_plain']:.2f} and {TRAIN['kernel_ratio_vs_plain']:.2f} times plain TRL",
         f"{TRAIN['ratio_two_gpus']:.2f} times as fast on two GPUs",
-        f"That is {TRAIN['peak_share']:.0%} of".replace("%", " %"),
+        f"Ours is {TRAIN['peak_share']:.0%} of".replace("%", " %"),
         f"held-out loss came out at {PARITY['nll_ratio']:.3f} times",
         f"{100 * PARITY['accuracy']['ours']:.1f} % against {100 * PARITY['accuracy']['tutorial']:.1f} %",
     ):
         assert said in text, said
     wanted = 3 * TRAIN["configurations"]["tutorial"]["tokens_per_second"]
     share = wanted * flops_per_token(LLAMA_8B, 0) / TRAIN["peak"]["tflops"] / 1e12
-    assert f"three times the tutorial's speed would be {share:.0%} of it even if no layer".replace("%", " %") in text
+    assert f"Three times the tutorial's speed would be {share:.0%} of it even if no layer".replace("%", " %") in text
 
 
 def test_the_merge_of_8b_shapes_stays_below_six_gib_and_half_again_the_time_of_copying():
