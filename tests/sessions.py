@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.loopback import DEAD, KaggleServer
+from utils.deadline import VARIABLE
 
 
 def without_network(*command: str | Path) -> list[str]:
@@ -54,8 +56,10 @@ class Machine:
         command = without_network(
             sys.executable, "-m", "papermill", "--log-output", "kernel.ipynb", "__notebook__.ipynb"
         )
+        # A session counts from the machine's first process; here that one is older than any session.
+        begun = self.environment | {VARIABLE: repr(time.time())}
         return subprocess.run(
-            command, cwd=self.empty, env=self.environment, capture_output=True, text=True, check=False, timeout=900
+            command, cwd=self.empty, env=begun, capture_output=True, text=True, check=False, timeout=900
         )
 
     def hand_output_to(self, server: KaggleServer, session: subprocess.CompletedProcess) -> None:
