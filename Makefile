@@ -4,13 +4,18 @@ VENV := .venv
 IN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bundle bench address clean
+.PHONY: demo test faults lint bundle bench address clean
 
 demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
 
 test: $(VENV)/installed  ## unit tests, the notebooks' static tests, one run of the whole demo
 	$(IN) -m pytest -q
+
+faults: $(VENV)/installed  ## kills, full disks, damaged files, senseless input, in full; writes tests/faults/README.md
+	rm -rf runs/faults
+	FAULTS_LONG=1 FAULTS_RESULTS=$(CURDIR)/runs/faults $(IN) -m pytest -q tests/faults -n 2; status=$$?; \
+	$(IN) -m tests.faults.table runs/faults tests/faults/README.md && exit $$status
 
 lint: $(VENV)/installed
 	$(IN) -m ruff check . && $(IN) -m ruff format --check .

@@ -103,7 +103,8 @@ def training_run(tiny_folder: Path, tmp_path: Path):
     from utils.likelihood import tokenize_row
     from utils.models import load_tokenizer
     from utils.prompts import format_row
-    from utils.rundir import StageRun, open_run
+    from utils.rundir import open_run
+    from utils.stage_run import StageRun
     from utils.stages import BY_NAME
 
     tokenizer = load_tokenizer(tiny_folder)
@@ -127,6 +128,24 @@ def training_run(tiny_folder: Path, tmp_path: Path):
         return run
 
     return make
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory):
+    """Headless Chromium, driven as a reader would use it."""
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("chromium or chromedriver is not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking"
+    for flag in (*flags.split(), "disable-component-update", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield browser
+    browser.quit()
 
 
 @pytest.fixture

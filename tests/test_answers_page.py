@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pandas as pd
 import pytest
@@ -104,24 +103,6 @@ def make_page(folder, **changes):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     return make_page(tmp_path_factory.mktemp("page"))
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    """Headless Chromium, driven as a reader would use it."""
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("chromium or chromedriver is not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking"
-    for flag in (*flags.split(), "disable-component-update", "no-first-run"):
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield browser
-    browser.quit()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
 from utils import remote
 from utils.config import parse_overrides
 from utils.errors import InfrastructureError, UserError
+from utils.redaction import hide_secrets
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 # A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
@@ -92,7 +93,8 @@ def score(run_dir: RunDirArgument) -> None:
 @app.command()
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
-    from utils.rundir import altered_files, require_hardware
+    from utils.manifest import altered_files
+    from utils.stage_run import require_hardware
     from utils.stages import BY_NAME
     from utils.verification import altered_exports, export_folders, verify_exports
 
@@ -148,7 +150,8 @@ for command in (remote.push, remote.collect, remote.publish):
 
 def _existing(run_dir: Path):
     from utils.errors import RunDirError
-    from utils.rundir import open_run, read_manifest
+    from utils.manifest import read_manifest
+    from utils.rundir import open_run
 
     if not read_manifest(run_dir.resolve()):
         raise RunDirError(f"{run_dir} is no run directory (no manifest.json); make one with python -m utils run.")
@@ -157,6 +160,7 @@ def _existing(run_dir: Path):
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one sentence and exit status 1, an unreachable service in 3."""
+    hide_secrets()
     try:
         app()
     except UserError as error:

@@ -18,8 +18,9 @@ from rich.console import Console
 from utils.errors import InfrastructureError, RunDirError
 from utils.files import atomic, sha256, write_text
 from utils.kaggle_api import FINISHED, TIMEOUT_S, Kaggle, explain, page, passes, split_reference
+from utils.manifest import altered_files, read_manifest
+from utils.redaction import redact
 from utils.retry import repeat
-from utils.rundir import altered_files, read_manifest
 from utils.stages import STAGES
 from utils.state import FILE as STATE
 from utils.state import SeriesState, read_state
@@ -65,7 +66,7 @@ def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> C
     target.mkdir(parents=True, exist_ok=True)
     (target / STATE).unlink(missing_ok=True)  # an earlier session's would be taken for this one's
     log_file = target / f"{split_reference(reference)[1]}.log"
-    text = readable_log(log)
+    text = redact(readable_log(log))
     write_text(log_file, text)
     fetched = fetch(kaggle, files, target, console)
     console.print(f"{fetched} file(s) and the log are in {target}", highlight=False, soft_wrap=True)

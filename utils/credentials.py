@@ -6,10 +6,12 @@ found, absent (the store answered, and has no such secret) or unreachable (nobod
 
 from __future__ import annotations
 
+import json
 import netrc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +21,8 @@ NAMES = {"HF_TOKEN": ("HF_TOKEN", "HUGGINGFACE_TOKEN"), "WANDB_API_KEY": ("WANDB
 SHARED = (
     "SERIES_SECRETS_SHARED"  # set for processes whose parent asked the platform: in Colab they could not ask themselves
 )
+KAGGLE_NAMES = ("KAGGLE_KEY", "KAGGLE_API_TOKEN")
+_found: set[str] = set()
 State = Literal["found", "absent", "unreachable"]
 
 
@@ -39,8 +43,48 @@ def find_secret(name: str) -> Secret:
     """Look a secret up by its name in `NAMES` and the aliases there.
 
     Never raises: a store that cannot be reached does not hide the next one, and `source` says so, because a run pushed
-    through Kaggle's API has no secrets and must succeed all the same.
+    through Kaggle's API has no secrets and must succeed all the same. What is found is remembered, to be kept out of
+    everything that is printed (`secrets_at_hand`).
     """
+    secret = _look_up(name)
+    if secret.value:
+        _found.add(secret.value)
+    return secret
+
+
+def secrets_at_hand() -> set[str]:
+    """The values that this process has found so far, and those in .env and the cached logins; no platform is asked."""
+    return _found | _on_disk()
+
+
+@cache
+def _on_disk() -> frozenset[str]:
+    """Read once: this is asked for every line that is printed."""
+    beside = _dotenv()
+    values = [beside.get(alias) for aliases in (*NAMES.values(), KAGGLE_NAMES) for alias in aliases]
+    values += [_from_cached_login(name) for name in NAMES] + [_kaggle_key(), _kaggle_token()]
+    return frozenset(value.strip() for value in values if value)
+
+
+def _kaggle_key() -> str | None:
+    try:
+        return str(json.loads((_kaggle_home() / "kaggle.json").read_text(encoding="utf-8"))["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _kaggle_token() -> str | None:
+    try:
+        return (_kaggle_home() / "access_token").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _kaggle_home() -> Path:
+    return Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
+
+
+def _look_up(name: str) -> Secret:
     remarks: list[str] = []
     unreachable = False
     platforms = () if os.environ.get(SHARED) else (("Kaggle Secrets", _from_kaggle), ("Colab secrets", _from_colab))
@@ -166,6 +210,6 @@ def known_values() -> dict[str, str]:
     """{name: value} of the secrets that are at hand here, so that a check can look for them in what is about to leave."""
     values = {name: find_secret(name).value for name in NAMES}
     beside = _dotenv()
-    for name in ("KAGGLE_KEY", "KAGGLE_API_TOKEN"):
+    for name in KAGGLE_NAMES:
         values[name] = os.environ.get(name) or beside.get(name)
     return {name: value for name, value in values.items() if value and len(value) >= 8}

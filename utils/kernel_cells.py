@@ -41,7 +41,9 @@ install_missing(restart=False)  # the series runs in fresh processes
 from utils.credentials import share_secrets
 from utils.deadline import note_start
 from utils.platforms import check_pins, describe, gpus
+from utils.redaction import hide_secrets
 
+hide_secrets()
 note_start()
 check_pins(cuda=bool(gpus()))
 for secret in share_secrets():

@@ -18,8 +18,10 @@ from typing import Any
 from utils.agreement import Continuations, continue_greedily, follow
 from utils.errors import ModelError
 from utils.files import write_json
-from utils.models import free_memory, guard_tokenizer, load_plain, prepare_device
+from utils.memory import free_memory
+from utils.models import guard_tokenizer, load_plain, prepare_device
 from utils.project import ROOT
+from utils.redaction import hide_secrets
 from utils.settings import Config
 
 
@@ -53,7 +55,7 @@ def load_export(config: Config, folder: Path, base: str | None, revision: str | 
     section = config.model.model_copy(update={"revision": revision, "load_in_4bit": four_bit})
     config = config.model_copy(update={"model": section})
     model = load_plain(config, base or str(folder))
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     guard_tokenizer(tokenizer, str(folder))
     return (PeftModel.from_pretrained(model, str(folder)) if base else model).eval(), tokenizer
 
@@ -79,4 +81,5 @@ def main(task: Path) -> None:
 
 
 if __name__ == "__main__":
+    hide_secrets()
     main(Path(sys.argv[1]))

@@ -13,7 +13,6 @@ from typing import Any
 from utils.credentials import share_hub_token
 from utils.decoding import speed_up_unsloth
 from utils.errors import HardwareError, ModelError
-from utils.memory import free_memory as free_memory  # export takes it from here
 from utils.packing import keep_documents_apart
 from utils.platforms import GIB, gpu_ids, local_rank, resolve_hardware
 from utils.settings import EMBEDDED, Config
@@ -150,6 +149,9 @@ def load_model(config: Config, adapter: Path | None = None):
     """
     load = _load_unsloth if start_backend(config) == "unsloth" else load_plain
     source = model_source(config)
+    for folder, what in ((Path(source), "model"), (adapter, "adapter")):
+        if folder is not None and folder.is_dir():
+            require_safetensors(folder, what)
     tokenizer = load_tokenizer(source, config.model.revision)
     try:
         model = load(config, source)
@@ -159,10 +161,20 @@ def load_model(config: Config, adapter: Path | None = None):
             "or a local folder with config.json and safetensors."
         ) from None
     if adapter is not None:
-        from peft import PeftModel
+        from peft import PeftModel  # it would load a pickle, weights only, where there is no safetensors file
 
         model = PeftModel.from_pretrained(model, str(adapter))
     return model, tokenizer
+
+
+def require_safetensors(folder: Path, what: str) -> None:
+    """Raise ModelError where a folder's weights are none, or a pickle, which is a program and not data."""
+    if not list(folder.glob("*.safetensors")):
+        found = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise ModelError(
+            f"The {what} folder {folder} holds {', '.join(found) or 'no weights'}; expected safetensors files: convert it, "
+            "or take another."
+        )
 
 
 def add_lora(model, config: Config, **lora: Any):
@@ -221,13 +233,19 @@ def is_unsloth(model) -> bool:
     return getattr(base, "loaded_through_unsloth", False)
 
 
+def transformer_layers(model):
+    """The model's stack of layers, LoRA wrapper or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.model.layers
+
+
 def count_fused_layers(model) -> dict[str, int] | None:
     """How many layers run unsloth's fused LoRA kernels (qkv, o, mlp), all layers being the goal; None without it."""
     if not is_unsloth(model):
         return None
     from unsloth.kernels import apply_lora_mlp_swiglu, apply_lora_o, apply_lora_qkv
 
-    layers = model.get_base_model().model.layers
+    layers = transformer_layers(model)
     return {
         "layers": len(layers),
         "qkv": sum(layer.self_attn.apply_qkv is apply_lora_qkv for layer in layers),
@@ -245,6 +263,7 @@ def _load_unsloth(config: Config, source: str):
         max_seq_length=config.model.max_seq_length,
         dtype=torch_dtype(config),
         load_in_4bit=config.model.load_in_4bit,
+        trust_remote_code=False,
         # Without it the Hub id is silently remapped to another, dynamically quantised repository.
         use_exact_model_name=True,
     )
@@ -267,6 +286,8 @@ def load_plain(config: Config, source: str):
     return AutoModelForCausalLM.from_pretrained(
         source,
         revision=config.model.revision,
+        trust_remote_code=False,  # left out, transformers asks whoever sits there
+        use_safetensors=True,
         dtype=dtype,
         attn_implementation="sdpa",
         device_map={"": torch.device("cuda", local_rank()) if device(config) == "cuda" else "cpu"},

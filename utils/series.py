@@ -25,8 +25,10 @@ from utils.deadline import Deadline, note_start
 from utils.errors import SessionOver, UserError
 from utils.progress import VARIABLE
 from utils.project import ROOT, command
+from utils.redaction import redact
 from utils.report import executed_dir, stale_comparison, write_report
-from utils.rundir import RunDir, open_run, require_ancestors
+from utils.rundir import RunDir, open_run
+from utils.stage_run import require_ancestors
 from utils.stages import STAGES, Stage, find_stage
 from utils.state import SeriesState, write_state
 
@@ -46,7 +48,7 @@ class SeriesFailed(Exception):
     """A stage failed; the message is its sentence, `continue_with` the command that goes on from there."""
 
     def __init__(self, run: RunDir, stage: Stage, sentence: str, kind: str = ""):
-        super().__init__(sentence)
+        super().__init__(redact(sentence))
         self.stage, self.kind = stage, kind
         self.continue_with = (
             f"{command()} run --profile {run.config.profile} --run-dir {run.path} --from {stage.number}"
@@ -180,7 +182,7 @@ def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
 def _mark_failed(run: RunDir, stage: Stage, message: str) -> None:
     record = run.record(stage)
     if record.get("state") == "running":
-        run.write_record(stage, **{**record, "state": "failed", "error": message[:500]})
+        run.write_record(stage, **{**record, "state": "failed", "error": redact(message)[:500]})
 
 
 def _sentence(error: PapermillExecutionError) -> str:

@@ -22,6 +22,7 @@ from utils.files import write_json
 from utils.platforms import gpu_ids, processes
 from utils.progress import VARIABLE
 from utils.project import ROOT
+from utils.redaction import hide_secrets
 from utils.rundir import RunDir, open_run
 
 _ADAPTER = "training/adapter"
@@ -116,5 +117,6 @@ def end_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    hide_secrets()
     end_with_parent()
     answer_share(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,48 @@
+"""What every fault test shares: the marker, and a record of what was tried, survived and lost, for the table in README.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+RESULTS = "FAULTS_RESULTS"  # a folder: where it is set, records are kept there
+LONG = "FAULTS_LONG"  # set: every fault in full; unset: what fits into CI
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker("faults")
+
+
+@pytest.fixture(scope="session")
+def long() -> bool:
+    """Whether this is `make faults`, which takes the time that CI does not have."""
+    return bool(os.environ.get(LONG))
+
+
+@pytest.fixture
+def record_fault(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """A function that notes one fault, or many of a kind: `record_fault("kill -9 in 03", tried=5, survived=5, lost_seconds=2.1)`.
+
+    Records of one `kind` from one test module are one row of the table: tried and survived are summed, of the lost
+    seconds the worst is shown. Call it before asserting, so that a fault that was not survived is in the table too.
+    Each process appends to a file of its own (pytest-xdist).
+    """
+    area = request.module.__name__.rpartition(".")[2].removeprefix("test_").replace("_", " ")
+
+    def note(kind: str, *, tried: int = 1, survived: int, lost_seconds: float | None = None) -> None:
+        if folder := os.environ.get(RESULTS):
+            values = {"area": area, "kind": kind, "tried": tried, "survived": survived, "lost_seconds": lost_seconds}
+            place = Path(folder)
+            place.mkdir(parents=True, exist_ok=True)
+            worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+            with (place / f"{worker}-{os.getpid()}.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+    return note

@@ -1,0 +1,31 @@
+"""The table itself: records of several processes become one row for each kind of fault."""
+
+from __future__ import annotations
+
+import json
+
+from tests.faults.conftest import RESULTS
+from tests.faults.table import read_rows, render
+
+
+def test_records_of_one_kind_are_summed_and_the_worst_loss_is_kept(record_fault, tmp_path, monkeypatch):
+    monkeypatch.setenv(RESULTS, str(tmp_path))
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    record_fault("kill -9", tried=2, survived=2, lost_seconds=1.5)
+    record_fault("full disk", tried=3, survived=2)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
+    record_fault("kill -9", survived=1, lost_seconds=4.25)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+    assert read_rows(tmp_path) == [
+        {"area": "table", "kind": "full disk", "tried": 3, "survived": 2, "lost_seconds": None},
+        {"area": "table", "kind": "kill -9", "tried": 3, "survived": 3, "lost_seconds": 4.25},
+    ]
+    text = render(read_rows(tmp_path))
+    assert "5 of 6 faults survived; the most work lost to one was 4.2 s." in text
+    assert "| table | full disk | 3 | 2 | none |" in text and "| table | kill -9 | 3 | 3 | 4.2 s |" in text
+
+
+def test_without_a_folder_nothing_is_kept(record_fault, tmp_path, monkeypatch):
+    monkeypatch.delenv(RESULTS, raising=False)
+    record_fault("kill -9", survived=1)
+    assert json.dumps(read_rows(tmp_path)) == "[]"
