@@ -77,7 +77,7 @@ def test_broken_weights_are_a_sentence(tiny_folder, tmp_path):
     import shutil
 
     folder = shutil.copytree(tiny_folder, tmp_path / "broken")
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"no header")
     with pytest.raises(ModelError, match="could not be loaded"):
         load_model(config_for(folder))
 

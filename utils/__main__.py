@@ -9,6 +9,7 @@ from typing import Annotated
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"{error.name} is not installed for {sys.executable}; run make demo, then .venv/bin/python -m utils."
@@ -56,13 +57,19 @@ def run(
         run_series(profile, run_dir, parse_overrides(set_ or []), from_, to, fresh, console)
     except SeriesPaused as pause:
         console.print(
-            f"[yellow]to be continued at {pause.stage.name}:[/yellow] {pause}", highlight=False, soft_wrap=True
+            f"[yellow]to be continued at {pause.stage.name}:[/yellow] {escape(str(pause))}",
+            highlight=False,
+            soft_wrap=True,
         )
-        console.print(f"To go on in a new session: {pause.continue_with}", highlight=False, soft_wrap=True)
+        console.print(f"To go on in a new session: {escape(pause.continue_with)}", highlight=False, soft_wrap=True)
         raise typer.Exit(4) from None
     except SeriesFailed as failure:
-        console.print(f"[red]{failure.stage.name} failed:[/red] {failure}", highlight=False, soft_wrap=True)
-        console.print(f"To continue, once that is mended: {failure.continue_with}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[red]{failure.stage.name} failed:[/red] {escape(str(failure))}", highlight=False, soft_wrap=True
+        )
+        console.print(
+            f"To continue, once that is mended: {escape(failure.continue_with)}", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(1) from None
 
 
@@ -86,8 +93,8 @@ def score(run_dir: RunDirArgument) -> None:
         stage, **{**run.record(stage), "outputs": record_files(run.path, (*stage.outputs, *stage.optional))}
     )
     text = table.to_string(index=False, float_format=lambda x: f"{x:.3f}")
-    console.print(text, highlight=False, soft_wrap=True)
-    console.print(metrics["sentence"], style="bold", highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(metrics["sentence"], style="bold", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -104,7 +111,7 @@ def verify(run_dir: RunDirArgument) -> None:
     if "export/verify.json" not in known:
         altered += [line for line in altered_exports(run) if line.split()[0] not in known]
     for line in altered:
-        console.print(f"[red]✗[/red] {line}", highlight=False, soft_wrap=True)
+        console.print(f"[red]✗[/red] {escape(line)}", highlight=False, soft_wrap=True)
     if altered:
         console.print(
             "nothing is loaded from files that changed; run 05 again, or fetch the run again", highlight=False
@@ -121,11 +128,11 @@ def verify(run_dir: RunDirArgument) -> None:
         prepare_device(run.config)
         figures = verify_exports(run, export_folders(run))
     except UserError as error:
-        console.print(f"[red]✗[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]✗[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     for name, values in figures.items():
         text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
-        console.print(f"[green]✓[/green] {name.replace('_', ' ')}: {text}", highlight=False, soft_wrap=True)
+        console.print(f"[green]✓[/green] {name.replace('_', ' ')}: {escape(text)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -164,7 +171,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[red]{type(error).__name__}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         raise SystemExit(3 if isinstance(error, InfrastructureError) else 1) from None
 
 

@@ -14,6 +14,7 @@ from enum import IntEnum
 from pathlib import Path, PurePosixPath
 
 from rich.console import Console
+from rich.markup import escape
 
 from utils.errors import InfrastructureError, RunDirError
 from utils.files import atomic, sha256, write_text
@@ -69,7 +70,7 @@ def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> C
     text = redact(readable_log(log))
     write_text(log_file, text)
     fetched = fetch(kaggle, files, target, console)
-    console.print(f"{fetched} file(s) and the log are in {target}", highlight=False, soft_wrap=True)
+    console.print(f"{fetched} file(s) and the log are in {target}", highlight=False, soft_wrap=True, markup=False)
     return judge(status, message, target, text)
 
 
@@ -117,8 +118,11 @@ def run_folder(files: dict[str, str]) -> str | None:
 def _place(name: str, inside: str | None, target: Path) -> Path:
     """Where a file of the output goes; a name that points out of `target` is refused."""
     relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
-        raise InfrastructureError(f"Kaggle lists an output called {name!r}, which points outside; nothing was fetched.")
+    odd = "\\" in name or not name.isprintable() or relative.as_posix() != name or not relative.name
+    if relative.is_absolute() or ".." in relative.parts or odd:
+        raise InfrastructureError(
+            f"Kaggle lists an output called {name!r}, which points outside or is no file name; nothing was fetched."
+        )
     if inside is not None and relative.is_relative_to(inside):
         return target / relative.relative_to(inside)
     return target / "kernel" / relative
@@ -231,6 +235,6 @@ def say(collected: Collected, reference: str, console: Console) -> None:
     """The verdict in one line, and where to look."""
     colour = {Verdict.PASS: "green", Verdict.FAIL: "red"}.get(collected.verdict, "yellow")
     word = collected.verdict.name.lower()
-    console.print(f"[{colour}]{word}[/{colour}]: {collected.sentence}", highlight=False, soft_wrap=True)
+    console.print(f"[{colour}]{word}[/{colour}]: {escape(collected.sentence)}", highlight=False, soft_wrap=True)
     if collected.verdict != Verdict.PASS:
         console.print(f"  {page(reference)}", highlight=False, soft_wrap=True)

@@ -90,8 +90,13 @@ def build_llama_cpp(folder: Path) -> LlamaCpp:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", SOURCE]
         _run([*pip, "--dest", scratch])
         (archive,) = Path(scratch).glob("llama_cpp_python-*.tar.gz")
-        with tarfile.open(archive) as packed:
-            packed.extractall(scratch, filter="data")
+        try:
+            with tarfile.open(archive) as packed:
+                packed.extractall(scratch, filter="data")  # refuses what would leave the folder
+        except tarfile.TarError as error:
+            raise HardwareError(
+                f"{archive.name} is not unpacked: {error}; fetch it again, from another index."
+            ) from None
         (tree,) = Path(scratch).glob("llama_cpp_python-*/vendor/llama.cpp")
         # Makefiles, not ninja: the archive's dates lie in the future of some machines, and ninja never gets done then.
         # Static, and without what asks a network for parts: the tree can be moved and the build needs nothing more.

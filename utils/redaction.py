@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from utils.credentials import KAGGLE_NAMES, NAMES, secrets_at_hand
 
-HIDDEN = "[secret]"
+HIDDEN = "***"
 _SHORTEST = 8  # a shorter value would be found in ordinary words
 # What a token of these services looks like, also where it is not ours; a bare 40 or 32 hex digits may be a commit.
 _SHAPES = re.compile(
@@ -25,7 +25,7 @@ _SHAPES = re.compile(
 
 
 def redact(text: str) -> str:
-    """`text` with every known secret, and everything in the shape of one, replaced by `[secret]`."""
+    """`text` with every known secret, and everything in the shape of one, replaced by `***`."""
     for value in _values():
         text = text.replace(value, HIDDEN)
     return _SHAPES.sub(HIDDEN, text)

@@ -23,6 +23,17 @@ _FIGURES = (
     ("training/loss.png", "The training run"),
     ("data/lengths.png", "What the model was trained on"),
 )
+_PANDAS_STYLE = re.compile(r"<style scoped>.*?</style>", re.DOTALL)  # the page has its own
+_TAGS = frozenset(
+    "a abbr b blockquote br code dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i li ol p pre s small span strong sub "
+    "summary sup table tbody td th thead tr u ul wbr".split()
+)
+_ATTRIBUTES = {
+    "*": ["class", "dir", "id", "style", "title"],
+    "a": ["href"],
+    "td": ["colspan", "rowspan"],
+    "th": ["colspan", "rowspan"],
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
     # The basic template is the notebook's body alone: no script, no style sheet from a network.
     exporter = HTMLExporter(template_name="basic")
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    exporter.sanitize_html = True
+    exporter.register_filter("clean_html", clean_html)
     chapters = []
     for stage in STAGES:
         source, record = executed_dir(run) / f"{stage.name}.ipynb", run.record(stage)
@@ -100,6 +113,19 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
         )
         write_text(run.file(f"report/{stage.name}.html"), page)
     return chapters
+
+
+def clean_html(element: str | bytes) -> str:
+    """What a cell shows as HTML or Markdown, without anything that runs: unknown tags become text.
+
+    nbconvert's own filter knows neither headings nor the parts of a table.
+    """
+    import bleach
+    from bleach.css_sanitizer import CSSSanitizer
+
+    text = element.decode() if isinstance(element, bytes) else str(element)
+    text = _PANDAS_STYLE.sub("", text)
+    return bleach.clean(text, _TAGS, _ATTRIBUTES, css_sanitizer=CSSSanitizer(), strip_comments=True)
 
 
 def _for_report(notebook):

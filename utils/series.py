@@ -20,6 +20,7 @@ from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
+from rich.markup import escape
 
 from utils.deadline import Deadline, note_start
 from utils.errors import SessionOver, UserError
@@ -81,7 +82,7 @@ def run_series(
     if run.overrides:
         kept = ", ".join(f"{key}={value}" for key, value in run.overrides.items())
         console.print(
-            f"[dim]  settings beside the profile's: {kept} (--fresh forgets them)[/dim]",
+            f"[dim]  settings beside the profile's: {escape(kept)} (--fresh forgets them)[/dim]",
             highlight=False,
             soft_wrap=True,
         )
@@ -198,9 +199,13 @@ def _summarise(run: RunDir, console: Console, seconds: float) -> None:
     metrics = run.file("comparison/metrics.json")
     console.print()
     if metrics.exists():
-        console.print(json.loads(metrics.read_text(encoding="utf-8"))["sentence"], style="bold", highlight=False)
+        console.print(
+            json.loads(metrics.read_text(encoding="utf-8"))["sentence"], style="bold", highlight=False, markup=False
+        )
         if stale := stale_comparison(run):
-            console.print(f"[yellow]Out of date: {stale}; run to 04 again.[/yellow]", highlight=False, soft_wrap=True)
+            console.print(
+                f"[yellow]Out of date: {escape(stale)}; run to 04 again.[/yellow]", highlight=False, soft_wrap=True
+            )
     rows = [
         ("report", "report/index.html", "open it in a browser; it needs no network"),
         ("figures", "comparison/metrics.json", "the numbers behind it"),
@@ -209,12 +214,16 @@ def _summarise(run: RunDir, console: Console, seconds: float) -> None:
     ]
     for name, path, hint in rows:
         if run.file(path).exists():
-            console.print(f"  {name:<8} {run.file(path)}  [dim]{hint}[/dim]", highlight=False, soft_wrap=True)
+            console.print(
+                f"  {name:<8} {escape(str(run.file(path)))}  [dim]{hint}[/dim]", highlight=False, soft_wrap=True
+            )
     if run.file("export/adapter").exists():
         upload = f"{command()} publish {run.path} --repo USER/NAME"
-        console.print(f"[dim]To upload it, where your tokens are:\n  {upload}[/dim]", highlight=False, soft_wrap=True)
+        console.print(
+            f"[dim]To upload it, where your tokens are:\n  {escape(upload)}[/dim]", highlight=False, soft_wrap=True
+        )
     again = f"{command()} run --profile {run.config.profile} --run-dir {run.path} --set KEY=VALUE"
-    console.print(f"[dim]{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {again}[/dim]",
+    console.print(f"[dim]{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {escape(again)}[/dim]",
                   highlight=False, soft_wrap=True)  # fmt: skip
 
 
@@ -248,7 +257,7 @@ class _LiveLine:
         try:
             state = json.loads(self.file.read_text())
             share = f"{state['done']}/{state['total']}"
-            text += f"  {state['description']} {share}  [dim]{state['note']}[/dim]"
+            text += f"  {escape(state['description'])} {share}  [dim]{escape(str(state['note']))}[/dim]"
         except (OSError, ValueError):
             pass  # the kernel is still importing
         return text

@@ -1,19 +1,24 @@
-"""What comes from outside is data: it is never run, it never leaves its folder, it is shown as text; and no secret is told."""
+"""What comes from outside is data: it is never run, and it never leaves its folder."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
 import io
 import json
 import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from utils.errors import ModelError, UserError
+from utils.errors import InfrastructureError, ModelError, UserError
 
 
 class Payload:
@@ -152,3 +157,128 @@ for load in (lambda: load_model(config), lambda: load_export(config, __import__(
         done.stdout
     )
     assert "[y/N]" not in done.stdout + done.stderr
+
+
+def packed_zip(names: list[str]) -> bytes:
+    """A zip whose members are called so, the last one a symbolic link to /etc with a file below it."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in names:
+            archive.writestr(name, "planted")
+        link = zipfile.ZipInfo("way")
+        link.create_system, link.external_attr = 3, 0o120777 << 16
+        archive.writestr(link, "../outside")
+        archive.writestr("way/planted", "planted")
+    return packed.getvalue()
+
+
+def test_the_bundle_unpacks_into_its_own_folder_whatever_its_members_are_called(tmp_path, monkeypatch, record_fault):
+    """The checksum is made to match: the archive is what somebody else put together."""
+    from utils.kernel_cells import MATERIALISE
+
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "scratch"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("SERIES_ROOT", "")
+    (tmp_path / "outside").mkdir()
+    names = ["../outside/planted", f"{tmp_path}/outside/planted", "a/../../outside/planted", "..\\outside\\planted"]
+    packed = packed_zip(names)
+    fields = {"LISTING": "#", "DIGEST": "0" * 64, "ARCHIVE": base64.b64encode(packed).decode(), "NAME": "series",
+              "CHECKSUM": hashlib.sha256(packed).hexdigest()}  # fmt: skip
+    source = MATERIALISE
+    for name, value in fields.items():
+        source = source.replace(f"@{name}@", value)
+    with contextlib.suppress(OSError):  # `way` is a file, so nothing can be put below it
+        exec(source, {})
+    left = [
+        path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(tmp_path / "scratch/series")
+    ]
+    links = [path for path in tmp_path.rglob("*") if path.is_symlink()]
+    record_fault("archive members that point outside", tried=5, survived=5 * (not left and not links))
+    assert left == [] and links == [] and list((tmp_path / "scratch/series").rglob("planted"))
+
+
+def hostile_tars(folder: Path) -> dict[str, bytes]:
+    """A source distribution of llama-cpp-python with one member more, which leaves its folder."""
+    members = {
+        "dots": "../../planted",
+        "absolute": str(folder / "planted"),
+        "link": "llama_cpp_python-0/way",
+        "device": "llama_cpp_python-0/null",
+    }
+    packed = {}
+    for kind, name in members.items():
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+            inside = tarfile.TarInfo("llama_cpp_python-0/vendor/llama.cpp/CMakeLists.txt")
+            archive.addfile(inside, io.BytesIO())
+            member = tarfile.TarInfo(name)
+            if kind == "link":
+                member.type, member.linkname = tarfile.SYMTYPE, str(folder)
+            elif kind == "device":
+                member.type, member.devmajor, member.devminor = tarfile.CHRTYPE, 1, 3
+            else:
+                member.size = len(b"planted")
+            archive.addfile(member, io.BytesIO(b"planted"))
+            if kind == "link":
+                below = tarfile.TarInfo(f"{name}/planted")
+                below.size = len(b"planted")
+                archive.addfile(below, io.BytesIO(b"planted"))
+        packed[kind] = stream.getvalue()
+    return packed
+
+
+def test_the_source_of_llama_cpp_is_refused_where_a_member_leaves_its_folder(tmp_path, monkeypatch, record_fault):
+    from utils import llama_cpp
+
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    told = {}
+    for kind, content in hostile_tars(outside).items():
+
+        def download(command, content=content, **_):
+            if "download" in command:
+                place = Path(command[command.index("--dest") + 1])
+                (place / "llama_cpp_python-0.tar.gz").write_bytes(content)
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(llama_cpp.subprocess, "run", download)
+        kind_of_end, error = outcome(lambda kind=kind: llama_cpp.build_llama_cpp(tmp_path / "home" / kind))
+        told[kind] = (kind_of_end, str(error))
+    planted = [path for path in tmp_path.rglob("planted")]
+    kinds = {kind: ended for kind, (ended, _) in told.items()}
+    survived = sum(ended != "traceback" for ended in kinds.values()) * (not planted)
+    record_fault("archive members that point outside", tried=len(told), survived=survived)
+    refused = dict.fromkeys(("dots", "link", "device"), "sentence")
+    assert planted == [] and kinds == refused | {"absolute": "nothing"}, told  # its slash is left off: it lands inside
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["absolute"]
+
+
+BAD_NAMES = [
+    "../planted",
+    "/etc/planted",
+    "runs/t4/../../../planted",
+    "a\\..\\..\\planted",
+    "nul\0l",
+    "line\nbreak",
+    "",
+    ".",
+    "a/",
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_an_output_that_kaggle_lists_with_such_a_name_is_fetched_from_nowhere(name, tmp_path, record_fault):
+    from rich.console import Console
+
+    from utils.collect import fetch
+
+    target = tmp_path / "deep" / "target"
+    target.mkdir(parents=True)
+    ended, error = outcome(
+        lambda: fetch(
+            None, {"runs/t4/manifest.json": "http://127.0.0.1:1/x", name: "http://127.0.0.1:1/y"}, target, Console()
+        )
+    )
+    record_fault("output names that point outside", survived=int(ended == "sentence"))
+    assert isinstance(error, InfrastructureError) and "nothing was fetched" in str(error), error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
