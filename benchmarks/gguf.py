@@ -73,8 +73,8 @@ def read_by_transformers(folder: Path, tokenizer, prompts, reference) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     load = {"gguf_file": file_name("f16")}
-    model = AutoModelForCausalLM.from_pretrained(str(folder), **load).eval()
-    theirs = AutoTokenizer.from_pretrained(str(folder), **load)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False, **load).eval()
+    theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **load)
     same_ids = sum(theirs(prompt).input_ids == tokenizer(prompt).input_ids for prompt in prompts)
     figures = compare(reference, follow(model, tokenizer, prompts, reference, "transformers"))
     return figures | {"prompts_with_the_same_ids_by_its_own_tokenizer": same_ids}

@@ -133,11 +133,13 @@ def agree(base: Path, adapter: Path, merged: Path, prompts: int) -> dict:
     figures = {}
     for dtype in (torch.float32, torch.bfloat16):
         load = {"dtype": dtype, "device_map": {"": device}}
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(base), **load), str(adapter)).eval()
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(str(base), trust_remote_code=False, **load), str(adapter)
+        ).eval()
         leader = continue_greedily(model, tokenizer, texts, "adapter on base")
         del model
         free_memory()
-        model = AutoModelForCausalLM.from_pretrained(str(merged), **load).eval()
+        model = AutoModelForCausalLM.from_pretrained(str(merged), trust_remote_code=False, **load).eval()
         found = compare(leader, follow(model, tokenizer, texts, leader, "merged"))
         del model
         free_memory()

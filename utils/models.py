@@ -153,9 +153,11 @@ def load_model(config: Config, adapter: Path | None = None):
         if folder is not None and folder.is_dir():
             require_safetensors(folder, what)
     tokenizer = load_tokenizer(source, config.model.revision)
+    from safetensors import SafetensorError
+
     try:
         model = load(config, source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"The model {source} could not be loaded ({_first_line(error)}); expected a Hub id that can be reached, "
             "or a local folder with config.json and safetensors."
