@@ -17,8 +17,8 @@ faults: $(VENV)/installed  ## kills, full disks, damaged files, senseless input,
 	FAULTS_LONG=1 FAULTS_RESULTS=$(CURDIR)/runs/faults $(IN) -m pytest -q tests/faults -n 2; status=$$?; \
 	$(IN) -m tests.faults.table runs/faults tests/faults/README.md && exit $$status
 
-lint: $(VENV)/installed
-	$(IN) -m ruff check . && $(IN) -m ruff format --check .
+lint: $(VENV)/installed  ## style, secrets in what is committed, advisories about the pins (or, without a network, their age)
+	$(IN) -m ruff check . && $(IN) -m ruff format --check . && $(IN) -m tests.secret_scan && $(IN) -m tests.audit
 
 bundle: $(VENV)/installed  ## kaggle_kernel.ipynb, the series in one file
 	$(IN) -m utils bundle

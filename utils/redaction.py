@@ -18,7 +18,7 @@ from utils.credentials import KAGGLE_NAMES, NAMES, secrets_at_hand
 HIDDEN = "***"
 _SHORTEST = 8  # a shorter value would be found in ordinary words
 # What a token of these services looks like, also where it is not ours; a bare 40 or 32 hex digits may be a commit.
-_SHAPES = re.compile(
+SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}|\bKGAT_[A-Za-z0-9]{16,}|\bwandb_v\d+_[A-Za-z0-9_]{20,}"
     r"|(?i:(?<=bearer )|(?<=basic ))[A-Za-z0-9+/_.=-]{16,}"
 )
@@ -28,7 +28,7 @@ def redact(text: str) -> str:
     """`text` with every known secret, and everything in the shape of one, replaced by `***`."""
     for value in _values():
         text = text.replace(value, HIDDEN)
-    return _SHAPES.sub(HIDDEN, text)
+    return SHAPES.sub(HIDDEN, text)
 
 
 def _values() -> list[str]:
