@@ -4,7 +4,7 @@ VENV := .venv
 IN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test faults lint bundle bench address clean
+.PHONY: demo test faults lint drift bundle bench address clean
 
 demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
@@ -19,6 +19,9 @@ faults: $(VENV)/installed  ## kills, full disks, damaged files, senseless input,
 
 lint: $(VENV)/installed  ## style, secrets in what is committed, advisories about the pins (or, without a network, their age)
 	$(IN) -m ruff check . && $(IN) -m ruff format --check . && $(IN) -m tests.secret_scan && $(IN) -m tests.audit
+
+drift: $(VENV)/installed  ## which of our keyword arguments the newest allowed versions of unsloth, trl, ... no longer take
+	$(IN) -m tests.drift
 
 bundle: $(VENV)/installed  ## kaggle_kernel.ipynb, the series in one file
 	$(IN) -m utils bundle

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import nbformat
 import pytest
 
-from utils import kernel_cells
-from utils.project import NOTEBOOKS, ROOT
+from tests.sources import sources
+from utils.project import NOTEBOOKS
 
 PICKLES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn",
@@ -38,20 +38,6 @@ LOCAL = {  # (file, call): it takes a folder of ours and asks no hub
     ("utils/loadback.py", "AutoTokenizer.from_pretrained"),
     ("utils/verification.py", "PeftModel.from_pretrained"),
 }
-
-
-def sources() -> Iterator[tuple[str, str]]:
-    """(name, source) of every module, notebook cell and generated cell of ours."""
-    for folder in ("utils", "benchmarks"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code":
-                yield f"notebooks/{path.name}:{cell.id}", cell.source
-    for name, text in vars(kernel_cells).items():
-        if name in ("PREPARE", "RUN", "SHOW", "SINGLE_PREPARE", "SINGLE_ADOPT", "SINGLE_END", "MATERIALISE"):
-            yield f"utils/kernel_cells.py:{name}", text.replace("@LISTING@", "#")
 
 
 def called(node: ast.Call) -> str:
