@@ -8,8 +8,19 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from utils.platforms import gpus
+from utils.platforms import gpus, installed
 
+_PACKAGES = (
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "scikit-learn",
+    "sparse_dot_topn",
+    "statsmodels",
+)
 _ENVIRONMENT = (
     "PYTHONHASHSEED",
     "OMP_NUM_THREADS",
@@ -22,8 +33,10 @@ _ENVIRONMENT = (
 
 
 def describe_determinism() -> dict[str, object]:
-    """Hardware, environment variables (None where unset) and, where torch is loaded, its threads and switches."""
+    """Python, packages, hardware, environment variables (None where unset) and, where torch is loaded, its threads and switches."""
     described: dict[str, object] = {
+        "python": platform.python_version(),
+        "packages": {name: installed(name) for name in _PACKAGES},
         "machine": platform.machine(),
         "processor": _processor(),
         "gpus": [asdict(gpu) for gpu in gpus()],

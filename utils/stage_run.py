@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import load_config
+from utils.determinism import describe_determinism
 from utils.errors import StageOrderError
 from utils.files import record_files
 from utils.manifest import notebook_digest
@@ -63,6 +64,7 @@ class StageRun(RunDir):
             seconds=round(time.monotonic() - self.started, 1),
             peak_memory=peak_memory() | (peak or {}),
             figures=figures,
+            rests_on={"seeds": _seeds(self.config.model_dump(mode="json")), **describe_determinism()},
             outputs=record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
         )
         self.write_record(self.stage, **record)
@@ -138,6 +140,17 @@ def _require_same_conditions(run: RunDir, now: dict[str, str]) -> None:
 
 def _words(computed_on: dict[str, str] | None) -> str:
     return ", ".join((computed_on or {}).values())
+
+
+def _seeds(settings: Mapping[str, Any], prefix: str = "") -> dict[str, int]:
+    """{dotted key: seed} of every seed in the configuration."""
+    found: dict[str, int] = {}
+    for key, value in settings.items():
+        if key == "seed":
+            found[f"{prefix}{key}"] = value
+        elif isinstance(value, Mapping):
+            found |= _seeds(value, f"{prefix}{key}.")
+    return found
 
 
 def _now() -> str:
