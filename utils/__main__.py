@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 
 from utils import remote
 from utils.config import parse_overrides
-from utils.errors import InfrastructureError, UserError
+from utils.errors import InfrastructureError, Interrupted, UserError
 from utils.redaction import hide_secrets
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -37,10 +37,11 @@ def run(
 ) -> None:
     """Run the series: six notebooks in order, those that are unchanged left out, and a report at the end.
 
-    Exits 0 when every stage passed, 1 when one failed, 4 when the session's time was up first (hardware.max_hours).
+    Exits 0 when every stage passed, 1 when one failed, 4 when the session's time was up first (hardware.max_hours), 130
+    and 143 when it was stopped by Ctrl-C or SIGTERM.
     """
     from utils.credentials import share_secrets
-    from utils.series import SeriesFailed, SeriesPaused, run_series
+    from utils.series import SeriesFailed, SeriesInterrupted, SeriesPaused, run_series
     from utils.stages import STAGES, find_stage
 
     for name in (from_, to):
@@ -61,8 +62,8 @@ def run(
             highlight=False,
             soft_wrap=True,
         )
-        console.print(f"To go on in a new session: {escape(pause.continue_with)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(4) from None
+        console.print(f"To go on: {escape(pause.continue_with)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(pause.status if isinstance(pause, SeriesInterrupted) else 4) from None
     except SeriesFailed as failure:
         console.print(
             f"[red]{failure.stage.name} failed:[/red] {escape(str(failure))}", highlight=False, soft_wrap=True
@@ -80,9 +81,11 @@ def score(run_dir: RunDirArgument) -> None:
     from utils.comparison import compare, load_arms, write_comparison
     from utils.figures import draw_comparison
     from utils.files import record_files
+    from utils.lock import take_lock
     from utils.stages import BY_NAME
 
     run = _existing(run_dir)
+    take_lock(run.path, "python -m utils score")
     arms = load_arms(run)
     metrics = compare(run, arms)
     table = write_comparison(run, metrics)
@@ -171,10 +174,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(
-            f"[red]{type(error).__name__}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
-        raise SystemExit(3 if isinstance(error, InfrastructureError) else 1) from None
+        told = f"[red]{type(error).__name__}:[/red] {escape(str(error))}"
+        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+        status = 3 if isinstance(error, InfrastructureError) else 130 if isinstance(error, Interrupted) else 1
+        raise SystemExit(status) from None
 
 
 if __name__ == "__main__":

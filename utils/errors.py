@@ -59,3 +59,7 @@ class InfrastructureError(UserError):
 
 class SessionOver(UserError):
     """No failure: the session's time is up, what was done is saved, and the next session goes on from there."""
+
+
+class Interrupted(UserError):
+    """No failure: the run was asked to stop (Ctrl-C, SIGTERM), what was done is saved, and the same command goes on."""

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+from tests.faults.series_process import SeriesProcess
 
 RESULTS = "FAULTS_RESULTS"  # a folder: where it is set, records are kept there
 LONG = "FAULTS_LONG"  # set: every fault in full; unset: what fits into CI
@@ -46,3 +49,17 @@ def record_fault(request: pytest.FixtureRequest) -> Callable[..., None]:
                 stream.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     return note
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Path:
+    """An undisturbed run of the small demo, one for all processes of pytest-xdist; read it, never write to it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    path = shared / "undisturbed"
+    with FileLock(shared / "undisturbed.lock"):
+        if not (shared / "undisturbed.done").exists():
+            series = SeriesProcess(path)
+            assert series.wait() == 0, series.output
+            (shared / "undisturbed.done").touch()
+    return path
