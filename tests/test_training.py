@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -15,7 +17,7 @@ from utils import demo_data
 from utils.errors import TrainingError
 from utils.likelihood import tokenize_row
 from utils.prompts import format_row
-from utils.training import check_loss_mask, find_checkpoint, training_log
+from utils.training import check_loss_mask, find_checkpoint, save_adapter, training_log
 
 ROWS = demo_data.tuning_rows("train", 12)
 
@@ -113,3 +115,17 @@ def test_a_half_written_checkpoint_is_not_resumed(tmp_path):
     (tmp_path / "checkpoint-6").mkdir()
     assert find_checkpoint(tmp_path).endswith("checkpoint-3")
     assert find_checkpoint(tmp_path / "absent") is None
+
+
+def test_an_adapters_file_names_its_modules_in_one_order(tiny_model, tmp_path):
+    """peft writes them as a set gives them, in the order of a process's hashes, and 04 keeps its answers by the digest."""
+    model = get_peft_model(
+        copy.deepcopy(tiny_model[0]), LoraConfig(r=4, target_modules=["q_proj", "down_proj", "k_proj"])
+    )
+    run = SimpleNamespace(file=lambda name: tmp_path / name)
+    (tmp_path / "training").mkdir()
+    for order in (["q_proj", "down_proj", "k_proj"], ["k_proj", "q_proj", "down_proj"]):
+        model.peft_config["default"].target_modules = order
+        save_adapter(model, tiny_model[1], run, pd.DataFrame({"step": [1]}))
+        settings = json.loads((tmp_path / "training/adapter/adapter_config.json").read_text(encoding="utf-8"))
+        assert settings["target_modules"] == ["down_proj", "k_proj", "q_proj"]

@@ -219,7 +219,17 @@ def save_adapter(model, tokenizer, run: StageRun, log: pd.DataFrame) -> None:
     with atomic_folder(run.file("training/adapter")) as folder:
         model.save_pretrained(str(folder), safe_serialization=True)
         tokenizer.save_pretrained(str(folder))
+        _sort_modules(folder / "adapter_config.json")
     save_log(log, run)
+
+
+def _sort_modules(path: Path) -> None:
+    """peft keeps a set and writes it in the order of this process's hashes: the same adapter would not be the same file."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        if isinstance(settings.get(key), list):
+            settings[key] = sorted(settings[key])
+    write_json(path, settings)
 
 
 def save_log(log: pd.DataFrame, run: StageRun) -> None:
