@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import merge
+from benchmarks import merge, repeatability
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train import CASES, flops_per_token, markdown_table
 from utils.models import load_tokenizer
@@ -164,6 +164,45 @@ def test_parity_is_of_the_same_rows_and_resuming_repeats_the_losses():
     assert low <= 0 <= high and PARITY["accuracy"]["n"] == 672
     assert PARITY["resume"]["largest_loss_difference"] <= 1e-3
     assert PARITY["resume"]["resumed_from"] < PARITY["resume"]["stopped_after"]
+
+
+REPEATABILITY = ROOT / "benchmarks" / "results" / "repeatability.json"
+
+
+def test_the_readme_and_notebook_03_say_what_a_gpu_is_held_to():
+    measured = json.loads(REPEATABILITY.read_text(encoding="utf-8")) if REPEATABILITY.exists() else None
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{repeatability.START}\n{repeatability.in_words(measured)}\n{repeatability.END}" in text
+    notebook = (ROOT / "notebooks" / "03_lora_training.ipynb").read_text(encoding="utf-8")
+    assert f"after {repeatability.STEPS} updates within {repeatability.TOLERANCE:g} nats per token" in notebook
+
+
+@pytest.mark.skipif(not REPEATABILITY.exists(), reason="not measured yet: python -m benchmarks.repeatability")
+def test_three_repeats_on_a_gpu_lie_within_the_tolerance():
+    found = json.loads(REPEATABILITY.read_text(encoding="utf-8"))
+    assert found["gpu"] and found["backend"] == "unsloth" and found["packed"] and found["same_conditions"]
+    assert len(found["losses"]) == found["repeats"] == repeatability.REPEATS
+    assert {len(losses) for losses in found["losses"]} == {repeatability.STEPS} == {found["steps"]}
+    last = [losses[-1] for losses in found["losses"]]
+    assert found["max_loss_difference"] == max(last) - min(last) <= repeatability.TOLERANCE == found["tolerance"]
+    assert found["adapters_bit_identical"] is (len(set(found["adapter_sha256"])) == 1)
+    assert found["adapters_bit_identical"] is (found["max_weight_difference"] == 0.0)
+
+
+def test_repeats_are_compared_step_by_step_and_weight_by_weight(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    adapters = [tmp_path / str(number) for number in range(3)]
+    for number, path in enumerate(adapters):
+        save_file({"a": torch.tensor([1.0, 2.0 + (number == 2) * 0.5])}, path)
+    results = [{"losses": losses, "adapter_sha256": str(losses)} for losses in ([3.0, 2.0], [3.25, 2.0], [3.0, 2.0])]
+    found = repeatability.compare(results, adapters)
+    assert found["max_loss_difference"] == 0.0 and found["max_loss_difference_at_any_step"] == 0.25
+    assert found["within_tolerance"] and not found["losses_bit_identical"] and not found["adapters_bit_identical"]
+    assert found["max_weight_difference"] == 0.5
+    results[2]["losses"] = [3.0, 2.0 + 2 * repeatability.TOLERANCE]
+    assert not repeatability.compare(results, adapters)["within_tolerance"]
 
 
 def test_the_readme_quotes_training_as_it_was_measured():
