@@ -156,7 +156,7 @@ def in_words(evidence: dict | None) -> str:
     gpu = evidence["gpu"][0].removeprefix("NVIDIA ") if evidence["gpu"] else "CPU"
     return (
         f"{held}: over {evidence['repeats']} runs on one {gpu} (8B shapes, 4-bit, fp16, packed, a fresh process each) the largest "
-        f"difference was {evidence['max_loss_difference']:.1g}, and the adapters {same} "
+        f"difference was {evidence['max_loss_difference']:.5f} ({evidence['max_loss_difference_at_any_step']:.5f} at any update), and the adapters {same} "
         "([`repeatability.json`](benchmarks/results/repeatability.json))."
     )
 
