@@ -81,6 +81,21 @@ def test_adapter_and_merged_model_go_to_two_private_repositories_in_one_commit_e
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("way", ["dots", "link"])
+def test_what_lies_outside_the_run_is_not_uploaded_although_a_manifest_names_it(run, way):
+    secret = run.parent / "id_rsa"
+    secret.write_text("a private key")
+    name = "export/adapter/../../../id_rsa"
+    if way == "link":
+        name = "export/adapter/notes.txt"
+        (run / name).symlink_to(secret)
+    manifest = read_manifest(run)
+    manifest["stages"]["05_export"]["outputs"][name] = {"sha256": hashlib.sha256(secret.read_bytes()).hexdigest()}
+    write_json(run / "manifest.json", manifest)
+    with pytest.raises(HubError, match="which lies outside"):
+        plan_uploads(run, "alice/medical")
+
+
 def test_what_will_leave_is_shown_with_its_size_and_the_verdict_before_anything_does(hub_server, run):
     done = publish(hub_server, run, "--repo", "alice/medical", "--dry-run", yes="")
     assert done.returncode == 0 and not hub_server.received

@@ -53,6 +53,9 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
     if problem := stale_on_record(manifest):
         raise HubError(f"{problem}; run {command()} run --run-dir {run_dir} first, then publish.")
     recorded = manifest["stages"]["05_export"]["outputs"]
+    for name in recorded:  # a manifest may come from elsewhere: it must not name what else lies on this machine
+        if not (run_dir / name).resolve().is_relative_to(run_dir.resolve()):
+            raise HubError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
     uploads = []
     for kind in KINDS if merged else KINDS[:1]:
         prefix = f"export/{kind}/"
