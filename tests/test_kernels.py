@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -72,3 +73,18 @@ def test_asked_where_the_kernel_does_not_listen_the_next_cell_does_not_begin(tmp
     with Kernels() as kernels, pytest.raises(Interrupted):
         kernels.execute(notebook(tmp_path / "in.ipynb", deaf, second), tmp_path / "out.ipynb", {})
     assert not (tmp_path / "second").exists()
+
+
+def test_a_kernel_that_was_not_ready_yet_is_not_left_behind(tmp_path, monkeypatch):
+    started = []
+
+    def interrupted_while_it_starts(*_, kernel_manager_class, **__):
+        manager = kernel_manager_class(kernel_name="python3")
+        asyncio.run(manager.start_kernel())
+        started.append(manager.provisioner.process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.kernels.papermill.execute_notebook", interrupted_while_it_starts)
+    with Kernels() as kernels, pytest.raises(KeyboardInterrupt):
+        kernels.execute(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {})
+    assert started[0].poll() is not None
