@@ -10,7 +10,7 @@ demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
 
 test: $(VENV)/installed  ## unit tests, the notebooks' static tests, one run of the whole demo
-	$(IN) -m pytest -q
+	$(IN) -m pytest -q -n 2 --dist loadfile
 
 faults: $(VENV)/installed  ## kills, full disks, damaged files, senseless input, in full; writes tests/faults/README.md
 	rm -rf runs/faults

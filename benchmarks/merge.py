@@ -141,7 +141,9 @@ def agree(base: Path, adapter: Path, merged: Path, prompts: int) -> dict:
         found = compare(leader, follow(model, tokenizer, texts, leader, "merged"))
         del model
         free_memory()
-        figures[str(dtype).removeprefix("torch.")] = found | {"problem": judge(found, "half")}
+        figures[str(dtype).removeprefix("torch.")] = found | {
+            "problem": judge(found, "bfloat16" if dtype == torch.bfloat16 else "half")
+        }
     return figures
 
 

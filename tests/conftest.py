@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.loopback import HubServer, KaggleServer
 
@@ -44,20 +46,35 @@ def import_file(path: Path):
 
 
 @pytest.fixture(scope="session")
-def embedded_model() -> Path:
-    """The embedded base model's folder, built on first use."""
-    from utils.demo import ensure_model
-
-    return ensure_model()
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test session that all processes of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> DemoRun:
-    """One run of all six notebooks by `python -m utils run --profile demo`; read it, never write to it."""
-    path = tmp_path_factory.mktemp("runs") / "demo"
-    started = time.monotonic()
-    done = run_command("run", "--profile", "demo", "--run-dir", path)
-    return DemoRun(path, done.returncode, done.stdout + done.stderr, time.monotonic() - started)
+def embedded_model(shared_folder: Path) -> Path:
+    """The embedded base model's folder, built on first use, by one process."""
+    from utils.demo import ensure_model
+
+    with FileLock(shared_folder / "model.lock"):
+        return ensure_model()
+
+
+@pytest.fixture(scope="session")
+def demo_run(shared_folder: Path, embedded_model: Path) -> DemoRun:
+    """One run of all six notebooks by `python -m utils run --profile demo`, for all processes of pytest-xdist.
+
+    Read it, never write to it.
+    """
+    told = shared_folder / "demo.json"
+    with FileLock(shared_folder / "demo.lock"):
+        if not told.exists():
+            started = time.monotonic()
+            done = run_command("run", "--profile", "demo", "--run-dir", shared_folder / "demo")
+            outcome = done.returncode, done.stdout + done.stderr, time.monotonic() - started
+            told.write_text(json.dumps(outcome), encoding="utf-8")
+    return DemoRun(shared_folder / "demo", *json.loads(told.read_text(encoding="utf-8")))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from benchmarks import merge
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train import CASES, flops_per_token, markdown_table
+from utils.agreement import judge
 from utils.models import load_tokenizer
 from utils.project import ROOT
 
@@ -191,7 +192,29 @@ def test_the_merge_of_8b_shapes_stays_below_six_gib_and_half_again_the_time_of_c
     copied = min(min(merge["seconds"]["front_to_back"]), min(merge["seconds"]["threads"]))
     assert merge["time_ratio"] == pytest.approx(min(merge["seconds"]["merge"]) / copied, rel=1e-2)
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"{merge['peak_rss_gib']:.2f} GiB, {merge['time_ratio']:.2f} times the seconds" in text
+    cores = f"8B shapes on {merge['processors']} cores"
+    assert f"{cores}: {merge['peak_rss_gib']:.2f} GiB, {merge['time_ratio']:.2f} times the seconds" in text
+
+
+def test_the_merged_8b_shapes_agree_with_the_adapter_on_their_base():
+    merge = json.loads((ROOT / "benchmarks" / "results" / "merge.json").read_text(encoding="utf-8"))
+    assert set(merge["agreement"]) == {"float32", "bfloat16"} and merge["gpu"]
+    for name, level in (("float32", "half"), ("bfloat16", "bfloat16")):
+        found = merge["agreement"][name]
+        assert found["prompts"] >= 8 and found["problem"] is None and judge(found, level) is None
+        # Random weights leave every token all but undecided; where tokens parted, it was for less than the rounding.
+        assert found["largest_margin_lost"] <= found["largest_logit_difference"]
+
+
+def test_a_gpu_repeats_a_loss_within_the_tolerance_and_the_plain_backend_trains_under_profile_t4():
+    repeats = json.loads((ROOT / "benchmarks" / "results" / "repeatability.json").read_text(encoding="utf-8"))
+    last = [losses[-1] for losses in repeats["losses"]]
+    assert len(last) == 3 and all(len(losses) == repeats["steps"] == 20 for losses in repeats["losses"])
+    assert max(last) - min(last) == pytest.approx(repeats["max_loss_difference"]) and repeats["same_conditions"]
+    assert repeats["max_loss_difference"] <= repeats["tolerance"] == 1e-3
+    plain = EVIDENCE["plain_backend"]["stages"]["03_lora_training"]
+    assert plain["figures"]["backend"] == "transformers" and plain["figures"]["steps"] == 10
+    assert plain["peak_memory"]["gpu_reserved_gib"] <= 14.0 and EVIDENCE["plain_backend"]["training"]["finite"]
 
 
 def test_the_merge_benchmark_describes_its_options_and_no_number_of_rounds_but_theirs():

@@ -111,7 +111,7 @@ def test_the_table_of_checks_names_what_each_was_held_against_and_what_was_not_l
     assert "| gguf q8 0 | the adapter on the 16-bit base | margin 1.0 | 20 | 19 | not asked |" in body
     assert "Not loaded: `model-f16.gguf` (llama-server was not found), `adapter-f32.gguf` (no check opens it)." in body
     assert "Each file was loaded back" not in body and "held against the model in memory" not in body
-    for name in ("exact", "half", "four bit", "margin"):
+    for name in ("exact", "half", "bfloat16", "four bit", "margin"):
         assert f"`{name}`" in body
 
 

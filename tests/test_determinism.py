@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 
-from utils.determinism import describe_determinism
+import pytest
+
+from utils.determinism import describe_determinism, threads
 from utils.project import ROOT
 
 
@@ -45,3 +47,13 @@ def test_a_fixed_hash_seed_of_zero_is_told_from_randomised_hashes():
             [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
         )
         assert answer.stdout.strip() == randomised
+
+
+def test_threads_are_as_many_as_asked_for_and_as_many_as_before_afterwards_even_after_an_error():
+    import torch
+
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError), threads(before + 3):
+        assert torch.get_num_threads() == before + 3
+        raise RuntimeError
+    assert torch.get_num_threads() == before

@@ -23,9 +23,8 @@ from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
 from utils.errors import ConfigError, HardwareError, Interrupted, SessionOver, TrainingError
 from utils.launch import SUMMARY, processes_that_divide, read_recipe, train, write_recipe
-from utils.project import ROOT
+from utils.project import ROOT, python_path
 from utils.training import checkpoint_dir
-from utils.workers import python_path
 
 
 @pytest.fixture

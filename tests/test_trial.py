@@ -47,11 +47,11 @@ def test_a_trial_measures_speed_and_a_search_leaves_the_weights_as_they_were(loa
 
 def test_a_trial_counts_the_optimizers_step_once_however_few_of_an_updates_micro_batches_it_takes(loaded):
     watch = TrialWatch(SimpleNamespace(get_batch_samples=None, add_callback=lambda callback: None))
-    # An update of two micro-batches of 100 tokens: a second each, and half a second for the optimizer.
-    watch.ends, watch.tokens, watch.firsts = [10.0, 12.5], [200, 200], [8.5, 11.0]
+    # Updates of two micro-batches of 100 tokens: a second each, and half a second for the optimizer; one was disturbed.
+    watch.ends, watch.tokens, watch.seconds_of_second = [10.0, 12.5, 19.5], [200] * 3, [7.0, 1.0, 3.0]
     assert watch.speed_of(2, tried=2) == pytest.approx(200 / 2.5)
     assert watch.speed_of(8, tried=2) == pytest.approx(800 / 8.5)
-    watch.firsts = []  # of a single one nothing is known, and nothing needed
+    watch.seconds_of_second = []  # of a single one nothing is known, and nothing needed
     assert watch.speed_of(1, tried=1) == pytest.approx(200 / 2.5)
 
     run, model, tokenizer, rows = loaded
@@ -66,7 +66,8 @@ def test_a_trial_counts_the_optimizers_step_once_however_few_of_an_updates_micro
         patch.setattr(trial, "TrialWatch", Kept)
         run_trial(model, tokenizer, run.config, rows.head(1), MAKE, Fit(1, 4, 1))
     (kept,) = watches
-    assert len(kept.firsts) == len(kept.ends) == 2 and kept.ends[0] < kept.firsts[1] < kept.ends[1]
+    assert len(kept.seconds_of_second) == len(kept.ends) == 3
+    assert all(0 < part < whole for part, whole in zip(kept.seconds_of_second[1:], kept.seconds(), strict=True))
 
 
 def test_running_out_of_memory_in_a_trial_is_an_answer_and_any_other_error_is_not(loaded):

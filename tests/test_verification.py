@@ -129,6 +129,9 @@ def test_on_another_machine_float32_is_held_to_the_wider_tolerance(copied, monke
     monkeypatch.setattr(verification, "answer_elsewhere", answers)
     figures = verify_exports(copied, {"adapter": copied.file("export/adapter")})
     assert figures["adapter"]["level"] == "half" and asked["adapter"]["follows"] == "reference"
+    coarse = copied.config.hardware.model_copy(update={"dtype": "bfloat16"})
+    copied.config = copied.config.model_copy(update={"hardware": coarse})
+    assert verify_exports(copied, {"adapter": copied.file("export/adapter")})["adapter"]["level"] == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ from utils.progress import Progress, track
 
 NEW_TOKENS = 48  # greedy tokens compared for each prompt
 EXACT = 1e-4  # largest difference of a logit where everything is computed in float32
-HALF = 0.05  # in 16 bit: root mean square of the differences, in standard deviations of the logits
+HALF = 0.05  # in float16: root mean square of the differences, in standard deviations of the logits
+BFLOAT16 = 0.15  # the same in bfloat16, whose steps are eight times as wide; 8B shapes with random weights: 0.083
 FOUR_BIT = 0.5  # the same where one was merged before it was quantised and the other after
 _MEASURED = ("largest_logit_difference", "relative_logit_difference", "largest_margin_lost")
-Level = Literal["exact", "half", "four bit"]
+Level = Literal["exact", "half", "bfloat16", "four bit"]
+_ALLOWED = {"half": HALF, "bfloat16": BFLOAT16, "four bit": FOUR_BIT}
 LEVELS = (
     f"`exact`: the same tokens, logits within {EXACT:.0e}. `half`: logits at the first new token within {HALF} of their "
-    f"spread, and only undecided tokens may turn. `four bit`: within {FOUR_BIT} of their spread. `margin`: by tokens alone; "
+    f"spread, and only undecided tokens may turn. `bfloat16`: the same within {BFLOAT16}. `four bit`: within {FOUR_BIT} of their spread. `margin`: by tokens alone; "
     "where they part, the best token lay at most so many logits above its second. `reported`: nothing was required."
 )
 
@@ -171,9 +173,9 @@ def compare(reference: Continuations, other: Continuations) -> dict[str, float |
 def judge(figures: dict[str, float | int], level: Level) -> str | None:
     """What is wrong with the figures of `compare`, in words, for the level of arithmetic; None where they pass.
 
-    A figure that is NaN or infinite passes nowhere. exact: the same tokens, logits within EXACT. half: logits within
-    HALF, and they part only where the reference was all but undecided: where its margin was less than twice the largest
-    difference that was found. four bit: FOUR_BIT.
+    A figure that is NaN or infinite passes nowhere. exact: the same tokens, logits within EXACT. half, bfloat16:
+    logits within HALF or BFLOAT16, and they part only where the reference was all but undecided: where its margin was
+    less than twice the largest difference that was found. four bit: FOUR_BIT.
     """
     if not all(math.isfinite(figures[name]) for name in _MEASURED):
         return "logits of which one is no finite number"
@@ -183,10 +185,10 @@ def judge(figures: dict[str, float | int], level: Level) -> str | None:
         if not figures["largest_logit_difference"] <= EXACT:
             return f"logits differ by {figures['largest_logit_difference']:.1e}, at most {EXACT:.0e} is rounding"
         return None
-    allowed = HALF if level == "half" else FOUR_BIT
+    allowed = _ALLOWED[level]
     if not figures["relative_logit_difference"] <= allowed:
         return f"logits differ by {figures['relative_logit_difference']:.2f} of their spread, at most {allowed} is rounding"
-    if level == "half" and figures["largest_margin_lost"] > 2 * figures["largest_logit_difference"]:
+    if level != "four bit" and figures["largest_margin_lost"] > 2 * figures["largest_logit_difference"]:
         return (
             f"tokens part where the best was {figures['largest_margin_lost']:.2f} ahead, though logits differ by "
             f"{figures['largest_logit_difference']:.2f} at most"

@@ -21,7 +21,7 @@ from pathlib import Path
 from utils.agreement import NEW_TOKENS, Continuations, common_start, larger
 from utils.errors import HardwareError, ModelError
 from utils.llama_cpp import LlamaCpp, LlamaServer
-from utils.project import ROOT
+from utils.project import ROOT, python_path
 from utils.prompts import format_prompt
 from utils.serving import prompt_ids, read_modelfile, render_modelfile
 
@@ -83,7 +83,7 @@ def _call(command: list[str]) -> str:
     answer = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         check=False,
         encoding="utf-8",

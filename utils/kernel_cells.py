@@ -54,11 +54,12 @@ import json, subprocess
 
 from utils.handover import hand_over
 from utils.inputs import adopt_attached
+from utils.project import python_path
 
 RUN_DIR = str(adopt_attached(PROFILE, RUN_DIR))
 settings = [word for key, value in OVERRIDES.items() for word in ("--set", f"{key}={json.dumps(value)}")]
 command = [sys.executable, "-m", "utils", "run", "--profile", PROFILE, "--run-dir", RUN_DIR, *settings]
-environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+environment = {**os.environ, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
 with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as series:
     for line in series.stdout:
         print(line, end="")
@@ -88,6 +89,7 @@ install_missing()  # on Kaggle and Colab only: what the pins ask for and the ima
 """
 SINGLE_ADOPT = """
 from utils.inputs import adopt_attached
+from utils.project import python_path
 
 RUN_DIR = str(adopt_attached(PROFILE, RUN_DIR))  # goes on with the earlier notebooks' output, where one is attached
 """

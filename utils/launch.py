@@ -32,11 +32,11 @@ from utils.errors import ConfigError, Interrupted, TrainingError, UserError
 from utils.files import write_json, write_text
 from utils.interruption import StopRequest
 from utils.platforms import gpu_ids, local_rank, processes, resolve_hardware
-from utils.project import ROOT
+from utils.project import ROOT, python_path
 from utils.rundir import open_run
 from utils.stage_run import StageRun
 from utils.stages import BY_NAME
-from utils.workers import PARENT, end_with_parent, python_path
+from utils.workers import PARENT, end_with_parent
 
 RECIPE, SUMMARY, _ERROR, _LOG = (
     f"training/{name}" for name in ("recipe.py", "summary.json", "error.json", "launch.log")

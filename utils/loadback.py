@@ -20,7 +20,7 @@ from utils.errors import ModelError
 from utils.files import write_json
 from utils.memory import free_memory
 from utils.models import guard_tokenizer, load_plain, prepare_device
-from utils.project import ROOT
+from utils.project import ROOT, python_path
 from utils.settings import Config
 
 
@@ -38,7 +38,7 @@ def answer_elsewhere(
         shutil.copy(reference, task.with_name("reference.safetensors"))
         write_json(task, {"config": config.model_dump(mode="json"), "exports": dict(exports), "prompts": list(prompts)})
         command = [sys.executable, "-m", "utils.loadback", str(task)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if answer.returncode:
             last = (answer.stderr.strip().splitlines() or ["no message"])[-1][:300]

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.determinism import threads
 from utils.errors import ModelError
 from utils.platforms import GIB, require_disk
 from utils.progress import Progress
@@ -105,22 +106,19 @@ def merge_shards(base: Path, lora: Lora, target: Path, workers: int | None = Non
     Raises ModelError where the adapter does not fit the base, the base is quantised, or a weight is not finite, and
     HardwareError where the disk is too small.
     """
-    import torch
-
     shards = find_shards(base)
     check_fit(lora, shards, base)
     size = sum(shard.size for shard in shards)
     require_disk(target, size / GIB + 0.05, "The merged model")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # blocks are the parallelism; and a sum's order must not depend on the threads
-    try:
-        count = sum(len(shard.tensors) for shard in shards)
-        with Progress("merging", count, "tensor") as bar, ThreadPoolExecutor(workers or _processors()) as pool:
-            largest = max(_merge_shard(shard, lora, target, pool, bar) for shard in shards)
-        if (base / INDEX).exists():
-            (target / INDEX).write_bytes((base / INDEX).read_bytes())
-    finally:
-        torch.set_num_threads(before)
+    count = sum(len(shard.tensors) for shard in shards)
+    with (
+        threads(1),  # blocks are the parallelism
+        Progress("merging", count, "tensor") as bar,
+        ThreadPoolExecutor(workers or _processors()) as pool,
+    ):
+        largest = max(_merge_shard(shard, lora, target, pool, bar) for shard in shards)
+    if (base / INDEX).exists():
+        (target / INDEX).write_bytes((base / INDEX).read_bytes())
     return Merged(len(lora.factors), size, largest)
 
 

@@ -27,6 +27,11 @@ def command() -> str:
     return f"{short} -m utils"
 
 
+def python_path() -> str:
+    """PYTHONPATH for a process of ours: this checkout first, then what was there."""
+    return os.pathsep.join([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+
+
 def runs_dir() -> Path:
     """Where run directories go by default: Kaggle saves only /kaggle/working."""
     working = KAGGLE / "working"

@@ -28,7 +28,7 @@ from utils.settings import Config
 from utils.stage_run import StageRun
 
 FILE = "training/fit.json"
-_UPDATES = 2  # of one trial; the first warms up
+_UPDATES = 3  # of one trial; the first warms up, of the others the faster one counts
 _SPARE_GIB = 0.25  # packs differ in how many documents they hold, and so a little in memory: a trial knows one kind
 
 
@@ -73,25 +73,30 @@ class Stopwatch(TrainerCallback):
 
 
 class TrialWatch(Stopwatch):
-    """A stopwatch that also knows when each update's first micro-batch was done; for short runs, since it waits for it."""
+    """A stopwatch that also times each update's second micro-batch; for short runs, since the GPU is waited for."""
 
     def __init__(self, trainer):
         super().__init__(trainer)
-        self.firsts: list[float] = []
+        self.seconds_of_second: list[float] = []  # one for each update that has a second micro-batch
+        self._first_ended: float | None = None
 
     def on_substep_end(self, args, state, control, **_):
-        if len(self.firsts) == len(self.ends):
+        _wait_for_gpu()
+        self._first_ended = time.monotonic()
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        if self._first_ended is not None:
             _wait_for_gpu()
-            self.firsts.append(time.monotonic())
+            self.seconds_of_second.append(time.monotonic() - self._first_ended)
 
     def speed_of(self, accumulate: int, tried: int) -> float:
-        """Tokens per second of an update of `accumulate` micro-batches, from the last update, which had `tried`.
+        """Tokens per second of an update of `accumulate` micro-batches, from the fastest update of `tried` (one or two).
 
-        The optimizer's step comes once in an update: without this, an update cut short would count it too often.
+        What comes once in an update (the optimizer's step, logging) would count too often in one that is cut short.
         """
-        seconds, tokens = self.ends[-1] - self.ends[-2], self.tokens[-1] / tried
+        seconds, tokens = min(self.seconds()), self.tokens[-1] / tried
         if accumulate > tried:
-            seconds += (accumulate - tried) * (self.firsts[-1] - self.ends[-2])
+            seconds += (accumulate - tried) * min(self.seconds_of_second[1:])
         return accumulate * tokens / seconds
 
 
@@ -218,7 +223,7 @@ def _search(model, tokenizer, config, rows, packed, make_trainer, share, layers,
 
 
 def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, fit: Fit) -> Measured:
-    """Two updates on `rows` (repeated as needed) with at most two micro-batches each; raises DoesNotFit.
+    """A few updates on `rows` (repeated as needed) with at most two micro-batches each; raises DoesNotFit.
 
     Two, since gradients of the first are held while the second is computed.
     """

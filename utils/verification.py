@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-from utils.agreement import EXACT, FOUR_BIT, HALF, Continuations, Level, compare, continue_greedily, judge
+from utils.agreement import BFLOAT16, EXACT, FOUR_BIT, HALF, Continuations, Level, compare, continue_greedily, judge
 from utils.bases import Base, find_base
 from utils.disk import writing
 from utils.errors import ModelError, RunDirError
@@ -82,7 +82,8 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
     four_bit, revision = config.model.load_in_4bit, config.model.revision
     exact = not four_bit and torch_dtype(config).itemsize == 4 and _same_machine(run)
     tasks = {"adapter": _task(folders["adapter"], model_source(config), revision, four_bit)}
-    level: Level = "exact" if exact else "half"
+    half: Level = "bfloat16" if str(torch_dtype(config)) == "torch.bfloat16" else "half"
+    level = "exact" if exact else half
     against: dict[str, tuple[str, Level]] = {"adapter": ("reference", level)}
     if "merged" in folders:
         base = find_base(config)
@@ -90,7 +91,7 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
             against["merged"] = ("reference", level)
         elif _fits(run, folders["merged"]):
             tasks["adapter_on_16_bit"] = _task(folders["adapter"], str(base.folder), None, False, follows=None)
-            against["merged"] = ("adapter_on_16_bit", "half")
+            against["merged"] = ("adapter_on_16_bit", half)
         else:
             against["merged"] = ("reference", "four bit")
         leader, judged = against["merged"]
@@ -182,7 +183,12 @@ def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, di
         files |= {f"export/{name}": value for name, value in digests(record_files(folder.parent, (kind,))).items()}
     record = {
         "folders": {kind: str(place(run, folder)) for kind, folder in folders.items()},
-        "tolerances": {"exact, largest": EXACT, "half, relative": HALF, "four bit, relative": FOUR_BIT},
+        "tolerances": {
+            "exact, largest": EXACT,
+            "half, relative": HALF,
+            "bfloat16, relative": BFLOAT16,
+            "four bit, relative": FOUR_BIT,
+        },
         "agreement": figures,
         "files": files,
     }

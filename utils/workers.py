@@ -21,7 +21,7 @@ from utils.answers import Question, arm_digest, load_questions
 from utils.files import write_json
 from utils.platforms import gpu_ids, processes
 from utils.progress import VARIABLE
-from utils.project import ROOT
+from utils.project import ROOT, python_path
 from utils.rundir import RunDir, open_run
 
 _ADAPTER = "training/adapter"
@@ -97,11 +97,6 @@ def answer_share(run_dir: str, arm: str, number: int) -> None:
     print(f"{len(listed)} questions on device {place}", flush=True)
     path = share_path(run.file(f"{arm}/answers.jsonl"), number)
     answer_questions(model, tokenizer, [questions[i] for i in listed], run.config.generate, path, arm_digest(run, arm))
-
-
-def python_path() -> str:
-    """PYTHONPATH for a process of ours: this checkout first, then what was there."""
-    return os.pathsep.join([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 
 
 def end_with_parent() -> None:

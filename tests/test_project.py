@@ -1,0 +1,29 @@
+"""Where things are, and what a process of ours is told about it."""
+
+from __future__ import annotations
+
+import ast
+import os
+
+from utils import kernel_cells, project
+from utils.project import ROOT
+
+
+def test_a_process_finds_what_this_one_finds(monkeypatch):
+    """Dropping PYTHONPATH cost the second GPU, and on another machine the check of the exports."""
+    monkeypatch.setenv("PYTHONPATH", f"/somewhere{os.pathsep}{os.pathsep}/else")
+    assert project.python_path().split(os.pathsep) == [str(ROOT), "/somewhere", "/else"]
+
+
+def test_no_process_is_started_with_a_path_of_its_own_making():
+    """Every environment that names PYTHONPATH takes it from python_path(), in the pushed kernel's cells too."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "utils").glob("*.py")}
+    named = 0
+    for name, source in {**sources, "the cell RUN": kernel_cells.RUN}.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Dict):
+                for key, value in zip(node.keys, node.values, strict=True):
+                    if isinstance(key, ast.Constant) and key.value == "PYTHONPATH":
+                        named += 1
+                        assert ast.unparse(value) == "python_path()", f"{name}, line {value.lineno}"
+    assert named >= 5
