@@ -84,6 +84,7 @@ class Kernels:
                 on_cell_executed=self._end_cell,
             )
         finally:
+            self._end_kernel()
             self._manager, self._executing = None, False
         self.check()
 
@@ -98,6 +99,14 @@ class Kernels:
 
     def _end_cell(self, **_: Any) -> None:
         self._executing = False
+
+    def _end_kernel(self) -> None:
+        """nbclient leaves a kernel behind that is interrupted before it was ready."""
+        provisioner = self._manager.provisioner if self._manager else None
+        if provisioner is not None and provisioner.process is not None and provisioner.process.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(provisioner.pgid, signal.SIGKILL)
+            provisioner.process.wait()
 
     def _forward(self) -> None:
         if self._manager is None:

@@ -165,7 +165,7 @@ def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -
         if left["kind"] == _AGAIN:
             return False
         raise getattr(errors, left["kind"], TrainingError)(left["message"])
-    if stop.asked:
+    if stop.asked and (status or "--trial" in command):
         raise Interrupted("Training was asked to stop; run 03 again, it goes on from its last checkpoint.")
     if status:
         lines = run.file(_LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
@@ -178,10 +178,9 @@ def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -
 
 def _ask_to_stop(launcher: int) -> None:
     """SIGINT for each training process, which then stops with a checkpoint; a trial, which has none to write, just ends."""
-    started = psutil.Process(launcher)
-    alone = "--trial" in started.cmdline()
-    for process in [started] if alone else started.children():
-        with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(launcher)
+        for process in [started] if "--trial" in started.cmdline() else started.children():
             process.send_signal(signal.SIGINT)
 
 

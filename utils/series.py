@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from utils.deadline import Deadline, note_start
 from utils.disk import disk_error
 from utils.errors import Interrupted, SessionOver, UserError
 from utils.kernels import Kernels
+from utils.live_line import LiveLine
 from utils.lock import release_lock, take_lock
 from utils.progress import VARIABLE
 from utils.project import ROOT, command
@@ -191,7 +191,7 @@ def run_stage(run: RunDir, stage: Stage, console: Console, kernels: Kernels) -> 
     """Execute one notebook into report/notebooks/; raises SeriesFailed."""
     output = executed_dir(run) / f"{stage.name}.ipynb"
     parameters = {"PROFILE": run.config.profile, "RUN_DIR": str(run.path), "OVERRIDES": run.overrides}
-    with tempfile.TemporaryDirectory() as scratch, _LiveLine(console, stage, Path(scratch) / "progress.json") as line:
+    with tempfile.TemporaryDirectory() as scratch, LiveLine(console, stage, Path(scratch) / "progress.json") as line:
         os.environ[VARIABLE] = str(line.file)
         os.environ["SERIES_ROOT"] = str(ROOT)
         try:
@@ -261,48 +261,3 @@ def _summarise(run: RunDir, console: Console, seconds: float) -> None:
     again = f"{command()} run --profile {run.config.profile} --run-dir {run.path} --set KEY=VALUE"
     console.print(f"[dim]{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {escape(again)}[/dim]",
                   highlight=False, soft_wrap=True)  # fmt: skip
-
-
-class _LiveLine:
-    """One line for a stage: redrawn on a terminal, printed at start and end elsewhere."""
-
-    def __init__(self, console: Console, stage: Stage, file: Path):
-        self.console, self.stage, self.file = console, stage, file
-        self._stop = threading.Event()
-
-    def __enter__(self) -> _LiveLine:
-        self.started = time.monotonic()
-        self._status = self.console.status(self._text()) if self.console.is_terminal else None
-        if self._status:
-            self._status.start()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._status:
-            self._status.stop()
-        mark = "[red]✗[/red]" if kind else "[green]✓[/green]"
-        spent = time.monotonic() - self.started
-        self.console.print(f"{mark} {self.stage.number} {self.stage.title}  [dim]{spent:.0f} s[/dim]", highlight=False)
-
-    def _text(self) -> str:
-        text = f"{self.stage.number} {self.stage.title}  [dim]{time.monotonic() - self.started:.0f} s[/dim]"
-        try:
-            state = json.loads(self.file.read_text())
-            share = f"{state['done']}/{state['total']}"
-            text += f"  {escape(state['description'])} {share}  [dim]{escape(str(state['note']))}[/dim]"
-        except (OSError, ValueError):
-            pass  # the kernel is still importing
-        return text
-
-    def _watch(self) -> None:
-        last = time.monotonic()
-        while not self._stop.wait(0.25):
-            if self._status:
-                self._status.update(self._text())
-            elif time.monotonic() - last > 30:  # a log file gets a line every half minute, not a spinner
-                last = time.monotonic()
-                self.console.print("  " + self._text(), highlight=False)

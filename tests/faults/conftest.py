@@ -52,14 +52,12 @@ def record_fault(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Path:
+def small_run(shared_folder: Path, embedded_model: Path) -> Path:
     """An undisturbed run of the small demo, one for all processes of pytest-xdist; read it, never write to it."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
-    path = shared / "undisturbed"
-    with FileLock(shared / "undisturbed.lock"):
-        if not (shared / "undisturbed.done").exists():
+    path, done = shared_folder / "undisturbed", shared_folder / "undisturbed.done"
+    with FileLock(shared_folder / "undisturbed.lock"):
+        if not done.exists():
             series = SeriesProcess(path)
             assert series.wait() == 0, series.output
-            (shared / "undisturbed.done").touch()
+            done.touch()
     return path

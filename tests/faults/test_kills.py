@@ -29,7 +29,7 @@ def test_killed_in_every_stage_and_run_again_it_ends_with_the_same_bits(small_ru
         there = series.wait_until(number, random_moment.uniform(0, seconds + START))
         assert there, f"it ended before it could be killed in {number}:\n{series.output}"
         kills.append((series.place, series.kill()))
-        if way in ("moved", "copied"):
+        if way in ("moved", "copied") and path.exists():  # it may have been killed before it made it
             old, path = path, tmp_path / f"run-{number}"
             subprocess.run(
                 ["mv" if way == "moved" else "cp", *(["-r"] if way == "copied" else []), old, path], check=True

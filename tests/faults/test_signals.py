@@ -8,6 +8,7 @@ import re
 import signal
 import time
 
+import psutil
 import pytest
 
 from tests.faults.series_process import SeriesProcess, results, stage_seconds
@@ -18,6 +19,7 @@ SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 def ask(series: SeriesProcess, number: signal.Signals) -> None:
     """Ctrl-C reaches the foreground process group, SIGTERM the process that was started."""
+    series.at_work = series.everybody()
     if number == signal.SIGINT:
         os.killpg(series.process.pid, number)
     else:
@@ -33,7 +35,7 @@ def stopped_well(series: SeriesProcess, number: signal.Signals) -> str:
         "line": f"--run-dir {series.path} --from {state['stage'][:2]}" in series.lines[-1],
         "state": state["state"] == "continue" and state["kind"] == "Interrupted",
         "no stack": "Traceback" not in series.output and "KeyboardInterrupt" not in series.output,
-        "nobody left": not [one for one in series.everybody() if one.is_running()],
+        "nobody left": not [one for one in series.at_work if one.is_running() and one.status() != psutil.STATUS_ZOMBIE],
     }
     wrong = [name for name, well in found.items() if not well]
     return f"{', '.join(wrong)}; {status}:\n{series.output}" if wrong else ""

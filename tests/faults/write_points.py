@@ -16,6 +16,7 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 
@@ -116,6 +117,17 @@ def execute(stage: Stage, run: Path) -> None:
         exec(compile(cell.source, f"<{stage.name}>", "exec"), names)
 
 
+def load_back_here() -> None:
+    """05 loads its exports in a fresh process, whose imports would take longer than everything else here."""
+    from utils import loadback
+
+    def run(command: list[str], **_) -> SimpleNamespace:
+        loadback.main(Path(command[-1]))
+        return SimpleNamespace(returncode=0)
+
+    loadback.subprocess = SimpleNamespace(run=run)
+
+
 def drive(run: Path) -> None:
     """What the driver writes itself, where every stage is done."""
     from rich.console import Console
@@ -194,6 +206,7 @@ def import_all() -> None:
 
 def main(source: Path, number: str, scratch: Path, again: bool) -> None:
     import_all()
+    load_back_here()
     stage = None if number == "driver" else find_stage(number)
     base = scratch / "base"
     if stage:
