@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_SURROGATE = r"\\u[dD][89a-fA-F]"
 
 
 @contextmanager
@@ -52,6 +55,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, written atomically; NaN is refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that `text` holds.
+
+    Raises ValueError for whatever is no JSON, for nesting without end, and for half of a character (a lone surrogate such
+    as \\ud800), which no file could be written with again.
+    """
+    try:
+        value = json.loads(text)
+        if re.search(_SURROGATE if isinstance(text, str) else _SURROGATE.encode(), text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a character; save the file as UTF-8") from None
+    return value
 
 
 def sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ import pandas as pd
 import yaml
 
 from utils import errors
+from utils.config import parse_yaml
 from utils.errors import ConfigError, TrainingError, UserError
 from utils.files import write_json, write_text
 from utils.platforms import gpu_ids, local_rank, processes, resolve_hardware
@@ -81,7 +82,7 @@ def processes_that_divide(run: StageRun) -> int:
 def _processes_in(path: Path) -> int:
     """num_processes of accelerate's configuration file: those of all machines."""
     try:
-        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"])
+        return int(parse_yaml(path.read_text(encoding="utf-8"))["num_processes"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         raise ConfigError(
             f"hardware.accelerate_config={path} names no num_processes; write the file with `accelerate config`."

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from utils.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
-from utils.config import load_config
+from utils.config import expand_home, is_there, load_config
 from utils.credentials import known_values
 from utils.errors import InfrastructureError, KaggleError
 from utils.kaggle_api import FINISHED, Kaggle, page
@@ -98,7 +98,7 @@ def _is_local(key: str, value: Any) -> bool:
         return False
     if key.endswith(".path") or key == "hardware.accelerate_config":
         return True
-    return key in ("model.name", "export.base") and Path(str(value)).expanduser().exists()
+    return key in ("model.name", "export.base") and is_there(expand_home(str(value), key))
 
 
 def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:

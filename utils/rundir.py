@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from utils.config import absolute_overrides, load_config
+from utils.config import absolute_overrides, expand_home, is_there, load_config
 from utils.errors import RunDirError, StageOrderError
 from utils.files import digests, fingerprint, record_files, sha256, write_json, write_text
 from utils.platforms import (
@@ -93,7 +93,7 @@ class RunDir:
             files = [("data", self.config.data.path), ("benchmark", self.config.evaluate.benchmark.path)]
             files += [(f"benchmark {i}", s.path) for i, s in enumerate(self.config.evaluate.more_benchmarks, start=2)]
             for label, path in files:
-                if path is not None and path.exists():
+                if path is not None and is_there(path):
                     values[f"{label} file"] = fingerprint(path)
         if "model" in values:
             folder = Path(self.config.model.name)
@@ -205,7 +205,7 @@ def open_run(
     if not run_dir:
         profile = default_profile() if profile == "auto" else profile
         run_dir = runs_dir() / profile
-    path = Path(run_dir).expanduser().resolve()
+    path = expand_home(run_dir, "RUN_DIR").resolve()
     manifest = read_manifest(path)
     if profile == "auto":
         profile = manifest.get("profile") or default_profile()
