@@ -26,7 +26,7 @@ from utils.config import load_config
 from utils.files import write_json
 from utils.platforms import gpus, installed
 from utils.prompts import format_prompt, format_row
-from utils.rundir import StageRun
+from utils.stage_run import StageRun
 from utils.stages import BY_NAME
 
 SEEDS = (1, 2, 3)

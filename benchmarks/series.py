@@ -24,8 +24,8 @@ import pandas as pd
 import typer
 
 from utils.files import write_json
+from utils.manifest import read_manifest
 from utils.platforms import gpus, installed
-from utils.rundir import read_manifest
 from utils.stages import STAGES
 
 _SMALL = {

@@ -59,7 +59,7 @@ def settings_of(name: str, standin: Path) -> tuple[str, dict]:
 def prepare(name: str, standin: Path, rows: Path, run_dir: Path, count: int):
     """(run, model, tokenizer, rows, make_trainer) of a case, with LoRA, as notebook 03 has them."""
     from benchmarks.recipe import format_rows, notebook_functions
-    from utils.rundir import StageRun
+    from utils.stage_run import StageRun
     from utils.stages import BY_NAME
 
     profile, settings = settings_of(name, standin)

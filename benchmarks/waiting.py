@@ -21,9 +21,9 @@ import nbformat
 import typer
 
 from utils.files import write_json
+from utils.manifest import read_manifest
 from utils.platforms import installed
 from utils.project import ROOT
-from utils.rundir import read_manifest
 from utils.stages import STAGES, Stage
 
 HEAVY = (

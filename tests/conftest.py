@@ -103,7 +103,8 @@ def training_run(tiny_folder: Path, tmp_path: Path):
     from utils.likelihood import tokenize_row
     from utils.models import load_tokenizer
     from utils.prompts import format_row
-    from utils.rundir import StageRun, open_run
+    from utils.rundir import open_run
+    from utils.stage_run import StageRun
     from utils.stages import BY_NAME
 
     tokenizer = load_tokenizer(tiny_folder)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Answer:
     first: Callable[[], Any] | None = None  # what the server does all the same before it fails
 
 
-class Loopback:
+class Loopback(ABC):
     """A threaded HTTP server. `script[part]` holds answers that come first for addresses that contain `part`."""
 
     def __init__(self):
@@ -117,8 +118,9 @@ class Loopback:
     def address(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
+    @abstractmethod
     def respond(self, request: Received) -> Answer:
-        raise NotImplementedError
+        """What this server answers."""
 
     def calls(self, part: str) -> list[Received]:
         return [request for request in self.received if part in request.path]

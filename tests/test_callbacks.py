@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from utils.callbacks import HealthCallback, RecomputeCallback, transformer_layers
+from utils import training
+from utils.callbacks import HealthCallback, ProgressCallback, RecomputeCallback
 from utils.errors import TrainingError
+from utils.models import transformer_layers
+from utils.project import ROOT
 
 
 def logged(health: HealthCallback, step: int, **logs) -> dict:
@@ -71,3 +76,49 @@ def test_the_first_layers_recompute_whatever_was_switched_on_before(tiny_model, 
     ids = torch.arange(8).unsqueeze(0)
     model.train()(input_ids=ids, labels=ids).loss.backward()
     assert runs == [2 if number < count else 1 for number in range(2)]
+
+
+@pytest.mark.parametrize("due", [0, 1])
+def test_all_processes_stop_when_the_first_ones_clock_says_so(tmp_path, due):
+    """Clocks differ by a little: whoever stopped alone would leave the others waiting for it."""
+    source = f"""
+import sys
+from torch import distributed
+from utils.callbacks import _decided_together
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
+print(_decided_together(rank == {due}))
+distributed.destroy_process_group()
+"""
+    start = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", source, str(rank)], **start) for rank in (0, 1)]
+    said = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert said == [str(due == 0)] * 2
+
+
+def test_the_bar_is_closed_where_training_ends_by_an_error(monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, *_):
+            self.closed = False
+            bars.append(self)
+
+        def update(self, *_, **__):
+            pass
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr("utils.callbacks.Progress", Bar)
+    bar = ProgressCallback()
+
+    def train(resume_from_checkpoint):
+        bar.on_train_begin(None, SimpleNamespace(max_steps=3, global_step=0), None)
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    trainer = SimpleNamespace(train=train, callback_handler=SimpleNamespace(callbacks=[HealthCallback(), bar]))
+    assert training._train(trainer, None) is False and [one.closed for one in bars] == [True]
+    early = SimpleNamespace(train=lambda **_: 1 / 0, callback_handler=SimpleNamespace(callbacks=[ProgressCallback()]))
+    with pytest.raises(ZeroDivisionError):  # an error before the first step hides behind no other
+        training._train(early, None)

@@ -22,14 +22,14 @@ HOURS = st.floats(min_value=0.01, max_value=100)
 
 def test_eight_hours_end_ten_minutes_early():
     eight = Deadline(started=0.0, max_hours=8)
-    assert eight.hours_left(now=0.0) == pytest.approx(8 - RESERVE_S / 3600)
+    assert eight.seconds_left(now=0.0) == pytest.approx(8 * 3600 - RESERVE_S)
     assert not eight.is_due(now=8 * 3600 - RESERVE_S - 1) and eight.is_due(now=8 * 3600 - RESERVE_S)
     assert eight.is_due(now=7 * 3600, next_s=3600) and not eight.is_due(now=7 * 3600, next_s=2999)
 
 
 def test_without_a_limit_it_is_never_due():
     never = Deadline(started=0.0)
-    assert never.hours_left(now=1e12) == math.inf and not never.is_due(now=1e12, next_s=1e9)
+    assert never.seconds_left(now=1e12) == math.inf and not never.is_due(now=1e12, next_s=1e9)
 
 
 @given(hours=HOURS, spent=st.floats(min_value=0, max_value=200), step=st.floats(min_value=0, max_value=36_000))

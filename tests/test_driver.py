@@ -9,7 +9,8 @@ from rich.console import Console
 
 from utils import series
 from utils.files import write_text
-from utils.rundir import open_stage, read_manifest
+from utils.manifest import read_manifest
+from utils.stage_run import open_stage
 
 
 @pytest.fixture

@@ -44,6 +44,11 @@ def same(one, other) -> bool:
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
+def close(one, other) -> bool:
+    a, b = adapter(one), adapter(other)
+    return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() < 1e-3 for name in a)
+
+
 def killed_on_the_way(run, processes: int, seed: int) -> int:
     """Start the training by hand, kill -9 all of it at a random moment after the first checkpoint; which was the last."""
     command = [sys.executable, "-m", "utils.launch", str(run.path)]
@@ -172,8 +177,7 @@ def test_out_of_memory_in_the_middle_goes_on_from_the_last_checkpoint(training_r
     assert list(pd.read_csv(run.file("training/log.csv"))["step"]) == list(range(1, 13))
     undisturbed = training_run("undisturbed")
     train(undisturbed, *recipe)
-    a, b = adapter(run), adapter(undisturbed)
-    assert all((a[name] - b[name]).abs().max() < 1e-3 for name in a)
+    assert close(run, undisturbed)
 
 
 def test_out_of_memory_at_the_start_begins_again_with_the_first_weights(training_run, recipe, tmp_path, monkeypatch):
@@ -182,8 +186,7 @@ def test_out_of_memory_at_the_start_begins_again_with_the_first_weights(training
     train(run, *out_of_memory_once(recipe, tmp_path))
     undisturbed = training_run("undisturbed", train__save_steps=100)
     train(undisturbed, *recipe)
-    a, b = adapter(run), adapter(undisturbed)
-    assert all((a[name] - b[name]).abs().max() < 1e-3 for name in a)
+    assert close(run, undisturbed)
 
 
 def test_two_machines_by_accelerates_own_configuration_files(training_run, recipe):
@@ -209,8 +212,7 @@ def test_two_machines_by_accelerates_own_configuration_files(training_run, recip
     assert json.loads(run.file(SUMMARY).read_text())["figures"]["processes"] == 2
     alone = training_run("alone")
     train(alone, *recipe)
-    a, b = adapter(run), adapter(alone)
-    assert all((a[name] - b[name]).abs().max() < 1e-3 for name in a)
+    assert close(run, alone)
 
 
 def test_the_functions_arrive_as_they_stand_in_the_notebook(training_run, recipe):
@@ -273,6 +275,7 @@ def test_sessions_that_end_in_time_lead_to_the_same_adapter_as_one_long_one(trai
             break
         except SessionOver as over:
             stops.append(int(re.search(r"stopped at step (\d+) of 3 with a checkpoint", str(over))[1]))
+        assert list(pd.read_csv(parts.file("training/log.csv"))["step"]) == list(range(1, len(stops) + 1))
     assert stops == [1, 2]
     short = training_run("short", hardware__processes=processes, train__max_steps=3)
     train(short, *recipe)

@@ -10,7 +10,7 @@ from utils.project import ROOT
 
 GROUND = (
     "errors files progress project stages settings config platforms install credentials rundir tracking state "
-    "deadline inputs retry disk".split()
+    "deadline inputs retry disk manifest stage_run determinism".split()
 )
 PURE = (
     "fit demo_data shards serving prompts parsing metrics results statistics verdicts similarity data items split answers "

@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 from tests.loopback import DEAD, Answer
 from utils.errors import HubError
 from utils.files import record_files, write_json, write_text
+from utils.manifest import read_manifest
 from utils.publish import offline_runs, plan_uploads
-from utils.rundir import read_manifest
 from utils.stages import STAGES
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanary1234"

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
-from utils.rundir import StageRun, open_stage
+from utils.stage_run import StageRun, open_stage
 from utils.tracking import Tracker
 
 KEY = "a-wandb-key-of-ours"
@@ -148,7 +148,7 @@ _IN_A_PROCESS_OF_ITS_OWN = """
 import sys, time
 import pandas as pd
 from pathlib import Path
-from utils.rundir import open_stage
+from utils.stage_run import open_stage
 from utils.tracking import Tracker
 
 run = open_stage("00_setup", "demo", sys.argv[1], {"tracking.mode": "auto"})

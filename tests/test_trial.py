@@ -14,7 +14,7 @@ from utils import trial
 from utils.config import load_config
 from utils.errors import HardwareError
 from utils.fit import DoesNotFit, Fit, Measured
-from utils.trial import choose_fit, fall_back, fit_on_file, given_fit, let_go, rows_per_update, run_trial
+from utils.trial import TrialWatch, choose_fit, fall_back, fit_on_file, given_fit, let_go, rows_per_update, run_trial
 
 LOAD, MAKE = notebook_functions()
 
@@ -43,6 +43,30 @@ def test_a_trial_measures_speed_and_a_search_leaves_the_weights_as_they_were(loa
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
     assert fit.per_device_train_batch_size * fit.gradient_accumulation_steps == 4 and len(trials) >= 2
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_trial_counts_the_optimizers_step_once_however_few_of_an_updates_micro_batches_it_takes(loaded):
+    watch = TrialWatch(SimpleNamespace(get_batch_samples=None, add_callback=lambda callback: None))
+    # An update of two micro-batches of 100 tokens: a second each, and half a second for the optimizer.
+    watch.ends, watch.tokens, watch.firsts = [10.0, 12.5], [200, 200], [8.5, 11.0]
+    assert watch.speed_of(2, tried=2) == pytest.approx(200 / 2.5)
+    assert watch.speed_of(8, tried=2) == pytest.approx(800 / 8.5)
+    watch.firsts = []  # of a single one nothing is known, and nothing needed
+    assert watch.speed_of(1, tried=1) == pytest.approx(200 / 2.5)
+
+    run, model, tokenizer, rows = loaded
+    watches = []
+
+    class Kept(TrialWatch):
+        def __init__(self, trainer):
+            super().__init__(trainer)
+            watches.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "TrialWatch", Kept)
+        run_trial(model, tokenizer, run.config, rows.head(1), MAKE, Fit(1, 4, 1))
+    (kept,) = watches
+    assert len(kept.firsts) == len(kept.ends) == 2 and kept.ends[0] < kept.firsts[1] < kept.ends[1]
 
 
 def test_running_out_of_memory_in_a_trial_is_an_answer_and_any_other_error_is_not(loaded):

@@ -92,7 +92,8 @@ def score(run_dir: RunDirArgument) -> None:
 @app.command()
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
-    from utils.rundir import altered_files, require_hardware
+    from utils.manifest import altered_files
+    from utils.stage_run import require_hardware
     from utils.stages import BY_NAME
     from utils.verification import altered_exports, export_folders, verify_exports
 
@@ -148,7 +149,8 @@ for command in (remote.push, remote.collect, remote.publish):
 
 def _existing(run_dir: Path):
     from utils.errors import RunDirError
-    from utils.rundir import open_run, read_manifest
+    from utils.manifest import read_manifest
+    from utils.rundir import open_run
 
     if not read_manifest(run_dir.resolve()):
         raise RunDirError(f"{run_dir} is no run directory (no manifest.json); make one with python -m utils run.")

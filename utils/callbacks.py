@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from utils.deadline import Deadline
 from utils.errors import TrainingError
+from utils.models import transformer_layers
 from utils.platforms import peak_memory
 from utils.progress import Progress
 from utils.tracking import Tracker
@@ -21,6 +22,8 @@ _SCALER_SETTLES = 10  # steps within which fp16's loss scaler finds its scale, s
 class ProgressCallback(TrainerCallback):
     """Draws the bar: step, loss."""
 
+    bar: Progress | None = None
+
     def on_train_begin(self, args, state, control, **_):
         self.bar = Progress("training", state.max_steps, "step")
         self.bar.update(state.global_step)
@@ -30,7 +33,12 @@ class ProgressCallback(TrainerCallback):
         self.bar.update(1, note="" if last is None else f"loss {float(last):.3f}")
 
     def on_train_end(self, args, state, control, **_):
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar where it stands; also where training ended by an error."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class TrackingCallback(TrainerCallback):
@@ -50,6 +58,8 @@ class TrackingCallback(TrainerCallback):
 
 class HealthCallback(TrainerCallback):
     """Watches loss, gradient and fp16's scale: tells a step that was skipped, ends a run that stays non-finite.
+
+    It sees what is logged: every step while train.logging_steps is 1, else the mean of so many.
 
     `scaler` is the trainer's `torch.amp.GradScaler`, or None where nothing is scaled.
     """
@@ -114,9 +124,3 @@ def _decided_together(due: bool) -> bool:
     decision = [due]
     torch.distributed.broadcast_object_list(decision, src=0)
     return decision[0]
-
-
-def transformer_layers(model):
-    """The model's stack of layers, LoRA wrapper or not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model.layers

@@ -18,8 +18,8 @@ from rich.console import Console
 from utils.errors import InfrastructureError, RunDirError
 from utils.files import atomic, sha256, write_text
 from utils.kaggle_api import FINISHED, TIMEOUT_S, Kaggle, explain, page, passes, split_reference
+from utils.manifest import altered_files, read_manifest
 from utils.retry import repeat
-from utils.rundir import altered_files, read_manifest
 from utils.stages import STAGES
 from utils.state import FILE as STATE
 from utils.state import SeriesState, read_state

@@ -65,10 +65,6 @@ class Deadline:
         now = time.time() if now is None else now
         return max(0.0, self.started + 3600 * self.max_hours - self.reserve_s - now)
 
-    def hours_left(self, now: float | None = None) -> float:
-        """`seconds_left` in hours."""
-        return self.seconds_left(now) / 3600
-
     def is_due(self, now: float | None = None, next_s: float = 0.0) -> bool:
         """Whether to stop now, because another `next_s` seconds of work would not fit."""
         return self.seconds_left(now) <= next_s

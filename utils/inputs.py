@@ -14,9 +14,9 @@ from pathlib import Path
 
 from utils.errors import RunDirError
 from utils.files import sha256
+from utils.manifest import read_manifest
 from utils.platforms import default_profile
 from utils.project import KAGGLE, runs_dir
-from utils.rundir import read_manifest
 from utils.state import FILE as STATE
 
 DEPTH = 6  # input/notebooks/OWNER/SLUG/runs/PROFILE

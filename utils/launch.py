@@ -31,14 +31,15 @@ from utils.errors import ConfigError, TrainingError, UserError
 from utils.files import write_json, write_text
 from utils.platforms import gpu_ids, local_rank, processes, resolve_hardware
 from utils.project import ROOT
-from utils.rundir import StageRun, open_run
+from utils.rundir import open_run
+from utils.stage_run import StageRun
 from utils.stages import BY_NAME
 from utils.workers import PARENT, end_with_parent, python_path
 
 RECIPE, SUMMARY, _ERROR, _LOG = (
     f"training/{name}" for name in ("recipe.py", "summary.json", "error.json", "launch.log")
 )
-_AGAIN = 75  # os.EX_TEMPFAIL: memory ran out, a safer fit is on file
+_AGAIN = "OutOfMemory"  # the kind of error after which a safer fit is on file
 
 
 def train(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> dict:
@@ -106,17 +107,19 @@ def read_recipe(run: StageRun) -> tuple[Callable, Callable]:
 
 
 def _launch_until_done(run: StageRun, count: int) -> None:
-    from utils.trial import fit_on_file, wants_trials
+    from utils.trial import FILE, fit_on_file, wants_trials
 
     run.file(SUMMARY).unlink(missing_ok=True)
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
     if fit_on_file(run, rows, count) is None:
-        run.file("training/fit.json").unlink(missing_ok=True)  # every process takes what is there
-    if wants_trials(run.config) and not run.file("training/fit.json").exists():
+        run.file(FILE).unlink(missing_ok=True)  # every process takes what is there
+    if wants_trials(run.config) and not run.file(FILE).exists():
         # Alone, so that a trial which runs out of memory leaves no other process waiting for it.
-        _start(run, [sys.executable, "-m", "utils.launch", str(run.path), "--trial", str(count)], gpu_ids()[:1])
+        _run_to_the_end(
+            run, [sys.executable, "-m", "utils.launch", str(run.path), "--trial", str(count)], gpu_ids()[:1]
+        )
     here = gpu_ids() if run.config.hardware.accelerate_config else gpu_ids()[:count]
-    while _start(run, _command(run, count), here) == _AGAIN:
+    while not _run_to_the_end(run, _command(run, count), here):
         print(_left(run)["message"])
 
 
@@ -130,8 +133,8 @@ def _command(run: StageRun, count: int) -> list[str]:
     return [*launch, "-m", "utils.launch", str(run.path)]
 
 
-def _start(run: StageRun, command: list[str], visible: Sequence[str]) -> int:
-    """Run `command` with its output shown here as it comes; returns 0 or _AGAIN, raises the error that it left."""
+def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -> bool:
+    """Run `command` with its output shown here as it comes; False where memory ran out, raises any other error it left."""
     run.file(_ERROR).unlink(missing_ok=True)
     environment = {**os.environ, PARENT: "1", "PYTHONPATH": python_path()}
     if visible:
@@ -151,10 +154,11 @@ def _start(run: StageRun, command: list[str], visible: Sequence[str]) -> int:
             process.stdin.close()  # upon which each of the processes ends, also those whose launcher was killed
             process.terminate()
             process.wait()
+            process.stdout.close()
     if status and run.file(_ERROR).exists():
         left = _left(run)
         if left["kind"] == _AGAIN:
-            return _AGAIN
+            return False
         raise getattr(errors, left["kind"], TrainingError)(left["message"])
     if status:
         lines = run.file(_LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
@@ -162,7 +166,7 @@ def _start(run: StageRun, command: list[str], visible: Sequence[str]) -> int:
             f"A training process ended with status {status}; read {run.file(_LOG)} ({lines[-1][:200]}) and run 03 again, "
             "it goes on from its last checkpoint."
         )
-    return 0
+    return True
 
 
 def _left(run: StageRun) -> dict:

@@ -18,7 +18,8 @@ from typing import Any
 from utils.agreement import Continuations, continue_greedily, follow
 from utils.errors import ModelError
 from utils.files import write_json
-from utils.models import free_memory, guard_tokenizer, load_plain, prepare_device
+from utils.memory import free_memory
+from utils.models import guard_tokenizer, load_plain, prepare_device
 from utils.project import ROOT
 from utils.settings import Config
 

@@ -13,7 +13,6 @@ from typing import Any
 from utils.credentials import share_hub_token
 from utils.decoding import speed_up_unsloth
 from utils.errors import HardwareError, ModelError
-from utils.memory import free_memory as free_memory  # export takes it from here
 from utils.packing import keep_documents_apart
 from utils.platforms import GIB, gpu_ids, local_rank, resolve_hardware
 from utils.settings import EMBEDDED, Config
@@ -221,13 +220,19 @@ def is_unsloth(model) -> bool:
     return getattr(base, "loaded_through_unsloth", False)
 
 
+def transformer_layers(model):
+    """The model's stack of layers, LoRA wrapper or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.model.layers
+
+
 def count_fused_layers(model) -> dict[str, int] | None:
     """How many layers run unsloth's fused LoRA kernels (qkv, o, mlp), all layers being the goal; None without it."""
     if not is_unsloth(model):
         return None
     from unsloth.kernels import apply_lora_mlp_swiglu, apply_lora_o, apply_lora_qkv
 
-    layers = model.get_base_model().model.layers
+    layers = transformer_layers(model)
     return {
         "layers": len(layers),
         "qkv": sum(layer.self_attn.apply_qkv is apply_lora_qkv for layer in layers),

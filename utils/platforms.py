@@ -20,7 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 from packaging.requirements import Requirement
 
 from utils.errors import HardwareError, PinError, RunDirError
@@ -129,15 +128,6 @@ def resolve_hardware(hardware: HardwareSection) -> dict[str, str]:
 def memory_gib() -> float:
     """This machine's main memory in GiB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-
-
-def require_memory(needed_gib: float, purpose: str, instead: str) -> None:
-    """Raise HardwareError with both numbers where less than `needed_gib` of main memory is to be had."""
-    available = psutil.virtual_memory().available / GIB
-    if available < needed_gib:
-        raise HardwareError(
-            f"{purpose} needs {needed_gib:.1f} GiB of main memory; found {available:.1f} GiB available. {instead}"
-        )
 
 
 def hub_cache() -> Path:

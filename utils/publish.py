@@ -18,9 +18,9 @@ from typing import Any
 from utils.credentials import Secret
 from utils.errors import HubError, InfrastructureError
 from utils.files import sha256
+from utils.manifest import read_manifest
 from utils.project import command
 from utils.retry import describe, repeat, status_of
-from utils.rundir import read_manifest
 from utils.stages import BY_NAME, ancestors
 
 KINDS = ("adapter", "merged")

@@ -122,7 +122,7 @@ def publish(
     """Upload a run to the Hub and its offline tracking to wandb, from where the tokens are."""
     from utils import publish as publishing
     from utils.credentials import find_secret
-    from utils.rundir import read_manifest
+    from utils.manifest import read_manifest
 
     run_dir = run_dir.resolve()
     if not read_manifest(run_dir):

@@ -7,34 +7,19 @@ again, while its settings, inputs, outputs and notebook are those on record.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from utils.config import absolute_overrides, expand_home, is_there, load_config
-from utils.errors import RunDirError, StageOrderError
-from utils.files import digests, fingerprint, record_files, sha256, write_json, write_text
-from utils.platforms import (
-    CUDA_STACK,
-    STACK,
-    default_profile,
-    hub_cache,
-    installed,
-    peak_memory,
-    quiet_libraries,
-    require_disk,
-    require_gpu,
-    resolve_hardware,
-)
-from utils.project import embedded_fingerprint, runs_dir, source_digest
+from utils.errors import RunDirError
+from utils.files import digests, fingerprint, record_files, write_json, write_text
+from utils.manifest import notebook_digest, read_manifest
+from utils.platforms import default_profile, require_disk
+from utils.project import embedded_fingerprint, runs_dir
 from utils.settings import EMBEDDED, Config
-from utils.stages import BY_NAME, STAGES, Stage, ancestors
-from utils.state import read_state
+from utils.stages import Stage
 
 _HEADER = "# Written by the series: the settings in force. To change one, edit the profile or pass --set / OVERRIDES.\n"
 
@@ -128,65 +113,6 @@ class RunDir:
         return next(((stage, reason) for stage, reason in reasons if reason), None)
 
 
-@dataclass
-class StageRun(RunDir):
-    """A stage at work: opened by a notebook's first cells, finished by its last."""
-
-    stage: Stage = STAGES[0]
-    started: float = field(default_factory=time.monotonic)
-
-    def pin(self, key: str, value: str | list | None) -> None:
-        """Keep a setting that was found out here, such as the commit behind a Hub id, for every later stage."""
-        if value is not None:
-            self.overrides = {**self.overrides, key: value}
-            self.config = load_config(self.config.profile, self.overrides)
-            self.save()
-            self.write_record(self.stage, **{**self.record(self.stage), "settings": self.settings(self.stage)})
-
-    def finish(self, peak: dict[str, float] | None = None, **figures: float | int | str) -> None:
-        """Hash what was written and mark the stage done; `figures` are kept in the manifest beside it.
-
-        `peak` is the peak memory of the process that did the work, where it was another than this one.
-        """
-        missing = [name for name in self.stage.outputs if not self.file(name).exists()]
-        if missing:
-            raise StageOrderError(
-                f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells, from the first."
-            )
-        record = self.record(self.stage)
-        record.update(
-            state="done",
-            finished=_now(),
-            seconds=round(time.monotonic() - self.started, 1),
-            peak_memory=peak_memory() | (peak or {}),
-            figures=figures,
-            outputs=record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
-        )
-        self.write_record(self.stage, **record)
-        print(f"{self.stage.name} done in {record['seconds']:.0f} s; written to {self.path}:")
-        for name, entry in record["outputs"].items():
-            print(f"  {name}  ({_size(entry['bytes'])})")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the run directory `path`; empty where there is none yet.
-
-    Raises RunDirError where the file is there and cannot be read.
-    """
-    file = path / "manifest.json"
-    if not file.exists():
-        return {}
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or "profile" not in manifest:
-            raise ValueError("no profile")
-        return manifest
-    except (ValueError, OSError) as error:
-        raise RunDirError(
-            f"{file} cannot be read ({error}); restore it, or take a new --run-dir: nothing was changed."
-        ) from None
-
-
 def open_run(
     profile: str = "auto",
     run_dir: str | Path = "",
@@ -227,108 +153,3 @@ def _plain_value(config: Config, dotted: str) -> Any:
     for part in dotted.split("."):
         value = value[part]
     return value
-
-
-def open_stage(
-    name: str, profile: str = "auto", run_dir: str | Path = "", overrides: Mapping[str, Any] | None = None
-) -> StageRun:
-    """Open a stage for work: check what it needs, then mark it as running.
-
-    Raises StageOrderError where an earlier stage has not run or is out of date, HardwareError where the machine lacks
-    what the profile asks for, and what `open_run` raises.
-    """
-    quiet_libraries()
-    stage = BY_NAME[name]
-    run = open_run(profile, run_dir, overrides)
-    require_ancestors(run, stage)
-    require_hardware(run, stage)
-    computed_on = resolve_hardware(run.config.hardware)
-    if name == "04_comparison":
-        _require_same_conditions(run, computed_on)
-    run.save()  # only now that nothing stands against it
-    opened = StageRun(run.path, run.config, run.overrides, stage)
-    opened.write_record(
-        stage,
-        state="running",
-        started=_now(),
-        settings=run.settings(stage),
-        notebook=notebook_digest(stage),
-        sources=source_digest(),
-        versions={package: installed(package) for package in ("torch", *STACK, *CUDA_STACK)},
-        computed_on=computed_on,
-        inputs=record_files(run.path, stage.inputs),
-        outputs={},
-    )
-    return opened
-
-
-def require_ancestors(run: RunDir, stage: Stage) -> None:
-    """Raise StageOrderError unless every stage that this one rests on is done and current."""
-    if found := run.first_stale(ancestors(stage)):
-        needed, reason = found
-        raise StageOrderError(
-            f"{stage.name} needs {needed.name}, but {reason} in {run.path}; run notebooks/{needed.name}.ipynb first, "
-            f"with the same PROFILE and RUN_DIR."
-        )
-
-
-def require_hardware(run: RunDir, stage: Stage) -> None:
-    """Raise HardwareError where this machine lacks what the profile asks for."""
-    hardware, profile = run.config.hardware, run.config.profile
-    if hardware.device == "cuda" and stage.name != "02_dataset_formatting":
-        require_gpu(profile, hardware.min_gpu_memory_gib)
-    if stage.name == "00_setup":
-        require_disk(run.path, hardware.min_disk_gib, f"The profile {profile}")
-        if run.config.model.name != EMBEDDED and not Path(run.config.model.name).is_dir():
-            require_disk(hub_cache(), hardware.min_cache_gib, "The base model's download")
-
-
-def _require_same_conditions(run: RunDir, now: dict[str, str]) -> None:
-    """Both arms must compute alike: another backend or dtype in 04 than in 01 would be compared as fine-tuning."""
-    before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on")
-    if before != now:
-        raise StageOrderError(
-            f"The baseline was answered on {_words(before)}, this is {_words(now)}; run 01_baseline_inference here again, "
-            "so that both arms answer under the same conditions."
-        )
-
-
-def _words(computed_on: dict[str, str] | None) -> str:
-    return ", ".join((computed_on or {}).values())
-
-
-def altered_files(path: Path) -> list[str]:
-    """Rehash every output on record and name those that are missing or differ; an empty list is a clean bill.
-
-    What state.json says stayed in a session's scratch is not missed.
-    """
-    altered, state = [], read_state(path)
-    for record in read_manifest(path).get("stages", {}).values():
-        for name, entry in record.get("outputs", {}).items():
-            file = path / name
-            if not file.is_file():
-                if state is None or not state.left(name):
-                    altered.append(f"{name} is missing")
-            elif sha256(file) != entry["sha256"]:
-                altered.append(f"{name} differs from what was written")
-    return altered
-
-
-def notebook_digest(stage: Stage) -> str:
-    """sha256 over the notebook's cell sources, blind to outputs and ids; empty where it is not beside us."""
-    if not stage.notebook.exists():
-        return ""
-    cells = json.loads(stage.notebook.read_text(encoding="utf-8"))["cells"]
-    return hashlib.sha256("\0".join("".join(cell["source"]) for cell in cells).encode()).hexdigest()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _size(count: int) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

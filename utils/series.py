@@ -26,7 +26,8 @@ from utils.errors import SessionOver, UserError
 from utils.progress import VARIABLE
 from utils.project import ROOT, command
 from utils.report import executed_dir, stale_comparison, write_report
-from utils.rundir import RunDir, open_run, require_ancestors
+from utils.rundir import RunDir, open_run
+from utils.stage_run import require_ancestors
 from utils.stages import STAGES, Stage, find_stage
 from utils.state import SeriesState, write_state
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.credentials import find_secret
-from utils.rundir import StageRun
+from utils.stage_run import StageRun
 
 _INIT_TIMEOUT_S = 20  # wandb itself waits 90 s for a server that does not answer, and then raises
 

@@ -18,7 +18,6 @@ from utils.callbacks import (
     HealthCallback,
     ProgressCallback,
     TrackingCallback,
-    transformer_layers,
 )
 from utils.deadline import Deadline
 from utils.errors import SessionOver, TrainingError
@@ -26,10 +25,10 @@ from utils.figures import draw_loss
 from utils.files import atomic, atomic_folder, digests, record_files, write_json
 from utils.fit import Fit
 from utils.memory import free_memory, is_out_of_memory
-from utils.models import count_fused_layers, torch_dtype
-from utils.platforms import global_rank, peak_memory, resolve_hardware, world_size
-from utils.rundir import StageRun
+from utils.models import count_fused_layers, torch_dtype, transformer_layers
+from utils.platforms import GIB, global_rank, peak_memory, resolve_hardware, world_size
 from utils.settings import Config
+from utils.stage_run import StageRun
 from utils.tracking import Tracker
 from utils.trial import Stopwatch, choose_fit, fall_back, let_go, recompute_as
 
@@ -97,6 +96,8 @@ def _train_to_the_end(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_
                     parameter.copy_(value)
         fit = instead
     if session.is_over:
+        if global_rank() == 0:
+            save_log(training_log(trainer), run)  # for whoever looks at the session's end
         raise SessionOver(
             f"Training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint, because "
             f"{session.deadline.sentence()}; run 03 again in the next session, it goes on from there."
@@ -144,6 +145,10 @@ def _train(trainer, checkpoint: str | None) -> bool:
         if not is_out_of_memory(error):
             raise
         return False
+    finally:  # after an error the trainer does not say that it ended
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.close()
     return True
 
 
@@ -209,6 +214,11 @@ def save_adapter(model, tokenizer, run: StageRun, log: pd.DataFrame) -> None:
     with atomic_folder(run.file("training/adapter")) as folder:
         model.save_pretrained(str(folder), safe_serialization=True)
         tokenizer.save_pretrained(str(folder))
+    save_log(log, run)
+
+
+def save_log(log: pd.DataFrame, run: StageRun) -> None:
+    """training/log.csv."""
     with atomic(run.file("training/log.csv")) as path:
         log.to_csv(path, index=False)
 
@@ -217,7 +227,7 @@ def memory_report() -> str:
     """Memory of this process in one line, before and after training."""
     parts = [f"process {peak_memory()['rss_gib']:.2f} GiB at its peak"]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / 2**30
-        reserved = torch.cuda.max_memory_reserved() / 2**30
+        name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / GIB
+        reserved = torch.cuda.max_memory_reserved() / GIB
         parts.append(f"{name}: {reserved:.2f} of {total:.1f} GiB reserved at the peak")
     return ", ".join(parts)

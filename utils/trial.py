@@ -17,16 +17,17 @@ import pandas as pd
 import torch
 from transformers import TrainerCallback
 
-from utils.callbacks import RecomputeCallback, transformer_layers
+from utils.callbacks import RecomputeCallback
 from utils.errors import HardwareError
 from utils.files import write_json
 from utils.fit import DoesNotFit, Fit, Measured, safer, search
 from utils.memory import free_bytes, free_memory, is_out_of_memory
+from utils.models import transformer_layers
 from utils.platforms import GIB, global_rank, gpus, installed, resolve_hardware, world_size
-from utils.rundir import StageRun
 from utils.settings import Config
+from utils.stage_run import StageRun
 
-_FILE = "training/fit.json"
+FILE = "training/fit.json"
 _UPDATES = 2  # of one trial; the first warms up
 
 
@@ -47,8 +48,7 @@ class Stopwatch(TrainerCallback):
         trainer.add_callback(self)
 
     def on_step_end(self, args, state, control, **_):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _wait_for_gpu()
         self.ends.append(time.monotonic())
 
     def figures(self, run: StageRun) -> dict[str, float]:
@@ -66,9 +66,37 @@ class Stopwatch(TrainerCallback):
         """How long each update after the first took."""
         return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
 
-    def speeds(self, skip: int = 1) -> list[float]:
-        """Tokens per second of each update after the first `skip`."""
-        return [tokens / s for tokens, s in zip(self.tokens[1:], self.seconds(), strict=False)][skip - 1 :]
+    def speeds(self) -> list[float]:
+        """Tokens per second of each update after the first."""
+        return [tokens / s for tokens, s in zip(self.tokens[1:], self.seconds(), strict=False)]
+
+
+class TrialWatch(Stopwatch):
+    """A stopwatch that also knows when each update's first micro-batch was done; for short runs, since it waits for it."""
+
+    def __init__(self, trainer):
+        super().__init__(trainer)
+        self.firsts: list[float] = []
+
+    def on_substep_end(self, args, state, control, **_):
+        if len(self.firsts) == len(self.ends):
+            _wait_for_gpu()
+            self.firsts.append(time.monotonic())
+
+    def speed_of(self, accumulate: int, tried: int) -> float:
+        """Tokens per second of an update of `accumulate` micro-batches, from the last update, which had `tried`.
+
+        The optimizer's step comes once in an update: without this, an update cut short would count it too often.
+        """
+        seconds, tokens = self.ends[-1] - self.ends[-2], self.tokens[-1] / tried
+        if accumulate > tried:
+            seconds += (accumulate - tried) * (self.firsts[-1] - self.ends[-2])
+        return accumulate * tokens / seconds
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _count_tokens(batch: dict) -> int:
@@ -108,44 +136,51 @@ def choose_fit(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer
     layers = len(transformer_layers(model))
     fit, trials = given_fit(config, share, layers), []
     if wants_trials(config) and world_size() == 1:
-        found, trials = _search(model, tokenizer, config, rows, packed, make_trainer, share, layers, world)
-        if found is None:
+        fastest, trials = _search(model, tokenizer, config, rows, packed, make_trainer, share, layers, world)
+        if fastest is None:
             raise HardwareError("A single training row does not fit into GPU memory; lower model.max_seq_length.")
-        fit = found
+        fit = fastest
     if global_rank() == 0:
-        basis = _basis(run, rows, world)
-        found = {"fit": asdict(fit), "world": world, "trials": [asdict(t) for t in trials], "basis": basis}
-        write_json(run.file(_FILE), found)
+        shown = {"trials": [asdict(t) for t in trials], "basis": _basis(run, rows, world)}
+        write_json(run.file(FILE), {"fit": asdict(fit), "world": world, **shown})
     return fit
 
 
 def _as_launched(run: StageRun, world: int) -> Fit | None:
     """The fit that the launcher left, whatever this process's own GPU is: all have to cut an update alike."""
-    known = json.loads(run.file(_FILE).read_text(encoding="utf-8")) if run.file(_FILE).exists() else {}
+    known = _read(run)
     return Fit(**known["fit"]) if known.get("world") == world else None
+
+
+def _read(run: StageRun) -> dict:
+    """What training/fit.json holds; nothing where there is none."""
+    return json.loads(run.file(FILE).read_text(encoding="utf-8")) if run.file(FILE).exists() else {}
+
+
+def _leaves_fit_open(config: Config) -> bool:
+    return config.train.fit == "auto" and config.train.gradient_checkpointing
 
 
 def recompute_as(trainer, config: Config, fit: Fit) -> None:
     """Let the trainer's model recompute the layers that `fit` says, where fits are found by trials."""
-    if config.train.fit == "auto" and config.train.gradient_checkpointing:
+    if _leaves_fit_open(config):
         trainer.add_callback(RecomputeCallback(fit.recompute_layers))
 
 
 def wants_trials(config: Config) -> bool:
     """Whether the configuration leaves the fit to trials, and there is a GPU to try it on."""
-    on_gpu = resolve_hardware(config.hardware)["device"] == "cuda"
-    return config.train.fit == "auto" and config.train.gradient_checkpointing and on_gpu
+    return _leaves_fit_open(config) and resolve_hardware(config.hardware)["device"] == "cuda"
 
 
 def fit_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> Fit | None:
     """What training/fit.json holds for these settings, rows, GPU and number of processes."""
-    known = json.loads(run.file(_FILE).read_text(encoding="utf-8")) if run.file(_FILE).exists() else {}
+    known = _read(run)
     return Fit(**known["fit"]) if known.get("basis") == _basis(run, rows, world) else None
 
 
 def fall_back(run: StageRun, fit: Fit, layers: int) -> Fit:
     """Put a safer fit than `fit`, which ran out of memory, on file and return it; raises HardwareError at the end."""
-    known = json.loads(run.file(_FILE).read_text(encoding="utf-8"))
+    known = _read(run)
     if Fit(**known["fit"]) != fit:  # another process was here first
         return Fit(**known["fit"])
     instead = safer(fit, layers if run.config.train.gradient_checkpointing else fit.recompute_layers)
@@ -154,7 +189,7 @@ def fall_back(run: StageRun, fit: Fit, layers: int) -> Fit:
             f"Training ran out of GPU memory even with {fit}; lower model.max_seq_length, or free the GPU."
         )
     given_up = [*known.get("ran_out_of_memory", []), asdict(fit)]
-    write_json(run.file(_FILE), {**known, "fit": asdict(instead), "ran_out_of_memory": given_up})
+    write_json(run.file(FILE), {**known, "fit": asdict(instead), "ran_out_of_memory": given_up})
     return instead
 
 
@@ -200,7 +235,7 @@ def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
             trainer = make_trainer(model, tokenizer, config, few, fitted, scratch)
             trainer.args.max_steps, trainer.args.save_strategy = _UPDATES, "no"
             trainer.add_callback(RecomputeCallback(fit.recompute_layers))
-            watch = Stopwatch(trainer)
+            watch = TrialWatch(trainer)
             trainer.train()
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -213,7 +248,8 @@ def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
         free_memory(model)
         raise DoesNotFit(str(fit))
     peak = torch.cuda.max_memory_allocated(model.device) / GIB if on_gpu else 0.0
-    return Measured(fit, round(watch.speeds()[-1], 1), round(peak, 2))
+    speed = watch.speed_of(fit.gradient_accumulation_steps, accumulate)
+    return Measured(fit, round(speed, 1), round(peak, 2))
 
 
 def let_go(trainer) -> None:

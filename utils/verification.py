@@ -18,8 +18,9 @@ from utils.files import digests, record_files, sha256, write_json
 from utils.gguf_files import check_folder
 from utils.llama_cpp import find_llama_cpp
 from utils.loadback import answer_elsewhere
+from utils.memory import free_memory
 from utils.merge import Lora, read_lora
-from utils.models import device, free_memory, load_plain, load_tokenizer, model_source, torch_dtype
+from utils.models import device, load_plain, load_tokenizer, model_source, torch_dtype
 from utils.platforms import GIB, gpus, resolve_hardware
 from utils.prompts import format_prompt
 from utils.rundir import RunDir

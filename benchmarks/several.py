@@ -1,0 +1,147 @@
+"""What may not depend on an accident or on the number of GPUs: a training that was killed, and the answers of one or two.
+
+    python -m benchmarks.several --out benchmarks/results/several.json
+
+The demo's model and rows in a T4's arithmetic, on one GPU and, where there are two, on both. For each: notebook 03 without
+disturbance; then again, every process of it killed with SIGKILL at a random moment after its first checkpoint, and `run`
+once more. Beside both logs' losses it compares how far the adapters lie apart. Then notebook 01's answers by one process
+and by two. Without a GPU it is a dry run with two processes on the CPU. About six minutes with two GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import psutil
+import typer
+
+from benchmarks.parity import RECIPES
+from utils.files import write_json
+from utils.platforms import gpus, installed
+
+SEED, UPDATES = 1, 120
+
+
+def settings(processes: int) -> list[str]:
+    """--set of every run: packed training as profile t4 has it, a T4's arithmetic where there is a GPU."""
+    values = {**RECIPES["ours"], "train.max_steps": UPDATES, "train.save_steps": 20, "train.gradient_checkpointing": True,
+              "train.gradient_accumulation_steps": 2, "hardware.processes": processes, "hardware.pins": "report"}  # fmt: skip
+    if gpus():
+        values |= {"hardware.device": "cuda", "hardware.dtype": "float16", "hardware.emulate_t4": True,
+                   "hardware.backend": "unsloth", "train.optim": "adamw_8bit"}  # fmt: skip
+    else:
+        values |= {"train.packing": False, "train.max_steps": 24, "train.save_steps": 4}
+    return [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value).strip(chr(34))}")]
+
+
+def command(run_dir: Path, processes: int, stage: str) -> list[str]:
+    """`python -m utils run` of one stage."""
+    stages = ["--from", stage, "--to", stage]
+    return [sys.executable, "-m", "utils", "run", "--profile", "demo", "--run-dir", str(run_dir), *stages, *settings(processes)]  # fmt: skip
+
+
+def run(run_dir: Path, processes: int, stage: str) -> float:
+    """Run one stage; seconds that it took. Ends this program where the stage failed."""
+    started = time.monotonic()
+    done = subprocess.run(command(run_dir, processes, stage), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{stage} of {run_dir} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return round(time.monotonic() - started, 1)
+
+
+def kill_on_the_way(run_dir: Path, processes: int, wait: float) -> int:
+    """Start notebook 03, kill every process of it `wait` seconds after its first checkpoint; the last checkpoint's step."""
+    started = subprocess.Popen(command(run_dir, processes, "03"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    whole = lambda: list(run_dir.glob("training/checkpoints/*/checkpoint-*/trainer_state.json"))  # noqa: E731
+    while started.poll() is None and not whole():
+        time.sleep(0.01)
+    time.sleep(wait)
+    if started.poll() is not None:
+        raise SystemExit(f"the training in {run_dir} ended before it could be killed")
+    top = psutil.Process(started.pid)
+    for process in [top, *top.children(recursive=True)]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    started.wait()
+    time.sleep(1)  # for the driver of a GPU to let go of its memory
+    return max(int(path.parent.name.split("-")[1]) for path in whole())
+
+
+def resumed(base: Path, place: Path, processes: int, rng: random.Random) -> dict:
+    """One training left alone and one killed and continued, from the same rows: what they ended with."""
+    from safetensors.torch import load_file
+
+    whole, torn = place / f"whole-{processes}", place / f"torn-{processes}"
+    for folder in (whole, torn):
+        shutil.copytree(base, folder)
+    figures: dict = {"seconds_undisturbed": run(whole, processes, "03")}
+    (torn / "training").mkdir(exist_ok=True)  # the same way to compute an update; trials by the clock may end otherwise
+    shutil.copy(whole / "training/fit.json", torn / "training/fit.json")
+    figures["killed_after_checkpoint"] = kill_on_the_way(torn, processes, rng.uniform(0, 2))
+    figures["seconds_after_the_kill"] = run(torn, processes, "03")
+    logs = [pd.read_csv(folder / "training/log.csv").set_index("step")["loss"] for folder in (whole, torn)]
+    adapters = [load_file(folder / "training/adapter/adapter_model.safetensors") for folder in (whole, torn)]
+    fits = [json.loads((folder / "training/fit.json").read_text(encoding="utf-8"))["fit"] for folder in (whole, torn)]
+    return figures | {
+        "updates": [len(log) for log in logs],
+        "fits": fits,
+        "last_losses": [float(log.iloc[-1]) for log in logs],
+        "last_loss_difference": float(abs(logs[0].iloc[-1] - logs[1].iloc[-1])),
+        "largest_loss_difference": float((logs[0] - logs[1]).abs().max()),
+        "largest_weight_difference": max(float((adapters[0][k] - adapters[1][k]).abs().max()) for k in adapters[0]),
+    }
+
+
+def answers(base: Path, place: Path) -> dict:
+    """Notebook 01 by one process and by two: how many answers are the same text."""
+    found, seconds, by = {}, {}, {}
+    for count in (1, 2):
+        folder = place / f"answers-{count}"
+        shutil.copytree(base, folder)
+        seconds[count] = run(folder, count, "01")
+        lines = (folder / "baseline/answers.jsonl").read_text(encoding="utf-8").splitlines()
+        found[count] = {answer["id"]: answer["text"] for answer in map(json.loads, lines)}
+        by[count] = [
+            path.read_text(errors="replace").strip().splitlines() for path in (folder / "workers").glob("*.log")
+        ]
+    same = sum(found[1][name] == found[2].get(name) for name in found[1])
+    return {"questions": len(found[1]), "same": same, "seconds": seconds, "second_process_said": by[2]}
+
+
+def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")]) -> None:
+    """Measure and write OUT, after each part."""
+    evidence: dict = {
+        "what": "the demo's task: killed with SIGKILL and continued against undisturbed; answers by one process and two",
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpu": [gpu.name for gpu in gpus()],
+        "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "trl", "peft", "accelerate")},
+    }
+    counts = (1, 2) if len(gpus()) != 1 else (1,)
+    with tempfile.TemporaryDirectory() as scratch:
+        base, rng = Path(scratch) / "base", random.Random(SEED)
+        for stage in ("00", "02"):
+            run(base, 1, stage)
+        for processes in counts:
+            evidence[f"resume, {processes}"] = resumed(base, Path(scratch), processes, rng)
+            write_json(out, evidence)
+            print(processes, evidence[f"resume, {processes}"], flush=True)
+        if 2 in counts:
+            evidence["answers"] = answers(base, Path(scratch))
+            write_json(out, evidence)
+            print(evidence["answers"], flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,71 @@
+"""The manifest: whole or refused, and what differs from it is named."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from tests.staged import complete, snapshot
+from utils.config import load_config
+from utils.errors import RunDirError
+from utils.files import write_json
+from utils.manifest import altered_files, read_manifest
+from utils.rundir import RunDir, open_run
+from utils.stage_run import open_stage
+from utils.stages import STAGES
+from utils.state import SeriesState, write_state
+from utils.verification import altered_exports
+
+
+def test_files_altered_behind_the_manifests_back_are_named_even_with_their_old_time(tmp_path):
+    run = complete(tmp_path)
+    file = run.file("training/log.csv")
+    time = file.stat().st_mtime_ns
+    file.write_bytes(file.read_bytes().swapcase())
+    os.utime(file, ns=(time, time))
+    run.file("export/README.md").unlink()
+    assert sorted(altered_files(run.path)) == [
+        "export/README.md is missing",
+        "training/log.csv differs from what was written",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"profile": "de', b"", b"[]", b"{}", b"\xff\xfe\x00"],
+    ids=["torn", "empty", "list", "no-profile", "bytes"],
+)
+@pytest.mark.parametrize("opener", [open_run, lambda *a: open_stage("00_setup", *a), lambda *a: read_manifest(a[1])])
+def test_a_damaged_manifest_is_refused_and_left_as_it_is(tmp_path, content, opener):
+    complete(tmp_path, "00")
+    (tmp_path / "manifest.json").write_bytes(content)
+    before = snapshot(tmp_path)
+    with pytest.raises(RunDirError, match=r"manifest.json cannot be read .*nothing was changed"):
+        opener("demo", tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_the_manifest_is_plain_json_that_people_can_read(tmp_path):
+    complete(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    assert list(manifest["stages"]) == [stage.name for stage in STAGES]
+
+
+def test_what_stayed_in_scratch_is_not_missed_and_anything_else_is(tmp_path):
+    names = ("export/merged/model.safetensors", "export/merged_too/model.safetensors")
+    outputs = {name: {"sha256": "0", "bytes": 1, "mtime_ns": 1} for name in names}
+    write_json(tmp_path / "manifest.json", {"profile": "t4", "stages": {"05_export": {"outputs": outputs}}})
+    write_json(
+        tmp_path / "export" / "verify.json",
+        {"folders": {"merged": "export/merged"}, "files": dict.fromkeys(names, "0")},
+    )
+    assert len(altered_files(tmp_path)) == 2
+    write_state(tmp_path, SeriesState(state="done", left_in_scratch={"export/merged": 16_000_000_000}))
+    assert altered_files(tmp_path) == [f"{names[1]} is missing"]
+    run = RunDir(tmp_path, load_config("t4"))
+    assert altered_exports(run) == [f"{names[1]} is missing"]
+    (tmp_path / "export" / "merged").mkdir()
+    (tmp_path / names[0]).write_text("half of it")
+    assert f"{names[0]} differs from what was written" in altered_files(tmp_path)

@@ -1,0 +1,150 @@
+"""A stage at work: what it needs is checked, it is marked as running, and at its end its outputs are put on record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from utils.config import load_config
+from utils.errors import StageOrderError
+from utils.files import record_files
+from utils.manifest import notebook_digest
+from utils.platforms import (
+    CUDA_STACK,
+    STACK,
+    hub_cache,
+    installed,
+    peak_memory,
+    quiet_libraries,
+    require_disk,
+    require_gpu,
+    resolve_hardware,
+)
+from utils.project import source_digest
+from utils.rundir import RunDir, open_run
+from utils.settings import EMBEDDED
+from utils.stages import BY_NAME, STAGES, Stage, ancestors
+
+
+@dataclass
+class StageRun(RunDir):
+    """A stage at work: opened by a notebook's first cells, finished by its last."""
+
+    stage: Stage = STAGES[0]
+    started: float = field(default_factory=time.monotonic)
+
+    def pin(self, key: str, value: str | list | None) -> None:
+        """Keep a setting that was found out here, such as the commit behind a Hub id, for every later stage."""
+        if value is not None:
+            self.overrides = {**self.overrides, key: value}
+            self.config = load_config(self.config.profile, self.overrides)
+            self.save()
+            self.write_record(self.stage, **{**self.record(self.stage), "settings": self.settings(self.stage)})
+
+    def finish(self, peak: dict[str, float] | None = None, **figures: float | int | str) -> None:
+        """Hash what was written and mark the stage done; `figures` are kept in the manifest beside it.
+
+        `peak` is the peak memory of the process that did the work, where it was another than this one.
+        """
+        missing = [name for name in self.stage.outputs if not self.file(name).exists()]
+        if missing:
+            raise StageOrderError(
+                f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells, from the first."
+            )
+        record = self.record(self.stage)
+        record.update(
+            state="done",
+            finished=_now(),
+            seconds=round(time.monotonic() - self.started, 1),
+            peak_memory=peak_memory() | (peak or {}),
+            figures=figures,
+            outputs=record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
+        )
+        self.write_record(self.stage, **record)
+        print(f"{self.stage.name} done in {record['seconds']:.0f} s; written to {self.path}:")
+        for name, entry in record["outputs"].items():
+            print(f"  {name}  ({_size(entry['bytes'])})")
+
+
+def open_stage(
+    name: str, profile: str = "auto", run_dir: str | Path = "", overrides: Mapping[str, Any] | None = None
+) -> StageRun:
+    """Open a stage for work: check what it needs, then mark it as running.
+
+    Raises StageOrderError where an earlier stage has not run or is out of date, HardwareError where the machine lacks
+    what the profile asks for, and what `open_run` raises.
+    """
+    quiet_libraries()
+    stage = BY_NAME[name]
+    run = open_run(profile, run_dir, overrides)
+    require_ancestors(run, stage)
+    require_hardware(run, stage)
+    computed_on = resolve_hardware(run.config.hardware)
+    if name == "04_comparison":
+        _require_same_conditions(run, computed_on)
+    run.save()  # only now that nothing stands against it
+    opened = StageRun(run.path, run.config, run.overrides, stage)
+    opened.write_record(
+        stage,
+        state="running",
+        started=_now(),
+        settings=run.settings(stage),
+        notebook=notebook_digest(stage),
+        sources=source_digest(),
+        versions={package: installed(package) for package in ("torch", *STACK, *CUDA_STACK)},
+        computed_on=computed_on,
+        inputs=record_files(run.path, stage.inputs),
+        outputs={},
+    )
+    return opened
+
+
+def require_ancestors(run: RunDir, stage: Stage) -> None:
+    """Raise StageOrderError unless every stage that this one rests on is done and current."""
+    if found := run.first_stale(ancestors(stage)):
+        needed, reason = found
+        raise StageOrderError(
+            f"{stage.name} needs {needed.name}, but {reason} in {run.path}; run notebooks/{needed.name}.ipynb first, "
+            f"with the same PROFILE and RUN_DIR."
+        )
+
+
+def require_hardware(run: RunDir, stage: Stage) -> None:
+    """Raise HardwareError where this machine lacks what the profile asks for."""
+    hardware, profile = run.config.hardware, run.config.profile
+    if hardware.device == "cuda" and stage.name != "02_dataset_formatting":
+        require_gpu(profile, hardware.min_gpu_memory_gib)
+    if stage.name == "00_setup":
+        require_disk(run.path, hardware.min_disk_gib, f"The profile {profile}")
+        if run.config.model.name != EMBEDDED and not Path(run.config.model.name).is_dir():
+            require_disk(hub_cache(), hardware.min_cache_gib, "The base model's download")
+
+
+def _require_same_conditions(run: RunDir, now: dict[str, str]) -> None:
+    """Both arms must compute alike: another backend or dtype in 04 than in 01 would be compared as fine-tuning."""
+    before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on")
+    if before != now:
+        raise StageOrderError(
+            f"The baseline was answered on {_words(before)}, this is {_words(now)}; run 01_baseline_inference here again, "
+            "so that both arms answer under the same conditions."
+        )
+
+
+def _words(computed_on: dict[str, str] | None) -> str:
+    return ", ".join((computed_on or {}).values())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
