@@ -10,7 +10,7 @@ from utils.project import ROOT
 
 GROUND = (
     "errors files progress project stages settings config platforms install credentials rundir tracking state "
-    "deadline inputs retry disk manifest stage_run determinism".split()
+    "deadline inputs retry disk manifest stage_run determinism sealed".split()
 )
 PURE = (
     "fit demo_data shards serving prompts parsing metrics results statistics verdicts similarity data items split answers "
@@ -18,7 +18,7 @@ PURE = (
 )
 MODELS = "bases decoding packing demo llama_cpp memory merge models sampling".split()
 WORK = (
-    "callbacks trial launch generation probe selftest likelihood workers comparison forest figures training export "
+    "callbacks checkpoints trial launch generation probe selftest likelihood workers comparison forest figures training export "
     "agreement loadback verification gguf_files card card_facts report answers_page handover publish".split()
 )
 DRIVERS = "series kernel_cells bundle kaggle_api push collect chain remote __main__".split()

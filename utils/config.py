@@ -48,7 +48,9 @@ def parse_yaml(text: str | bytes) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise
-    except Exception as error:  # PyYAML lets through what it stumbles over: IndexError for !!int '', KeyError for !!bool x
+    except (
+        Exception
+    ) as error:  # PyYAML lets through what it stumbles over: IndexError for !!int '', KeyError for !!bool x
         raise ValueError(type(error).__name__) from None
 
 
@@ -130,7 +132,9 @@ def expand_home(path: str | Path, what: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ConfigError(f"{what} is {_quote(str(path))}, but there is no such user here; write the path out.") from None
+        raise ConfigError(
+            f"{what} is {_quote(str(path))}, but there is no such user here; write the path out."
+        ) from None
 
 
 def is_there(path: Path) -> bool:

@@ -160,7 +160,9 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     import pyarrow.parquet
 
     try:
-        pyarrow.parquet.read_table(path).validate(full=True)  # pandas would find text that is no UTF-8 only when it is used
+        pyarrow.parquet.read_table(path).validate(
+            full=True
+        )  # pandas would find text that is no UTF-8 only when it is used
         return pd.read_parquet(path)
     except Exception as error:  # pyarrow has a type for each kind of damage, MemoryError among them
         raise ValueError(str(error) or type(error).__name__) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -10,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from utils.answers import Question, answer_key, matching_answers, read_answers
+from utils.answers import Question, answer_key, matching_answers
 from utils.decoding import forget_cache
 from utils.errors import HardwareError
 from utils.memory import free_memory, is_out_of_memory, sequences_that_fit
 from utils.parsing import CLOSE
 from utils.progress import Progress
 from utils.sampling import question_stream, sampling_processors
+from utils.sealed import read_lines, to_lines
 from utils.settings import GenerateSection
 
 ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
@@ -91,13 +91,13 @@ def _unanswered(path: Path, questions: Sequence[Question], keys: dict[str, str])
 def _absorb(path: Path) -> None:
     """Join the helpers' answers with ours, those of an interrupted run included."""
     for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):
-        _append(path, read_answers(share))
+        _append(path, read_lines(share))
         share.unlink()
 
 
 def _append(path: Path, answers: Sequence[dict]) -> None:
     with path.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        stream.write(to_lines(answers))
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -28,10 +28,11 @@ import yaml
 from utils import errors
 from utils.config import parse_yaml
 from utils.errors import ConfigError, TrainingError, UserError
-from utils.files import write_json, write_text
+from utils.files import write_text
 from utils.platforms import gpu_ids, local_rank, processes, resolve_hardware
 from utils.project import ROOT
 from utils.rundir import open_run
+from utils.sealed import read_sealed, write_sealed
 from utils.stage_run import StageRun
 from utils.stages import BY_NAME
 from utils.workers import PARENT, end_with_parent, python_path
@@ -155,11 +156,10 @@ def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -
             process.terminate()
             process.wait()
             process.stdout.close()
-    if status and run.file(_ERROR).exists():
-        left = _left(run)
+    if status and (left := _left(run)):
         if left["kind"] == _AGAIN:
             return False
-        raise getattr(errors, left["kind"], TrainingError)(left["message"])
+        raise _error_types().get(left["kind"], TrainingError)(left["message"])
     if status:
         lines = run.file(_LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
         raise TrainingError(
@@ -170,8 +170,14 @@ def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -
 
 
 def _left(run: StageRun) -> dict:
-    """What a process wrote before it ended: kind and message of an error."""
-    return json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
+    """What a process wrote before it ended: kind and message of an error; empty where nothing that is whole is there."""
+    return read_sealed(run.file(_ERROR))
+
+
+def _error_types() -> dict[str, type[UserError]]:
+    return {
+        kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, UserError)
+    }
 
 
 def take_part(run_dir: str, trial_for: int = 0) -> None:
@@ -194,10 +200,10 @@ def take_part(run_dir: str, trial_for: int = 0) -> None:
             train_here(run, load_with_lora, make_trainer)
             _part_together()
     except UserError as error:
-        write_json(run.file(_ERROR), {"kind": type(error).__name__, "message": str(error)})
+        write_sealed(run.file(_ERROR), {"kind": type(error).__name__, "message": str(error)})
         raise
     except OutOfMemory as error:
-        write_json(run.file(_ERROR), {"kind": _AGAIN, "message": str(error)})
+        write_sealed(run.file(_ERROR), {"kind": _AGAIN, "message": str(error)})
         raise
 
 

@@ -142,7 +142,9 @@ def free_disk_gib(path: Path) -> float:
             path = path.parent
         return shutil.disk_usage(path).free / GIB
     except (OSError, ValueError) as error:
-        raise RunDirError(f"{path} cannot be used ({getattr(error, 'strerror', None) or error}); choose another path.") from None
+        raise RunDirError(
+            f"{path} cannot be used ({getattr(error, 'strerror', None) or error}); choose another path."
+        ) from None
 
 
 def require_disk(path: Path, needed_gib: float, purpose: str) -> None:

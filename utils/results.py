@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from utils.errors import RunDirError
 
 Verdict = Literal["better", "worse", "cannot tell"]
 Interval = tuple[float, float]
@@ -88,3 +91,13 @@ class Comparison(_Part):
     claims: list[Claim]
     verdict: Verdict
     sentence: str
+
+
+def read_sentence(run_dir: Path) -> str:
+    """The verdict's sentence in comparison/metrics.json; raises RunDirError where that file is not what 04 writes."""
+    file = run_dir / "comparison" / "metrics.json"
+    try:
+        return Comparison.model_validate_json(file.read_bytes()).sentence
+    except (OSError, ValueError) as error:
+        reason = "its values are not those of metrics.json" if isinstance(error, ValidationError) else error
+        raise RunDirError(f"{file} cannot be read ({reason}); run 04_comparison again, which writes it.") from None

@@ -36,13 +36,13 @@ class RunDir:
         """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.manifest_path, {**self._known(), "stages": self.manifest().get("stages", {})})
+            write_json(self.manifest_path, {"stages": {}} | self.manifest() | self._settings())
             write_text(self.path / "config.yaml", _HEADER + self.config.to_yaml())
         except OSError as error:
             raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 
-    def _known(self) -> dict[str, Any]:
-        return {"profile": self.config.profile, "overrides": self.overrides, "stages": {}}
+    def _settings(self) -> dict[str, Any]:
+        return {"profile": self.config.profile, "overrides": self.overrides}
 
     def file(self, relative: str) -> Path:
         """The absolute path of `relative` below the run directory."""
@@ -62,10 +62,13 @@ class RunDir:
 
     def write_record(self, stage: Stage, **values: Any) -> None:
         """Replace a stage's manifest entry."""
-        manifest = self._known() | self.manifest()
-        manifest["stages"][stage.name] = values
-        manifest["stages"] = dict(sorted(manifest["stages"].items()))
-        write_json(self.manifest_path, manifest)
+        stages = self.manifest().get("stages", {}) | {stage.name: values}
+        self.note("stages", dict(sorted(stages.items())))
+
+    def note(self, key: str, value: Any) -> None:
+        """Replace one entry of the manifest; None takes it out."""
+        manifest = self._settings() | {"stages": {}} | self.manifest() | {key: value}
+        write_json(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that this stage's result rests on, local data and model named by their content."""
@@ -93,15 +96,16 @@ class RunDir:
         record = self.record(stage)
         if record.get("state") != "done":
             return {"running": "it was interrupted", "failed": "it failed"}.get(record.get("state"), "it has not run")
-        if record["settings"] != self.settings(stage):
-            changed = [key for key, value in self.settings(stage).items() if record["settings"].get(key) != value]
+        before, now = record.get("settings", {}), self.settings(stage)
+        if before != now:
+            changed = [key for key, value in now.items() if before.get(key) != value]
             return f"its settings changed ({', '.join(changed) or 'one was dropped'})"
-        if with_notebook and record["notebook"] != notebook_digest(stage):
+        if with_notebook and record.get("notebook") != notebook_digest(stage):
             return "its notebook changed"
         for kind, relatives in (("input", stage.inputs), ("output", (*stage.outputs, *stage.optional))):
-            found = digests(record_files(self.path, relatives, record[f"{kind}s"]))
-            if found != digests(record[f"{kind}s"]):
-                return f"one of its {kind}s changed"
+            known = record.get(f"{kind}s", {})
+            if told := describe_changes(digests(known), digests(record_files(self.path, relatives, known))):
+                return f"one of its {kind}s changed ({told})"
         return None
 
     def first_stale(self, stages: Iterable[Stage]) -> tuple[Stage, str] | None:
@@ -145,6 +149,16 @@ def open_run(
     config = load_config(profile, given)
     require_disk(path, 0.1, "A run directory")
     return RunDir(path, config, {key: _plain_value(config, key) for key in given})
+
+
+def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first file whose digest is another one, in words, and how many more there are; empty where none is."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if not names:
+        return ""
+    first = names[0]
+    word = "is missing" if first not in now else "differs from what was written" if first in before else "was added"
+    return f"{first} {word}" + (f", and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _plain_value(config: Config, dotted: str) -> Any:

@@ -156,7 +156,9 @@ def _edit(rng: random.Random, seeds: list[bytes]) -> bytes:
 def mutated_values(seeds: list[Any]) -> SearchStrategy[Any]:
     """A JSON value with one to three edits of its structure: a node replaced, dropped, renamed, wrapped, or moved."""
     texts = [json.dumps(seed) for seed in seeds]
-    return st.integers(0, 2**64 - 1).map(lambda number: _restructure(random.Random(number), json.loads(_pick(number, texts))))
+    return st.integers(0, 2**64 - 1).map(
+        lambda number: _restructure(random.Random(number), json.loads(_pick(number, texts)))
+    )
 
 
 def _pick(number: int, texts: list[str]) -> str:

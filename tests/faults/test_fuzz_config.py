@@ -37,7 +37,9 @@ ODD_KEYS = st.one_of(
     st.sampled_from(KEYS),
     st.sampled_from(KEYS).map(lambda key: key[:-1]),
     st.sampled_from(KEYS).map(lambda key: f"{key}.x"),
-    st.sampled_from(["", ".", "..", "profile", "model.", ".model", "lora.r.r", "train..seed", "\ud800", "a\nb", "x" * 3000]),
+    st.sampled_from(
+        ["", ".", "..", "profile", "model.", ".model", "lora.r.r", "train..seed", "\ud800", "a\nb", "x" * 3000]
+    ),
     st.text(max_size=8),
 )
 VALUE = st.one_of(st.sampled_from(NASTY), VALUES)
@@ -49,7 +51,9 @@ WORDS = st.one_of(
         "!!timestamp 2024-13-01", "<<: 3", "!!set {a}", "? a", "\t", "-" * 400, "9" * 5000, "!<tag:yaml.org,2002:int> x", "!!int ''",
     ]),
 )  # fmt: skip
-PATHS = st.sampled_from(["~nobody-of-that-name/x", "~", "x" * 300, "x" * 5000, "x/" * 3000, "/proc/self/mem/x", ".", "", "x.json/y"])
+PATHS = st.sampled_from(
+    ["~nobody-of-that-name/x", "~", "x" * 300, "x" * 5000, "x/" * 3000, "/proc/self/mem/x", ".", "", "x.json/y"]
+)
 
 
 def check_config(config: Config) -> None:
@@ -105,7 +109,12 @@ def test_settings_end_in_a_sentence_before_a_run_directory_is_touched_or_are_kep
         assert open_run("auto", place).config == run.config
         shutil.rmtree(place)
 
-    fuzz.run("settings: kept in a run directory", 400, st.dictionaries(st.sampled_from(KEYS), st.one_of(VALUE, PATHS), max_size=2), check)
+    fuzz.run(
+        "settings: kept in a run directory",
+        400,
+        st.dictionaries(st.sampled_from(KEYS), st.one_of(VALUE, PATHS), max_size=2),
+        check,
+    )
 
 
 def test_a_run_directory_of_any_name_ends_in_a_sentence_or_a_path(tmp_path, monkeypatch, fuzz):
@@ -115,7 +124,9 @@ def test_a_run_directory_of_any_name_ends_in_a_sentence_or_a_path(tmp_path, monk
         run, _ = survive(open_run, "demo", name)
         assert run is None or run.path.is_absolute()
 
-    names = st.one_of(st.text(max_size=12), PATHS, st.sampled_from([value for value in NASTY if isinstance(value, str)]))
+    names = st.one_of(
+        st.text(max_size=12), PATHS, st.sampled_from([value for value in NASTY if isinstance(value, str)])
+    )
     fuzz.run("settings: names of a run directory", 300, names, check)
     assert not list(tmp_path.iterdir())  # opening writes nothing
 
@@ -134,7 +145,9 @@ def test_local_paths_in_settings_are_made_absolute_or_left(fuzz):
     def check(overrides: dict) -> None:
         survive(lambda: load_config("demo", overrides) and load_config("demo", absolute_overrides(overrides)))
 
-    names = st.sampled_from(["data.path", "model.name", "export.base", "evaluate.more_benchmarks", "evaluate.benchmark.path"])
+    names = st.sampled_from(
+        ["data.path", "model.name", "export.base", "evaluate.more_benchmarks", "evaluate.benchmark.path"]
+    )
     paths = st.one_of(VALUE, PATHS)
     values = st.one_of(paths, st.lists(st.fixed_dictionaries({"path": paths}), max_size=2))
     fuzz.run("settings: paths", 400, st.dictionaries(names, values, min_size=1, max_size=3), check)
@@ -150,7 +163,11 @@ def test_every_profile_of_the_corpus_ends_in_a_sentence_or_a_valid_configuration
 
 
 def test_a_damaged_profile_ends_in_a_sentence_or_a_valid_configuration(tmp_path, fuzz, monkeypatch):
-    seeds = [path.read_bytes() for path in (*sorted(PROFILES.glob("*.yaml")), *corpus("config")) if path.stat().st_size < 3000]
+    seeds = [
+        path.read_bytes()
+        for path in (*sorted(PROFILES.glob("*.yaml")), *corpus("config"))
+        if path.stat().st_size < 3000
+    ]
     monkeypatch.setattr(config_module, "PROFILES", tmp_path)
 
     def check(data: bytes) -> None:

@@ -15,7 +15,11 @@ from utils.data import COLUMNS, check_rows, read_table
 from utils.similarity import normalise
 
 SHARES = {".jsonl": 1500, ".json": 800, ".csv": 1500, ".parquet": 1200}
-ROWS = [json.loads(line) for line in (CORPUS / "rows" / "with-choices.jsonl").read_text(encoding="utf-8").split("\n") if line]
+ROWS = [
+    json.loads(line)
+    for line in (CORPUS / "rows" / "with-choices.jsonl").read_text(encoding="utf-8").split("\n")
+    if line
+]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 WRITERS = {
     ".jsonl": lambda rows, path: path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"),
@@ -99,11 +103,15 @@ def test_cells_of_mixed_types_end_in_a_sentence_or_as_text(suffix, tmp_path, fuz
         check_file(path)
 
     cells = st.one_of(TEXT, VALUES)
-    rows = st.lists(st.fixed_dictionaries(dict.fromkeys(COLUMNS, cells), optional={"group": cells}), min_size=1, max_size=4)
+    rows = st.lists(
+        st.fixed_dictionaries(dict.fromkeys(COLUMNS, cells), optional={"group": cells}), min_size=1, max_size=4
+    )
     fuzz.run("data files: cells of mixed types", 400, rows, check)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "gb18030"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "gb18030"]
+)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 def test_another_encoding_is_read_right_or_refused_and_never_guessed(suffix, encoding, tmp_path, fuzz):
     path = tmp_path / f"rows{suffix}"
