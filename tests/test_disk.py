@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from utils import verification
 from utils.agreement import NEW_TOKENS, Continuations
 from utils.bases import Base
 from utils.card import write_cards
-from utils.disk import writing
+from utils.disk import disk_error, writing
 from utils.errors import HardwareError, RunDirError
 from utils.project import ROOT
 
@@ -69,3 +72,61 @@ def test_a_disk_that_fills_up_at_the_reference_is_told(made_run, full, monkeypat
     with pytest.raises(HardwareError, match=r"The disk filled up: reference\.safetensors needs"):
         verification.write_reference(made_run)
     assert not list(made_run.file("export").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            HardwareError,
+            r"The disk is full \(No space left on device\): \d",
+        ),
+        (OSError(errno.EFBIG, "File too large", "data/train.parquet"), HardwareError, "free at data; free some space"),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            RunDirError,
+            r"cannot be written \(Read-only file system\); make",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "x/log.csv"), RunDirError, r"x/log.csv cannot be written"),
+        (Exception("No space left on device (os error 28)"), HardwareError, "The disk is full"),  # tokenizers
+        (RuntimeError("[Errno 28] Error writing bytes to file"), HardwareError, "The disk is full"),
+        (
+            RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+            HardwareError,
+            "torch could",
+        ),
+        (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"), HardwareError, "full"),
+    ],
+)
+def test_whichever_library_met_the_disk_it_is_one_sentence(tmp_path, error, kind, sentence):
+    told = disk_error(error, tmp_path)
+    assert type(told) is kind and "\n" not in str(told)
+    assert re.search(sentence, str(told))
+
+
+def test_what_is_no_disk_trouble_is_left_alone(tmp_path):
+    for error in (
+        ValueError("28"),
+        OSError(errno.ENOENT, "No such file"),
+        HardwareError("[Errno 28]"),
+        RuntimeError("no"),
+    ):
+        assert disk_error(error, tmp_path) is None
+
+
+def test_a_notebook_shows_the_sentence_and_no_stack_and_other_errors_as_ever(tmp_path):
+    code = f"""
+from pathlib import Path
+from IPython.core.interactiveshell import InteractiveShell
+from utils.disk import tell_disk_errors
+shell = InteractiveShell.instance(colors="nocolor")
+tell_disk_errors(Path({str(tmp_path)!r}))
+shell.run_cell("raise OSError(28, 'No space left on device')")
+print("NEXT")
+shell.run_cell("1 / 0")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, other = done.stdout.split("NEXT")
+    assert first.strip().startswith("HardwareError: The disk is full") and len(first.strip().splitlines()) == 1
+    assert "ZeroDivisionError" in other and "Traceback" in other

@@ -18,7 +18,7 @@ def ran(monkeypatch) -> list[str]:
     """Names of the stages that ran; 00 pins a commit, as it does for a model from the Hub."""
     names: list[str] = []
 
-    def run_stage(run, stage, console):
+    def run_stage(run, stage, console, kernels):
         names.append(stage.number)
         opened = open_stage(stage.name, run.config.profile, run.path, run.overrides)
         if stage.number == "00":

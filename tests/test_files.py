@@ -5,11 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
+from tests.conftest import ROOT
 from utils import files
-from utils.files import atomic, digests, fingerprint, list_files, record_files, sha256, write_json, write_text
+from utils.files import (
+    atomic,
+    digests,
+    fingerprint,
+    list_files,
+    record_files,
+    sha256,
+    sweep_scratch,
+    write_json,
+    write_text,
+)
 
 
 def names(folder) -> list[str]:
@@ -102,3 +115,18 @@ def test_a_fingerprint_follows_a_files_bytes_and_a_folders_files(tmp_path):
     assert fingerprint(tmp_path / "model") == before
     write_text(tmp_path / "model" / "model.safetensors", "weights")
     assert fingerprint(tmp_path / "model") != before
+
+
+def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
+    code = (
+        "import os, signal; from pathlib import Path; from utils.files import atomic, atomic_folder\n"
+        f"with atomic_folder(Path({str(tmp_path)!r}) / 'folder') as folder, atomic(Path({str(tmp_path)!r}) / 'a/file') as file:\n"
+        "    (folder / 'part').touch(); file.touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    kept = [tmp_path / "a" / ".hidden", tmp_path / ".folder.old", tmp_path / "a" / "notes.tmp"]
+    for path in kept:
+        path.touch()
+    assert len([*tmp_path.rglob(".*.tmp")]) == 2
+    sweep_scratch(tmp_path)
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept) and not [*tmp_path.rglob(".*.tmp")]

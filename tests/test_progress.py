@@ -54,3 +54,11 @@ def test_an_error_in_the_work_is_passed_on_and_the_last_heartbeat_stays(heartbea
             if item == 2:
                 raise RuntimeError("out of memory")
     assert json.loads(heartbeat.read_text())["done"] == 1
+
+
+def test_a_full_disk_under_the_heartbeat_stops_nothing(heartbeat, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    assert list(track(range(3), "answering")) == [0, 1, 2]

@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
 
 from utils import remote
 from utils.config import parse_overrides
-from utils.errors import InfrastructureError, UserError
+from utils.errors import InfrastructureError, Interrupted, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 # A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
@@ -35,10 +35,11 @@ def run(
 ) -> None:
     """Run the series: six notebooks in order, those that are unchanged left out, and a report at the end.
 
-    Exits 0 when every stage passed, 1 when one failed, 4 when the session's time was up first (hardware.max_hours).
+    Exits 0 when every stage passed, 1 when one failed, 4 when the session's time was up first (hardware.max_hours), 130
+    and 143 when it was stopped by Ctrl-C or SIGTERM.
     """
     from utils.credentials import share_secrets
-    from utils.series import SeriesFailed, SeriesPaused, run_series
+    from utils.series import SeriesFailed, SeriesInterrupted, SeriesPaused, run_series
     from utils.stages import STAGES, find_stage
 
     for name in (from_, to):
@@ -57,8 +58,8 @@ def run(
         console.print(
             f"[yellow]to be continued at {pause.stage.name}:[/yellow] {pause}", highlight=False, soft_wrap=True
         )
-        console.print(f"To go on in a new session: {pause.continue_with}", highlight=False, soft_wrap=True)
-        raise typer.Exit(4) from None
+        console.print(f"To go on: {pause.continue_with}", highlight=False, soft_wrap=True)
+        raise typer.Exit(pause.status if isinstance(pause, SeriesInterrupted) else 4) from None
     except SeriesFailed as failure:
         console.print(f"[red]{failure.stage.name} failed:[/red] {failure}", highlight=False, soft_wrap=True)
         console.print(f"To continue, once that is mended: {failure.continue_with}", highlight=False, soft_wrap=True)
@@ -72,10 +73,12 @@ def score(run_dir: RunDirArgument) -> None:
     from utils.comparison import compare, load_arms, write_comparison
     from utils.figures import draw_comparison
     from utils.files import record_files
+    from utils.lock import take_lock
     from utils.manifest import require_recorded
     from utils.stages import BY_NAME
 
     run, stage = _existing(run_dir), BY_NAME["04_comparison"]
+    take_lock(run.path, "python -m utils score")
     require_recorded(run.path, (*stage.inputs[:-1], "tuned"))  # all that is read here; the adapter is not
     arms = load_arms(run)
     metrics = compare(run, arms)
@@ -164,7 +167,8 @@ def main() -> None:
         app()
     except UserError as error:
         Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False, soft_wrap=True)
-        raise SystemExit(3 if isinstance(error, InfrastructureError) else 1) from None
+        status = 3 if isinstance(error, InfrastructureError) else 130 if isinstance(error, Interrupted) else 1
+        raise SystemExit(status) from None
 
 
 if __name__ == "__main__":

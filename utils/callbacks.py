@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from utils.deadline import Deadline
 from utils.errors import TrainingError
+from utils.interruption import StopRequest
 from utils.models import transformer_layers
 from utils.platforms import peak_memory
 from utils.progress import Progress
@@ -101,26 +102,30 @@ class RecomputeCallback(TrainerCallback):
             layer.gradient_checkpointing = number < self.count
 
 
-class DeadlineCallback(TrainerCallback):
-    """Saves a checkpoint and stops the training once the session's time is up; `is_over` says that it did."""
+class SessionCallback(TrainerCallback):
+    """Saves a checkpoint and stops the training once the session's time is up or somebody asked it to stop.
 
-    def __init__(self, deadline: Deadline):
-        self.deadline, self.is_over = deadline, False
+    `ended` says which: "deadline", "asked", or "" while neither has.
+    """
+
+    def __init__(self, deadline: Deadline, stop: StopRequest):
+        self.deadline, self.stop, self.ended = deadline, stop, ""
         self._last = time.monotonic()
 
     def on_step_end(self, args, state, control, **_):
         took, self._last = time.monotonic() - self._last, time.monotonic()
-        if self.deadline.max_hours is None or state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps:
             return
-        if not _decided_together(self.deadline.is_due(next_s=took)):
-            return
-        self.is_over = control.should_save = control.should_training_stop = True
+        due = self.deadline.max_hours is not None and self.deadline.is_due(next_s=took)
+        self.ended = _decided_together("asked" if self.stop.asked else "deadline" if due else "")
+        if self.ended:
+            control.should_save = control.should_training_stop = True
 
 
-def _decided_together(due: bool) -> bool:
+def _decided_together(decision: str) -> str:
     """The first process's decision, so that all of them stop at the same step."""
     if not torch.distributed.is_initialized():
-        return due
-    decision = [due]
-    torch.distributed.broadcast_object_list(decision, src=0)
-    return decision[0]
+        return decision
+    decisions = [decision]
+    torch.distributed.broadcast_object_list(decisions, src=0)
+    return decisions[0]

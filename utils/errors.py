@@ -69,6 +69,10 @@ class SessionOver(UserError):
     """No failure: the session's time is up, what was done is saved, and the next session goes on from there."""
 
 
+class Interrupted(UserError):
+    """No failure: the run was asked to stop (Ctrl-C, SIGTERM), what was done is saved, and the same command goes on."""
+
+
 def one_line(text: str) -> str:
     """`text` on one line that any terminal and log can show: controls and halves of characters escaped, its middle left
     out where it is too long, so that what to do, at its end, is still read."""

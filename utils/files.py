@@ -28,6 +28,15 @@ def atomic(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def sweep_scratch(root: Path) -> None:
+    """Remove what a killed process had begun to write below `root`; nobody else may be writing there."""
+    for leftover in [*root.rglob(".*.tmp")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder that takes `folder`'s place when the block ends well; until then the old one stays whole."""

@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -23,12 +24,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import yaml
 
 from utils import errors
 from utils.config import parse_yaml
-from utils.errors import ConfigError, TrainingError, UserError
+from utils.errors import ConfigError, Interrupted, TrainingError, UserError
 from utils.files import write_text
+from utils.interruption import StopRequest
 from utils.platforms import gpu_ids, local_rank, processes, resolve_hardware
 from utils.project import ROOT
 from utils.rundir import open_run
@@ -143,14 +146,16 @@ def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -
     run.file(_LOG).parent.mkdir(parents=True, exist_ok=True)
     with run.file(_LOG).open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-        )
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            start_new_session=True,  # or Ctrl-C would reach the launcher, which ends its processes without a checkpoint
+        )  # fmt: skip
         try:
             decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-            while chunk := os.read(process.stdout.fileno(), 4096):
-                sys.stdout.write(decode(chunk))
-                sys.stdout.flush()
-            status = process.wait()
+            with StopRequest(lambda: _ask_to_stop(process.pid)) as stop:
+                while chunk := os.read(process.stdout.fileno(), 4096):
+                    sys.stdout.write(decode(chunk))
+                    sys.stdout.flush()
+                status = process.wait()
         finally:
             process.stdin.close()  # upon which each of the processes ends, also those whose launcher was killed
             process.terminate()
@@ -160,6 +165,8 @@ def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -
         if left["kind"] == _AGAIN:
             return False
         raise _error_types().get(left["kind"], TrainingError)(left["message"])
+    if stop.asked:
+        raise Interrupted("Training was asked to stop; run 03 again, it goes on from its last checkpoint.")
     if status:
         lines = run.file(_LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
         raise TrainingError(
@@ -167,6 +174,15 @@ def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -
             "it goes on from its last checkpoint."
         )
     return True
+
+
+def _ask_to_stop(launcher: int) -> None:
+    """SIGINT for each training process, which then stops with a checkpoint; a trial, which has none to write, just ends."""
+    started = psutil.Process(launcher)
+    alone = "--trial" in started.cmdline()
+    for process in [started] if alone else started.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGINT)
 
 
 def _left(run: StageRun) -> dict:

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,8 +48,9 @@ class Progress:
         self._last = now
         state = {"description": self.description, "done": self.done, "total": self.total, "note": self.note}
         scratch = self._file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(state))
-        scratch.replace(self._file)
+        with suppress(OSError):  # a full disk, or a driver that is gone: no reason to stop what is at work
+            scratch.write_text(json.dumps(state))
+            scratch.replace(self._file)
 
     def close(self) -> None:
         self._bar.close()

@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import papermill
-import traitlets
-from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 
 from utils.deadline import Deadline, note_start
-from utils.errors import RunDirError, SessionOver, UserError
+from utils.disk import disk_error
+from utils.errors import Interrupted, RunDirError, SessionOver, UserError
+from utils.kernels import Kernels
+from utils.lock import release_lock, take_lock
 from utils.progress import VARIABLE
 from utils.project import ROOT, command
 from utils.report import executed_dir, stale_comparison, write_report
@@ -32,16 +33,7 @@ from utils.stage_run import require_ancestors
 from utils.stages import STAGES, Stage, find_stage
 from utils.state import SeriesState, write_state
 
-
-class IpcKernelManager(AsyncKernelManager):
-    """Talks to the kernel through a socket file of this user rather than an open TCP port."""
-
-    transport = traitlets.CaselessStrEnum(["tcp", "ipc"], default_value="ipc", config=True)
-
-    @traitlets.default("ip")
-    def _own_socket(self) -> str:
-        """A path of its own: the default is one name for all kernels started in a directory."""
-        return str(Path(tempfile.gettempdir()) / f"kernel-{uuid.uuid4().hex}")
+_OWNER = "python -m utils run"
 
 
 class SeriesFailed(Exception):
@@ -59,6 +51,14 @@ class SeriesPaused(SeriesFailed):
     """The session's time is up before the work is done (hardware.max_hours); nothing failed."""
 
 
+class SeriesInterrupted(SeriesPaused):
+    """Somebody asked it to stop (Ctrl-C, SIGTERM); `status` is the exit status by which a shell knows that."""
+
+    def __init__(self, run: RunDir, stage: Stage, sentence: str, number: int):
+        super().__init__(run, stage, sentence, Interrupted.__name__)
+        self.status = 128 + number
+
+
 def run_series(
     profile: str,
     run_dir: str | Path,
@@ -71,10 +71,22 @@ def run_series(
     """Run the stages `first` to `last` that are not current, then write the report.
 
     Raises SeriesFailed with the failing cell's sentence; what finished stays. Raises SeriesPaused where the session is
-    over first. How it ended is in state.json either way. `fresh` forgets earlier overrides and runs every stage again.
+    over first, or SeriesInterrupted where it was asked to stop. How it ended is in state.json either way. `fresh` forgets
+    earlier overrides and runs every stage again. Raises RunDirError where another process is at work in `run_dir`.
     """
     console = console or Console(force_terminal=sys.stdout.isatty())
     run = open_run(profile, run_dir, overrides, forget=fresh)
+    lock = take_lock(run.path, _OWNER)
+    try:
+        with Kernels(lock) as kernels:
+            return _run_locked(run, first, last, fresh, console, kernels)
+    except OSError as error:
+        raise (disk_error(error, run.path) or error) from None
+    finally:
+        release_lock(run.path, _OWNER)
+
+
+def _run_locked(run: RunDir, first: str, last: str, fresh: bool, console: Console, kernels: Kernels) -> RunDir:
     if fresh:
         run.save()  # the notebooks would find the earlier overrides otherwise
         _set_aside(run)
@@ -90,7 +102,12 @@ def run_series(
     began = note_start()
     write_state(run.path, SeriesState(state="running", started=began))
     try:
-        run, worked = _run_stages(run, first, last, fresh, console)
+        run, worked = _run_stages(run, first, last, fresh, console, kernels)
+        if not worked:
+            run.save()  # a changed setting on which no stage rests
+        if worked or not run.file("report/index.html").exists():
+            with _interruptible(run, find_stage(last), kernels):
+                write_report(run)
     except SeriesFailed as failure:
         state = "continue" if isinstance(failure, SeriesPaused) else "failed"
         steps = checkpointed_steps(run.path)
@@ -102,36 +119,57 @@ def run_series(
             started=began,
             steps=steps,
         )
-        write_state(run.path, ended)
+        with suppress(OSError):  # a full disk, say: the failure itself is what has to be told
+            write_state(run.path, ended)
         raise
-    if not worked:
-        run.save()  # a changed setting on which no stage rests
-    if worked or not run.file("report/index.html").exists():
-        write_report(run)
     write_state(run.path, SeriesState(state="done", started=began))
     _summarise(run, console, time.monotonic() - started)
     return run
 
 
-def _run_stages(run: RunDir, first: str, last: str, fresh: bool, console: Console) -> tuple[RunDir, bool]:
+@contextmanager
+def _interruptible(run: RunDir, stage: Stage, kernels: Kernels) -> Iterator[None]:
+    """Whatever a wish to stop ends in, a sentence or a dead kernel, it is told as SeriesInterrupted."""
+    try:
+        kernels.check()
+        yield
+    except (SeriesFailed, Interrupted, KeyboardInterrupt) as end:
+        if isinstance(end, KeyboardInterrupt):
+            raise SeriesInterrupted(run, stage, "stopped at once; what was saved stays", signal.SIGINT) from None
+        if not kernels.stop.asked:
+            raise
+        known = isinstance(end, SeriesFailed) and end.kind == Interrupted.__name__
+        told = (
+            str(end)
+            if known or isinstance(end, Interrupted)
+            else f"stopped by {kernels.stop.name}; what was saved stays"
+        )
+        raise SeriesInterrupted(run, stage, told, kernels.stop.number) from None
+
+
+def _run_stages(
+    run: RunDir, first: str, last: str, fresh: bool, console: Console, kernels: Kernels
+) -> tuple[RunDir, bool]:
     """The run as its stages left it, and whether any had to run; raises SeriesFailed and SeriesPaused."""
     worked = False
     for stage in STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]:
-        reason = "--fresh" if fresh else run.stale_because(stage)
-        if reason is None:
-            seconds = run.record(stage).get("seconds", 0)
-            console.print(f"[dim]  {stage.number} {stage.title}: unchanged, not run again (took {seconds:.0f} s)[/dim]")
-            continue
-        if run.record(stage).get("state") == "done" and not fresh:
-            console.print(
-                f"[dim]  {stage.number} {stage.title}: again, because {reason}[/dim]", highlight=False, soft_wrap=True
-            )
-        deadline = Deadline.of(run.config.hardware.max_hours)
-        if worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
-            raise SeriesPaused(run, stage, deadline.sentence(), SessionOver.__name__)
-        run_stage(run, stage, console)
-        run = open_run("auto", run.path)  # a stage may have pinned what it found out
-        worked = True
+        with _interruptible(run, stage, kernels):
+            reason = "--fresh" if fresh else run.stale_because(stage)
+            if reason is None:
+                seconds = run.record(stage).get("seconds", 0)
+                console.print(
+                    f"[dim]  {stage.number} {stage.title}: unchanged, not run again (took {seconds:.0f} s)[/dim]"
+                )
+                continue
+            if run.record(stage).get("state") == "done" and not fresh:
+                told = f"[dim]  {stage.number} {stage.title}: again, because {reason}[/dim]"
+                console.print(told, highlight=False, soft_wrap=True)
+            deadline = Deadline.of(run.config.hardware.max_hours)
+            if worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
+                raise SeriesPaused(run, stage, deadline.sentence(), SessionOver.__name__)
+            run_stage(run, stage, console, kernels)
+            run = open_run("auto", run.path)  # a stage may have pinned what it found out
+            worked = True
     return run, worked
 
 
@@ -152,30 +190,26 @@ def _set_aside(run: RunDir) -> None:
     run.note("registered", None)
 
 
-def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
+def run_stage(run: RunDir, stage: Stage, console: Console, kernels: Kernels) -> None:
     """Execute one notebook into report/notebooks/; raises SeriesFailed."""
     output = executed_dir(run) / f"{stage.name}.ipynb"
-    output.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"PROFILE": run.config.profile, "RUN_DIR": str(run.path), "OVERRIDES": run.overrides}
     with tempfile.TemporaryDirectory() as scratch, _LiveLine(console, stage, Path(scratch) / "progress.json") as line:
         os.environ[VARIABLE] = str(line.file)
         os.environ["SERIES_ROOT"] = str(ROOT)
         try:
-            papermill.execute_notebook(
-                str(stage.notebook),
-                str(output),
-                parameters=parameters,
-                kernel_name="python3",
-                progress_bar=False,
-                kernel_manager_class=IpcKernelManager,
-            )
+            output.parent.mkdir(parents=True, exist_ok=True)
+            kernels.execute(stage.notebook, output, parameters)
         except PapermillExecutionError as error:
             if error.ename == SessionOver.__name__:
                 raise SeriesPaused(run, stage, error.evalue, error.ename) from None
-            _mark_failed(run, stage, error.evalue)
+            if not kernels.stop.asked:
+                _mark_failed(run, stage, error.evalue)
             raise SeriesFailed(run, stage, _sentence(error), error.ename) from None
-        except KeyboardInterrupt:
-            raise SeriesFailed(run, stage, "interrupted; what was saved stays") from None
+        except OSError as error:  # the executed notebook could not be saved
+            if told := disk_error(error, run.path):
+                raise SeriesFailed(run, stage, str(told), type(told).__name__) from None
+            raise
         except DeadKernelError:
             message = "its kernel died, most often because memory ran out; what was saved stays"
             _mark_failed(run, stage, message)
@@ -187,7 +221,8 @@ def run_stage(run: RunDir, stage: Stage, console: Console) -> None:
 def _mark_failed(run: RunDir, stage: Stage, message: str) -> None:
     record = run.record(stage)
     if record.get("state") == "running":
-        run.write_record(stage, **{**record, "state": "failed", "error": message[:500]})
+        with suppress(OSError):  # on a full disk it stays "running", which means the same
+            run.write_record(stage, **{**record, "state": "failed", "error": message[:500]})
 
 
 def _sentence(error: PapermillExecutionError) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import load_config
+from utils.disk import tell_disk_errors
 from utils.errors import StageOrderError
-from utils.files import record_files
+from utils.files import record_files, sweep_scratch
+from utils.lock import release_lock, take_lock
 from utils.manifest import notebook_digest
 from utils.platforms import (
     CUDA_STACK,
@@ -55,6 +57,7 @@ class StageRun(RunDir):
             raise StageOrderError(
                 f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells, from the first."
             )
+        take_lock(self.path, self.stage.name)  # a cell that failed had let it go
         record = self.record(self.stage)
         record.update(
             state="done",
@@ -65,6 +68,7 @@ class StageRun(RunDir):
             outputs=record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
         )
         self.write_record(self.stage, **record)
+        release_lock(self.path, self.stage.name)
         print(f"{self.stage.name} done in {record['seconds']:.0f} s; written to {self.path}:")
         for name, entry in record["outputs"].items():
             print(f"  {name}  ({_size(entry['bytes'])})")
@@ -76,17 +80,30 @@ def open_stage(
     """Open a stage for work: check what it needs, then mark it as running.
 
     Raises StageOrderError where an earlier stage has not run or is out of date, HardwareError where the machine lacks
-    what the profile asks for, and what `open_run` raises.
+    what the profile asks for, RunDirError where another process is at work there, and what `open_run` raises.
     """
     quiet_libraries()
     stage = BY_NAME[name]
     run = open_run(profile, run_dir, overrides)
+    tell_disk_errors(run.path)
+    if run.path.is_dir():
+        take_lock(run.path, name)
+    try:
+        return _begin(run, stage)
+    except BaseException:
+        release_lock(run.path, name)
+        raise
+
+
+def _begin(run: RunDir, stage: Stage) -> StageRun:
     require_ancestors(run, stage)
     require_hardware(run, stage)
     computed_on = resolve_hardware(run.config.hardware)
-    if name == "04_comparison":
+    if stage.name == "04_comparison":
         _require_same_conditions(run, computed_on)
-    run.save()  # only now that nothing stands against it
+    take_lock(run.path, stage.name)  # which makes the folder: only now that nothing stands against it
+    sweep_scratch(run.path)
+    run.save()
     opened = StageRun(run.path, run.config, run.overrides, stage)
     opened.write_record(
         stage,

@@ -14,17 +14,18 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 
 from utils.callbacks import (
-    DeadlineCallback,
     HealthCallback,
     ProgressCallback,
+    SessionCallback,
     TrackingCallback,
 )
 from utils.checkpoints import SealCallback, find_checkpoint
 from utils.deadline import Deadline
-from utils.errors import SessionOver, TrainingError
+from utils.errors import Interrupted, SessionOver, TrainingError
 from utils.figures import draw_loss
 from utils.files import atomic, atomic_folder, digests, record_files, write_json
 from utils.fit import Fit
+from utils.interruption import StopRequest
 from utils.memory import free_memory, is_out_of_memory
 from utils.models import count_fused_layers, torch_dtype, transformer_layers
 from utils.platforms import GIB, global_rank, peak_memory, resolve_hardware, world_size
@@ -77,10 +78,12 @@ def _train_to_the_end(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_
         trainer = make_trainer(model, tokenizer, config, rows, fit, str(folder))
         print(check_loss_mask(trainer.train_dataset, rows))
         print(f"{fit}, {world_size()} process{'es' if world_size() > 1 else ''}; before: {memory_report()}")
-        session = DeadlineCallback(Deadline.of(config.hardware.max_hours))
+        session = SessionCallback(Deadline.of(config.hardware.max_hours), StopRequest())
         watch = _listen(trainer, config, fit, tracker, session)
         null_run = config.train.max_steps == 0  # for testing the comparison: the adapter stays as it was initialised
-        if null_run or _train(trainer, find_checkpoint(folder)):
+        with session.stop:
+            done = null_run or _train(trainer, find_checkpoint(folder))
+        if done:
             break
         instead = fall_back(run, fit, len(transformer_layers(model)))
         last = find_checkpoint(folder)
@@ -96,12 +99,14 @@ def _train_to_the_end(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_
                 for parameter, value in zip(trainable, first, strict=True):
                     parameter.copy_(value)
         fit = instead
-    if session.is_over:
+    if session.ended:
         if global_rank() == 0:
             save_log(training_log(trainer), run)  # for whoever looks at the session's end
+        stopped = f"Training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint"
+        if session.ended == "asked":
+            raise Interrupted(f"{stopped}, because it was asked to; run 03 again, it goes on from there.")
         raise SessionOver(
-            f"Training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint, because "
-            f"{session.deadline.sentence()}; run 03 again in the next session, it goes on from there."
+            f"{stopped}, because {session.deadline.sentence()}; run 03 again in the next session, it goes on from there."
         )
     return trainer, watch, fit
 
@@ -126,7 +131,7 @@ def _name_the_cpu(trainer) -> None:
         trainer.args.__dict__["_setup_devices"] = torch.device("cpu")
 
 
-def _listen(trainer, config: Config, fit: Fit, tracker: Tracker | None, session: DeadlineCallback) -> Stopwatch:
+def _listen(trainer, config: Config, fit: Fit, tracker: Tracker | None, session: SessionCallback) -> Stopwatch:
     _name_the_cpu(trainer)
     trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
     trainer.add_callback(HealthCallback(trainer.accelerator.scaler))

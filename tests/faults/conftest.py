@@ -10,8 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from tests.faults.fuzzing import Fuzz
+from tests.faults.series_process import SeriesProcess
 
 RESULTS = "FAULTS_RESULTS"  # a folder: where it is set, records are kept there
 LONG = "FAULTS_LONG"  # set: every fault in full; unset: what fits into CI
@@ -62,3 +64,17 @@ def fuzz(record_fault: Callable[..., None]) -> Iterator[Fuzz]:
         yield Fuzz(record_fault)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path) -> Path:
+    """An undisturbed run of the small demo, one for all processes of pytest-xdist; read it, never write to it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    path = shared / "undisturbed"
+    with FileLock(shared / "undisturbed.lock"):
+        if not (shared / "undisturbed.done").exists():
+            series = SeriesProcess(path)
+            assert series.wait() == 0, series.output
+            (shared / "undisturbed.done").touch()
+    return path

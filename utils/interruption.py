@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM as a wish rather than an exception: what is at work comes to a good end first.
+
+with StopRequest() as stop:
+    while work and not stop.asked: one more step
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+PATIENCE_S = 3.0  # the same wish can arrive twice, through the terminal and through a parent; later ones mean: at once
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM set `asked` and call `forward`; a second one raises KeyboardInterrupt.
+
+    Only the main thread can listen; elsewhere, and for a signal that is ignored (nohup), nothing changes.
+    """
+
+    def __init__(self, forward: Callable[[], None] | None = None, patience_s: float = PATIENCE_S):
+        self.number, self._forward, self._patience_s = 0, forward, patience_s
+
+    @property
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return bool(self.number)
+
+    @property
+    def name(self) -> str:
+        """What asked, in words."""
+        return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+
+    def __enter__(self) -> StopRequest:
+        main = threading.current_thread() is threading.main_thread()
+        wanted = [s for s in _SIGNALS if main and signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._ask) for s in wanted}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame) -> None:
+        if not self.asked:
+            self.number, self._since = number, time.monotonic()
+            if self._forward is not None:
+                self._forward()
+        elif time.monotonic() - self._since >= self._patience_s:
+            raise KeyboardInterrupt
