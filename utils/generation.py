@@ -12,6 +12,7 @@ from typing import Protocol
 from utils.answers import Question, answer_key, matching_answers
 from utils.decoding import forget_cache
 from utils.errors import HardwareError
+from utils.files import write_text
 from utils.memory import free_memory, is_out_of_memory, sequences_that_fit
 from utils.parsing import CLOSE
 from utils.progress import Progress
@@ -65,7 +66,7 @@ def answer_questions(
     """
     keys = {q.id: answer_key(q, config, arm) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _end_torn_line(path)
+    _drop_torn_lines(path)
     while missing := _unanswered(path, questions, keys):
         mine = helpers.start(missing) if helpers else missing
         engine = _Engine(model, tokenizer, config, keys, path)
@@ -102,11 +103,14 @@ def _append(path: Path, answers: Sequence[dict]) -> None:
         os.fsync(stream.fileno())
 
 
-def _end_torn_line(path: Path) -> None:
-    """A kill in the middle of a write leaves a line without its end; what is appended must not be glued to it."""
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write("\n")
+def _drop_torn_lines(path: Path) -> None:
+    """A kill in the middle of a write leaves a line without its end, to which nothing must be glued; a damaged one goes too."""
+    if not path.exists():
+        return
+    whole, data = read_lines(path), path.read_bytes()
+    if len(whole) < len(data.split(b"\n")) - 1 or (data and not data.endswith(b"\n")):
+        print(f"{path.name} holds {len(whole)} whole answers; the others are given again")
+        write_text(path, to_lines(whole))
 
 
 class _Engine:

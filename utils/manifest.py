@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StrictStr, Validatio
 from utils.errors import RunDirError
 from utils.files import parse_json, sha256
 from utils.project import command
+from utils.sealed import SEAL, is_whole, unsealed
 from utils.stages import BY_NAME, Stage
 from utils.state import read_state
 
@@ -60,7 +61,9 @@ class _Registered(_Part):
     changed_after_answers: bool
 
 
-class _Manifest(_Part):
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # or a seal whose name lost a bit would pass for none
+
     profile: StrictStr
     overrides: dict[str, Any] = {}
     stages: dict[Annotated[str, AfterValidator(_stage)], _Record] = {}
@@ -77,6 +80,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if not file.exists():
             return {}
         manifest = parse_json(file.read_text(encoding="utf-8"))
+        if isinstance(manifest, dict) and SEAL in manifest:  # people may write one without
+            if not is_whole(manifest):
+                raise ValueError("it is not as it was written")
+            manifest = unsealed(manifest)
         _Manifest.model_validate(manifest)
         return manifest
     except ValidationError as error:

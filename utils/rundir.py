@@ -14,10 +14,11 @@ from typing import Any
 
 from utils.config import absolute_overrides, expand_home, is_there, load_config
 from utils.errors import RunDirError
-from utils.files import digests, fingerprint, record_files, write_json, write_text
+from utils.files import digests, fingerprint, record_files, write_text
 from utils.manifest import notebook_digest, read_manifest
 from utils.platforms import default_profile, require_disk
 from utils.project import embedded_fingerprint, runs_dir
+from utils.sealed import write_sealed
 from utils.settings import EMBEDDED, Config
 from utils.stages import Stage
 
@@ -36,7 +37,7 @@ class RunDir:
         """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.manifest_path, {"stages": {}} | self.manifest() | self._settings())
+            write_sealed(self.manifest_path, {"stages": {}} | self.manifest() | self._settings())
             write_text(self.path / "config.yaml", _HEADER + self.config.to_yaml())
         except OSError as error:
             raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
@@ -68,7 +69,7 @@ class RunDir:
     def note(self, key: str, value: Any) -> None:
         """Replace one entry of the manifest; None takes it out."""
         manifest = self._settings() | {"stages": {}} | self.manifest() | {key: value}
-        write_json(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
+        write_sealed(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that this stage's result rests on, local data and model named by their content."""

@@ -14,19 +14,19 @@ from typing import Any
 
 from utils.files import parse_json, write_json
 
-_SEAL = "seal"
+SEAL = "seal"
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with their digest under "seal", in place of an earlier one."""
-    rest = _unsealed(values)
+    rest = unsealed(values)
     text = json.dumps(rest, sort_keys=True)
-    return {**rest, _SEAL: hashlib.sha256(text.encode()).hexdigest()[:16]}
+    return {**rest, SEAL: hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def is_whole(values: Any) -> bool:
     """Whether `values` are an object with the digest that belongs to them."""
-    return isinstance(values, dict) and _SEAL in values and seal(values)[_SEAL] == values[_SEAL]
+    return isinstance(values, dict) and SEAL in values and seal(values)[SEAL] == values[SEAL]
 
 
 def to_lines(rows: Iterable[dict[str, Any]]) -> str:
@@ -46,7 +46,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if is_whole(row):
-            rows.append(_unsealed(row))
+            rows.append(unsealed(row))
     return rows
 
 
@@ -61,8 +61,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
         values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return _unsealed(values) if is_whole(values) else {}
+    return unsealed(values) if is_whole(values) else {}
 
 
-def _unsealed(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != _SEAL}
+def unsealed(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` without their digest."""
+    return {key: value for key, value in values.items() if key != SEAL}

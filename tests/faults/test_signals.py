@@ -45,7 +45,7 @@ def test_asked_to_stop_it_keeps_what_it_has_says_how_to_go_on_and_ends_with_the_
     path, usual, rows = tmp_path / "run", stage_seconds(small_run), []
     for stage in ("00", "01", "02", "03", "04", "05") if long else ("01", "03", "05"):
         series = SeriesProcess(path)
-        inside = "training/checkpoints/*/checkpoint-*/trainer_state.json" if stage == "03" else ""
+        inside = "training/checkpoints/*/checkpoint-*/files.json" if stage == "03" else ""
         assert series.wait_until(stage, 0 if inside else usual[stage] / 2, inside), series.output
         asked = time.monotonic()
         ask(series, number)
