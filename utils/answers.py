@@ -129,7 +129,9 @@ def answer_key(question: Question, config: GenerateSection, arm: str) -> str:
 
 def matching_answers(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
     """{question id: answer}, the last of each, for what is on file under exactly these keys ({question id: key})."""
-    return {a["id"]: a for a in read_lines(path) if a.get("id") in keys and a.get("key") == keys[a["id"]]}
+    texts = ("id", "key", "text")
+    found = [a for a in read_lines(path) if all(isinstance(a.get(name), str) for name in texts)]
+    return {a["id"]: a for a in found if a["key"] == keys.get(a["id"])}
 
 
 def current_answers(path: Path, questions: Sequence[Question], config: GenerateSection, arm: str) -> dict[str, dict]:
@@ -161,7 +163,8 @@ def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | 
         return {}
     options = dict(zip(benchmark["id"].astype(str), benchmark["options"], strict=True))
     needed = {i: forced_key(a) for i, a in answers.items() if a["kind"] == "choice" and needs_forcing(a, options[i])}
-    known = {row["id"]: row["letter"] for row in read_lines(path) if needed.get(row["id"]) == row["key"]}
+    rows = [row for row in read_lines(path) if all(isinstance(row.get(name), str) for name in ("id", "key", "letter"))]
+    known = {row["id"]: row["letter"] for row in rows if needed.get(row["id"]) == row["key"]}
     if len(known) < len(needed):
         raise StageOrderError(
             f"{path.parent.name}/{path.name} holds the letters of {len(known)} of {len(needed)} answers that were cut "

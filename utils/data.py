@@ -143,7 +143,10 @@ def write_split(
 def read_benchmark(directory: Path) -> pd.DataFrame | None:
     """The items that `write_split` froze, or None where the run has no benchmark."""
     path = directory / "benchmark.jsonl"
-    return pd.DataFrame(_read_jsonl(path)) if path.stat().st_size else None
+    try:
+        return pd.DataFrame(_read_jsonl(path)) if path.stat().st_size else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); run 00_setup again, which writes it.") from None
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:

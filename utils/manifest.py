@@ -84,6 +84,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             if not is_whole(manifest):
                 raise ValueError("it is not as it was written")
             manifest = unsealed(manifest)
+        json.dumps(manifest, allow_nan=False)  # what could not be written again is none of ours
         _Manifest.model_validate(manifest)
         return manifest
     except ValidationError as error:

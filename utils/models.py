@@ -116,7 +116,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
         raise ModelError(
             f"No tokenizer could be loaded from {source} ({_first_line(error)}); expected a Hub id that can be "
             "reached, or a local folder with tokenizer.json."
@@ -133,7 +133,10 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
 
 def guard_tokenizer(tokenizer, source: str) -> None:
     """Raise ModelError unless decode(encode(text)) gives the text back, spaces and newlines included."""
-    back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
+    try:
+        back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ModelError(f"The tokenizer of {source} cannot be used ({_first_line(error)}); fetch it again.") from None
     if back != _PROBE:
         raise ModelError(
             f"The tokenizer of {source} corrupts text: {_PROBE!r} came back as {back!r}; "

@@ -9,23 +9,62 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, StrictBool, ValidationError
 from rich.console import Console
 
 from utils.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
 from utils.config import expand_home, is_there, load_config
 from utils.credentials import known_values
 from utils.errors import InfrastructureError, KaggleError
-from utils.kaggle_api import FINISHED, Kaggle, page
+from utils.files import parse_json
+from utils.kaggle_api import FINISHED, Kaggle, page, split_reference
 from utils.project import ROOT
 
 METADATA = ROOT / "kernel-metadata.json"
-_SWITCHES = ("is_private", "enable_gpu", "enable_tpu", "enable_internet")
-_LISTS = ("dataset_sources", "kernel_sources", "competition_sources", "model_sources")
 _GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports
 _UNKNOWN_STATES = 10  # in a row, before waiting is given up
 _START_S = 600.0  # after a push, until its session has to be seen queued or running
+
+
+_Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
+
+
+class _Metadata(BaseModel):
+    """kernel-metadata.json as it has to be written out."""
+
+    is_private: StrictBool
+    enable_gpu: StrictBool
+    enable_tpu: StrictBool
+    enable_internet: StrictBool
+    id: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")]
+    title: _Text
+    machine_shape: _Text
+    language: _Text
+    kernel_type: _Text
+    dataset_sources: list[_Text]
+    kernel_sources: list[_Text]
+    competition_sources: list[_Text]
+    model_sources: list[_Text]
+    keywords: list[_Text] = []
+
+
+class _CellMetadata(BaseModel):
+    tags: list[str] = []
+
+
+class _Cell(BaseModel):
+    cell_type: str
+    source: str | list[str]
+    metadata: _CellMetadata
+
+
+class _Notebook(BaseModel):
+    """Of a notebook only what is looked at here; nbformat has the whole of it."""
+
+    cells: list[_Cell]
+    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,14 +79,15 @@ class Pushed:
 def read_metadata() -> dict[str, Any]:
     """kernel-metadata.json; raises KaggleError where a switch is not written out (the package's defaults change)."""
     try:
-        metadata = json.loads(METADATA.read_text(encoding="utf-8"))
+        metadata = parse_json(METADATA.read_text(encoding="utf-8"))
+        _Metadata.model_validate(metadata)
+    except ValidationError as error:
+        wrong = dict.fromkeys(
+            str(problem["loc"][0]) if problem["loc"] else "its settings" for problem in error.errors()
+        )
+        raise KaggleError(f"{METADATA.name} has to write out {', '.join(wrong)}; take it back from git.") from None
     except (OSError, ValueError) as error:
         raise KaggleError(f"{METADATA} cannot be read ({error}); take it back from git.") from None
-    missing = [name for name in _SWITCHES if not isinstance(metadata.get(name), bool)]
-    missing += [name for name in ("id", "title", "machine_shape") if not metadata.get(name)]
-    missing += [name for name in _LISTS if not isinstance(metadata.get(name), list)]
-    if missing:
-        raise KaggleError(f"{METADATA.name} has to write out {', '.join(missing)}; take it back from git.")
     return metadata
 
 
@@ -57,7 +97,7 @@ def reference_of(metadata: Mapping[str, Any], username: str = "", slug: str = ""
     owner = username or ("" if owner == "OWNER" else owner)
     if not owner:
         raise KaggleError(f"{METADATA.name} still has OWNER in its id; pass --username, or put your user name there.")
-    return f"{owner}/{slug or own_slug}"
+    return "/".join(split_reference(f"{owner}/{slug or own_slug}"))
 
 
 def title_of(metadata: Mapping[str, Any], slug: str) -> str:
@@ -114,13 +154,21 @@ def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def check_text(text: str) -> None:
     """Raise KaggleError for a notebook that Kaggle would refuse, or that carries more than its author wrote."""
-    notebook = json.loads(text)
+    try:
+        notebook = parse_json(text)
+        _Notebook.model_validate(notebook)
+    except ValueError as error:
+        reason = "its cells are not those of a notebook" if isinstance(error, ValidationError) else error
+        raise KaggleError(
+            f"What would be sent is no notebook ({reason}); run {BUNDLE_COMMAND} to write it anew."
+        ) from None
     remedy = f"run {BUNDLE_COMMAND} to write it anew."
     if len(text) >= MAXIMUM_BYTES:
         raise KaggleError(
             f"The notebook has {len(text):,} bytes as Kaggle counts; expected less than {MAXIMUM_BYTES:,}."
         )
-    if not notebook.get("metadata", {}).get("kernelspec", {}).get("name"):
+    kernel = notebook["metadata"].get("kernelspec")
+    if not isinstance(kernel, dict) or not kernel.get("name"):
         raise KaggleError(f"The notebook names no kernel (kernelspec), and Kaggle runs none without; {remedy}")
     if "papermill" in notebook["metadata"]:
         raise KaggleError(f"The notebook was executed by papermill and carries its parameters; {remedy}")
@@ -198,12 +246,17 @@ def describe_request(request: Any) -> str:
         if "parameters" in cell["metadata"].get("tags", []):
             lines += [f"  cell {number}: {line}" for line in source.splitlines() if _is_assignment(line)]
         else:
-            lines.append(f"  cell {number}: {cell['cell_type']}, {len(source):,} characters: {source.splitlines()[0]}")
+            lines.append(
+                f"  cell {number}: {cell['cell_type']}, {len(source):,} characters: {source.partition(chr(10))[0]}"
+            )
     return "\n".join(lines)
 
 
 def _is_assignment(line: str) -> bool:
-    return bool(line.strip()) and isinstance(ast.parse(line).body[0], ast.Assign)
+    try:
+        return any(isinstance(statement, ast.Assign) for statement in ast.parse(line).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a part of something longer
+        return False
 
 
 def push(kaggle: Kaggle, request: Any) -> Pushed:
