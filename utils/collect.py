@@ -180,7 +180,6 @@ def judge(status: str, message: str, target: Path, log: str) -> Collected:
     try:
         wrong = altered_files(target)
         stages = read_manifest(target).get("stages", {})
-        outcome = "" if wrong else _outcome(target, stages)
     except RunDirError as error:
         return Collected(Verdict.FAIL, str(error), state)
     if wrong:
@@ -195,7 +194,10 @@ def judge(status: str, message: str, target: Path, log: str) -> Collected:
         return Collected(
             Verdict.FAIL, f"the run calls itself done, but {', '.join(undone) or 'no stage'} is not.", state
         )
-    return Collected(Verdict.PASS, outcome, state)
+    try:
+        return Collected(Verdict.PASS, _outcome(target, stages), state)
+    except RunDirError as error:
+        return Collected(Verdict.FAIL, str(error), state)
 
 
 def _judge_without_state(status: str, told: str, log: str) -> Collected:

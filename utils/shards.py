@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.config import is_there
 from utils.errors import ModelError
 from utils.files import parse_json
 
@@ -97,7 +98,7 @@ def find_shards(folder: Path) -> list[Shard]:
         names = [SINGLE]
     else:
         raise ModelError(f"{folder} holds neither {INDEX} nor {SINGLE}; expected the base model's weights.")
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not is_there(folder / name)]
     if missing:
         raise ModelError(
             f"{folder} lacks {len(missing)} of {len(names)} shards, {missing[0]} first; fetch the base model again."

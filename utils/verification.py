@@ -77,7 +77,7 @@ def read_record(run: RunDir) -> dict:
         return record
     except (OSError, ValueError) as error:
         reason = "its values are not those of verify.json" if isinstance(error, ValidationError) else error
-        raise RunDirError(f"{path} cannot be read ({reason}); run 05_export again, which writes it.") from None
+        raise RunDirError(f"{path} cannot be read ({reason}); run 05 again.") from None
 
 
 def write_reference(run: RunDir) -> Continuations:

@@ -22,7 +22,7 @@ from utils.handover import leave_heavy
 from utils.inputs import find_attached
 from utils.manifest import altered_files, read_manifest, require_recorded
 from utils.publish import plan_uploads, stale_on_record
-from utils.results import Comparison, read_sentence
+from utils.results import read_sentence
 from utils.rundir import open_run
 from utils.sealed import is_whole, read_lines, seal, to_lines, unsealed
 from utils.stages import STAGES
@@ -220,7 +220,7 @@ def _metrics() -> dict:
     }  # fmt: skip
 
 
-def test_metrics_of_any_shape_end_in_a_sentence_or_follow_their_schema(tmp_path, fuzz):
+def test_metrics_of_any_shape_end_in_a_sentence_or_tell_theirs(tmp_path, fuzz):
     (tmp_path / "comparison").mkdir()
     file = tmp_path / "comparison" / "metrics.json"
 
@@ -228,7 +228,7 @@ def test_metrics_of_any_shape_end_in_a_sentence_or_follow_their_schema(tmp_path,
         file.write_bytes(to_json(value))
         sentence, _ = survive(read_sentence, tmp_path)
         if sentence is not None:
-            assert Comparison.model_validate_json(file.read_bytes()).sentence == sentence
+            assert sentence == json.loads(file.read_bytes())["sentence"]
 
     fuzz.run("metrics: values", 800, mutated_values([_metrics()]), check)
 
