@@ -9,9 +9,9 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, StrictBool, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 
 from utils.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
@@ -20,51 +20,13 @@ from utils.credentials import known_values
 from utils.errors import InfrastructureError, KaggleError
 from utils.files import parse_json
 from utils.kaggle_api import FINISHED, Kaggle, page, split_reference
+from utils.kernel_schema import KernelMetadata, Notebook
 from utils.project import ROOT
 
 METADATA = ROOT / "kernel-metadata.json"
 _GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports
 _UNKNOWN_STATES = 10  # in a row, before waiting is given up
 _START_S = 600.0  # after a push, until its session has to be seen queued or running
-
-
-_Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
-
-
-class _Metadata(BaseModel):
-    """kernel-metadata.json as it has to be written out."""
-
-    is_private: StrictBool
-    enable_gpu: StrictBool
-    enable_tpu: StrictBool
-    enable_internet: StrictBool
-    id: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")]
-    title: _Text
-    machine_shape: _Text
-    language: _Text
-    kernel_type: _Text
-    dataset_sources: list[_Text]
-    kernel_sources: list[_Text]
-    competition_sources: list[_Text]
-    model_sources: list[_Text]
-    keywords: list[_Text] = []
-
-
-class _CellMetadata(BaseModel):
-    tags: list[str] = []
-
-
-class _Cell(BaseModel):
-    cell_type: str
-    source: str | list[str]
-    metadata: _CellMetadata
-
-
-class _Notebook(BaseModel):
-    """Of a notebook only what is looked at here; nbformat has the whole of it."""
-
-    cells: list[_Cell]
-    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,7 +42,7 @@ def read_metadata() -> dict[str, Any]:
     """kernel-metadata.json; raises KaggleError where a switch is not written out (the package's defaults change)."""
     try:
         metadata = parse_json(METADATA.read_text(encoding="utf-8"))
-        _Metadata.model_validate(metadata)
+        KernelMetadata.model_validate(metadata)
     except ValidationError as error:
         wrong = dict.fromkeys(
             str(problem["loc"][0]) if problem["loc"] else "its settings" for problem in error.errors()
@@ -156,7 +118,7 @@ def check_text(text: str) -> None:
     """Raise KaggleError for a notebook that Kaggle would refuse, or that carries more than its author wrote."""
     try:
         notebook = parse_json(text)
-        _Notebook.model_validate(notebook)
+        Notebook.model_validate(notebook)
     except ValueError as error:
         reason = "its cells are not those of a notebook" if isinstance(error, ValidationError) else error
         raise KaggleError(
