@@ -120,7 +120,12 @@ def answers(base: Path, place: Path) -> dict:
     return {"questions": len(found[1]), "same": same, "seconds": seconds, "second_process_said": by[2]}
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")]) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
+    processes_: Annotated[
+        list[int] | None, typer.Option("--processes", help="Only so many; 1 and 2 otherwise.")
+    ] = None,
+) -> None:
     """Measure and write OUT, after each part."""
     evidence: dict = {
         "what": "the demo's task: killed with SIGKILL and continued against undisturbed; answers by one process and two",
@@ -128,7 +133,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
         "gpu": [gpu.name for gpu in gpus()],
         "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "trl", "peft", "accelerate")},
     }
-    counts = (1, 2) if len(gpus()) != 1 else (1,)
+    counts = processes_ or ([1, 2] if len(gpus()) != 1 else [1])
     with tempfile.TemporaryDirectory() as scratch:
         base, rng = Path(scratch) / "base", random.Random(SEED)
         for stage in ("00", "02"):

@@ -82,7 +82,11 @@ def test_a_disk_that_fills_up_at_the_reference_is_told(made_run, full, monkeypat
             HardwareError,
             r"The disk is full \(No space left on device\): \d",
         ),
-        (OSError(errno.EFBIG, "File too large", "data/train.parquet"), HardwareError, "free at data; free some space"),
+        (
+            OSError(errno.EFBIG, "File too large", "data/train.parquet"),
+            HardwareError,
+            "free at data/train.parquet; free some space",
+        ),
         (
             OSError(errno.EROFS, "Read-only file system"),
             RunDirError,
@@ -96,6 +100,7 @@ def test_a_disk_that_fills_up_at_the_reference_is_told(made_run, full, monkeypat
             HardwareError,
             "torch could",
         ),
+        (RuntimeError("basic_ios::clear: iostream error"), HardwareError, "torch could not write a file"),
         (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"), HardwareError, "full"),
     ],
 )

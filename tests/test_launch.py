@@ -6,9 +6,11 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 
 from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
-from utils.errors import ConfigError, HardwareError, SessionOver, TrainingError
+from utils.errors import ConfigError, HardwareError, Interrupted, SessionOver, TrainingError
 from utils.launch import SUMMARY, processes_that_divide, read_recipe, train, write_recipe
 from utils.project import ROOT
 from utils.training import checkpoint_dir
@@ -280,3 +282,23 @@ def test_sessions_that_end_in_time_lead_to_the_same_adapter_as_one_long_one(trai
     short = training_run("short", hardware__processes=processes, train__max_steps=3)
     train(short, *recipe)
     assert same(parts, short)
+
+
+def test_ctrl_c_stops_two_processes_at_one_step_with_a_checkpoint(training_run, recipe, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = training_run(hardware__processes=2)
+
+    def ask():
+        while not list(checkpoint_dir(run).glob("checkpoint-*/trainer_state.json")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(
+        Interrupted, match=r"stopped at step \d+ of 12 with a checkpoint, because it was asked to"
+    ) as told:
+        train(run, *slowed_down(tmp_path))
+    step = int(re.search(r"step (\d+)", str(told.value))[1])
+    assert 3 <= step < 12 and (checkpoint_dir(run) / f"checkpoint-{step}" / "trainer_state.json").exists()
+    assert list(pd.read_csv(run.file("training/log.csv"))["step"]) == list(range(1, step + 1))

@@ -17,7 +17,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 # Libraries that write without Python tell the number in words, and torch's writer tells nothing but that it failed.
 _NUMBER = re.compile(r"\[?(?:Errno|os error) (\d+)\b")
-_TORCH = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
+_TORCH = re.compile(r"PytorchStreamWriter failed|inline_container\.cc|iostream error")
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def disk_error(error: BaseException, run_dir: Path) -> UserError | None:
     if number in _FULL or _TORCH.search(str(error)):
         why = os.strerror(number) if number else "torch could not write a file"
         return HardwareError(
-            f"The disk is full ({why}): {free_disk_gib(place):.2f} GiB are free at {place.parent}; free some space and "
+            f"The disk is full ({why}): {free_disk_gib(place):.2f} GiB are free at {place}; free some space and "
             "run the same again, what was saved stays and is gone on with."
         )
     if number in _REFUSED:

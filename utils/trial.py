@@ -29,6 +29,7 @@ from utils.stage_run import StageRun
 
 FILE = "training/fit.json"
 _UPDATES = 2  # of one trial; the first warms up
+_SPARE_GIB = 0.25  # packs differ in how many documents they hold, and so a little in memory: a trial knows one kind
 
 
 class Stopwatch(TrainerCallback):
@@ -198,7 +199,7 @@ def _search(model, tokenizer, config, rows, packed, make_trainer, share, layers,
     kept = [p.detach().to("cpu", copy=True) for p in trainable]
     longest = _longest_rows(rows, packed, config.model.max_seq_length)
     held = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0
-    room = (free_bytes(model.device) + held) / GIB
+    room = (free_bytes(model.device) + held) / GIB - _SPARE_GIB
     if world > 1:  # the buckets in which gradients travel between processes
         room -= sum(p.numel() * p.element_size() for p in trainable) / GIB
     print(f"trials of {_UPDATES} updates, {room:.1f} GiB to be had:")

@@ -25,6 +25,7 @@ SMALL = {
     "generate.max_new_tokens": 64,
     "export.prompts": 2,
     "tracking.mode": "disabled",
+    "hardware.min_disk_gib": 0.01,
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}  # two chains share two cores
 KEPT = ("*/answers.jsonl", "*/answers.[0-9]*.jsonl", "training/checkpoints/*/checkpoint-*/files.json")
@@ -77,6 +78,11 @@ class SeriesProcess:
                 except FileNotFoundError:  # an old checkpoint, deleted at this moment
                     continue
         return found
+
+    @property
+    def place(self) -> str:
+        """The stage at work, in words."""
+        return "the report" if self.stage == "06" else self.stage
 
     @property
     def output(self) -> str:

@@ -1,0 +1,102 @@
+"""The disk fills up at every single write of every stage, and of the driver: a sentence, and nothing lost."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.faults.series_process import ONE_THREAD
+
+# Every function of `utils` that writes files itself, by where this suite fills the disk under it.
+WRITERS = {
+    "03": {"training.save_adapter", "training.save_log", "figures._save", "files.write_text"},
+    "05": {
+        "export.copy_adapter", "export.save_tokenizer", "export.merge_adapter", "merge._merge_shard",
+        "agreement.save", "card._write", "files.write_text",
+    },
+    "04": {
+        "generation._append", "likelihood.forced_letters", "data.write_frame", "comparison.write_comparison",
+        "figures._save", "answers_page.write_answers",
+    },
+    "01": {"generation._append", "likelihood.forced_letters", "data.write_frame"},
+    "00": {"data.write_split", "data.write_frame", "files.write_json", "lock._lock_file", "rundir.save"},
+    "02": {"data.write_frame", "figures._save"},
+    "driver": {"state.write_state", "report._write_chapters", "report.write_report", "rundir.save"},
+}  # fmt: skip
+# And those that write at other times, each with the reason why it is not filled up here.
+ELSEWHERE = {
+    "lock._sign": "what it cannot write is left out: tests/test_lock.py",
+    "merge._write": "a thread of merge._merge_shard",
+    "merge.merge_shards": "the index of a model in several shards: tests/test_disk.py",
+    "generation._end_torn_line": "a line break, after a kill",
+    "progress._tell": "what it cannot write is left out: tests/test_progress.py",
+    "launch.write_recipe": "several GPUs; through files.write_text",
+    "launch._run_to_the_end": "several GPUs: the launcher's log",
+    "launch.take_part": "several GPUs: the other processes' log",
+    "workers._launch": "several GPUs: their logs",
+    "probe.probe_letters": "evaluate.probe; through files.write_text",
+    "export.write_ggufs": "needs llama.cpp: tests/test_disk.py",
+    "loadback.answer_elsewhere": "the machine's scratch",
+    "llama_cpp.build_llama_cpp": "the machine's cache",
+    "demo.build_model": "the machine's cache",
+    "install.install_missing": "the machine's scratch",
+    "handover.leave_heavy": "Kaggle's end of a session: tests/test_handover.py",
+    "inputs.adopt_attached": "before there is a run: tests/test_inputs.py",
+    "collect._download": "no run at work: tests/test_collect.py",
+    "collect.attempt": "no run at work: tests/test_collect.py",
+    "collect.collect": "no run at work: tests/test_collect.py",
+    "remote._show": "no run at work",
+    "bundle._write": "no run at work",
+}
+METHODS = {"write_text", "write_bytes", "to_parquet", "to_csv", "savefig", "save_pretrained", "copyfile", "copytree", "move", "pwrite"}  # fmt: skip
+
+
+def writers() -> set[str]:
+    """module.function of everything in `utils` that calls one of METHODS, shutil.copy, or opens a file to write."""
+    found = set()
+    for file in sorted((ROOT / "utils").glob("*.py")):
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef) and any(map(_writes, ast.walk(function))):
+                found.add(f"{file.stem}.{function.name}")
+    return found
+
+
+def _writes(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    modes = [value.value for value in node.args if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    opens = any(len(mode) <= 3 and set(mode) & set("wax+") for mode in modes) or "O_CREAT" in ast.unparse(node)
+    return name in METHODS or (name == "open" and opens) or ast.unparse(node.func) == "shutil.copy"
+
+
+def test_no_writing_function_of_the_package_is_forgotten():
+    assert writers() == set().union(*WRITERS.values(), ELSEWHERE)
+
+
+def enumerate_points(run: Path, stage: str, scratch: Path, *words: str) -> tuple[list[dict], dict]:
+    command = [sys.executable, "-m", "tests.faults.write_points", str(run), stage, str(scratch), *words]
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *trials, whole = map(json.loads, done.stdout.splitlines())
+    return trials, whole
+
+
+@pytest.mark.parametrize("stage", WRITERS)
+def test_full_at_any_write_it_ends_in_a_sentence_and_harms_nothing(small_run, tmp_path, stage, record_fault, long):
+    trials, whole = enumerate_points(small_run, stage, tmp_path, *(["continue"] if long else []))
+    assert not whole["error"] and not whole["wrong"], whole
+    assert WRITERS[stage] <= set(whole["sites"])
+    assert len(trials) == len(whole["points"]) > 5
+    harmed = [trial for trial in trials if trial["wrong"]]
+    name = f"disk full at each write of {stage}" if stage != "driver" else "disk full at each write of the driver"
+    record_fault(name, tried=len(trials), survived=len(trials) - len(harmed))
+    assert not harmed, json.dumps(harmed, indent=1)[:6000]
