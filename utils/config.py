@@ -7,6 +7,7 @@ keys.
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -128,9 +129,13 @@ def absolute_overrides(overrides: Mapping[str, Any], base: Path | None = None) -
 
 
 def expand_home(path: str | Path, what: str) -> Path:
-    """`path` with ~ replaced; raises ConfigError where it begins with a user whom this machine does not know."""
+    """`path` with ~ replaced; raises ConfigError for a user whom this machine does not know, and for what no path can be."""
     try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("a null byte")
         return Path(path).expanduser()
+    except ValueError:
+        raise ConfigError(f"{what} is {_quote(str(path))}, which no file system takes; name another path.") from None
     except RuntimeError:
         raise ConfigError(
             f"{what} is {_quote(str(path))}, but there is no such user here; write the path out."
@@ -143,6 +148,11 @@ def is_there(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether `path` is a folder that exists; a name that no file system takes is none."""
+    return is_there(Path(path)) and Path(path).is_dir()
 
 
 def _assign(values: dict, dotted: str, value: Any) -> None:

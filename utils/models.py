@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from utils.config import is_folder
 from utils.credentials import share_hub_token
 from utils.decoding import speed_up_unsloth
 from utils.errors import HardwareError, ModelError
@@ -84,7 +85,7 @@ def check_model(config: Config) -> tuple[str, str | None]:
     name = config.model.name
     if name == EMBEDDED:
         return "embedded: a tiny model, built on this machine", None
-    if Path(name).is_dir():
+    if is_folder(name):
         missing = [file for file in ("config.json", "tokenizer.json") if not (Path(name) / file).exists()]
         if missing:
             raise ModelError(f"The model folder {name} lacks {' and '.join(missing)}; expected a Hugging Face model.")

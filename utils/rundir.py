@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config import absolute_overrides, expand_home, is_there, load_config
+from utils.config import absolute_overrides, expand_home, is_folder, is_there, load_config
 from utils.errors import RunDirError
 from utils.files import digests, fingerprint, record_files, write_text
 from utils.manifest import notebook_digest, read_manifest
@@ -88,7 +88,7 @@ class RunDir:
             folder = Path(self.config.model.name)
             if self.config.model.name == EMBEDDED:
                 values["model files"] = embedded_fingerprint()
-            elif folder.is_dir():
+            elif is_folder(folder):
                 values["model files"] = fingerprint(folder)
         return values
 

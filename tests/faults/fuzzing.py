@@ -1,7 +1,7 @@
 """What the fuzz tests share: mutations of a committed corpus, a limit of time for each case, and what counts as survived.
 
 A case is survived where the function returns, or raises one of the series' own exceptions with one printable line. Any
-other exception, a longer silence than LIMIT_S, or a sentence of several lines fails the test with its input.
+other exception, a case without an end, or a sentence of several lines fails the test with its input.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from utils.errors import UserError
 
 CORPUS = Path(__file__).with_name("corpus")
 LONG = bool(os.environ.get("FAULTS_LONG"))
-LIMIT_S = 10.0  # a hang, not slowness: a case takes some milliseconds, but the machine may be busy
+LIMIT_S = 10.0  # of processor time: a case takes some milliseconds
+SILENCE_S = 120.0  # of any time: what waits uses no processor, and the machine may be busy
 LONGEST_SENTENCE = 1010
 MORE = 10  # times as many cases where the suite runs in full, and other ones each time
 
@@ -49,18 +50,21 @@ class Hang(BaseException):
 
 @contextmanager
 def within(seconds: float = LIMIT_S) -> Iterator[None]:
-    """Raise Hang in the block where it takes longer."""
+    """Raise Hang in the block where it takes so many seconds of processor time, or SILENCE_S of any."""
 
-    def stop(*_) -> None:
-        raise Hang(f"no end after {seconds:g} s")
+    def stop(number: int, _) -> None:
+        raise Hang(f"no end after {seconds if number == signal.SIGPROF else SILENCE_S:g} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, SILENCE_S)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def survive(function: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, str | None]:

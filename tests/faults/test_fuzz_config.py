@@ -68,7 +68,7 @@ def test_settings_of_any_name_and_value_end_in_a_sentence_or_a_valid_configurati
         if config is not None:
             check_config(config)
 
-    fuzz.run("settings: names and values", 400, st.dictionaries(ODD_KEYS, VALUE, min_size=1, max_size=2), check)
+    fuzz.run("settings: names and values", 300, st.dictionaries(ODD_KEYS, VALUE, min_size=1, max_size=2), check)
 
 
 def test_what_is_no_mapping_of_settings_gets_a_sentence(fuzz):
@@ -91,7 +91,7 @@ def test_every_set_option_ends_in_a_sentence_or_a_valid_configuration(fuzz):
     assignment = st.one_of(
         WORDS, st.tuples(ODD_KEYS, WORDS).map("=".join), st.tuples(st.sampled_from(KEYS), VALUE.map(repr)).map("=".join)
     )
-    fuzz.run("settings: --set", 1200, st.lists(assignment, min_size=1, max_size=2), check)
+    fuzz.run("settings: --set", 800, st.lists(assignment, min_size=1, max_size=2), check)
 
 
 def test_settings_end_in_a_sentence_before_a_run_directory_is_touched_or_are_kept_in_it(tmp_path, fuzz):

@@ -88,7 +88,7 @@ def test_rows_of_another_shape_end_in_a_sentence_or_as_they_are(suffix, tmp_path
         path.write_bytes(to_json(value) if suffix == ".json" else b"\n".join(map(to_json, rows)))
         check_file(path)
 
-    fuzz.run("data files: other types, missing and nested cells", 1000, mutated_values([ROWS]), check)
+    fuzz.run("data files: other types, missing and nested cells", 500, mutated_values([ROWS]), check)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -106,7 +106,7 @@ def test_cells_of_mixed_types_end_in_a_sentence_or_as_text(suffix, tmp_path, fuz
     rows = st.lists(
         st.fixed_dictionaries(dict.fromkeys(COLUMNS, cells), optional={"group": cells}), min_size=1, max_size=4
     )
-    fuzz.run("data files: cells of mixed types", 400, rows, check)
+    fuzz.run("data files: cells of mixed types", 250, rows, check)
 
 
 @pytest.mark.parametrize(
@@ -127,4 +127,4 @@ def test_another_encoding_is_read_right_or_refused_and_never_guessed(suffix, enc
             check_frame(frame)
 
     cell = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), min_size=1, max_size=12)
-    fuzz.run("data files: encodings", 60, st.tuples(cell, cell, cell), check)
+    fuzz.run("data files: encodings", 40, st.tuples(cell, cell, cell), check)

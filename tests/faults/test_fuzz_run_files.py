@@ -73,7 +73,7 @@ def test_a_damaged_manifest_ends_in_a_sentence_or_is_one(here, fuzz):
         check_manifest(here)
 
     write_state(here, SeriesState(state="done"))
-    fuzz.run("manifests: bytes", 700, mutated_bytes([seed]), check)
+    fuzz.run("manifests: bytes", 400, mutated_bytes([seed]), check)
 
 
 def test_a_manifest_of_another_shape_ends_in_a_sentence_or_is_one(here, fuzz):
@@ -85,7 +85,7 @@ def test_a_manifest_of_another_shape_ends_in_a_sentence_or_is_one(here, fuzz):
         check_manifest(here)
 
     write_state(here, SeriesState(state="done"))
-    fuzz.run("manifests: values", 900, mutated_values([few]), check)
+    fuzz.run("manifests: values", 500, mutated_values([few]), check)
 
 
 def test_a_state_of_any_kind_is_none_or_is_told_in_a_sentence(here, fuzz):
@@ -148,7 +148,7 @@ def test_damaged_answers_are_whole_ones_or_missing_ones(tmp_path, fuzz):
         if answers is not None:
             assert answers == {answer["id"]: answer for answer in ANSWERS}
 
-    fuzz.run("answers: bytes", 1500, mutated_bytes([seed]), check)
+    fuzz.run("answers: bytes", 900, mutated_bytes([seed]), check)
 
 
 def test_lines_of_any_shape_are_no_answers_and_are_counted_as_missing(tmp_path, fuzz):

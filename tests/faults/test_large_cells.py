@@ -29,11 +29,11 @@ def load(path):
     except UserError as error:
         return str(error)
 
-small, large = Path(sys.argv[1]), Path(sys.argv[2])
+small, *large = map(Path, sys.argv[1:])
 load(small)
-before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-found = load(large)
-print(json.dumps({"found": found, "seconds": time.monotonic() - started,
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+found = [load(path) for path in large]
+print(json.dumps({"found": found, "seconds": time.process_time() - started,
                   "bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}))
 """
 WRITE = """
@@ -49,7 +49,7 @@ for name, size in (("small", 10), ("large", int(sys.argv[2]))):
 
 def measure(*arguments: str) -> dict:
     done = subprocess.run(
-        [sys.executable, "-c", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=600
     )
     return json.loads(done.stdout) if done.stdout else {}
 
@@ -58,29 +58,31 @@ def measure(*arguments: str) -> dict:
 def test_a_cell_of_ten_megabytes_is_read_in_bounded_memory(suffix, tmp_path, record_fault):
     measure(WRITE, str(tmp_path), str(CELL), suffix)
     found = measure(MEASURE, str(tmp_path / f"small{suffix}"), str(tmp_path / f"large{suffix}"))
-    survived = found["found"] == 1 and found["bytes"] < LIMITS[suffix] * CELL and found["seconds"] < 30
+    survived = found["found"] == [1] and found["bytes"] < LIMITS[suffix] * CELL and found["seconds"] < 30
     record_fault("a cell of 10 MB", survived=int(survived))
     assert survived, found
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b'{"Question": "' + b"x" * CELL,
-        b'{"Question": ' + b"[" * CELL,
-        b'{"Question": ' + b"9" * CELL + b"}",
-        b'Question,Complex_CoT,Response\n"' + b"x" * CELL,
-        b"\x00" * CELL,
-        b"," * CELL,
-        b"Q" * CELL + b",a,b\n1,2,3\n",
-    ],
-    ids=["open string", "brackets", "digits", "open quote", "null bytes", "commas", "a header of 10 MB"],
-)
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_ten_megabytes_of_nonsense_end_in_one_short_sentence(suffix, content, tmp_path, record_fault):
-    (tmp_path / f"large{suffix}").write_bytes(content)
-    (tmp_path / f"small{suffix}").write_bytes(b"Question,Complex_CoT,Response\nq,c,r\n")
-    found = measure(MEASURE, str(tmp_path / f"small{suffix}"), str(tmp_path / f"large{suffix}"))
-    survived = len(str(found["found"])) < 1010 and found["seconds"] < 30 and found["bytes"] < 150 * CELL
-    record_fault("10 MB of nonsense", survived=int(survived))
-    assert survived and isinstance(found["found"], str), found
+NONSENSE = {
+    "open string": b'{"Question": "' + b"x" * CELL,
+    "brackets": b'{"Question": ' + b"[" * CELL,
+    "digits": b'{"Question": ' + b"9" * CELL + b"}",
+    "open quote": b'Question,Complex_CoT,Response\n"' + b"x" * CELL,
+    "null bytes": b"\x00" * CELL,
+    "commas": b"," * CELL,
+    "long header": b"Q" * CELL + b",a,b\n1,2,3\n",
+}
+
+
+def test_ten_megabytes_of_nonsense_end_in_one_short_sentence_each(tmp_path, record_fault):
+    small = tmp_path / "small.csv"
+    small.write_bytes(b"Question,Complex_CoT,Response\nq,c,r\n")
+    large = [tmp_path / f"{name}{suffix}" for name in NONSENSE for suffix in (".jsonl", ".csv")]
+    for path in large:
+        path.write_bytes(NONSENSE[path.stem])
+    found = measure(MEASURE, str(small), *map(str, large))
+    told = [
+        isinstance(sentence, str) and sentence.isprintable() and len(sentence) < 1010 for sentence in found["found"]
+    ]
+    record_fault("10 MB of nonsense", tried=len(large), survived=sum(told))
+    assert all(told) and found["seconds"] < 60 and found["bytes"] < 150 * CELL, found
