@@ -48,6 +48,7 @@ def load_recipe(name: str, seed: int, more: dict | None = None):
 
 def train_once(config, folder: Path, steps: int | None = None, resume: str | None = None):
     """(trainer, tokenizer) after training on the demo's rows, to the end or for `steps` updates."""
+    from utils.checkpoints import SealCallback
     from utils.likelihood import tokenize_row
     from utils.trial import choose_fit, recompute_as
 
@@ -60,6 +61,7 @@ def train_once(config, folder: Path, steps: int | None = None, resume: str | Non
     fit = choose_fit(StageRun(folder, config, {}, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
     trainer = make_trainer(model, tokenizer, config, rows, fit, str(folder / "checkpoints"))
     recompute_as(trainer, config, fit)
+    trainer.add_callback(SealCallback())
     if steps:
         stop_after(trainer, steps)
     trainer.train(resume_from_checkpoint=resume)
@@ -111,9 +113,9 @@ def losses(trainer) -> list[float]:
 
 def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")]) -> None:
     """Train three seeds by each recipe, stop and resume one, and write OUT."""
+    from utils.checkpoints import find_checkpoint
     from utils.memory import free_memory
     from utils.statistics import compare_paired
-    from utils.training import find_checkpoint
     from utils.trial import let_go
 
     evidence: dict = {

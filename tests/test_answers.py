@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -15,12 +14,12 @@ from utils.answers import (
     build_questions,
     collect_references,
     current_answers,
-    read_answers,
     register,
 )
 from utils.config import load_config
 from utils.errors import StageOrderError
 from utils.rundir import open_run
+from utils.sealed import read_lines, to_lines
 from utils.settings import GenerateSection
 from utils.stages import BY_NAME
 
@@ -33,7 +32,7 @@ def write_answers(
 ) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = [{"id": q.id, "text": f"{q.prompt}!", "key": answer_key(q, config, arm)} for q in questions]
-    lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
+    lines = [to_lines([answer]).rstrip("\n") for answer in answers]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return lines
 
@@ -64,7 +63,7 @@ def test_a_greedy_key_does_not_change_with_what_greedy_decoding_ignores(change):
 
 
 def test_no_file_holds_no_answers(tmp_path):
-    assert read_answers(tmp_path / "answers.jsonl") == []
+    assert read_lines(tmp_path / "answers.jsonl") == []
 
 
 def test_a_torn_last_line_is_dropped_wherever_the_kill_cut_it(tmp_path):
@@ -75,13 +74,24 @@ def test_a_torn_last_line_is_dropped_wherever_the_kill_cut_it(tmp_path):
     last = whole.rindex(b"\n", 0, -1) + 1
     for end in range(last, len(whole) - 1):
         path.write_bytes(whole[:end])
-        assert [answer["id"] for answer in read_answers(path)] == ["q0", "q1"], whole[last:end]
+        assert [answer["id"] for answer in read_lines(path)] == ["q0", "q1"], whole[last:end]
+
+
+def test_an_answer_that_was_changed_on_file_is_not_one(tmp_path):
+    """Its key still fits: a bit that turned over in the text used to be scored."""
+    path = tmp_path / "answers.jsonl"
+    write_answers(path, QUESTIONS)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        for answer in read_lines(path):
+            assert answer["text"] == f"Prompt {answer['id'][1]} 医🩺!"
 
 
 def test_an_answer_with_an_odd_line_separator_stays_one_line(tmp_path):
     path = tmp_path / "answers.jsonl"
-    path.write_text(json.dumps({"id": "q", "text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert [answer["text"] for answer in read_answers(path)] == ["a\u2028b\x85c"]
+    path.write_text(to_lines([{"id": "q", "text": "a\u2028b\x85c"}]), encoding="utf-8")
+    assert [answer["text"] for answer in read_lines(path)] == ["a\u2028b\x85c"]
 
 
 def test_the_current_answers_are_those_of_these_questions_and_no_others(tmp_path):
@@ -113,7 +123,7 @@ def test_answers_of_another_decoding_or_arm_count_as_missing(tmp_path, config, a
 def test_a_line_that_is_no_answer_of_ours_is_passed_over(tmp_path):
     """Without id and key it used to match whatever had none either, and was counted."""
     path = tmp_path / "answers.jsonl"
-    lines = [*write_answers(path, QUESTIONS[:1]), "{}", json.dumps({"id": "of another series"})]
+    lines = [*write_answers(path, QUESTIONS[:1]), "{}", "5", to_lines([{"id": "of another series"}])]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(StageOrderError, match="holds 1 of 2 answers"):
         current_answers(path, QUESTIONS[:2], GREEDY, "base")
@@ -121,8 +131,9 @@ def test_a_line_that_is_no_answer_of_ours_is_passed_over(tmp_path):
 
 def test_the_last_of_two_answers_to_one_question_counts(tmp_path):
     path = tmp_path / "answers.jsonl"
-    (line,) = write_answers(path, QUESTIONS[:1])
-    path.write_text(line + "\n" + line.replace("!", "?") + "\n", encoding="utf-8")
+    write_answers(path, QUESTIONS[:1])
+    (answer,) = read_lines(path)
+    path.write_text(to_lines([answer, answer | {"text": "Prompt?"}]), encoding="utf-8")
     assert current_answers(path, QUESTIONS[:1], GREEDY, "base")["q0"]["text"].endswith("?")
 
 

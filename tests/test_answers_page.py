@@ -11,6 +11,7 @@ from utils.answers import answer_key, arm_digest, forced_key, load_questions
 from utils.answers_page import write_answers
 from utils.comparison import Arms
 from utils.rundir import open_run
+from utils.sealed import to_lines
 
 EVIL = "</div></details><script>alert('x')</script><img src=x onerror=alert(1)> & <b>bold</b>"
 NAN = float("nan")
@@ -89,10 +90,9 @@ def write_arm(run, arm: str, anecdote: bool) -> None:
     asked = {question.id: question for question in load_questions(run)[0]}
     for record in records:
         record["key"] = answer_key(asked[record["id"]], run.config.generate, arm_digest(run, arm))
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    run.file(f"{arm}/answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    run.file(f"{arm}/answers.jsonl").write_text(to_lines(records), encoding="utf-8")
     forced = {"id": cut_off["id"], "key": forced_key(cut_off), "letter": FORCED[arm]}
-    run.file(f"{arm}/forced.jsonl").write_text(json.dumps(forced) + "\n", encoding="utf-8")
+    run.file(f"{arm}/forced.jsonl").write_text(to_lines([forced]), encoding="utf-8")
 
 
 def make_page(folder, **changes):
@@ -263,7 +263,7 @@ def test_the_page_shows_the_answer_that_was_scored_not_one_under_other_settings(
     current = {"id": "broken", "kind": "open", "key": key, "text": "</think>the scored one"}
     lines = path.read_text(encoding="utf-8")
     later = {**current, "key": "other", "text": "</think>from a later try"}
-    path.write_text(lines + "".join(json.dumps(answer) + "\n" for answer in (current, later)), encoding="utf-8")
+    path.write_text(lines + to_lines([current, later]), encoding="utf-8")
     page = write_answers(run, Arms(scored(0), scored(1), pd.DataFrame(), pd.DataFrame(), {})).read_text(
         encoding="utf-8"
     )

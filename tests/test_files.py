@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from utils import files
 from utils.files import (
     atomic,
     digests,
@@ -88,7 +89,8 @@ def test_a_record_holds_digest_and_size_of_every_file(tmp_path):
     assert digests(records) == {"f/a.txt": hashlib.sha256(b"abc").hexdigest()}
 
 
-def test_a_file_of_known_size_and_time_is_not_read_again(tmp_path):
+def test_a_large_file_of_known_size_and_time_is_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_READ_AGAIN", 2)
     write_text(tmp_path / "a.txt", "abc")
     known = record_files(tmp_path, ("a.txt",))
     known["a.txt"]["sha256"] = "as on record"

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from utils import generation
-from utils.answers import Question, read_answers
+from utils.answers import Question
 from utils.errors import HardwareError
 from utils.generation import answer_questions, share_path
 from utils.prompts import format_row
+from utils.sealed import read_lines
 from utils.settings import GenerateSection
 
 GREEDY = GenerateSection(max_new_tokens=12, batch_size=4, do_sample=False)
@@ -51,7 +52,7 @@ def test_nothing_is_generated_twice_and_a_torn_line_is_answered_again(tiny_model
     kept = {json.loads(line)["id"] for line in lines[:4]}
     assert sorted(asked) == sorted({f"q{i}" for i in range(7)} - kept)
     assert [a["text"] for a in again] == [a["text"] for a in first]
-    assert sorted(a["id"] for a in read_answers(path)) == [f"q{i}" for i in range(7)]
+    assert sorted(a["id"] for a in read_lines(path)) == [f"q{i}" for i in range(7)]
 
 
 def test_another_arm_does_not_reuse_the_answers(tiny_model, tmp_path, monkeypatch):
@@ -158,4 +159,4 @@ def test_what_helpers_answered_is_joined_and_what_they_left_is_answered_here(tin
     answers = answer_questions(*tiny_model, questions(), GREEDY, path, "arm", helpers=OneOfTwo())
     alone = answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "alone.jsonl", "arm")
     assert answers == alone and sorted(asked) == sorted(2 * [f"q{i}" for i in range(7)])
-    assert list(tmp_path.glob("answers.*.jsonl")) == [] and len(read_answers(path)) == 7
+    assert list(tmp_path.glob("answers.*.jsonl")) == [] and len(read_lines(path)) == 7

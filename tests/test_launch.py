@@ -76,7 +76,7 @@ def killed_on_the_way(run, processes: int, seed: int) -> int:
     environment = {**os.environ, "PYTHONPATH": python_path()}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     folder = checkpoint_dir(run)
-    while process.poll() is None and not list(folder.glob("checkpoint-*/trainer_state.json")):
+    while process.poll() is None and not list(folder.glob("checkpoint-*/files.json")):
         time.sleep(0.01)
     time.sleep(random.Random(seed).uniform(0, 1))
     started = psutil.Process(process.pid)

@@ -10,7 +10,7 @@ from utils.project import ROOT
 
 GROUND = (
     "errors files progress project stages settings config platforms install credentials rundir tracking state "
-    "deadline inputs retry disk manifest stage_run determinism redaction lock interruption".split()
+    "deadline inputs retry disk manifest stage_run determinism redaction sealed lock interruption".split()
 )
 PURE = (
     "fit demo_data shards serving prompts parsing metrics results statistics verdicts similarity data items split answers "
@@ -18,10 +18,12 @@ PURE = (
 )
 MODELS = "bases decoding packing demo llama_cpp memory merge models sampling".split()
 WORK = (
-    "callbacks trial launch generation probe selftest likelihood workers comparison forest figures training export "
+    "callbacks checkpoints trial launch generation probe selftest likelihood workers comparison forest figures training export "
     "agreement loadback verification gguf_files card card_facts report answers_page handover publish".split()
 )
-DRIVERS = "live_line kernels series kernel_cells bundle kaggle_api push collect chain remote __main__".split()
+DRIVERS = (
+    "live_line kernels series kernel_cells kernel_schema bundle kaggle_api push collect chain remote __main__".split()
+)
 LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "lm_eval"}
 MODULES = sorted(path.stem for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pandas as pd
 import pytest
 import torch
@@ -13,6 +11,7 @@ from utils.answers import Question
 from utils.errors import HardwareError, ModelError
 from utils.likelihood import check_same_base, completion_nll, forced_letters, letter_logprobs, tokenize_row
 from utils.prompts import format_row
+from utils.sealed import read_lines
 
 ROWS = [
     {"Question": f"A man has {'a dry cough and ' * i}a red rash.", "Complex_CoT": "It fits.\nYes " * (i + 1), "Response": "R"}
@@ -137,7 +136,7 @@ def test_a_forced_letter_is_the_likeliest_after_the_closed_block(tiny_model, tmp
     expected = {x: float(logprobs[tokenizer.encode(f" {x}", add_special_tokens=False)[-1]]) for x in "ABC"}
     assert row["logprobs"] == pytest.approx(expected, abs=1e-5)
     assert row["letter"] == max(expected, key=expected.get)
-    assert [json.loads(line) for line in (tmp_path / "forced.jsonl").read_text().splitlines()] == [row]
+    assert read_lines(tmp_path / "forced.jsonl") == [row]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import random
 import socket
@@ -22,6 +21,7 @@ from utils.files import write_text
 from utils.probe import probe_letters
 from utils.probe_results import current_probe, format_probe
 from utils.project import ROOT
+from utils.sealed import read_lines
 
 TEXTS = ["Aspirin", "A rash, 医🩺", "Rest", "{{ none }}", "Surgery", "Water", "Salt", "Iron", "Sleep", "Heat"]
 
@@ -95,7 +95,7 @@ def test_the_prompt_is_that_of_the_harness_s_own_medqa(items):
 def test_the_file_holds_what_is_returned_an_object_for_each_item(tiny_model, items, tmp_path):
     path = tmp_path / "new folder" / "probe.jsonl"
     frame = probe_letters(*tiny_model, items, path, "arm")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(path)
     assert lines == frame.to_dict("records")
     assert list(lines[0]) == ["id", "key", "letter", "correct", "loglikelihoods"]
     assert [file.name for file in path.parent.iterdir()] == ["probe.jsonl"]
@@ -243,8 +243,8 @@ def test_the_figures_on_file_are_read_without_torch_and_without_the_harness(tiny
     path = tmp_path / "probe.jsonl"
     probe_letters(*tiny_model, items, path, "arm")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom utils.answers import read_answers\nimport utils.probe_results\n"
-        "print(len(read_answers(Path(sys.argv[1]))), {'torch', 'lm_eval', 'transformers'} & set(sys.modules))"
+        "import sys\nfrom pathlib import Path\nfrom utils.sealed import read_lines\nimport utils.probe_results\n"
+        "print(len(read_lines(Path(sys.argv[1]))), {'torch', 'lm_eval', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "7 set()\n", done.stderr

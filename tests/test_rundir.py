@@ -106,7 +106,10 @@ def test_a_changed_setting_makes_those_stages_stale_that_rest_on_it(tmp_path, ke
 def test_a_changed_input_makes_the_stages_that_read_it_stale_and_those_after_them_refused(tmp_path):
     run = complete(tmp_path)
     write_text(run.file("data/train.parquet"), "other rows")
-    assert stale(run) == {"00": "one of its outputs changed", "02": "one of its inputs changed"}
+    assert stale(run) == {
+        "00": "one of its outputs changed (data/train.parquet differs from what was written)",
+        "02": "one of its inputs changed (data/train.parquet differs from what was written)",
+    }
     with pytest.raises(StageOrderError, match=r"03_lora_training needs 00_setup, but one of its outputs"):
         open_stage("03_lora_training", "demo", tmp_path)
 
@@ -117,9 +120,23 @@ def test_a_changed_input_makes_the_stages_that_read_it_stale_and_those_after_the
 def test_a_changed_removed_or_added_output_makes_its_stage_stale(tmp_path, damage):
     run = complete(tmp_path, "03")
     damage(run.file("training/adapter/part.txt"))
-    assert stale(run)["03"] == "one of its outputs changed"
+    assert stale(run)["03"].startswith("one of its outputs changed (training/adapter/")
     with pytest.raises(StageOrderError, match="04_comparison needs 03_lora_training, but one of its outputs changed"):
         open_stage("04_comparison", "demo", tmp_path)
+
+
+def test_a_file_that_changed_under_its_old_time_and_size_is_found(tmp_path):
+    """A bit that turned over leaves both; files used to be told apart by them alone."""
+    run = complete(tmp_path)
+    file = run.file("training/adapter/part.txt")
+    data, time = file.read_bytes(), file.stat().st_mtime_ns
+    file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    os.utime(file, ns=(time, time))
+    assert stale(run) == {
+        "03": "one of its outputs changed (training/adapter/part.txt differs from what was written)",
+        "04": "one of its inputs changed (training/adapter/part.txt differs from what was written)",
+        "05": "one of its inputs changed (training/adapter/part.txt differs from what was written)",
+    }
 
 
 def test_a_file_that_was_only_touched_makes_nothing_stale(tmp_path):
@@ -150,7 +167,10 @@ def test_the_first_stale_stage_is_named_with_its_reason_and_an_edited_notebook_i
     monkeypatch.setattr(rundir, "notebook_digest", lambda stage: "another")
     assert run.first_stale(STAGES[:3]) is None
     write_text(run.file("baseline/nll.parquet"), "other")
-    assert run.first_stale(STAGES) == (STAGES[1], "one of its outputs changed")
+    assert run.first_stale(STAGES) == (
+        STAGES[1],
+        "one of its outputs changed (baseline/nll.parquet differs from what was written)",
+    )
 
 
 def test_a_run_directory_of_another_profile_is_refused_with_both_names(tmp_path):
@@ -165,7 +185,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypa
     def read_only(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(rundir, "write_json", read_only)
+    monkeypatch.setattr(rundir, "write_sealed", read_only)
     with pytest.raises(RunDirError, match=r"cannot be written \(Read-only file system\); choose another RUN_DIR."):
         saved("demo", tmp_path, {"train.max_steps": 3})
     assert snapshot(tmp_path) == before

@@ -14,6 +14,7 @@ from utils import trial
 from utils.config import load_config
 from utils.errors import HardwareError
 from utils.fit import DoesNotFit, Fit, Measured
+from utils.sealed import write_sealed
 from utils.trial import TrialWatch, choose_fit, fall_back, fit_on_file, given_fit, let_go, rows_per_update, run_trial
 
 LOAD, MAKE = notebook_functions()
@@ -148,9 +149,8 @@ def test_launched_processes_take_the_launchers_fit_whatever_their_own_gpu_is(loa
     """Two that cut an update differently would wait for each other for ever."""
     run, model, tokenizer, rows = loaded
     kept = {"fit": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "recompute_layers": 1}}
-    run.file("training").mkdir()
-    run.file("training/fit.json").write_text(json.dumps({**kept, "world": 2, "basis": "another machine's"}))
+    write_sealed(run.file("training/fit.json"), {**kept, "world": 2, "basis": "another machine's"})
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose_fit(run, model, tokenizer, rows, MAKE, 2) == Fit(1, 2, 1)
-    run.file("training/fit.json").write_text(json.dumps({**kept, "world": 4, "basis": "another run's"}))
+    write_sealed(run.file("training/fit.json"), {**kept, "world": 4, "basis": "another run's"})
     assert choose_fit(run, model, tokenizer, rows, MAKE, 2) == Fit(2, 1, 2)

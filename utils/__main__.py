@@ -82,16 +82,17 @@ def score(run_dir: RunDirArgument) -> None:
     from utils.figures import draw_comparison
     from utils.files import record_files
     from utils.lock import take_lock
+    from utils.manifest import require_recorded
     from utils.stages import BY_NAME
 
-    run = _existing(run_dir)
+    run, stage = _existing(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
+    require_recorded(run.path, (*stage.inputs[:-1], "tuned"))  # all that is read here; the adapter is not
     arms = load_arms(run)
     metrics = compare(run, arms)
     table = write_comparison(run, metrics)
     draw_comparison(arms, metrics, run.file("comparison/comparison.png"))
     write_answers(run, arms)
-    stage = BY_NAME["04_comparison"]
     run.write_record(
         stage, **{**run.record(stage), "outputs": record_files(run.path, (*stage.outputs, *stage.optional))}
     )

@@ -18,6 +18,7 @@ from utils.files import digests, write_json
 from utils.metrics import needs_forcing
 from utils.prompts import format_multiple_choice, format_prompt
 from utils.rundir import RunDir
+from utils.sealed import read_lines
 from utils.settings import Config, GenerateSection
 from utils.stages import BY_NAME
 
@@ -78,7 +79,8 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
     """data/registration.json: primary metric, n, the very questions with their references, decoding and seed, fixed
     before any answer exists; `references` as `collect_references` gives them.
 
-    Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so.
+    Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so. The manifest
+    keeps a copy, so that a registration that was lost or changed on file is no way around that.
     """
     config, path = run.config, run.file("data/registration.json")
     planned = {
@@ -90,11 +92,11 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
         "seed": config.evaluate.seed,
     }
     changed = False
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    if before := run.manifest().get("registered"):
         changed = before.pop("changed_after_answers")
         changed |= before != planned and run.file("baseline/answers.jsonl").exists()
     planned["changed_after_answers"] = changed
+    run.note("registered", planned)
     write_json(path, planned)
     return planned
 
@@ -125,21 +127,11 @@ def answer_key(question: Question, config: GenerateSection, arm: str) -> str:
     return _digest([arm, question.prompt, decoding])[:16]
 
 
-def read_answers(path: Path) -> list[dict]:
-    """The answers on file; a last line cut off by a kill is dropped, so that its question is answered again."""
-    answers = []
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):  # bytes: a kill can cut a character in two
-            try:
-                answers.append(json.loads(line))
-            except ValueError:
-                continue
-    return answers
-
-
 def matching_answers(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
     """{question id: answer}, the last of each, for what is on file under exactly these keys ({question id: key})."""
-    return {a["id"]: a for a in read_answers(path) if a.get("id") in keys and a.get("key") == keys[a["id"]]}
+    texts = ("id", "key", "text")
+    found = [a for a in read_lines(path) if all(isinstance(a.get(name), str) for name in texts)]
+    return {a["id"]: a for a in found if a["key"] == keys.get(a["id"])}
 
 
 def current_answers(path: Path, questions: Sequence[Question], config: GenerateSection, arm: str) -> dict[str, dict]:
@@ -171,7 +163,8 @@ def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | 
         return {}
     options = dict(zip(benchmark["id"].astype(str), benchmark["options"], strict=True))
     needed = {i: forced_key(a) for i, a in answers.items() if a["kind"] == "choice" and needs_forcing(a, options[i])}
-    known = {row["id"]: row["letter"] for row in read_answers(path) if needed.get(row["id"]) == row["key"]}
+    rows = [row for row in read_lines(path) if all(isinstance(row.get(name), str) for name in ("id", "key", "letter"))]
+    known = {row["id"]: row["letter"] for row in rows if needed.get(row["id"]) == row["key"]}
     if len(known) < len(needed):
         raise StageOrderError(
             f"{path.parent.name}/{path.name} holds the letters of {len(known)} of {len(needed)} answers that were cut "

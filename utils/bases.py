@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.config import is_folder
 from utils.errors import ModelError
 from utils.models import model_source
 from utils.settings import EMBEDDED, Config
@@ -32,9 +33,7 @@ def base_name(source: str) -> str:
 def trained_on(config: Config) -> tuple[str, str | None]:
     """(name, commit) of the model that the adapter was trained on, without any path of this machine."""
     name = config.model.name
-    return (
-        (Path(name).resolve().name, None) if name != EMBEDDED and Path(name).is_dir() else (name, config.model.revision)
-    )
+    return (Path(name).resolve().name, None) if name != EMBEDDED and is_folder(name) else (name, config.model.revision)
 
 
 def sixteen_bit_source(config: Config) -> tuple[str, str | None]:
@@ -44,7 +43,7 @@ def sixteen_bit_source(config: Config) -> tuple[str, str | None]:
         return config.export.base, config.export.base_revision
     source = model_source(config)
     for suffix in _SUFFIXES:
-        if not Path(source).is_dir() and source.endswith(suffix):
+        if not is_folder(source) and source.endswith(suffix):
             return source.removesuffix(suffix), config.export.base_revision
     return source, config.model.revision
 
@@ -52,7 +51,7 @@ def sixteen_bit_source(config: Config) -> tuple[str, str | None]:
 def find_base(config: Config) -> Base:
     """The 16-bit base on this disk, downloaded where it is a Hub id; raises ModelError where it cannot be had."""
     source, revision = sixteen_bit_source(config)
-    if Path(source).is_dir():
+    if is_folder(source):
         name = config.model.name if config.model.name == EMBEDDED and not config.export.base else Path(source).name
         return Base(name, None, Path(source))
     from huggingface_hub import snapshot_download

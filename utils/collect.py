@@ -6,7 +6,6 @@ listing is used here and the files are fetched, checked and put in place by this
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from utils.errors import InfrastructureError, RunDirError
-from utils.files import atomic, sha256, write_text
+from utils.files import atomic, parse_json, sha256, write_text
 from utils.kaggle_api import FINISHED, TIMEOUT_S, Kaggle, explain, page, passes, split_reference
 from utils.manifest import altered_files, read_manifest
 from utils.redaction import redact
+from utils.results import read_sentence
 from utils.retry import repeat
 from utils.stages import STAGES
 from utils.state import FILE as STATE
@@ -156,7 +156,7 @@ def _download(kaggle: Kaggle, address: str, path: Path, name: str) -> None:
 def readable_log(log: str) -> str:
     """Kaggle's log (a JSON list of stream, time and data) as the text that was printed; anything else as it is."""
     try:
-        entries = json.loads(log)
+        entries = parse_json(log)
         return "".join(str(entry["data"]) for entry in entries)
     except (ValueError, TypeError, KeyError):
         return log
@@ -168,6 +168,8 @@ def judge(status: str, message: str, target: Path, log: str) -> Collected:
     told = f" Kaggle says: {message}" if message else ""
     if status == "CANCEL_ACKNOWLEDGED":
         return Collected(Verdict.INFRASTRUCTURE, f"the session was cancelled.{told}", state)
+    if state is None and (target / STATE).exists():
+        return Collected(Verdict.FAIL, f"{STATE} came home damaged, and says how the run ended; collect it again.")
     if state is None:
         return _judge_without_state(status, told, log)
     if state.state == "failed":
@@ -197,7 +199,10 @@ def judge(status: str, message: str, target: Path, log: str) -> Collected:
         return Collected(
             Verdict.FAIL, f"the run calls itself done, but {', '.join(undone) or 'no stage'} is not.", state
         )
-    return Collected(Verdict.PASS, _outcome(target, stages), state)
+    try:
+        return Collected(Verdict.PASS, _outcome(target, stages), state)
+    except RunDirError as error:
+        return Collected(Verdict.FAIL, str(error), state)
 
 
 def _judge_without_state(status: str, told: str, log: str) -> Collected:
@@ -220,10 +225,9 @@ def _last_line(log: str) -> str:
 
 
 def _outcome(target: Path, stages: dict) -> str:
-    metrics = target / "comparison" / "metrics.json"
-    if "04_comparison" not in stages or not metrics.exists():
+    if "04_comparison" not in stages or not (target / "comparison" / "metrics.json").exists():
         return f"{', '.join(stages)} done."
-    return json.loads(metrics.read_text(encoding="utf-8"))["sentence"]
+    return read_sentence(target)
 
 
 def default_target(reference: str) -> Path:

@@ -7,7 +7,9 @@ keys.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import os
+import reprlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -35,10 +37,22 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
         if not sign or not key.strip():
             raise ConfigError(f"{assignment!r} is not KEY=VALUE; write for example --set train.max_steps=10.")
         try:
-            overrides[key.strip()] = yaml.safe_load(value)
+            overrides[key.strip()] = parse_yaml(value)
         except (yaml.YAMLError, ValueError):  # ValueError: an impossible date, 2024-99-99
             overrides[key.strip()] = value
     return overrides
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """The value that `text` holds; raises YAMLError or ValueError for whatever is no YAML, nesting without end included."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except (
+        Exception
+    ) as error:  # PyYAML lets through what it stumbles over: IndexError for !!int '', KeyError for !!bool x
+        raise ValueError(type(error).__name__) from None
 
 
 def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -51,7 +65,7 @@ def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Con
         raise ConfigError(f"There is no profile {profile!r}; there are {', '.join(names)}.")
     source = PROFILES / f"{profile}.yaml"
     try:
-        values = yaml.safe_load(source.read_text(encoding="utf-8"))
+        values = parse_yaml(source.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, or no UTF-8
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place else ""
@@ -61,7 +75,7 @@ def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Con
     values["profile"] = profile
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ConfigError(
-            f"OVERRIDES is {overrides!r}, not a mapping such as {{'train.max_steps': 10}}; "
+            f"OVERRIDES is {_quote(overrides)}, not a mapping such as {{'train.max_steps': 10}}; "
             "with papermill pass it by -y 'OVERRIDES: {train.max_steps: 10}'."
         )
     for key, value in (overrides or {}).items():
@@ -69,9 +83,27 @@ def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Con
             raise ConfigError("profile is no setting of a run; choose it by --profile or PROFILE.")
         _assign(values, str(key), value)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, profile)) from None
+    for key, value in _texts(config.model_dump()):
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(
+                f"{key} is {_quote(value)}, which no file can hold: take out the null byte or the half of a character."
+            )
+    return config
+
+
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text and path below `values`."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, key)
+    elif isinstance(values, (str, Path)):
+        yield key, str(values)
 
 
 _PATHS = (".path", ".accelerate_config")  # settings that are paths and nothing else
@@ -83,17 +115,44 @@ def absolute_overrides(overrides: Mapping[str, Any], base: Path | None = None) -
     result = {}
     for key, value in overrides.items():
         if isinstance(value, str) and (key.endswith(_PATHS) or key in ("model.name", "export.base")):
-            candidate = base / Path(value).expanduser()
-            value = str(candidate.resolve()) if candidate.exists() or key.endswith(_PATHS) else value
+            candidate = base / expand_home(value, key)
+            value = str(candidate.resolve()) if key.endswith(_PATHS) or is_there(candidate) else value
         elif isinstance(value, list):  # evaluate.more_benchmarks
             value = [
-                item | {"path": str((base / Path(item["path"]).expanduser()).resolve())}
+                item | {"path": str((base / expand_home(item["path"], f"{key}.path")).resolve())}
                 if isinstance(item, dict) and isinstance(item.get("path"), str)
                 else item
                 for item in value
             ]
         result[key] = value
     return result
+
+
+def expand_home(path: str | Path, what: str) -> Path:
+    """`path` with ~ replaced; raises ConfigError for a user whom this machine does not know, and for what no path can be."""
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("a null byte")
+        return Path(path).expanduser()
+    except ValueError:
+        raise ConfigError(f"{what} is {_quote(str(path))}, which no file system takes; name another path.") from None
+    except RuntimeError:
+        raise ConfigError(
+            f"{what} is {_quote(str(path))}, but there is no such user here; write the path out."
+        ) from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether `path` exists; a name that no file system takes does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether `path` is a folder that exists; a name that no file system takes is none."""
+    return is_there(Path(path)) and Path(path).is_dir()
 
 
 def _assign(values: dict, dotted: str, value: Any) -> None:
@@ -125,8 +184,15 @@ def _explain(error: ValidationError, profile: str) -> str:
     elif not dotted:
         text = f"{first['msg'].removeprefix('Value error, ')} (profile {profile})."
     else:
-        text = f"{dotted} is {first['input']!r}: {_plain(first['msg'])} (profile {profile})."
+        text = f"{dotted} is {_quote(first['input'])}: {_plain(first['msg'])} (profile {profile})."
     return text if len(problems) == 1 else f"{text} ({len(problems) - 1} more problem(s) of this kind.)"
+
+
+def _quote(value: Any) -> str:
+    """A value as Python writes it, a few hundred characters of it at most: YAML's references can stand for gigabytes."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 200, 200
+    return short.repr(value)
 
 
 def _plain(message: str) -> str:

@@ -96,12 +96,25 @@ def _look_up(name: str) -> Secret:
         unreachable = unreachable or state == "unreachable"
     for store, values in (("environment", os.environ), (".env", _dotenv())):
         for alias in NAMES[name]:
-            if (values.get(alias) or "").strip():
-                return Secret(name, f"{store} ({alias})", values[alias].strip(), "found")
+            value = (values.get(alias) or "").strip()
+            if value and not _can_be_sent(value):
+                remarks.append(f"{store}: {_ODD}")
+            elif value:
+                return Secret(name, f"{store} ({alias})", value, "found")
     value = _from_cached_login(name)
-    if value:
+    if value and not _can_be_sent(value):
+        remarks.append(f"cached login: {_ODD}")
+    elif value:
         return Secret(name, "cached login", value, "found")
     return Secret(name, "; ".join(remarks) or "absent", state="unreachable" if unreachable else "absent")
+
+
+_ODD = "a value with characters that no token has"
+
+
+def _can_be_sent(value: str) -> bool:
+    """In a header and in the environment of a process, neither of which takes everything that a file can hold."""
+    return value.isascii() and value.isprintable()
 
 
 def _ask(look: Callable[[str], str | None], aliases: tuple[str, ...]) -> tuple[str | None, str, State, str]:
@@ -113,7 +126,9 @@ def _ask(look: Callable[[str], str | None], aliases: tuple[str, ...]) -> tuple[s
         except Exception as error:  # only its type and what it means may be told: a message can hold the value
             troubles.append(_classify(error))
             continue
-        if value:
+        if value and not _can_be_sent(value):
+            troubles.append(("unreachable", _ODD))
+        elif value:
             return value, alias, "found", ""
     first = troubles[0] if troubles else ("absent", "")
     return None, "", *next((trouble for trouble in troubles if trouble[0] == "unreachable"), first)

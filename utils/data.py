@@ -9,13 +9,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from utils.config import is_there
 from utils.errors import DataError
-from utils.files import atomic, write_json, write_text
+from utils.files import atomic, parse_json, write_json, write_text
 from utils.settings import EMBEDDED, Config, DataSection
 from utils.similarity import normalise
 
@@ -24,7 +26,7 @@ _READERS = {
     ".jsonl": lambda path: pd.DataFrame(_read_jsonl(path)),
     ".json": lambda path: pd.DataFrame(_read_json(path)),
     ".csv": lambda path: pd.DataFrame(_read_csv(path)),
-    ".parquet": pd.read_parquet,
+    ".parquet": lambda path: _read_parquet(path),
 }
 
 
@@ -33,7 +35,7 @@ def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] 
 
     Raises DataError where it is missing, empty, of another kind, or not what its name says.
     """
-    if not path.is_file():
+    if not is_there(path) or not path.is_file():
         raise DataError(f"There is no data file {path}; check {setting}, or leave it out for the profile's own data.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -141,7 +143,10 @@ def write_split(
 def read_benchmark(directory: Path) -> pd.DataFrame | None:
     """The items that `write_split` froze, or None where the run has no benchmark."""
     path = directory / "benchmark.jsonl"
-    return pd.DataFrame(_read_jsonl(path)) if path.stat().st_size else None
+    try:
+        return pd.DataFrame(_read_jsonl(path)) if path.stat().st_size else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); run 00_setup again, which writes it.") from None
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
@@ -154,8 +159,20 @@ def _is_blank(cell: object) -> bool:
     return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)
 
 
+def _read_parquet(path: Path) -> pd.DataFrame:
+    import pyarrow.parquet
+
+    try:
+        pyarrow.parquet.read_table(path).validate(
+            full=True
+        )  # pandas would find text that is no UTF-8 only when it is used
+        return pd.read_parquet(path)
+    except Exception as error:  # pyarrow has a type for each kind of damage, MemoryError among them
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
 def _read_json(path: Path) -> list[dict]:
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    rows = parse_json(path.read_text(encoding="utf-8-sig"))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected a list of objects, one for each row")
     return rows
@@ -169,6 +186,9 @@ def _read_csv(path: Path) -> list[dict]:
         rows = []
         try:
             header = next(lines, [])
+            if len(set(header)) < len(header):
+                name, times = Counter(header).most_common(1)[0]
+                raise ValueError(f"the column {name} occurs {times} times")
             for cells in lines:
                 if cells and len(cells) != len(header):
                     raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
@@ -183,9 +203,11 @@ def _read_jsonl(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except ValueError:
+                row = parse_json(line)
+            except json.JSONDecodeError:
                 raise ValueError(f"line {number} is no JSON object") from None
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no JSON object")
             rows.append(row)

@@ -6,7 +6,6 @@ the model has under a million parameters and is taught the rows of `demo_data.ba
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -15,15 +14,18 @@ from pathlib import Path
 
 from utils import demo_data
 from utils.determinism import threads
+from utils.files import digests, record_files
 from utils.progress import track
 from utils.project import NAME, embedded_fingerprint
 from utils.prompts import ASSISTANT, BOS, EOS, PAD, USER, format_row
+from utils.sealed import read_sealed, write_sealed
 
 VOCABULARY = 1500
 ROWS, STEPS, BATCH = 8000, 750, 8
 LEARNING_RATE, WARMUP = 3e-3, 40
 THREADS = 2  # whatever the machine has: sums come in one order, and 64 threads do not wait for each other
 SEED = 0
+ABOUT = "about.json"
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -42,10 +44,12 @@ def cache_dir() -> Path:
 
 
 def ensure_model() -> Path:
-    """The folder of the embedded base model, built on first use and reused afterwards."""
+    """The folder of the embedded base model, built on first use and reused afterwards while its files are as built."""
     target = cache_dir()
-    if (target / "model.safetensors").exists():
+    if _is_whole(target):
         return target
+    if target.exists():
+        print(f"{target} is not as it was built; building it again.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / "model"
@@ -53,10 +57,20 @@ def ensure_model() -> Path:
         try:
             built.rename(target)  # atomic: a half-built model is never found
         except OSError:
-            if not (target / "model.safetensors").exists():  # another process may have been faster
+            if not _is_whole(target):  # another process may have been faster
                 shutil.rmtree(target, ignore_errors=True)
                 built.rename(target)
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder holds the very files that were built; a damaged base would be measured and trained on."""
+    listed = read_sealed(folder / ABOUT).get("files")
+    return listed is not None and listed == _digests(folder)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in digests(record_files(folder, (".",))).items() if name != ABOUT}
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY):
@@ -125,7 +139,7 @@ def build_model(target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     about = {"what": "tiny demo model", "note": demo_data.DISCLAIMER, "recipe": embedded_fingerprint()}
-    (target / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_sealed(target / ABOUT, about | {"files": _digests(target)})
 
 
 def _train(model, encoded: list, pad: int) -> None:

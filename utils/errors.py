@@ -1,8 +1,16 @@
 """What can go wrong for a user, one type per kind; each message is one sentence: found, expected, what to do."""
 
+_LONGEST = 1000  # characters: what was found can be a cell of 10 MB
+
 
 class UserError(Exception):
-    """A mistake or a lack that the user can mend; a notebook shows its sentence instead of a stack."""
+    """A mistake or a lack that the user can mend; a notebook shows its sentence instead of a stack.
+
+    Whatever the sentence quotes, it stays one printable line.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(str(message)))
 
     def _render_traceback_(self) -> list[str]:
         """IPython's hook for exceptions that draw themselves."""
@@ -63,3 +71,17 @@ class SessionOver(UserError):
 
 class Interrupted(UserError):
     """No failure: the run was asked to stop (Ctrl-C, SIGTERM), what was done is saved, and the same command goes on."""
+
+
+def one_line(text: str) -> str:
+    """`text` on one line that any terminal and log can show: controls and halves of characters escaped, its middle left
+    out where it is too long, so that what to do, at its end, is still read."""
+    text = _shorten(text)
+    if not text.isprintable():
+        text = " ".join(text.split())
+        text = _shorten("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    return text
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]} … {text[-_LONGEST // 3 :]}"

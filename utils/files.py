@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_READ_AGAIN = 2**30
+_SURROGATE = r"\\u[dD][89a-fA-F]"
 
 
 @contextmanager
@@ -63,6 +67,23 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value that `text` holds.
+
+    Raises ValueError for whatever is no JSON, for nesting without end, and for half of a character (a lone surrogate such
+    as \\ud800), which no file could be written with again.
+    """
+    try:
+        value = json.loads(text)
+        if re.search(_SURROGATE if isinstance(text, str) else _SURROGATE.encode(), text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a character; save the file as UTF-8") from None
+    return value
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as stream:
@@ -80,14 +101,16 @@ def list_files(root: Path, relative: str) -> list[Path]:
 def record_files(root: Path, relatives: tuple[str, ...], known: dict[str, dict] | None = None) -> dict[str, dict]:
     """{relative path: {sha256, bytes, mtime_ns}} of all files below `relatives`.
 
-    A file whose size and time are those in `known` keeps the digest recorded there: 16 GB are not read again.
+    A file above _READ_AGAIN bytes whose size and time are those in `known` keeps the digest recorded there: 16 GB are not
+    read again. Smaller ones are: a bit can turn over, and a copy can bring another file, with the time left as it was.
     """
     records = {}
     for relative in relatives:
         for path in list_files(root, relative):
             name, stat = path.relative_to(root).as_posix(), path.stat()
             before = (known or {}).get(name)
-            same = before and (before["bytes"], before["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+            large = before and stat.st_size > _READ_AGAIN
+            same = large and (before.get("bytes"), before.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
             digest = before["sha256"] if same else sha256(path)
             records[name] = {"sha256": digest, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return records

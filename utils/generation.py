@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -10,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from utils.answers import Question, answer_key, matching_answers, read_answers
+from utils.answers import Question, answer_key, matching_answers
 from utils.decoding import forget_cache
 from utils.errors import HardwareError
+from utils.files import write_text
 from utils.memory import free_memory, is_out_of_memory, sequences_that_fit
 from utils.parsing import CLOSE
 from utils.progress import Progress
 from utils.sampling import question_stream, sampling_processors
+from utils.sealed import read_lines, to_lines
 from utils.settings import GenerateSection
 
 ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
@@ -65,7 +66,7 @@ def answer_questions(
     """
     keys = {q.id: answer_key(q, config, arm) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _end_torn_line(path)
+    _drop_torn_lines(path)
     while missing := _unanswered(path, questions, keys):
         mine = helpers.start(missing) if helpers else missing
         engine = _Engine(model, tokenizer, config, keys, path)
@@ -91,22 +92,25 @@ def _unanswered(path: Path, questions: Sequence[Question], keys: dict[str, str])
 def _absorb(path: Path) -> None:
     """Join the helpers' answers with ours, those of an interrupted run included."""
     for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):
-        _append(path, read_answers(share))
+        _append(path, read_lines(share))
         share.unlink()
 
 
 def _append(path: Path, answers: Sequence[dict]) -> None:
     with path.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        stream.write(to_lines(answers))
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _end_torn_line(path: Path) -> None:
-    """A kill in the middle of a write leaves a line without its end; what is appended must not be glued to it."""
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write("\n")
+def _drop_torn_lines(path: Path) -> None:
+    """A kill in the middle of a write leaves a line without its end, to which nothing must be glued; a damaged one goes too."""
+    if not path.exists():
+        return
+    whole, data = read_lines(path), path.read_bytes()
+    if len(whole) < len(data.split(b"\n")) - 1 or (data and not data.endswith(b"\n")):
+        print(f"{path.name} holds {len(whole)} whole answers; the others are given again")
+        write_text(path, to_lines(whole))
 
 
 class _Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pandas as pd
 
 from utils.data import read_table
 from utils.errors import DataError
+from utils.files import parse_json
 from utils.settings import BenchmarkSection, EvaluateSection
 from utils.similarity import group_near_copies, near_pairs, vectorise
 
@@ -84,7 +84,7 @@ def _read_json_by_id(path: Path) -> pd.DataFrame | None:
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError:
         return None
     if not isinstance(content, dict) or not content or not all(isinstance(item, dict) for item in content.values()):
@@ -123,7 +123,7 @@ def _options(cell: Any) -> Any:
     """{letter: text} from a dict, a list of {key, value}, or either as JSON text (in a CSV); empty ones fall away."""
     if isinstance(cell, str):
         try:
-            cell = json.loads(cell)
+            cell = parse_json(cell)
         except ValueError:
             return cell
     if isinstance(cell, (list, np.ndarray)) and all(isinstance(o, dict) and {"key", "value"} <= set(o) for o in cell):
@@ -136,8 +136,8 @@ def _options(cell: Any) -> Any:
 def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
     """The right option counts from 0 on the Hub and from 1 in the original files; a 0 or a 4 somewhere tells which."""
     try:
-        right = [int(cell) for cell in table["cop"]]
-    except (TypeError, ValueError):
+        right = [_whole_number(cell) for cell in table["cop"]]
+    except (TypeError, ValueError, OverflowError):
         raise DataError(f"{source}: cop must be a whole number, the right option's place (MedMCQA).") from None
     values = set(right)
     if -1 in values:
@@ -157,6 +157,13 @@ def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
     return pd.DataFrame(
         {"question": table["question"], "options": options, "gold": [letters[place] for place in right]}
     )
+
+
+def _whole_number(cell: Any) -> int:
+    """Not by int() alone, which makes 1 of 1.9 and of True: another option would count as the right one."""
+    if isinstance(cell, (bool, np.bool_)) or not float(cell).is_integer():
+        raise ValueError(f"{cell!r} is no whole number")
+    return int(float(cell))
 
 
 def _from_pubmedqa(table: pd.DataFrame) -> pd.DataFrame:

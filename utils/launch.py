@@ -28,13 +28,15 @@ import psutil
 import yaml
 
 from utils import errors
+from utils.config import parse_yaml
 from utils.errors import ConfigError, Interrupted, TrainingError, UserError
-from utils.files import write_json, write_text
+from utils.files import write_text
 from utils.interruption import StopRequest
 from utils.platforms import gpu_ids, local_rank, processes, resolve_hardware
 from utils.project import ROOT, python_path
 from utils.redaction import hide_secrets, redact
 from utils.rundir import open_run
+from utils.sealed import read_sealed, write_sealed
 from utils.stage_run import StageRun
 from utils.stages import BY_NAME
 from utils.workers import PARENT, end_with_parent
@@ -86,7 +88,7 @@ def processes_that_divide(run: StageRun) -> int:
 def _processes_in(path: Path) -> int:
     """num_processes of accelerate's configuration file: those of all machines."""
     try:
-        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"])
+        return int(parse_yaml(path.read_text(encoding="utf-8"))["num_processes"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         raise ConfigError(
             f"hardware.accelerate_config={path} names no num_processes; write the file with `accelerate config`."
@@ -160,11 +162,10 @@ def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -
             process.terminate()
             process.wait()
             process.stdout.close()
-    if status and run.file(_ERROR).exists():
-        left = _left(run)
+    if status and (left := _left(run)):
         if left["kind"] == _AGAIN:
             return False
-        raise getattr(errors, left["kind"], TrainingError)(left["message"])
+        raise _error_types().get(left["kind"], TrainingError)(left["message"])
     if stop.asked and (status or "--trial" in command):
         raise Interrupted("Training was asked to stop; run 03 again, it goes on from its last checkpoint.")
     if status:
@@ -185,8 +186,14 @@ def _ask_to_stop(launcher: int) -> None:
 
 
 def _left(run: StageRun) -> dict:
-    """What a process wrote before it ended: kind and message of an error."""
-    return json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
+    """What a process wrote before it ended: kind and message of an error; empty where nothing that is whole is there."""
+    return read_sealed(run.file(_ERROR))
+
+
+def _error_types() -> dict[str, type[UserError]]:
+    return {
+        kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, UserError)
+    }
 
 
 def take_part(run_dir: str, trial_for: int = 0) -> None:
@@ -210,10 +217,10 @@ def take_part(run_dir: str, trial_for: int = 0) -> None:
             train_here(run, load_with_lora, make_trainer)
             _part_together()
     except UserError as error:
-        write_json(run.file(_ERROR), {"kind": type(error).__name__, "message": redact(str(error))})
+        write_sealed(run.file(_ERROR), {"kind": type(error).__name__, "message": redact(str(error))})
         raise
     except OutOfMemory as error:
-        write_json(run.file(_ERROR), {"kind": _AGAIN, "message": str(error)})
+        write_sealed(run.file(_ERROR), {"kind": _AGAIN, "message": str(error)})
         raise
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from utils.answers import Question, forced_key, read_answers
+from utils.answers import Question, forced_key
 from utils.errors import HardwareError, ModelError
 from utils.files import write_text
 from utils.memory import free_memory, is_out_of_memory
 from utils.metrics import needs_forcing
 from utils.parsing import CLOSE
 from utils.progress import Progress, track
+from utils.sealed import read_lines, to_lines
 
 _NLL_TOKENS = 2048  # tokens in one forward pass; logits over 128k entries bound it
 _CUE = "The answer is"
@@ -140,7 +140,7 @@ def forced_letters(
     options = {} if items is None else dict(zip(items["id"].astype(str), items["options"], strict=True))
     prompts = {question.id: question.prompt for question in questions}
     cut_off = [a for a in answers if a["kind"] == "choice" and needs_forcing(a, options[a["id"]])]
-    known = {(row["id"], row["key"]): row for row in read_answers(path)}
+    known = {(row["id"], row["key"]): row for row in read_lines(path)}
     keys = {a["id"]: forced_key(a) for a in cut_off}
     rows = []
     for answer in track(cut_off, "forcing answers", unit="answer") if cut_off else ():
@@ -151,7 +151,7 @@ def forced_letters(
             letter = max(logprobs, key=logprobs.get)
             row = {"id": answer["id"], "key": keys[answer["id"]], "letter": letter, "logprobs": logprobs}
         rows.append(row)
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, to_lines(rows))
     return rows
 
 

@@ -4,13 +4,70 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StrictStr, ValidationError
 
 from utils.errors import RunDirError
-from utils.files import sha256
-from utils.stages import Stage
+from utils.files import parse_json, sha256
+from utils.project import command
+from utils.sealed import SEAL, is_whole, unsealed
+from utils.stages import BY_NAME, Stage
 from utils.state import read_state
+
+
+def _below(name: str) -> str:
+    """A file's name as the manifest has it: one that points out of the run directory would be read, and uploaded."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} does not lie below the run directory")
+    return name
+
+
+def _stage(name: str) -> str:
+    if name not in BY_NAME:
+        raise ValueError(f"{name!r} is no stage of the series")
+    return name
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class _File(_Part):
+    sha256: StrictStr
+    bytes: int = 0
+    mtime_ns: int = 0
+
+
+_Files = dict[Annotated[str, AfterValidator(_below)], _File]
+
+
+class _Record(_Part):
+    state: str = ""
+    settings: dict[str, Any] = {}
+    notebook: str = ""
+    inputs: _Files = {}
+    outputs: _Files = {}
+    seconds: float = 0.0
+    peak_memory: dict[str, float] = {}
+    figures: dict[str, Any] = {}
+    versions: dict[str, str | None] = {}
+    computed_on: dict[str, str] = {}
+
+
+class _Registered(_Part):
+    changed_after_answers: bool
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # or a seal whose name lost a bit would pass for none
+
+    profile: StrictStr
+    overrides: dict[str, Any] = {}
+    stages: dict[Annotated[str, AfterValidator(_stage)], _Record] = {}
+    registered: _Registered | None = None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -19,17 +76,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises RunDirError where the file is there and cannot be read.
     """
     file = path / "manifest.json"
-    if not file.exists():
-        return {}
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or "profile" not in manifest:
-            raise ValueError("no profile")
+        if not file.exists():
+            return {}
+        manifest = parse_json(file.read_text(encoding="utf-8"))
+        if isinstance(manifest, dict) and SEAL in manifest:  # people may write one without
+            if not is_whole(manifest):
+                raise ValueError("it is not as it was written")
+            manifest = unsealed(manifest)
+        json.dumps(manifest, allow_nan=False)  # what could not be written again is none of ours
+        _Manifest.model_validate(manifest)
         return manifest
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].removeprefix('Value error, ')}"
     except (ValueError, OSError) as error:
-        raise RunDirError(
-            f"{file} cannot be read ({error}); restore it, or take a new --run-dir: nothing was changed."
-        ) from None
+        reason = str(error)
+    raise RunDirError(
+        f"{file} cannot be read ({reason}); restore it, take a new --run-dir, or delete it to run every stage again: "
+        "nothing was changed."
+    )
 
 
 def altered_files(path: Path) -> list[str]:
@@ -47,6 +113,23 @@ def altered_files(path: Path) -> list[str]:
             elif sha256(file) != entry["sha256"]:
                 altered.append(f"{name} differs from what was written")
     return altered
+
+
+def require_recorded(path: Path, names: tuple[str, ...]) -> None:
+    """Raise RunDirError for the first file among `names` (or below a folder there) that is not what its stage put on record.
+
+    What no stage has on record is not judged.
+    """
+    for stage, record in read_manifest(path).get("stages", {}).items():
+        for name, entry in record.get("outputs", {}).items():
+            if not any(name == wanted or name.startswith(f"{wanted}/") for wanted in names):
+                continue
+            file = path / name
+            if not file.is_file() or sha256(file) != entry["sha256"]:
+                word = f"differs from what {stage} wrote" if file.is_file() else f"is missing, and {stage} wrote it"
+                raise RunDirError(
+                    f"{name} {word}; {command()} run --run-dir {path} makes it again, or bring the file back."
+                )
 
 
 def notebook_digest(stage: Stage) -> str:

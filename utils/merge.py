@@ -19,6 +19,7 @@ from typing import Any
 
 from utils.determinism import threads
 from utils.errors import ModelError
+from utils.files import parse_json
 from utils.platforms import GIB, require_disk
 from utils.progress import Progress
 from utils.shards import BYTES, INDEX, Shard, StoredTensor, find_shards
@@ -60,11 +61,17 @@ class Merged:
 
 def read_lora(folder: Path) -> Lora:
     """The adapter in `folder`; raises ModelError for whatever would be merged wrongly here."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = _read_settings(folder / "adapter_config.json")
     _refuse_variants(settings)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder / 'adapter_model.safetensors'} is no safetensors file ({error}); run 03_lora_training again."
+        ) from None
     names = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
     expected = {f"{name}.lora_{side}.weight" for name in names for side in "AB"}
     odd = sorted(expected ^ set(tensors))
@@ -76,11 +83,25 @@ def read_lora(folder: Path) -> Lora:
     factors = {}
     for name in sorted(names):
         a, b = (tensors[f"{name}.lora_{side}.weight"].float().contiguous() for side in "AB")
-        if a.shape[0] != settings["r"] or b.shape[1] != settings["r"]:
-            raise ModelError(f"{name} has rank {a.shape[0]}, adapter_config.json says {settings['r']}; train it again.")
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != settings["r"] or b.shape[1] != settings["r"]:
+            raise ModelError(
+                f"{name} has factors of {tuple(a.shape)} and {tuple(b.shape)}, and rank {settings['r']} in adapter_config.json; train it again."
+            )
         factors[name.removeprefix(_PREFIX) + ".weight"] = (a, b)
     rank = math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"]
     return Lora(settings["lora_alpha"] / rank, factors)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """adapter_config.json with what the merge reckons with: r, a whole number, and lora_alpha, a finite one."""
+    try:
+        settings = parse_json(file.read_text(encoding="utf-8"))
+        r, alpha = settings["r"], settings["lora_alpha"]
+        if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise ValueError(f"r is {r!r} and lora_alpha {alpha!r}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ModelError(f"{file} holds no settings of a LoRA ({error}); run 03_lora_training again.") from None
+    return settings
 
 
 def _refuse_variants(settings: dict) -> None:

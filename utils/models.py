@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from utils.config import is_folder
 from utils.credentials import share_hub_token
 from utils.decoding import speed_up_unsloth
 from utils.errors import HardwareError, ModelError
@@ -84,7 +85,7 @@ def check_model(config: Config) -> tuple[str, str | None]:
     name = config.model.name
     if name == EMBEDDED:
         return "embedded: a tiny model, built on this machine", None
-    if Path(name).is_dir():
+    if is_folder(name):
         missing = [file for file in ("config.json", "tokenizer.json") if not (Path(name) / file).exists()]
         if missing:
             raise ModelError(f"The model folder {name} lacks {' and '.join(missing)}; expected a Hugging Face model.")
@@ -116,7 +117,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
         raise ModelError(
             f"No tokenizer could be loaded from {source} ({_first_line(error)}); expected a Hub id that can be "
             "reached, or a local folder with tokenizer.json."
@@ -133,7 +134,10 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
 
 def guard_tokenizer(tokenizer, source: str) -> None:
     """Raise ModelError unless decode(encode(text)) gives the text back, spaces and newlines included."""
-    back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
+    try:
+        back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ModelError(f"The tokenizer of {source} cannot be used ({_first_line(error)}); fetch it again.") from None
     if back != _PROBE:
         raise ModelError(
             f"The tokenizer of {source} corrupts text: {_PROBE!r} came back as {back!r}; "

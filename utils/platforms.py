@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from utils.errors import HardwareError, PinError
+from utils.errors import HardwareError, PinError, RunDirError
 from utils.project import KAGGLE, ROOT
 
 if TYPE_CHECKING:
@@ -136,10 +136,15 @@ def hub_cache() -> Path:
 
 
 def free_disk_gib(path: Path) -> float:
-    """Free space in GiB on the file system that will hold `path`."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free / GIB
+    """Free space in GiB on the file system that will hold `path`; raises RunDirError for a name that none can hold."""
+    try:
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free / GIB
+    except (OSError, ValueError) as error:
+        raise RunDirError(
+            f"{path} cannot be used ({getattr(error, 'strerror', None) or error}); choose another path."
+        ) from None
 
 
 def require_disk(path: Path, needed_gib: float, purpose: str) -> None:

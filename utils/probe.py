@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ from utils.files import write_text
 from utils.probe_results import current_probe, format_probe, probe_items, probe_key
 from utils.progress import Progress
 from utils.rundir import RunDir
+from utils.sealed import to_lines
 
 LM_EVAL = "lm_eval==0.4.13"  # optional: not among the pins that every run needs
 _TOKENS = 2048  # in one forward pass; the harness holds two batches of float32 log-probabilities over 128k entries
@@ -57,7 +57,7 @@ def probe_letters(model, tokenizer, items: pd.DataFrame, path: Path, arm: str) -
         letter = max(likelihoods, key=likelihoods.get)
         row = {"id": str(item.id), "key": probe_key(item.question, item.options, item.gold, arm), "letter": letter}
         rows.append({**row, "correct": letter == item.gold, "loglikelihoods": likelihoods})
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, to_lines(rows))
     return pd.DataFrame(rows)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.answers import arm_digest, read_answers
+from utils.answers import arm_digest
 from utils.data import read_table
 from utils.errors import StageOrderError
 from utils.rundir import RunDir
+from utils.sealed import read_lines
 
 
 def probe_items(run: RunDir) -> pd.DataFrame:
@@ -40,7 +41,7 @@ def current_probe(path: Path, items: pd.DataFrame, arm: str) -> pd.DataFrame | N
 
     `items` has id, question, options and gold; the frame's columns are those of `probe.probe_letters`.
     """
-    found = {(row["id"], row["key"]): row for row in read_answers(path)}
+    found = {(row["id"], row["key"]): row for row in read_lines(path)}
     wanted = [(str(i.id), probe_key(i.question, i.options, i.gold, arm)) for i in items.itertuples()]
     return pd.DataFrame([found[key] for key in wanted]) if all(key in found for key in wanted) else None
 

@@ -6,7 +6,6 @@ upload that broke off is taken up by running the same command again. Files on di
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from typing import Any
 from utils.credentials import Secret
 from utils.errors import HubError, InfrastructureError
 from utils.files import sha256
-from utils.manifest import read_manifest
+from utils.manifest import read_manifest, require_recorded
 from utils.project import command
+from utils.results import read_sentence
 from utils.retry import describe, repeat, status_of
 from utils.stages import BY_NAME, ancestors
 
@@ -228,5 +228,5 @@ def _size(count: int) -> str:
 
 def read_verdict(run_dir: Path) -> str:
     """The run's verdict, for a last look before it is shown to others."""
-    file = run_dir / "comparison" / "metrics.json"
-    return json.loads(file.read_text(encoding="utf-8"))["sentence"] if file.exists() else "This run was not compared."
+    require_recorded(run_dir, ("comparison/metrics.json",))
+    return read_sentence(run_dir) if (run_dir / "comparison/metrics.json").exists() else "This run was not compared."

@@ -9,21 +9,21 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from utils.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
-from utils.config import load_config
+from utils.config import expand_home, is_there, load_config
 from utils.credentials import known_values
 from utils.errors import InfrastructureError, KaggleError
-from utils.kaggle_api import FINISHED, Kaggle, page
+from utils.files import parse_json
+from utils.kaggle_api import FINISHED, Kaggle, page, split_reference
+from utils.kernel_schema import KernelMetadata, Notebook
 from utils.project import ROOT
 
 METADATA = ROOT / "kernel-metadata.json"
-_SWITCHES = ("is_private", "enable_gpu", "enable_tpu", "enable_internet")
-_LISTS = ("dataset_sources", "kernel_sources", "competition_sources", "model_sources")
 _GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports
 _UNKNOWN_STATES = 10  # in a row, before waiting is given up
 _START_S = 600.0  # after a push, until its session has to be seen queued or running
@@ -41,14 +41,15 @@ class Pushed:
 def read_metadata() -> dict[str, Any]:
     """kernel-metadata.json; raises KaggleError where a switch is not written out (the package's defaults change)."""
     try:
-        metadata = json.loads(METADATA.read_text(encoding="utf-8"))
+        metadata = parse_json(METADATA.read_text(encoding="utf-8"))
+        KernelMetadata.model_validate(metadata)
+    except ValidationError as error:
+        wrong = dict.fromkeys(
+            str(problem["loc"][0]) if problem["loc"] else "its settings" for problem in error.errors()
+        )
+        raise KaggleError(f"{METADATA.name} has to write out {', '.join(wrong)}; take it back from git.") from None
     except (OSError, ValueError) as error:
         raise KaggleError(f"{METADATA} cannot be read ({error}); take it back from git.") from None
-    missing = [name for name in _SWITCHES if not isinstance(metadata.get(name), bool)]
-    missing += [name for name in ("id", "title", "machine_shape") if not metadata.get(name)]
-    missing += [name for name in _LISTS if not isinstance(metadata.get(name), list)]
-    if missing:
-        raise KaggleError(f"{METADATA.name} has to write out {', '.join(missing)}; take it back from git.")
     return metadata
 
 
@@ -58,7 +59,7 @@ def reference_of(metadata: Mapping[str, Any], username: str = "", slug: str = ""
     owner = username or ("" if owner == "OWNER" else owner)
     if not owner:
         raise KaggleError(f"{METADATA.name} still has OWNER in its id; pass --username, or put your user name there.")
-    return f"{owner}/{slug or own_slug}"
+    return "/".join(split_reference(f"{owner}/{slug or own_slug}"))
 
 
 def title_of(metadata: Mapping[str, Any], slug: str) -> str:
@@ -98,7 +99,7 @@ def _is_local(key: str, value: Any) -> bool:
         return False
     if key.endswith(".path") or key == "hardware.accelerate_config":
         return True
-    return key in ("model.name", "export.base") and Path(str(value)).expanduser().exists()
+    return key in ("model.name", "export.base") and is_there(expand_home(str(value), key))
 
 
 def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -115,13 +116,21 @@ def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def check_text(text: str) -> None:
     """Raise KaggleError for a notebook that Kaggle would refuse, or that carries more than its author wrote."""
-    notebook = json.loads(text)
+    try:
+        notebook = parse_json(text)
+        Notebook.model_validate(notebook)
+    except ValueError as error:
+        reason = "its cells are not those of a notebook" if isinstance(error, ValidationError) else error
+        raise KaggleError(
+            f"What would be sent is no notebook ({reason}); run {BUNDLE_COMMAND} to write it anew."
+        ) from None
     remedy = f"run {BUNDLE_COMMAND} to write it anew."
     if len(text) >= MAXIMUM_BYTES:
         raise KaggleError(
             f"The notebook has {len(text):,} bytes as Kaggle counts; expected less than {MAXIMUM_BYTES:,}."
         )
-    if not notebook.get("metadata", {}).get("kernelspec", {}).get("name"):
+    kernel = notebook["metadata"].get("kernelspec")
+    if not isinstance(kernel, dict) or not kernel.get("name"):
         raise KaggleError(f"The notebook names no kernel (kernelspec), and Kaggle runs none without; {remedy}")
     if "papermill" in notebook["metadata"]:
         raise KaggleError(f"The notebook was executed by papermill and carries its parameters; {remedy}")
@@ -199,12 +208,17 @@ def describe_request(request: Any) -> str:
         if "parameters" in cell["metadata"].get("tags", []):
             lines += [f"  cell {number}: {line}" for line in source.splitlines() if _is_assignment(line)]
         else:
-            lines.append(f"  cell {number}: {cell['cell_type']}, {len(source):,} characters: {source.splitlines()[0]}")
+            lines.append(
+                f"  cell {number}: {cell['cell_type']}, {len(source):,} characters: {source.partition(chr(10))[0]}"
+            )
     return "\n".join(lines)
 
 
 def _is_assignment(line: str) -> bool:
-    return bool(line.strip()) and isinstance(ast.parse(line).body[0], ast.Assign)
+    try:
+        return any(isinstance(statement, ast.Assign) for statement in ast.parse(line).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a part of something longer
+        return False
 
 
 def push(kaggle: Kaggle, request: Any) -> Pushed:

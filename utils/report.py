@@ -14,7 +14,9 @@ import nbformat
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from utils.errors import RunDirError
 from utils.files import write_text
+from utils.manifest import require_recorded
 from utils.rundir import RunDir
 from utils.stages import BY_NAME, STAGES, ancestors
 
@@ -56,17 +58,17 @@ def write_report(run: RunDir) -> Path:
     """Render the report from what the run directory holds; stages that have not run are left out."""
     templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=True)
     chapters = _write_chapters(run, templates)
-    metrics = _read_json(run.file("comparison/metrics.json"))
+    metrics = _read_json(run, "comparison/metrics.json")
     table = run.file("comparison/table.csv")
     page = templates.get_template("report.html.j2").render(
         run=run,
         metrics=metrics,
         stale=stale_comparison(run) if metrics else None,
-        table=list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else [],
-        split=_read_json(run.file("data/split.json")),
-        environment=_read_json(run.file("environment.json")),
-        verify=_read_json(run.file("export/verify.json")),
-        figures=[(title, _data_uri(run.file(name))) for name, title in _FIGURES if run.file(name).exists()],
+        table=list(csv.DictReader(table.open(encoding="utf-8"))) if _is_here(run, "comparison/table.csv") else [],
+        split=_read_json(run, "data/split.json"),
+        environment=_read_json(run, "environment.json"),
+        verify=_read_json(run, "export/verify.json"),
+        figures=[(title, _data_uri(run.file(name))) for name, title in _FIGURES if _is_here(run, name)],
         answers="../comparison/answers.html" if run.file("comparison/answers.html").exists() else None,
         chapters=chapters,
     )
@@ -96,7 +98,13 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
         # A notebook run by hand leaves no executed copy here: an older one would show another run.
         if not source.exists() or (finished and source.stat().st_mtime < datetime.fromisoformat(finished).timestamp()):
             continue
-        body, _ = exporter.from_notebook_node(_for_report(nbformat.read(source, as_version=4)))
+        try:
+            body, _ = exporter.from_notebook_node(_for_report(nbformat.read(source, as_version=4)))
+        except (
+            Exception
+        ) as error:  # damaged: nbformat and nbconvert have many types for it, and the results stand without it
+            print(f"{source} cannot be read ({type(error).__name__}) and is left out of the report.")
+            continue
         peak = record.get("peak_memory", {})
         gpu = f", {peak['gpu_reserved_gib']} GiB GPU" if "gpu_reserved_gib" in peak else ""
         chapters.append(
@@ -149,8 +157,17 @@ def _for_report(notebook):
     return notebook
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _is_here(run: RunDir, name: str) -> bool:
+    """Whether the file is there as its stage wrote it: what was damaged since is left out of the page."""
+    try:
+        require_recorded(run.path, (name,))
+    except RunDirError:
+        return False
+    return run.file(name).exists()
+
+
+def _read_json(run: RunDir, name: str) -> dict:
+    return json.loads(run.file(name).read_text(encoding="utf-8")) if _is_here(run, name) else {}
 
 
 def _data_uri(path: Path) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from utils.errors import RunDirError
+from utils.files import parse_json
 
 Verdict = Literal["better", "worse", "cannot tell"]
 Interval = tuple[float, float]
@@ -88,3 +92,17 @@ class Comparison(_Part):
     claims: list[Claim]
     verdict: Verdict
     sentence: str
+
+
+class _Told(BaseModel):
+    sentence: str
+
+
+def read_sentence(run_dir: Path) -> str:
+    """The verdict's sentence in comparison/metrics.json; raises RunDirError where that file is not what 04 writes."""
+    file = run_dir / "comparison" / "metrics.json"
+    try:
+        return _Told.model_validate(parse_json(file.read_bytes())).sentence
+    except (OSError, ValueError) as error:
+        reason = "it holds no sentence" if isinstance(error, ValidationError) else error
+        raise RunDirError(f"{file} cannot be read ({reason}); run 04_comparison again, which writes it.") from None

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config import absolute_overrides, load_config
+from utils.config import absolute_overrides, expand_home, is_folder, is_there, load_config
 from utils.errors import RunDirError
-from utils.files import digests, fingerprint, record_files, write_json, write_text
+from utils.files import digests, fingerprint, record_files, write_text
 from utils.manifest import notebook_digest, read_manifest
 from utils.platforms import default_profile, require_disk
 from utils.project import embedded_fingerprint, runs_dir
+from utils.sealed import write_sealed
 from utils.settings import EMBEDDED, Config
 from utils.stages import Stage
 
@@ -36,13 +37,13 @@ class RunDir:
         """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.manifest_path, {**self._known(), "stages": self.manifest().get("stages", {})})
+            write_sealed(self.manifest_path, {"stages": {}} | self.manifest() | self._settings())
             write_text(self.path / "config.yaml", _HEADER + self.config.to_yaml())
         except OSError as error:
             raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 
-    def _known(self) -> dict[str, Any]:
-        return {"profile": self.config.profile, "overrides": self.overrides, "stages": {}}
+    def _settings(self) -> dict[str, Any]:
+        return {"profile": self.config.profile, "overrides": self.overrides}
 
     def file(self, relative: str) -> Path:
         """The absolute path of `relative` below the run directory."""
@@ -62,10 +63,13 @@ class RunDir:
 
     def write_record(self, stage: Stage, **values: Any) -> None:
         """Replace a stage's manifest entry."""
-        manifest = self._known() | self.manifest()
-        manifest["stages"][stage.name] = values
-        manifest["stages"] = dict(sorted(manifest["stages"].items()))
-        write_json(self.manifest_path, manifest)
+        stages = self.manifest().get("stages", {}) | {stage.name: values}
+        self.note("stages", dict(sorted(stages.items())))
+
+    def note(self, key: str, value: Any) -> None:
+        """Replace one entry of the manifest; None takes it out."""
+        manifest = self._settings() | {"stages": {}} | self.manifest() | {key: value}
+        write_sealed(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that this stage's result rests on, local data and model named by their content."""
@@ -78,13 +82,13 @@ class RunDir:
             files = [("data", self.config.data.path), ("benchmark", self.config.evaluate.benchmark.path)]
             files += [(f"benchmark {i}", s.path) for i, s in enumerate(self.config.evaluate.more_benchmarks, start=2)]
             for label, path in files:
-                if path is not None and path.exists():
+                if path is not None and is_there(path):
                     values[f"{label} file"] = fingerprint(path)
         if "model" in values:
             folder = Path(self.config.model.name)
             if self.config.model.name == EMBEDDED:
                 values["model files"] = embedded_fingerprint()
-            elif folder.is_dir():
+            elif is_folder(folder):
                 values["model files"] = fingerprint(folder)
         return values
 
@@ -93,15 +97,16 @@ class RunDir:
         record = self.record(stage)
         if record.get("state") != "done":
             return {"running": "it was interrupted", "failed": "it failed"}.get(record.get("state"), "it has not run")
-        if record["settings"] != self.settings(stage):
-            changed = [key for key, value in self.settings(stage).items() if record["settings"].get(key) != value]
+        before, now = record.get("settings", {}), self.settings(stage)
+        if before != now:
+            changed = [key for key, value in now.items() if before.get(key) != value]
             return f"its settings changed ({', '.join(changed) or 'one was dropped'})"
-        if with_notebook and record["notebook"] != notebook_digest(stage):
+        if with_notebook and record.get("notebook") != notebook_digest(stage):
             return "its notebook changed"
         for kind, relatives in (("input", stage.inputs), ("output", (*stage.outputs, *stage.optional))):
-            found = digests(record_files(self.path, relatives, record[f"{kind}s"]))
-            if found != digests(record[f"{kind}s"]):
-                return f"one of its {kind}s changed"
+            known = record.get(f"{kind}s", {})
+            if told := describe_changes(digests(known), digests(record_files(self.path, relatives, known))):
+                return f"one of its {kind}s changed ({told})"
         return None
 
     def first_stale(self, stages: Iterable[Stage]) -> tuple[Stage, str] | None:
@@ -131,7 +136,7 @@ def open_run(
     if not run_dir:
         profile = default_profile() if profile == "auto" else profile
         run_dir = runs_dir() / profile
-    path = Path(run_dir).expanduser().resolve()
+    path = expand_home(run_dir, "RUN_DIR").resolve()
     manifest = read_manifest(path)
     if profile == "auto":
         profile = manifest.get("profile") or default_profile()
@@ -145,6 +150,16 @@ def open_run(
     config = load_config(profile, given)
     require_disk(path, 0.1, "A run directory")
     return RunDir(path, config, {key: _plain_value(config, key) for key in given})
+
+
+def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first file whose digest is another one, in words, and how many more there are; empty where none is."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if not names:
+        return ""
+    first = names[0]
+    word = "is missing" if first not in now else "differs from what was written" if first in before else "was added"
+    return f"{first} {word}" + (f", and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _plain_value(config: Config, dotted: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from rich.markup import escape
 
 from utils.deadline import Deadline, note_start
 from utils.disk import disk_error
-from utils.errors import Interrupted, SessionOver, UserError
+from utils.errors import Interrupted, RunDirError, SessionOver, UserError
 from utils.kernels import Kernels
 from utils.live_line import LiveLine
 from utils.lock import release_lock, take_lock
@@ -29,6 +28,7 @@ from utils.progress import VARIABLE
 from utils.project import ROOT, command
 from utils.redaction import redact
 from utils.report import executed_dir, stale_comparison, write_report
+from utils.results import read_sentence
 from utils.rundir import RunDir, open_run
 from utils.stage_run import require_ancestors
 from utils.stages import STAGES, Stage, find_stage
@@ -157,11 +157,14 @@ def _run_stages(
         with _interruptible(run, stage, kernels):
             reason = "--fresh" if fresh else run.stale_because(stage)
             if reason is None:
-                seconds = run.record(stage)["seconds"]
+                seconds = run.record(stage).get("seconds", 0)
                 console.print(
                     f"[dim]  {stage.number} {stage.title}: unchanged, not run again (took {seconds:.0f} s)[/dim]"
                 )
                 continue
+            if run.record(stage).get("state") == "done" and not fresh:
+                told = f"[dim]  {stage.number} {stage.title}: again, because {reason}[/dim]"
+                console.print(told, highlight=False, soft_wrap=True)
             deadline = Deadline.of(run.config.hardware.max_hours)
             if worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
                 raise SeriesPaused(run, stage, deadline.sentence(), SessionOver.__name__)
@@ -185,6 +188,7 @@ def _set_aside(run: RunDir) -> None:
         if place.exists():
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
             place.rename(aside)
+    run.note("registered", None)
 
 
 def run_stage(run: RunDir, stage: Stage, console: Console, kernels: Kernels) -> None:
@@ -235,9 +239,10 @@ def _summarise(run: RunDir, console: Console, seconds: float) -> None:
     metrics = run.file("comparison/metrics.json")
     console.print()
     if metrics.exists():
-        console.print(
-            json.loads(metrics.read_text(encoding="utf-8"))["sentence"], style="bold", highlight=False, markup=False
-        )
+        try:
+            console.print(read_sentence(run.path), style="bold", highlight=False, markup=False)
+        except RunDirError as error:  # of a stage that was not asked for
+            console.print(str(error), style="yellow", highlight=False, markup=False)
         if stale := stale_comparison(run):
             console.print(
                 f"[yellow]Out of date: {escape(stale)}; run to 04 again.[/yellow]", highlight=False, soft_wrap=True

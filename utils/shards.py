@@ -7,13 +7,14 @@ Format: https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.config import is_there
 from utils.errors import ModelError
+from utils.files import parse_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -48,28 +49,41 @@ class Shard:
 
 def read_shard(path: Path) -> Shard:
     """Parse a file's header; raises ModelError where the file is cut short or is no safetensors."""
-    found = path.stat().st_size
     try:
+        found = path.stat().st_size
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(found, _LONGEST_HEADER):
                 raise ValueError("its header is longer than the file")
             stream.seek(0)
             head = stream.read(8 + length)
-        entries = {name: entry for name, entry in json.loads(head[8:]).items() if name != "__metadata__"}
+        entries = {name: entry for name, entry in parse_json(head[8:]).items() if name != "__metadata__"}
         tensors = [
             StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *(len(head) + at for at in entry["data_offsets"]))
             for name, entry in entries.items()
         ]
         for tensor in tensors:
+            if not all(type(number) is int and number >= 0 for number in (tensor.start, tensor.stop, *tensor.shape)):
+                raise ValueError(f"{tensor.name} has a shape or a place that is none")
             if tensor.stop - tensor.start != BYTES[tensor.dtype] * math.prod(tensor.shape):
                 raise ValueError(f"{tensor.name} does not have the size of its shape")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
         raise ModelError(f"{path} is no safetensors file ({error}); fetch it again.") from None
     shard = Shard(path, head, tuple(sorted(tensors, key=lambda tensor: tensor.start)))
     if found != shard.size:
         raise ModelError(f"{path} holds {found:,} bytes and its header promises {shard.size:,}; fetch it again.")
     return shard
+
+
+def _names_in(index: Path) -> list[str]:
+    """The shards that an index names; one that lies elsewhere is refused."""
+    try:
+        names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or any(not isinstance(name, str) or not name or Path(name).name != name for name in names):
+            raise ValueError("its weight_map does not name files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is no index of shards ({error}); fetch the base model again.") from None
+    return sorted(names)
 
 
 def find_shards(folder: Path) -> list[Shard]:
@@ -79,12 +93,12 @@ def find_shards(folder: Path) -> list[Shard]:
     """
     index = folder / INDEX
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = _names_in(index)
     elif (folder / SINGLE).exists():
         names = [SINGLE]
     else:
         raise ModelError(f"{folder} holds neither {INDEX} nor {SINGLE}; expected the base model's weights.")
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not is_there(folder / name)]
     if missing:
         raise ModelError(
             f"{folder} lacks {len(missing)} of {len(names)} shards, {missing[0]} first; fetch the base model again."

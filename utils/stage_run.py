@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from utils.config import load_config
+from utils.config import is_folder, load_config
 from utils.determinism import describe_determinism
 from utils.disk import tell_disk_errors
 from utils.errors import StageOrderError
@@ -141,7 +141,7 @@ def require_hardware(run: RunDir, stage: Stage) -> None:
         require_gpu(profile, hardware.min_gpu_memory_gib)
     if stage.name == "00_setup":
         require_disk(run.path, hardware.min_disk_gib, f"The profile {profile}")
-        if run.config.model.name != EMBEDDED and not Path(run.config.model.name).is_dir():
+        if run.config.model.name != EMBEDDED and not is_folder(run.config.model.name):
             require_disk(hub_cache(), hardware.min_cache_gib, "The base model's download")
 
 

@@ -105,7 +105,7 @@ STAGES = (
             "data/registration.json",
             "data/split.json",
             "baseline",
-            "training/adapter",
+            "training/adapter",  # last: all before it is read when scores are recomputed
         ),
         outputs=("tuned/answers.jsonl", "tuned/forced.jsonl", "tuned/nll.parquet", "comparison"),
         settings=(*_MODEL, "generate", "evaluate"),

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from utils.files import write_text
+from utils.sealed import read_sealed, write_sealed
 
 FILE = "state.json"
 
@@ -31,12 +31,12 @@ class SeriesState(BaseModel):
 def write_state(run_dir: Path, state: SeriesState) -> None:
     """Write `state.json` atomically; nothing where there is no run directory."""
     if run_dir.is_dir():
-        write_text(run_dir / FILE, state.model_dump_json(indent=2) + "\n")
+        write_sealed(run_dir / FILE, state.model_dump(mode="json"))
 
 
 def read_state(run_dir: Path) -> SeriesState | None:
-    """The state on file; None where there is none that can be read."""
+    """The state on file; None where there is none that is whole."""
     try:
-        return SeriesState.model_validate_json((run_dir / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError):
+        return SeriesState.model_validate(read_sealed(run_dir / FILE))
+    except ValidationError:
         return None

@@ -19,6 +19,7 @@ from utils.callbacks import (
     SessionCallback,
     TrackingCallback,
 )
+from utils.checkpoints import SealCallback, find_checkpoint
 from utils.deadline import Deadline
 from utils.errors import Interrupted, SessionOver, TrainingError
 from utils.figures import draw_loss
@@ -135,6 +136,7 @@ def _listen(trainer, config: Config, fit: Fit, tracker: Tracker | None, session:
     trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
     trainer.add_callback(HealthCallback(trainer.accelerator.scaler))
     trainer.add_callback(session)
+    trainer.add_callback(SealCallback())
     if tracker is not None:
         trainer.add_callback(ProgressCallback())
         trainer.add_callback(TrackingCallback(tracker))
@@ -168,18 +170,6 @@ def checkpoint_dir(run: StageRun) -> Path:
     inputs = digests(record_files(run.path, run.stage.inputs))
     basis = json.dumps([run.settings(run.stage), run.record(run.stage)["computed_on"], inputs], sort_keys=True)
     return run.file("training/checkpoints") / hashlib.sha256(basis.encode()).hexdigest()[:12]
-
-
-def find_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint in `folder`, to pass as resume_from_checkpoint; None to start from the beginning.
-
-    The Trainer writes trainer_state.json last: a folder without it is one that a process died over, or that another
-    process is writing now. It is passed over, and written anew when training comes by again.
-    """
-    whole = {
-        int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob("checkpoint-*/trainer_state.json")
-    }
-    return str(whole[max(whole)]) if whole else None
 
 
 def training_log(trainer) -> pd.DataFrame:

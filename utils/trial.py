@@ -19,11 +19,11 @@ from transformers import TrainerCallback
 
 from utils.callbacks import RecomputeCallback
 from utils.errors import HardwareError
-from utils.files import write_json
 from utils.fit import DoesNotFit, Fit, Measured, safer, search
 from utils.memory import free_bytes, free_memory, is_out_of_memory
 from utils.models import transformer_layers
 from utils.platforms import GIB, global_rank, gpus, installed, resolve_hardware, world_size
+from utils.sealed import read_sealed, write_sealed
 from utils.settings import Config
 from utils.stage_run import StageRun
 
@@ -148,7 +148,7 @@ def choose_fit(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer
         fit = fastest
     if global_rank() == 0:
         shown = {"trials": [asdict(t) for t in trials], "basis": _basis(run, rows, world)}
-        write_json(run.file(FILE), {"fit": asdict(fit), "world": world, **shown})
+        write_sealed(run.file(FILE), {"fit": asdict(fit), "world": world, **shown})
     return fit
 
 
@@ -159,8 +159,8 @@ def _as_launched(run: StageRun, world: int) -> Fit | None:
 
 
 def _read(run: StageRun) -> dict:
-    """What training/fit.json holds; nothing where there is none."""
-    return json.loads(run.file(FILE).read_text(encoding="utf-8")) if run.file(FILE).exists() else {}
+    """What training/fit.json holds; nothing where there is none that is whole."""
+    return read_sealed(run.file(FILE))
 
 
 def _leaves_fit_open(config: Config) -> bool:
@@ -187,7 +187,7 @@ def fit_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> Fit | None:
 def fall_back(run: StageRun, fit: Fit, layers: int) -> Fit:
     """Put a safer fit than `fit`, which ran out of memory, on file and return it; raises HardwareError at the end."""
     known = _read(run)
-    if Fit(**known["fit"]) != fit:  # another process was here first
+    if known and Fit(**known["fit"]) != fit:  # another process was here first
         return Fit(**known["fit"])
     instead = safer(fit, layers if run.config.train.gradient_checkpointing else fit.recompute_layers)
     if instead is None:
@@ -195,7 +195,7 @@ def fall_back(run: StageRun, fit: Fit, layers: int) -> Fit:
             f"Training ran out of GPU memory even with {fit}; lower model.max_seq_length, or free the GPU."
         )
     given_up = [*known.get("ran_out_of_memory", []), asdict(fit)]
-    write_json(run.file(FILE), {**known, "fit": asdict(instead), "ran_out_of_memory": given_up})
+    write_sealed(run.file(FILE), {**known, "fit": asdict(instead), "ran_out_of_memory": given_up})
     return instead
 
 

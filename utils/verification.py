@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
 import pandas as pd
 import psutil
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from utils.agreement import BFLOAT16, EXACT, FOUR_BIT, HALF, Continuations, Level, compare, continue_greedily, judge
 from utils.bases import Base, find_base
 from utils.disk import writing
 from utils.errors import ModelError, RunDirError
-from utils.files import digests, record_files, sha256, write_json
+from utils.files import digests, parse_json, record_files, sha256, write_json
 from utils.gguf_files import check_folder
 from utils.llama_cpp import find_llama_cpp
 from utils.loadback import answer_elsewhere
@@ -34,6 +35,24 @@ KINDS = ("adapter", "merged", "gguf")
 _T4_GIB, _GGUF_PROMPTS, _ROWS = 14.0, 20, 512
 
 
+def _exported(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    if len(parts) < 2 or parts[0] != "export" or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r} is no file below export/")
+    return name
+
+
+def _place_name(folder: str) -> str:
+    if "\0" in folder:
+        raise ValueError("a null byte")
+    return folder
+
+
+class _Record(BaseModel):
+    folders: dict[Literal[KINDS], Annotated[str, Field(min_length=1, max_length=4000), AfterValidator(_place_name)]]
+    files: dict[Annotated[str, AfterValidator(_exported)], str]
+
+
 def export_prompts(run: RunDir) -> list[str]:
     """The held-out prompts that exports are compared on."""
     held_out = pd.read_parquet(run.file("data/eval.parquet")).head(run.config.export.prompts)
@@ -51,9 +70,14 @@ def read_record(run: RunDir) -> dict:
     """export/verify.json; empty before the first export. Raises RunDirError where it cannot be read."""
     path = run.file("export/verify.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise RunDirError(f"{path} cannot be read ({error}); run 05 again.") from None
+        if not path.exists():
+            return {}
+        record = parse_json(path.read_text(encoding="utf-8"))
+        _Record.model_validate(record)
+        return record
+    except (OSError, ValueError) as error:
+        reason = "its values are not those of verify.json" if isinstance(error, ValidationError) else error
+        raise RunDirError(f"{path} cannot be read ({reason}); run 05 again.") from None
 
 
 def write_reference(run: RunDir) -> Continuations:

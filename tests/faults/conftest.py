@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
 
+from tests.faults.fuzzing import Fuzz
 from tests.faults.series_process import SeriesProcess
 
 RESULTS = "FAULTS_RESULTS"  # a folder: where it is set, records are kept there
 LONG = "FAULTS_LONG"  # set: every fault in full; unset: what fits into CI
+MEMORY = 2 << 30  # that senseless input may cost
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +53,17 @@ def record_fault(request: pytest.FixtureRequest) -> Callable[..., None]:
                 stream.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     return note
+
+
+@pytest.fixture
+def fuzz(record_fault: Callable[..., None]) -> Iterator[Fuzz]:
+    """`fuzz.run(kind, cases, strategy, check)`, in no more than MEMORY bytes beside what the process holds already."""
+    before, used = resource.getrlimit(resource.RLIMIT_AS), psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    try:
+        yield Fuzz(record_fault)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.series_process import SeriesProcess, results, stage_seconds
 
-CHECKPOINTS = "training/checkpoints/*/checkpoint-*/trainer_state.json"
+CHECKPOINTS = "training/checkpoints/*/checkpoint-*/files.json"
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
