@@ -11,7 +11,7 @@ from utils import push
 from utils.bundle import with_parameters
 from utils.push import body_of, build_request, check_text, describe_request, read_metadata, reference_of, title_of
 
-SEEDS = [path.read_bytes() for path in corpus("metadata")]
+SEEDS = [corpus("metadata", name)[0].read_bytes() for name in ("kernel-metadata.json", "with-sources.json")]
 NOTEBOOK = {
     "cells": [
         {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# A"},

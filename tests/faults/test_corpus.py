@@ -1,0 +1,92 @@
+"""Every input that once ended otherwise: each of these files now ends in a sentence, or in what it says here."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.faults.fuzzing import corpus, survive, to_json
+from tests.faults.test_fuzz_models import SETTINGS
+from utils import credentials, push
+from utils.config import load_config
+from utils.manifest import read_manifest
+from utils.merge import read_lora
+from utils.push import body_of, build_request, check_text, describe_request, read_metadata, reference_of
+from utils.rundir import RunDir
+from utils.shards import INDEX, find_shards
+from utils.verification import read_record
+
+SOUND = ("kernel-metadata.json", "with-sources.json", "empty-cell.json")  # these say nothing wrong
+
+
+def manifests(path: Path, folder: Path):
+    shutil.copy(path, folder / "manifest.json")
+    return read_manifest(folder)
+
+
+def exports(path: Path, folder: Path):
+    (folder / "export").mkdir()
+    shutil.copy(path, folder / "export" / "verify.json")
+    return read_record(RunDir(folder, load_config("demo")))
+
+
+def indices(path: Path, folder: Path):
+    shutil.copy(path, folder / INDEX)
+    return find_shards(folder)
+
+
+def adapters(path: Path, folder: Path):
+    shutil.copy(path, folder / "adapter_config.json")
+    return read_lora(folder)
+
+
+def metadata(path: Path, folder: Path):
+    push.METADATA = path
+    found = read_metadata()
+    return reference_of(found, "alice")
+
+
+def notebooks(path: Path, folder: Path):
+    check_text(path.read_text(encoding="utf-8"))
+    push.METADATA = corpus("metadata", "kernel-metadata.json")[0]
+    request = build_request(read_metadata(), "alice/deepseek-r1-medical-lora", path.read_text(encoding="utf-8"))
+    return describe_request(request), body_of(request)
+
+
+READERS = (manifests, exports, indices, adapters, metadata, notebooks)
+CASES = [(read, path) for read in READERS for path in corpus(read.__name__)]
+
+
+@pytest.mark.parametrize(("read", "path"), CASES, ids=[f"{read.__name__}/{path.name}" for read, path in CASES])
+def test_a_file_of_the_corpus_ends_in_a_sentence(read, path, tmp_path, monkeypatch, record_fault):
+    monkeypatch.setattr(push, "METADATA", push.METADATA)  # put back afterwards
+    monkeypatch.setattr(push, "known_values", dict)
+    found, sentence = survive(read, path, tmp_path)
+    as_it_says = (sentence is None) == (path.name in SOUND) == (found is not None)
+    record_fault(f"found before: {read.__name__}", survived=int(as_it_says))
+    assert as_it_says, sentence
+
+
+@pytest.mark.parametrize("path", corpus("secrets"), ids=lambda path: path.name)
+def test_a_secret_that_could_not_be_sent_is_none(path, tmp_path, monkeypatch, record_fault):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(credentials, "ROOT", tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for name in credentials.NAMES["HF_TOKEN"]:
+        monkeypatch.delenv(name, raising=False)
+    shutil.copy(path, tmp_path / ".env")
+    secret = credentials.find_secret("HF_TOKEN")
+    record_fault("found before: secrets", survived=int(secret.value is None))
+    assert secret.value is None
+
+
+def test_the_adapter_of_the_corpus_would_be_read_with_sound_settings(tmp_path):
+    """The settings are what is refused there, and not the file that is missing beside them."""
+    (tmp_path / "adapter_config.json").write_bytes(to_json(SETTINGS))
+    _, sentence = survive(read_lora, tmp_path)
+    assert "adapter_model.safetensors" in sentence
+    for path in corpus("adapters"):
+        assert "adapter_config.json holds no settings" in survive(adapters, path, tmp_path)[1]
