@@ -26,8 +26,9 @@ from utils.export import save_tokenizer
 from utils.files import write_json
 from utils.gguf_files import LORA, check_gguf, check_modelfile, file_name, name_pre_tokenizer, write_gguf
 from utils.llama_cpp import SOURCE, LlamaServer, find_llama_cpp
-from utils.models import load_plain, load_tokenizer
+from utils.models import load_plain
 from utils.platforms import installed
+from utils.pretrained import load_tokenizer
 from utils.prompts import format_prompt
 from utils.rundir import RunDir, open_run
 from utils.serving import Served, llama_cpp_lines, write_modelfile

@@ -35,8 +35,8 @@ from utils.agreement import compare, continue_greedily, follow, judge
 from utils.files import sha256, write_json
 from utils.memory import free_memory
 from utils.merge import merge_shards, read_lora
-from utils.models import load_tokenizer
 from utils.platforms import GIB, gpus, installed
+from utils.pretrained import load_tokenizer
 from utils.prompts import format_prompt
 from utils.settings import LoraSection
 from utils.shards import Shard, find_shards

@@ -86,7 +86,6 @@ def main(
     benchmark: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
     only_plain: Annotated[bool, typer.Option(help="Only the plain backend; the rest of OUT stays.")] = False,
-    no_plain: Annotated[bool, typer.Option(help="Without the plain backend.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="More settings for both runs.")] = None,
 ) -> None:
     """Run the series and the plain backend; write the evidence to OUT; exit 1 where either failed."""
@@ -111,8 +110,6 @@ def main(
         }  # fmt: skip
         if not only_plain:
             write_json(out, {"exit_status": status, **evidence})
-        if no_plain:
-            raise typer.Exit(max(status))
         plain_settings = {**settings, "hardware.backend": "transformers"}
         status.append(run_series(plain, plain_settings, only=("00", "02", "03")))
         evidence["plain_backend"] = summarise(plain)

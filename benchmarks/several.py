@@ -62,7 +62,7 @@ def run(run_dir: Path, processes: int, stage: str) -> float:
 def kill_on_the_way(run_dir: Path, processes: int, wait: float) -> int:
     """Start notebook 03, kill every process of it `wait` seconds after its first checkpoint; the last checkpoint's step."""
     started = subprocess.Popen(command(run_dir, processes, "03"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    whole = lambda: list(run_dir.glob("training/checkpoints/*/checkpoint-*/trainer_state.json"))  # noqa: E731
+    whole = lambda: list(run_dir.glob("training/checkpoints/*/checkpoint-*/files.json"))  # noqa: E731
     while started.poll() is None and not whole():
         time.sleep(0.01)
     time.sleep(wait)

@@ -118,7 +118,7 @@ def training_run(tiny_folder: Path, tmp_path: Path):
 
     from utils import demo_data
     from utils.likelihood import tokenize_row
-    from utils.models import load_tokenizer
+    from utils.pretrained import load_tokenizer
     from utils.prompts import format_row
     from utils.rundir import open_run
     from utils.stage_run import StageRun

@@ -15,7 +15,7 @@ from benchmarks import merge, repeatability
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train import CASES, flops_per_token, markdown_table
 from utils.agreement import judge
-from utils.models import load_tokenizer
+from utils.pretrained import load_tokenizer
 from utils.project import ROOT
 from utils.stages import STAGES
 

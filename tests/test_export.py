@@ -17,7 +17,7 @@ from tests.exported import QUESTIONS, make_run
 from utils import export, merge
 from utils.errors import HardwareError, ModelError, RunDirError
 from utils.export import choose_place, copy_adapter, merge_adapter, set_aside, write_ggufs
-from utils.models import load_tokenizer
+from utils.pretrained import load_tokenizer
 from utils.project import ROOT
 from utils.rundir import RunDir
 from utils.serving import chat_ids, prompt_ids

@@ -16,7 +16,7 @@ PURE = (
     "fit demo_data shards serving prompts parsing metrics results statistics verdicts similarity data items split answers "
     "probe_results".split()
 )
-MODELS = "bases decoding packing demo llama_cpp memory merge models sampling".split()
+MODELS = "pretrained bases decoding packing demo llama_cpp memory merge models sampling".split()
 WORK = (
     "callbacks checkpoints trial launch generation probe selftest likelihood workers comparison forest figures training export "
     "agreement loadback verification gguf_files card card_facts report answers_page handover publish".split()

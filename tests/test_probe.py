@@ -152,7 +152,7 @@ def test_a_wrapped_model_with_its_adapter_off_gives_the_base_s_figures(tiny_fold
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    from utils.models import load_tokenizer
+    from utils.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_folder)
     model = LlamaForCausalLM.from_pretrained(tiny_folder).eval()

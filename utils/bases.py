@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.config import is_folder
 from utils.errors import ModelError
-from utils.models import model_source
+from utils.pretrained import model_source
 from utils.settings import EMBEDDED, Config
 
 _SUFFIXES = ("-unsloth-bnb-4bit", "-bnb-4bit")

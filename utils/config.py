@@ -49,9 +49,8 @@ def parse_yaml(text: str | bytes) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise
-    except (
-        Exception
-    ) as error:  # PyYAML lets through what it stumbles over: IndexError for !!int '', KeyError for !!bool x
+    except Exception as error:
+        # PyYAML lets through what it stumbles over: IndexError for !!int '', KeyError for !!bool x.
         raise ValueError(type(error).__name__) from None
 
 

@@ -21,8 +21,8 @@ from utils.files import atomic_folder, write_json
 from utils.gguf_files import file_name, write_gguf
 from utils.llama_cpp import find_llama_cpp, how_to_get_it, install_llama_cpp
 from utils.merge import Merged, merge_shards, read_lora
-from utils.models import load_tokenizer, model_source
 from utils.platforms import GIB, free_disk_gib, require_disk, where
+from utils.pretrained import load_tokenizer, model_source
 from utils.project import NAME
 from utils.rundir import RunDir
 from utils.serving import fit_chat_template, write_modelfile

@@ -91,7 +91,6 @@ install_missing()  # on Kaggle and Colab only: what the pins ask for and the ima
 """
 SINGLE_ADOPT = """
 from utils.inputs import adopt_attached
-from utils.project import python_path
 
 RUN_DIR = str(adopt_attached(PROFILE, RUN_DIR))  # goes on with the earlier notebooks' output, where one is attached
 """

@@ -19,7 +19,8 @@ from utils.agreement import Continuations, continue_greedily, follow
 from utils.errors import ModelError
 from utils.files import write_json
 from utils.memory import free_memory
-from utils.models import guard_tokenizer, load_plain, prepare_device
+from utils.models import load_plain, prepare_device
+from utils.pretrained import guard_tokenizer
 from utils.project import ROOT, python_path
 from utils.redaction import hide_secrets
 from utils.settings import Config

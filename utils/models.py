@@ -1,4 +1,4 @@
-"""Tokenizer, base model, LoRA: one way to load them, on unsloth where it runs and on plain transformers elsewhere.
+"""Base model and LoRA: one way to load them, on unsloth where it runs and on plain transformers elsewhere.
 
 Both backends hand out ordinary PEFT models and ordinary tokenizers, so the notebooks' cells are the same.
 """
@@ -10,15 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from utils.config import is_folder
 from utils.credentials import share_hub_token
 from utils.decoding import speed_up_unsloth
 from utils.errors import HardwareError, ModelError
 from utils.packing import keep_documents_apart
 from utils.platforms import GIB, gpu_ids, local_rank, resolve_hardware
-from utils.settings import EMBEDDED, Config
+from utils.pretrained import first_line, load_tokenizer, model_source, require_safetensors
+from utils.settings import Config
 
-_PROBE = "Hello world, this is a test.\nx"
 _T4_GIB = 14.0
 
 
@@ -68,83 +67,6 @@ def torch_dtype(config: Config):
     return getattr(torch, resolve_hardware(config.hardware)["dtype"])
 
 
-def model_source(config: Config) -> str:
-    """The Hub id or local folder of the base model; the embedded one is built here on first use."""
-    if config.model.name == EMBEDDED:
-        from utils.demo import ensure_model
-
-        return str(ensure_model())
-    return config.model.name
-
-
-def check_model(config: Config) -> tuple[str, str | None]:
-    """Where the base model will come from, in words, and the commit to pin where it comes from the Hub.
-
-    Raises ModelError where it is neither here nor reachable.
-    """
-    name = config.model.name
-    if name == EMBEDDED:
-        return "embedded: a tiny model, built on this machine", None
-    if is_folder(name):
-        missing = [file for file in ("config.json", "tokenizer.json") if not (Path(name) / file).exists()]
-        if missing:
-            raise ModelError(f"The model folder {name} lacks {' and '.join(missing)}; expected a Hugging Face model.")
-        return f"local folder {name}", None
-    if name.startswith(("/", ".", "~")):
-        raise ModelError(f"There is no model folder {name}; check model.name, or give a Hub id such as owner/name.")
-    from huggingface_hub import model_info, try_to_load_from_cache
-
-    try:
-        info = model_info(name, revision=config.model.revision, files_metadata=True)
-    except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
-        if try_to_load_from_cache(name, "config.json", revision=config.model.revision):
-            return f"{name}, from the cache (the Hub is out of reach)", None
-        raise ModelError(
-            f"The model {name} is neither a local folder nor reachable on the Hub ({type(error).__name__}); "
-            "check model.name and the network."
-        ) from None
-    size = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")) / GIB
-    return f"{name} at {info.sha[:12]}, {size:.1f} GiB to download", info.sha
-
-
-def load_tokenizer(source: str | Path, revision: str | None = None):
-    """The tokenizer as PreTrainedTokenizerFast, proven to keep spaces and newlines, with a pad token that is not EOS.
-
-    transformers 5 builds LlamaTokenizerFast without reading tokenizer.json, and DeepSeek's byte-level vocabulary then
-    loses every space without an error (transformers issue 45488). Raises ModelError where text does not survive.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
-    except Exception as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
-        raise ModelError(
-            f"No tokenizer could be loaded from {source} ({_first_line(error)}); expected a Hub id that can be "
-            "reached, or a local folder with tokenizer.json."
-        ) from None
-    guard_tokenizer(tokenizer, str(source))
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        spare = "<|finetune_right_pad_id|>"
-        if spare in tokenizer.get_vocab():
-            tokenizer.pad_token = spare
-        elif tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def guard_tokenizer(tokenizer, source: str) -> None:
-    """Raise ModelError unless decode(encode(text)) gives the text back, spaces and newlines included."""
-    try:
-        back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ModelError(f"The tokenizer of {source} cannot be used ({_first_line(error)}); fetch it again.") from None
-    if back != _PROBE:
-        raise ModelError(
-            f"The tokenizer of {source} corrupts text: {_PROBE!r} came back as {back!r}; "
-            "load it as PreTrainedTokenizerFast from a folder with a byte-level tokenizer.json."
-        )
-
-
 def load_model(config: Config, adapter: Path | None = None):
     """(model, tokenizer): the base model as configured, with a trained adapter on top where one is given.
 
@@ -163,7 +85,7 @@ def load_model(config: Config, adapter: Path | None = None):
         model = load(config, source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
-            f"The model {source} could not be loaded ({_first_line(error)}); expected a Hub id that can be reached, "
+            f"The model {source} could not be loaded ({first_line(error)}); expected a Hub id that can be reached, "
             "or a local folder with config.json and safetensors."
         ) from None
     if adapter is not None:
@@ -171,16 +93,6 @@ def load_model(config: Config, adapter: Path | None = None):
 
         model = PeftModel.from_pretrained(model, str(adapter))
     return model, tokenizer
-
-
-def require_safetensors(folder: Path, what: str) -> None:
-    """Raise ModelError where a folder's weights are none, or a pickle, which is a program and not data."""
-    if not list(folder.glob("*.safetensors")):
-        found = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        raise ModelError(
-            f"The {what} folder {folder} holds {', '.join(found) or 'no weights'}; expected safetensors files: convert it, "
-            "or take another."
-        )
 
 
 def add_lora(model, config: Config, **lora: Any):
@@ -309,7 +221,3 @@ def _emulate_t4() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     total = torch.cuda.get_device_properties(local_rank()).total_memory / GIB
     torch.cuda.set_per_process_memory_fraction(min(1.0, _T4_GIB / total), local_rank())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -20,7 +20,7 @@ _SHORTEST = 8  # a shorter value would be found in ordinary words
 # What a token of these services looks like, also where it is not ours; a bare 40 or 32 hex digits may be a commit.
 SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}|\bKGAT_[A-Za-z0-9]{16,}|\bwandb_v\d+_[A-Za-z0-9_]{20,}"
-    r"|(?i:(?<=bearer )|(?<=basic ))[A-Za-z0-9+/_.=-]{16,}"
+    r"|(?i:(?<=bearer )|(?<=authorization: basic ))(?=[A-Za-z+/_.-]*[0-9=])[A-Za-z0-9+/_.=-]{16,}"
 )
 
 

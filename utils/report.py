@@ -100,9 +100,8 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
             continue
         try:
             body, _ = exporter.from_notebook_node(_for_report(nbformat.read(source, as_version=4)))
-        except (
-            Exception
-        ) as error:  # damaged: nbformat and nbconvert have many types for it, and the results stand without it
+        except Exception as error:
+            # Damaged: nbformat and nbconvert have many types for it, and the results stand without it.
             print(f"{source} cannot be read ({type(error).__name__}) and is left out of the report.")
             continue
         peak = record.get("peak_memory", {})

@@ -21,8 +21,9 @@ from utils.llama_cpp import find_llama_cpp
 from utils.loadback import answer_elsewhere
 from utils.memory import free_memory
 from utils.merge import Lora, read_lora
-from utils.models import device, load_plain, load_tokenizer, model_source, torch_dtype
+from utils.models import device, load_plain, torch_dtype
 from utils.platforms import GIB, gpus, resolve_hardware
+from utils.pretrained import load_tokenizer, model_source
 from utils.prompts import format_prompt
 from utils.rundir import RunDir
 from utils.shards import find_shards

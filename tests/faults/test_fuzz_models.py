@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.fuzzing import mutated_bytes, mutated_values, survive, to_json
 from utils.merge import read_lora
-from utils.models import load_tokenizer
+from utils.pretrained import load_tokenizer
 from utils.shards import BYTES, INDEX, SINGLE, find_shards, read_shard
 
 HEADER = {
