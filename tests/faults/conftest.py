@@ -46,6 +46,7 @@ def record_fault(request: pytest.FixtureRequest) -> Callable[..., None]:
     def note(kind: str, *, tried: int = 1, survived: int, lost_seconds: float | None = None) -> None:
         if folder := os.environ.get(RESULTS):
             values = {"area": area, "kind": kind, "tried": tried, "survived": survived, "lost_seconds": lost_seconds}
+            values["in_full"] = bool(os.environ.get(LONG))
             place = Path(folder)
             place.mkdir(parents=True, exist_ok=True)
             worker = os.environ.get("PYTEST_XDIST_WORKER", "main")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tests.faults.conftest import RESULTS
-from tests.faults.table import read_rows, render
+from tests.faults.conftest import LONG, RESULTS
+from tests.faults.table import in_full, read_rows, render
 
 
 def test_records_of_one_kind_are_summed_and_the_worst_loss_is_kept(record_fault, tmp_path, monkeypatch):
@@ -29,3 +29,13 @@ def test_without_a_folder_nothing_is_kept(record_fault, tmp_path, monkeypatch):
     monkeypatch.delenv(RESULTS, raising=False)
     record_fault("kill -9", survived=1)
     assert json.dumps(read_rows(tmp_path)) == "[]"
+
+
+def test_the_table_says_when_a_record_is_of_the_short_form(record_fault, tmp_path, monkeypatch):
+    monkeypatch.setenv(RESULTS, str(tmp_path))
+    monkeypatch.setenv(LONG, "1")
+    record_fault("kill -9", survived=1)
+    assert in_full(tmp_path) and "Written by `make faults` on" in render(read_rows(tmp_path), in_full(tmp_path))
+    monkeypatch.delenv(LONG)
+    record_fault("kill -9", survived=1)
+    assert not in_full(tmp_path) and "CI's short form" in render(read_rows(tmp_path), in_full(tmp_path))
