@@ -14,6 +14,7 @@ import pytest
 from tests.sessions import Machine
 from utils.bundle import KERNEL, MAXIMUM_BYTES, BundleError, build_kernel, build_single, check_kernel, with_parameters
 from utils.demo import cache_dir
+from utils.sealed import seal
 from utils.stages import STAGES
 
 
@@ -104,7 +105,7 @@ def test_a_single_notebook_goes_on_with_an_attached_output(demo_run, tmp_path, n
     manifest = json.loads((demo_run.path / "manifest.json").read_text())
     del manifest["stages"][name]
     files = {p.relative_to(demo_run.path).as_posix(): p.read_bytes() for p in demo_run.path.rglob("*") if p.is_file()}
-    machine.attach(files | {"manifest.json": json.dumps(manifest).encode()}, layout)
+    machine.attach(files | {"manifest.json": json.dumps(seal(manifest)).encode()}, layout)
     done = machine.execute(nbformat.writes(build_single(number)))
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"going on with {machine.kaggle / 'input' / layout}" in (machine.empty / "__notebook__.ipynb").read_text()

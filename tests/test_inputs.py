@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_somebody_elses_manifest_and_a_large_collection_are_passed_over(tmp_path
         (images / f"{number}.png").touch()
     run = attach(tmp_path, TODAY)
     assert find_attached("t4", tmp_path) == run
+
+
+def test_a_damaged_run_is_told_rather_than_passed_over(tmp_path):
+    run = attach(tmp_path, TODAY)
+    text = (run / "manifest.json").read_text().replace('"t4"', '"tutorial"')
+    (run / "manifest.json").write_text(json.dumps({**json.loads(text), "seal": "0123456789abcdef"}))
+    with pytest.raises(RunDirError, match=r"manifest.json cannot be read"):
+        find_attached("auto", tmp_path)
 
 
 def test_the_run_is_copied_whole_without_the_other_sessions_state(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from utils.errors import HardwareError, PinError
 from utils.platforms import Gpu, check_pins, default_profile, free_disk_gib, gpus, read_pins, require_disk, require_gpu
 from utils.project import ROOT
 
-TEST_TOOLS = {"pytest", "hypothesis", "ruff", "lm-eval", "selenium"}
+TEST_TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "lm-eval", "selenium", "pip-audit", "detect-secrets"}
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ WIDTH = 1_000
 def find_attached(profile: str = "auto", root: Path | None = None) -> Path | None:
     """The run directory of `profile` below the attached inputs, None where there is none.
 
-    Raises RunDirError where there are several different ones.
+    Raises RunDirError where there are several different ones, or a damaged one.
     """
     root = root or KAGGLE / "input"
     found: dict[str, Path] = {}
@@ -65,6 +65,8 @@ def _is_ours(manifest: Path) -> bool:
     try:
         return bool(read_manifest(manifest.parent))
     except RunDirError:
+        if all(word in manifest.read_bytes() for word in (b'"profile"', b'"stages"')):
+            raise  # ours, and damaged: to start anew without a word would throw an earlier session's work away
         return False  # somebody else's manifest.json
 
 
