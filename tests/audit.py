@@ -1,8 +1,8 @@
 """Are the pinned packages known to be vulnerable? `python -m tests.audit [--strict]`, part of `make lint`.
 
-Where an advisory source answers (PyPI's, or OSV's), pip-audit asks it for every exact pin; otherwise the age of the pins is
-told, which says how long nobody has looked. The last line says which of the two was done. Without `--strict` an
-advisory does not end in exit 1: what is unchanged should not turn red overnight.
+Where OSV's advisories can be asked, pip-audit asks for every exact pin; otherwise the age of the pins is told, which says
+how long nobody has looked. The last line says which of the two was done. Without `--strict` an advisory does not end in
+exit 1: what is unchanged should not turn red overnight.
 """
 
 from __future__ import annotations
@@ -39,15 +39,9 @@ def exact_pins() -> dict[str, str]:
     return pins
 
 
-def advisory_source() -> str | None:
-    """`pypi` or `osv`, whichever answers first; None where neither does within a few seconds."""
-    return next((name for name, ask in (("pypi", _ask_pypi), ("osv", _ask_osv)) if _within(ask)), None)
-
-
-def _ask_pypi() -> bool:
-    import requests
-
-    return "vulnerabilities" in requests.get("https://pypi.org/pypi/six/1.17.0/json", timeout=3).json()
+def osv_answers() -> bool:
+    """Whether OSV answers within a few seconds."""
+    return _within(_ask_osv)
 
 
 def _ask_osv() -> bool:
@@ -72,18 +66,19 @@ def _within(ask: Callable[[], bool], seconds: float = _WAIT_S) -> bool:
     return bool(answers and answers[0])
 
 
-def ask_advisories(source: str, pins: dict[str, str]) -> list[tuple[str, str, str, str]]:
+def ask_advisories(pins: dict[str, str]) -> list[tuple[str, str, str, str]]:
     """(package, version, advisory, fixed in) of every known vulnerability; raises RuntimeError where pip-audit fails."""
     with tempfile.TemporaryDirectory() as scratch:
         wanted, answer = Path(scratch) / "pins.txt", Path(scratch) / "answer.json"
         wanted.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()), encoding="utf-8")
         command = [sys.executable, "-m", "pip_audit", "--requirement", str(wanted), "--no-deps", "--disable-pip",
-                   "--vulnerability-service", source, "--format", "json", "--output", str(answer), "--timeout", "10",
+                   "--vulnerability-service", "osv", "--format", "json", "--output", str(answer), "--timeout", "10",
                    "--progress-spinner", "off"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if not answer.exists():
-            raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
-        return read_answer(json.loads(answer.read_text(encoding="utf-8")))
+        try:
+            return read_answer(json.loads(answer.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):  # a rate limit, a service that is down, half of an answer
+            raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1]) from None
 
 
 def read_answer(answer: dict) -> list[tuple[str, str, str, str]]:
@@ -113,16 +108,20 @@ def main(
 ) -> None:
     """Ask the advisories, or tell the pins' age."""
     console, pins = Console(), exact_pins()
-    source = advisory_source()
-    if source is not None:
-        findings = ask_advisories(source, pins)
+    findings, why = None, "no advisory source answers"
+    if osv_answers():
+        try:
+            findings = ask_advisories(pins)
+        except RuntimeError as error:
+            why = f"pip-audit failed ({error})"
+    if findings is not None:
         table = Table("package", "version", "advisory", "fixed in", title="known vulnerabilities")
         for finding in findings:
             table.add_row(*finding)
         if findings:
             console.print(table)
         console.print(
-            f"audit: {len(pins)} exact pins against {source}'s advisories, {len(findings)} findings", soft_wrap=True
+            f"audit: {len(pins)} exact pins against osv's advisories, {len(findings)} findings", soft_wrap=True
         )
         raise typer.Exit(int(strict and bool(findings)))
     days = {package: age for name in FILES for package, age in ages(name).items()}
@@ -134,7 +133,7 @@ def main(
         if days
         else "and no git to tell the pins' age"
     )
-    console.print(f"audit: no advisory source answers, nothing was looked up; {oldest}", soft_wrap=True)
+    console.print(f"audit: {why}, nothing was looked up; {oldest}", soft_wrap=True, markup=False)
     raise typer.Exit(int(strict))
 
 

@@ -21,7 +21,7 @@ from utils.files import write_json
 from utils.project import ROOT
 
 BASELINE = ROOT / "tests" / "secrets.baseline.json"
-_LEFT_OUT = (".png", ".ipynb.old")
+_LEFT_OUT = ".png"
 _UNREADABLE = "tests/faults/corpus/config/"  # YAML made to end its readers, this scan's among them
 _FILTERS = (
     "is_indirect_reference is_likely_id_string is_lock_file is_not_alphanumeric_string is_potential_uuid "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
 import nbformat
@@ -20,5 +21,14 @@ def sources(folders: tuple[str, ...] = ("utils", "benchmarks")) -> Iterator[tupl
             if cell.cell_type == "code":
                 yield f"notebooks/{path.name}:{cell.id}", cell.source
     for name, text in vars(kernel_cells).items():
-        if name in ("PREPARE", "RUN", "SHOW", "SINGLE_PREPARE", "SINGLE_ADOPT", "SINGLE_END", "MATERIALISE"):
-            yield f"utils/kernel_cells.py:{name}", text.replace("@LISTING@", "#")
+        if name.isupper() and isinstance(text, str) and parses(text := text.replace("@LISTING@", "#")):
+            yield f"utils/kernel_cells.py:{name}", text
+
+
+def parses(text: str) -> bool:
+    """Whether `text` is Python, and no prose."""
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ from utils.answers import (
 )
 from utils.config import load_config
 from utils.errors import StageOrderError
+from utils.files import write_json
 from utils.rundir import open_run
 from utils.sealed import read_lines, to_lines
 from utils.settings import GenerateSection
@@ -178,6 +180,52 @@ def test_other_questions_in_the_same_number_are_a_change_too(tmp_path):
     run.file("baseline").mkdir()
     run.file("baseline/answers.jsonl").write_text("{}\n")
     assert register(run, [Question("b", "open", "?")], [])["changed_after_answers"] is True
+
+
+@pytest.fixture
+def answered(tmp_path):
+    run = open_run("demo", tmp_path)
+    run.save()
+    register(run, [Question("a", "open", "?")], [])
+    run.file("baseline").mkdir()
+    run.file("baseline/answers.jsonl").write_text("{}\n")
+    return run
+
+
+@pytest.mark.parametrize("told_before", [False, True])
+def test_a_deleted_manifest_does_not_take_back_that_the_measurement_was_changed(answered, told_before):
+    if told_before:
+        assert register(answered, [Question("b", "open", "?")], [])["changed_after_answers"] is True
+    answered.manifest_path.unlink()
+    again = open_run("demo", answered.path)
+    again.save()
+    asked = [Question("b", "open", "?")]
+    assert register(again, asked, [])["changed_after_answers"] is True
+    assert register(again, asked, [])["changed_after_answers"] is True
+
+
+def test_a_deleted_manifest_alone_is_no_change(answered):
+    answered.manifest_path.unlink()
+    again = open_run("demo", answered.path)
+    again.save()
+    assert register(again, [Question("a", "open", "?")], [])["changed_after_answers"] is False
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"changed_after_answers": "no"}', b"\xff\xfe"])
+def test_a_registration_that_cannot_be_read_counts_as_changed_once_there_are_answers(answered, content):
+    for answers, changed in ((True, True), (False, False)):
+        answered.file("data/registration.json").write_bytes(content)
+        answered.note("registered", None)
+        if not answers:
+            answered.file("baseline/answers.jsonl").unlink()
+        assert register(answered, [Question("a", "open", "?")], [])["changed_after_answers"] is changed
+
+
+def test_a_run_older_than_the_manifests_copy_keeps_what_its_file_says(answered):
+    path = answered.file("data/registration.json")
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "changed_after_answers": True})
+    answered.note("registered", None)
+    assert register(answered, [Question("a", "open", "?")], [])["changed_after_answers"] is True
 
 
 HELD_OUT = pd.DataFrame(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -45,7 +47,7 @@ def test_the_age_of_a_pin_is_that_of_its_own_line(checkout):
 
 
 def test_without_an_advisory_source_the_age_is_told_and_that_nothing_was_looked_up(monkeypatch):
-    monkeypatch.setattr(audit, "advisory_source", lambda: None)
+    monkeypatch.setattr(audit, "osv_answers", lambda: False)
     monkeypatch.setattr(audit, "ages", lambda name: {"six": 3, "old": 400} if name == "requirements.txt" else {})
     told = run()
     assert told.exit_code == 0 and "nothing was looked up" in told.output
@@ -61,12 +63,39 @@ def test_an_advisory_is_a_row_of_the_table_and_ends_a_strict_audit(monkeypatch):
             {"name": "a", "version": "1", "vulns": []},
         ]
     }
-    monkeypatch.setattr(audit, "advisory_source", lambda: "osv")
-    monkeypatch.setattr(audit, "ask_advisories", lambda source, pins: audit.read_answer(answer))
+    monkeypatch.setattr(audit, "osv_answers", lambda: True)
+    monkeypatch.setattr(audit, "ask_advisories", lambda pins: audit.read_answer(answer))
     told = run()
     assert told.exit_code == 0 and "PYSEC-2030-1" in told.output and "1.18.0" in told.output
     assert "against osv's advisories, 1 findings" in told.output
     assert run(strict=True).exit_code == 1
+
+
+@pytest.mark.parametrize("written", [None, "<html>503</html>", '{"dependencies": [{"name": "six"', '{"error": 429}'])
+def test_a_pip_audit_that_fails_is_told_in_the_last_line_after_the_pins_age(monkeypatch, written):
+    """The probe answered, and then there was a rate limit, or the service went down."""
+
+    def fail(command, **_):
+        if written is not None:
+            Path(command[command.index("--output") + 1]).write_text(written)
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\n429 Client Error: Too Many Requests [osv]\n")
+
+    monkeypatch.setattr(audit, "_within", lambda ask: True)
+    monkeypatch.setattr(audit, "ages", lambda name: {"six": 3, "old": 400} if name == "requirements.txt" else {})
+    monkeypatch.setattr(audit.subprocess, "run", fail)
+    told = run()
+    assert told.exit_code == 0 and not told.exception, told.output
+    last = told.output.splitlines()[-1]
+    assert last.startswith(
+        "audit: pip-audit failed (429 Client Error: Too Many Requests [osv]), nothing was looked up;"
+    )
+    assert "pinned more than 180 days ago: old" in told.output and "is 400 days old" in last
+    assert run(strict=True).exit_code == 1
+
+
+def test_no_address_but_the_advisories_own_is_in_the_audit():
+    text = (ROOT / "tests" / "audit.py").read_text(encoding="utf-8")
+    assert re.findall(r"https?://([^/\"]+)", text) == ["api.osv.dev"]
 
 
 def test_a_source_that_does_not_answer_costs_no_more_than_the_limit(monkeypatch):
@@ -85,7 +114,7 @@ def test_pip_audit_takes_our_call(monkeypatch, tmp_path):
     """Its own command line, with a service that nobody answers: it fails for that and for no argument."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(RuntimeError) as caught:
-        audit.ask_advisories("osv", {"six": "1.17.0"})
+        audit.ask_advisories({"six": "1.17.0"})
     assert "usage" not in str(caught.value) and "argument" not in str(caught.value), caught.value
 
 

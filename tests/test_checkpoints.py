@@ -24,12 +24,16 @@ def save(folder: Path, step: int) -> Path:
     return checkpoint
 
 
-def test_the_last_whole_checkpoint_is_resumed(tmp_path):
+def test_the_last_whole_checkpoint_is_resumed_and_an_unfinished_one_told(tmp_path, capsys):
     save(tmp_path, 9)
     last = save(tmp_path, 12)
     (tmp_path / "checkpoint-15").mkdir()  # a process died over it
     (tmp_path / "checkpoint-15" / "trainer_state.json").write_text("{}")
+    capsys.readouterr()
     assert find_checkpoint(tmp_path) == str(last)
+    assert capsys.readouterr().out == (
+        "checkpoint-15 has no list of its files: it was not finished, and is passed over.\n"
+    )
     assert find_checkpoint(tmp_path / "absent") is None
 
 
@@ -50,7 +54,8 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_resumed(tmp_path, na
                    "swap": (other / LIST).read_bytes()}  # fmt: skip
         file.write_bytes(changed[damage])
     assert find_checkpoint(tmp_path / "run") == str(before)
-    assert ("checkpoint-6 is damaged" in capsys.readouterr().out) == (name != LIST or damage != "delete")
+    why = "has no list of its files" if (name, damage) == (LIST, "delete") else "is damaged"
+    assert f"checkpoint-6 {why}" in capsys.readouterr().out
 
 
 def test_a_whole_checkpoint_of_another_run_is_not_resumed(tmp_path):

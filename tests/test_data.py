@@ -10,7 +10,7 @@ import pytest
 
 from utils.config import load_config
 from utils.data import check_rows, find_commits, read_benchmark, read_table, write_split
-from utils.errors import DataError
+from utils.errors import DataError, HardwareError
 from utils.settings import Config
 from utils.split import split_rows
 
@@ -131,6 +131,37 @@ def test_a_file_of_another_format_than_its_name_says_is_refused(tmp_path, truth,
 def test_a_csv_under_another_name_is_told_so(tmp_path, claim):
     WRITERS[".csv"](pd.DataFrame(numbered(3)), tmp_path / f"rows{claim}")
     assert f"rows{claim} is not {claim[1:].upper()}: " in refusal(tmp_path / f"rows{claim}")
+
+
+def test_a_parquet_file_is_read_once_and_its_folders_name_is_no_column(tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    (tmp_path / "lang=en").mkdir()
+    path = tmp_path / "lang=en" / "rows.parquet"
+    WRITERS[".parquet"](pd.DataFrame(ROWS), path)
+    real, reads = pyarrow.parquet.read_table, []
+    monkeypatch.setattr(pyarrow.parquet, "read_table", lambda *a, **k: reads.append(a) or real(*a, **k))
+    frame = read_table(path)
+    assert len(reads) == 1 and frame.to_dict("records") == ROWS
+    pd.testing.assert_frame_equal(frame, pd.read_parquet(path))
+
+
+@pytest.mark.parametrize("suffix", list(WRITERS))
+def test_a_lack_of_memory_is_not_told_as_a_wrong_file(tmp_path, suffix, monkeypatch):
+    import pyarrow
+
+    path = tmp_path / f"rows{suffix}"
+    WRITERS[suffix](pd.DataFrame(ROWS), path)
+
+    def read(*_, **__):
+        raise pyarrow.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr("pyarrow.parquet.read_table", read)
+    monkeypatch.setattr("utils.data.parse_json", read)
+    monkeypatch.setattr("csv.reader", read)
+    with pytest.raises(HardwareError) as caught:
+        read_table(path)
+    assert f"{path.name} does not fit into memory" in str(caught.value) and str(caught.value).endswith(".")
 
 
 def test_a_json_file_of_one_object_is_told_that_a_list_is_expected(tmp_path):

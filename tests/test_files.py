@@ -18,6 +18,7 @@ from utils.files import (
     fingerprint,
     list_files,
     record_files,
+    relative_name,
     sha256,
     sweep_scratch,
     write_json,
@@ -130,3 +131,16 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
     assert len([*tmp_path.rglob(".*.tmp")]) == 2
     sweep_scratch(tmp_path)
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept) and not [*tmp_path.rglob(".*.tmp")]
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.c", "export/merged/模型.safetensors", "..a/b..", ".a"])
+def test_a_name_below_a_folder_is_one(name):
+    assert relative_name(name).as_posix() == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "/", "/a", "a/..", "a/../b", "../a", "./a", "a/./b", "a//b", "a/", "a\\b", "..\\a", "a\0b", "a\nb", "a\u202eb", "\ud800"],
+)  # fmt: skip
+def test_a_name_that_points_outside_or_may_be_read_in_two_ways_is_none(name):
+    assert relative_name(name) is None

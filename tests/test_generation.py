@@ -55,6 +55,36 @@ def test_nothing_is_generated_twice_and_a_torn_line_is_answered_again(tiny_model
     assert sorted(a["id"] for a in read_lines(path)) == [f"q{i}" for i in range(7)]
 
 
+def test_lines_that_are_dropped_are_kept_beside(tiny_model, tmp_path, capsys):
+    """Answers without a seal, as versions before seals wrote them, and a torn line: hours of work are not deleted."""
+    model, tokenizer = tiny_model
+    path, kept = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.old"
+    answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
+    assert not kept.exists()
+    sealed = path.read_bytes().splitlines(keepends=True)
+    bare = [json.dumps({k: v for k, v in json.loads(line).items() if k != "seal"}).encode() + b"\n" for line in sealed]
+    torn = sealed[6][:30]
+    path.write_bytes(b"".join([*bare[:5], sealed[5], torn]))
+    capsys.readouterr()
+    answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
+    told = capsys.readouterr().out
+    assert "answers.jsonl holds 1 whole answers; the other 6 lines are kept in answers.jsonl.old" in told
+    assert kept.read_bytes() == b"".join([*bare[:5], torn, b"\n"])
+    path.write_bytes(path.read_bytes() + b"{}\n")
+    answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
+    assert kept.read_bytes().splitlines()[-2:] == [torn, b"{}"]  # added to, not replaced
+    assert len(read_lines(path)) == 7
+
+
+def test_a_helpers_damaged_lines_are_kept_beside_ours(tiny_model, tmp_path):
+    model, tokenizer = tiny_model
+    path = tmp_path / "answers.jsonl"
+    share_path(path, 1).write_bytes(b'{"id": "q1"}\n{"id": "q2", "te')
+    answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
+    assert (tmp_path / "answers.jsonl.old").read_bytes() == b'{"id": "q1"}\n{"id": "q2", "te\n'
+    assert not share_path(path, 1).exists() and len(read_lines(path)) == 7
+
+
 def test_another_arm_does_not_reuse_the_answers(tiny_model, tmp_path, monkeypatch):
     model, tokenizer = tiny_model
     path = tmp_path / "answers.jsonl"

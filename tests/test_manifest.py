@@ -47,6 +47,14 @@ def test_a_damaged_manifest_is_refused_and_left_as_it_is(tmp_path, content, open
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["../a", "/a", "a\\b", "data/\n.jsonl", "data//a", "data/./a"])
+def test_a_manifest_with_a_name_that_is_none_below_the_run_directory_is_refused(tmp_path, name):
+    outputs = {name: {"sha256": "0", "bytes": 1, "mtime_ns": 1}}
+    write_json(tmp_path / "manifest.json", {"profile": "t4", "stages": {"05_export": {"outputs": outputs}}})
+    with pytest.raises(RunDirError, match="does not lie below the run directory"):
+        read_manifest(tmp_path)
+
+
 def test_the_manifest_is_plain_json_that_people_can_read(tmp_path):
     complete(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))

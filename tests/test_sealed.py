@@ -7,7 +7,17 @@ import json
 import pytest
 
 from tests.faults.fuzzing import NASTY
-from utils.sealed import is_whole, read_lines, read_sealed, seal, to_lines, unsealed, write_sealed
+from utils.sealed import (
+    is_whole,
+    open_seal,
+    read_lines,
+    read_sealed,
+    seal,
+    split_lines,
+    to_lines,
+    unsealed,
+    write_sealed,
+)
 
 ROWS = [{"id": "a", "text": "医\u2028🩺", "logprobs": {"A": -0.1, "B": -1e-300}}, {"id": "b", "text": "", "n": 3}]
 
@@ -30,6 +40,19 @@ def test_lines_come_back_as_they_were_and_a_changed_or_torn_one_does_not(tmp_pat
     for end in range(whole.rindex(b"\n", 0, -1) + 1, len(whole) - 1):
         path.write_bytes(whole[:end])
         assert read_lines(path) == ROWS[:1]
+
+
+def test_the_lines_that_are_not_whole_come_back_as_they_are():
+    whole = to_lines(ROWS).encode()
+    assert split_lines(b"") == ([], [])
+    assert split_lines(whole) == (ROWS, [])
+    assert split_lines(b"{}\n\n" + whole + b'{"id": "\xe5') == (ROWS, [b"{}", b'{"id": "\xe5'])
+
+
+def test_what_has_no_seal_is_taken_as_it_is_and_a_seal_that_is_not_its_own_refused():
+    assert open_seal({"a": 1}) == {"a": 1} == open_seal(seal({"a": 1})) and open_seal([1]) == [1]
+    with pytest.raises(ValueError, match="it is not as it was written"):
+        open_seal({**seal({"a": 1}), "a": 2})
 
 
 def test_a_sealed_file_is_whole_or_empty(tmp_path):

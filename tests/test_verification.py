@@ -15,7 +15,7 @@ from utils.bases import find_base
 from utils.card import write_cards
 from utils.errors import ModelError, RunDirError
 from utils.export import copy_adapter, merge_adapter
-from utils.files import write_text
+from utils.files import write_json, write_text
 from utils.rundir import open_run
 from utils.stages import BY_NAME
 from utils.verification import (
@@ -180,3 +180,13 @@ def test_a_record_that_cannot_be_read_is_a_sentence(copied):
     copied.file("export/verify.json").write_text("{")
     with pytest.raises(RunDirError, match=r"verify\.json cannot be read .*run 05 again"):
         export_folders(copied)
+
+
+@pytest.mark.parametrize(
+    "name", ["data/a", "export", "export/../a", "/export/a", "export/..\\a", "export/\n", "export//a"]
+)
+def test_a_record_with_a_name_that_is_none_below_export_is_refused(tmp_path, name):
+    run = open_run("demo", tmp_path)
+    write_json(run.file("export/verify.json"), {"folders": {}, "files": {name: "0"}})
+    with pytest.raises(RunDirError, match=r"verify.json cannot be read \(its values are not those"):
+        read_record(run)

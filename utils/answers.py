@@ -14,7 +14,7 @@ import pandas as pd
 
 from utils.data import read_benchmark
 from utils.errors import DataError, StageOrderError
-from utils.files import digests, write_json
+from utils.files import digests, parse_json, write_json
 from utils.metrics import needs_forcing
 from utils.prompts import format_multiple_choice, format_prompt
 from utils.rundir import RunDir
@@ -79,8 +79,8 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
     """data/registration.json: primary metric, n, the very questions with their references, decoding and seed, fixed
     before any answer exists; `references` as `collect_references` gives them.
 
-    Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so. The manifest
-    keeps a copy, so that a registration that was lost or changed on file is no way around that.
+    Where answers are there already and any of it changes, or what is on file cannot be read, `changed_after_answers`
+    becomes true and stays so. The manifest keeps a copy, so that to lose or change one of the two is no way around that.
     """
     config, path = run.config, run.file("data/registration.json")
     planned = {
@@ -92,13 +92,25 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
         "seed": config.evaluate.seed,
     }
     changed = False
-    if before := run.manifest().get("registered"):
+    if before := run.manifest().get("registered") or _read_registration(path):
         changed = before.pop("changed_after_answers")
         changed |= before != planned and run.file("baseline/answers.jsonl").exists()
     planned["changed_after_answers"] = changed
     run.note("registered", planned)
     write_json(path, planned)
     return planned
+
+
+def _read_registration(path: Path) -> dict:
+    """What is on file, as in runs older than the manifest's copy; empty without one. One that cannot be read equals none."""
+    if not path.exists():
+        return {}
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    readable = isinstance(found, dict) and isinstance(found.get("changed_after_answers"), bool)
+    return found if readable else {"changed_after_answers": False}
 
 
 def _digest(value: Any) -> str:

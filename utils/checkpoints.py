@@ -25,12 +25,13 @@ class SealCallback(TrainerCallback):
 def find_checkpoint(folder: Path) -> str | None:
     """The last whole checkpoint in `folder`, to pass as resume_from_checkpoint; None to start from the beginning.
 
-    One that a process died over, or is writing now, has no list yet; one whose files are not those on its list, or that
-    came from another run's folder, is told. Either is passed over, and written anew when training comes by again.
+    One that a process died over, or is writing now, has no list yet; another's files are not those on its list, or it
+    came from another run's folder. Each is told, passed over, and written anew when training comes by again.
     """
     folders = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for checkpoint in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if not (checkpoint / LIST).exists():
+            print(f"{checkpoint.name} has no list of its files: it was not finished, and is passed over.")
             continue
         if wrong := _what_is_wrong(checkpoint):
             print(f"{checkpoint.name} is damaged ({wrong}) and passed over.")

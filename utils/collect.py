@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from utils.errors import InfrastructureError, RunDirError
-from utils.files import atomic, parse_json, sha256, write_text
+from utils.files import atomic, parse_json, relative_name, sha256, write_text
 from utils.kaggle_api import FINISHED, TIMEOUT_S, Kaggle, explain, page, passes, split_reference
 from utils.manifest import altered_files, read_manifest
 from utils.redaction import redact
@@ -117,9 +117,8 @@ def run_folder(files: dict[str, str]) -> str | None:
 
 def _place(name: str, inside: str | None, target: Path) -> Path:
     """Where a file of the output goes; a name that points out of `target` is refused."""
-    relative = PurePosixPath(name)
-    odd = "\\" in name or not name.isprintable() or relative.as_posix() != name or not relative.name
-    if relative.is_absolute() or ".." in relative.parts or odd:
+    relative = relative_name(name)
+    if relative is None:
         raise InfrastructureError(
             f"Kaggle lists an output called {name!r}, which points outside or is no file name; nothing was fetched."
         )

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from utils.config import is_there
-from utils.errors import DataError
+from utils.errors import DataError, HardwareError
 from utils.files import atomic, parse_json, write_json, write_text
 from utils.settings import EMBEDDED, Config, DataSection
 from utils.similarity import normalise
@@ -33,7 +33,8 @@ _READERS = {
 def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] = COLUMNS) -> pd.DataFrame:
     """A local JSONL, JSON, CSV or Parquet file as it stands; `setting` and `columns` are for the messages.
 
-    Raises DataError where it is missing, empty, of another kind, or not what its name says.
+    Raises DataError where it is missing, empty, of another kind, or not what its name says, HardwareError where it does
+    not fit into memory.
     """
     if not is_there(path) or not path.is_file():
         raise DataError(f"There is no data file {path}; check {setting}, or leave it out for the profile's own data.")
@@ -44,6 +45,12 @@ def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] 
         raise DataError(f"{path.name} is empty; expected rows with {', '.join(columns)}.")
     try:
         frame = reader(path)
+    except MemoryError:  # also what a Parquet file asks for whose sizes are damaged
+        size = path.stat().st_size / 1e6
+        raise HardwareError(
+            f"{path.name} does not fit into memory ({size:.1f} MB on disk); give fewer rows or more memory, or, where it "
+            "is small, another copy of it."
+        ) from None
     except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DataError(f"{path.name} is not {path.suffix.lstrip('.').upper()}: {reason}. Mend or rename it.") from None
@@ -163,11 +170,12 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     import pyarrow.parquet
 
     try:
-        pyarrow.parquet.read_table(path).validate(
-            full=True
-        )  # pandas would find text that is no UTF-8 only when it is used
-        return pd.read_parquet(path)
-    except Exception as error:  # pyarrow has a type for each kind of damage, MemoryError among them
+        table = pyarrow.parquet.read_table(path, partitioning=None)  # or a folder named a=b would be a column
+        table.validate(full=True)  # pandas would find text that is no UTF-8 only when it is used
+        return table.to_pandas()
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow has a type for each kind of damage
         raise ValueError(str(error) or type(error).__name__) from None
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 _READ_AGAIN = 2**30
@@ -88,6 +88,13 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def relative_name(text: str) -> PurePosixPath | None:
+    """`text` as the name of something below a folder; None where it points out of it, or two systems read it differently."""
+    path = PurePosixPath(text)
+    odd = path.as_posix() != text or not path.name or "\\" in text or not text.isprintable()
+    return None if odd or path.is_absolute() or ".." in path.parts else path
 
 
 def list_files(root: Path, relative: str) -> list[Path]:

@@ -17,7 +17,7 @@ from utils.memory import free_memory, is_out_of_memory, sequences_that_fit
 from utils.parsing import CLOSE
 from utils.progress import Progress
 from utils.sampling import question_stream, sampling_processors
-from utils.sealed import read_lines, to_lines
+from utils.sealed import split_lines, to_lines
 from utils.settings import GenerateSection
 
 ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
@@ -66,7 +66,7 @@ def answer_questions(
     """
     keys = {q.id: answer_key(q, config, arm) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_torn_lines(path)
+    _set_aside_torn_lines(path)
     while missing := _unanswered(path, questions, keys):
         mine = helpers.start(missing) if helpers else missing
         engine = _Engine(model, tokenizer, config, keys, path)
@@ -92,25 +92,40 @@ def _unanswered(path: Path, questions: Sequence[Question], keys: dict[str, str])
 def _absorb(path: Path) -> None:
     """Join the helpers' answers with ours, those of an interrupted run included."""
     for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):
-        _append(path, read_lines(share))
+        whole, others = split_lines(share.read_bytes())
+        _keep(path, others)
+        _append(path, to_lines(whole).encode())
         share.unlink()
 
 
-def _append(path: Path, answers: Sequence[dict]) -> None:
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(to_lines(answers))
+def _append(path: Path, lines: bytes) -> None:
+    with path.open("ab") as stream:
+        stream.write(lines)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _drop_torn_lines(path: Path) -> None:
-    """A kill in the middle of a write leaves a line without its end, to which nothing must be glued; a damaged one goes too."""
-    if not path.exists():
-        return
-    whole, data = read_lines(path), path.read_bytes()
-    if len(whole) < len(data.split(b"\n")) - 1 or (data and not data.endswith(b"\n")):
-        print(f"{path.name} holds {len(whole)} whole answers; the others are given again")
+def _set_aside_torn_lines(path: Path) -> None:
+    """A kill in the middle of a write leaves a line without its end, to which nothing must be glued; a damaged one, or one
+    from before lines had seals, goes too. All are kept beside: who deems them good can still read them."""
+    data = path.read_bytes() if path.exists() else b""
+    whole, others = split_lines(data)
+    if others:
+        kept = _keep(path, others)
+        print(
+            f"{path.name} holds {len(whole)} whole answers; the other {len(others)} lines are kept in {kept.name}, "
+            "and their questions answered again"
+        )
+    if others or (data and not data.endswith(b"\n")):
         write_text(path, to_lines(whole))
+
+
+def _keep(path: Path, lines: Sequence[bytes]) -> Path:
+    """Add lines that are no answers to those kept beside `path`; returns where."""
+    kept = path.with_name(f"{path.name}.old")
+    if lines:
+        _append(kept, b"".join(line + b"\n" for line in lines))
+    return kept
 
 
 class _Engine:
@@ -137,7 +152,7 @@ class _Engine:
                 if outputs is None:
                     continue
                 finished = self._finish(batch, outputs)
-                _append(self.path, finished)
+                _append(self.path, to_lines(finished).encode())
                 gone = {answer["id"] for answer in finished}
                 pending = [p for p in pending if p.question.id not in gone]
                 speed = self.tokens / (time.monotonic() - started)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StrictStr, ValidationError
 
 from utils.errors import RunDirError
-from utils.files import parse_json, sha256
+from utils.files import parse_json, relative_name, sha256
 from utils.project import command
-from utils.sealed import SEAL, is_whole, unsealed
+from utils.sealed import open_seal
 from utils.stages import BY_NAME, Stage
 from utils.state import read_state
 
 
 def _below(name: str) -> str:
     """A file's name as the manifest has it: one that points out of the run directory would be read, and uploaded."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+    if relative_name(name) is None:
         raise ValueError(f"{name!r} does not lie below the run directory")
     return name
 
@@ -79,11 +78,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         if not file.exists():
             return {}
-        manifest = parse_json(file.read_text(encoding="utf-8"))
-        if isinstance(manifest, dict) and SEAL in manifest:  # people may write one without
-            if not is_whole(manifest):
-                raise ValueError("it is not as it was written")
-            manifest = unsealed(manifest)
+        manifest = open_seal(parse_json(file.read_text(encoding="utf-8")))
         json.dumps(manifest, allow_nan=False)  # what could not be written again is none of ours
         _Manifest.model_validate(manifest)
         return manifest

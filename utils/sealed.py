@@ -39,15 +39,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     A line that a kill cut off, or that was changed, is passed over: what it held is made again.
     """
-    rows = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():  # bytes: a kill can cut a character in two
+    return split_lines(path.read_bytes())[0] if path.is_file() else []
+
+
+def split_lines(data: bytes) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """(the rows that are whole, the other lines as they are) of a JSONL file's bytes: a kill can cut a character in two."""
+    rows, others = [], []
+    for line in filter(None, data.split(b"\n")):
         try:
             row = parse_json(line)
         except ValueError:
-            continue
+            row = None
         if is_whole(row):
             rows.append(unsealed(row))
-    return rows
+        else:
+            others.append(line)
+    return rows, others
 
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
@@ -62,6 +69,18 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return unsealed(values) if is_whole(values) else {}
+
+
+def open_seal(values: Any) -> Any:
+    """`values` without their seal; as they are where they have none, as people and earlier versions write them.
+
+    Raises ValueError where the seal is not theirs.
+    """
+    if not isinstance(values, dict) or SEAL not in values:
+        return values
+    if not is_whole(values):
+        raise ValueError("it is not as it was written")
+    return unsealed(values)
 
 
 def unsealed(values: dict[str, Any]) -> dict[str, Any]:

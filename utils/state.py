@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from utils.sealed import read_sealed, write_sealed
+from utils.files import parse_json
+from utils.sealed import SEAL, open_seal, write_sealed
 
 FILE = "state.json"
 
@@ -35,8 +36,14 @@ def write_state(run_dir: Path, state: SeriesState) -> None:
 
 
 def read_state(run_dir: Path) -> SeriesState | None:
-    """The state on file; None where there is none that is whole."""
+    """The state on file; None where there is none that is whole.
+
+    One without a seal is an earlier version's, and holds nothing that is not named here: or a seal whose name lost a bit
+    would pass for none.
+    """
     try:
-        return SeriesState.model_validate(read_sealed(run_dir / FILE))
-    except ValidationError:
+        values = parse_json((run_dir / FILE).read_text(encoding="utf-8"))
+        state = SeriesState.model_validate(open_seal(values))
+    except (OSError, ValueError):
         return None
+    return state if values.keys() <= {*SeriesState.model_fields, SEAL} else None

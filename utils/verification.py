@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
@@ -15,7 +15,7 @@ from utils.agreement import BFLOAT16, EXACT, FOUR_BIT, HALF, Continuations, Leve
 from utils.bases import Base, find_base
 from utils.disk import writing
 from utils.errors import ModelError, RunDirError
-from utils.files import digests, parse_json, record_files, sha256, write_json
+from utils.files import digests, parse_json, record_files, relative_name, sha256, write_json
 from utils.gguf_files import check_folder
 from utils.llama_cpp import find_llama_cpp
 from utils.loadback import answer_elsewhere
@@ -37,8 +37,8 @@ _T4_GIB, _GGUF_PROMPTS, _ROWS = 14.0, 20, 512
 
 
 def _exported(name: str) -> str:
-    parts = PurePosixPath(name).parts
-    if len(parts) < 2 or parts[0] != "export" or ".." in parts or "\0" in name:
+    path = relative_name(name)
+    if path is None or len(path.parts) < 2 or path.parts[0] != "export":
         raise ValueError(f"{name!r} is no file below export/")
     return name
 

@@ -54,7 +54,7 @@ def find_calls() -> list[Call]:
 def calls_in(place: str, source: str) -> Iterator[Call]:
     """The keywords in one source, in its order; calls whose receiver is nobody known are left out."""
     tree = ast.parse(source)
-    bound = dict(bindings(tree))
+    bound = bindings(tree)
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -69,8 +69,8 @@ def calls_in(place: str, source: str) -> Iterator[Call]:
                     yield Call(where, targets, word.arg or "**")
 
 
-def bindings(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """(name, dotted name) of everything imported from LIBRARIES, and of variables that hold one of their objects."""
+def bindings(tree: ast.AST) -> dict[str, str]:
+    """{name: dotted name} of everything imported from LIBRARIES."""
     found: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -81,7 +81,7 @@ def bindings(tree: ast.AST) -> Iterator[tuple[str, str]]:
                     )
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in LIBRARIES:
             found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    yield from found.items()
+    return found
 
 
 def resolve(func: ast.expr, bound: dict[str, str]) -> tuple[str, ...]:

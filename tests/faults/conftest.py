@@ -6,6 +6,8 @@ import json
 import os
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -54,6 +56,32 @@ def record_fault(request: pytest.FixtureRequest) -> Callable[..., None]:
                 stream.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     return note
+
+
+@dataclass
+class Counts:
+    """What a test has tried and seen survived so far."""
+
+    tried: int = 0
+    survived: int = 0
+
+
+@pytest.fixture
+def recording(record_fault: Callable[..., None]) -> Callable[..., AbstractContextManager[Counts]]:
+    """`with recording("a file deleted", tried=3) as counts:` notes at its end, however that comes, what `counts` says.
+
+    Count `survived` up after the assertions; where `tried` is not known beforehand, count that up before them.
+    """
+
+    @contextmanager
+    def record(kind: str, tried: int = 0) -> Iterator[Counts]:
+        counts = Counts(tried)
+        try:
+            yield counts
+        finally:
+            record_fault(kind, tried=max(counts.tried, 1), survived=counts.survived)
+
+    return record
 
 
 @pytest.fixture

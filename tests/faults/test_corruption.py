@@ -68,17 +68,14 @@ def test_every_file_is_on_record_or_it_is_decided_what_a_damaged_one_means(work,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_stage_made_and_was_damaged_is_named_and_the_stage_offered_again(work, makers, kind, record_fault):
-    survived = 0
-    try:
+def test_what_a_stage_made_and_was_damaged_is_named_and_the_stage_offered_again(work, makers, kind, recording):
+    with recording(f"a file {kind}", tried=len(makers)) as counts:
         for name, maker in makers.items():
             with damaged(work / name, kind):
                 _found_by_the_run(open_run("auto", work), name, maker)
                 _found_by_the_others(work, name, maker)
-            survived += 1
-        assert open_run("auto", work).first_stale(STAGES) is None  # the tests themselves left nothing
-    finally:
-        record_fault(f"a file {kind}", tried=len(makers), survived=survived)
+            counts.survived += 1
+    assert open_run("auto", work).first_stale(STAGES) is None  # the tests themselves left nothing
 
 
 def _found_by_the_run(run: RunDir, name: str, maker: Stage) -> None:
@@ -116,134 +113,143 @@ def _found_by_the_others(path: Path, name: str, maker: Stage) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_manifest_is_refused_by_name_or_is_no_run_directory(work, kind, record_fault):
+def test_a_damaged_manifest_is_refused_by_name_or_is_no_run_directory(work, kind, recording):
     before = {name: (work / name).read_bytes() for name in files_of(work) if name != "manifest.json"}
-    with damaged(work / "manifest.json", kind):
-        if kind == "deleted":  # the directory of a run that has not begun: every stage is to do
-            assert open_run("demo", work).first_stale(STAGES) == (STAGES[0], "it has not run")
-            reads = (lambda: open_stage("03_lora_training", "demo", work), lambda: score(work))
-        else:
-            reads = (
-                lambda: open_run("auto", work),
-                lambda: open_stage("03_lora_training", "auto", work),
-                lambda: score(work),
-            )
-        for read in reads:
-            with pytest.raises((RunDirError, StageOrderError)) as error:
-                read()
-            told = sentence_of(error)
-            assert "manifest.json" in told or (kind == "deleted" and "needs 00_setup, but it has not run" in told)
-    record_fault(f"a file {kind}", survived=1)
-    assert before == {name: (work / name).read_bytes() for name in files_of(work) if name != "manifest.json"}
+    with recording(f"a file {kind}", tried=1) as counts:
+        with damaged(work / "manifest.json", kind):
+            if kind == "deleted":  # the directory of a run that has not begun: every stage is to do
+                assert open_run("demo", work).first_stale(STAGES) == (STAGES[0], "it has not run")
+                reads = (lambda: open_stage("03_lora_training", "demo", work), lambda: score(work))
+            else:
+                reads = (
+                    lambda: open_run("auto", work),
+                    lambda: open_stage("03_lora_training", "auto", work),
+                    lambda: score(work),
+                )
+            for read in reads:
+                with pytest.raises((RunDirError, StageOrderError)) as error:
+                    read()
+                told = sentence_of(error)
+                assert "manifest.json" in told or (kind == "deleted" and "needs 00_setup, but it has not run" in told)
+        assert before == {name: (work / name).read_bytes() for name in files_of(work) if name != "manifest.json"}
+        counts.survived = counts.tried
 
 
-def test_no_single_bit_of_a_sealed_file_can_turn_over_unseen(work, record_fault):
+def test_no_single_bit_of_a_sealed_file_can_turn_over_unseen(work, recording):
     """A digit in a figure, a letter in a setting: what parses is not what was written."""
-    tried = 0
-    for name in ("manifest.json", "state.json", "training/fit.json"):
-        file, whole = work / name, (work / name).read_bytes()
-        read = {"manifest.json": lambda: read_manifest(work), "state.json": lambda: read_state(work)}
-        read = read.get(name, lambda file=file: read_sealed(file))
-        expected = read()
-        step = max(1, len(whole) // 250)
-        with damaged(file, "truncated"):
-            for place in range(0, len(whole), step):
-                tried += 1
-                file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
-                try:
-                    found = read()
-                except RunDirError as error:
-                    check_sentence(str(error))
-                    continue
-                assert found in (expected, None, {}), (name, place)
-    record_fault("a bit of a sealed file", tried=tried, survived=tried)
+    with recording("a bit of a sealed file") as counts:
+        for name in ("manifest.json", "state.json", "training/fit.json"):
+            file, whole = work / name, (work / name).read_bytes()
+            read = {"manifest.json": lambda: read_manifest(work), "state.json": lambda: read_state(work)}
+            read = read.get(name, lambda file=file: read_sealed(file))
+            expected = read()
+            step = max(1, len(whole) // 250)
+            with damaged(file, "truncated"):
+                for place in range(0, len(whole), step):
+                    counts.tried += 1
+                    file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+                    try:
+                        found = read()
+                    except RunDirError as error:
+                        check_sentence(str(error))
+                    else:
+                        assert found in (expected, None, {}), (name, place)
+                    counts.survived += 1
 
 
-def test_no_single_bit_of_a_saved_answer_can_turn_over_unseen(work, tmp_path, record_fault):
-    whole, tried = (work / "baseline/answers.jsonl").read_bytes(), 0
+def test_no_single_bit_of_a_saved_answer_can_turn_over_unseen(work, tmp_path, recording):
+    whole = (work / "baseline/answers.jsonl").read_bytes()
     path = tmp_path / "answers.jsonl"
     path.write_bytes(whole)
     answers = read_lines(path)
-    for place in range(0, len(whole), max(1, len(whole) // 400)):
-        tried += 1
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
-        found = read_lines(path)
-        assert len(answers) - 2 <= len(found) and all(answer in answers for answer in found), place
-    record_fault("a bit of a saved answer", tried=tried, survived=tried)
+    with recording("a bit of a saved answer") as counts:
+        for place in range(0, len(whole), max(1, len(whole) // 400)):
+            counts.tried += 1
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+            found = read_lines(path)
+            assert len(answers) - 2 <= len(found) and all(answer in answers for answer in found), place
+            counts.survived += 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_passed_over_and_named(work, kind, capsys, record_fault):
+def test_a_damaged_checkpoint_is_passed_over_and_named(work, kind, capsys, recording):
     (folder,) = (work / "training/checkpoints").iterdir()
     last = Path(find_checkpoint(folder))
     names = files_of(last)
     assert len(names) >= 8
-    for name in names:
-        with damaged(last / name, kind):
-            found = find_checkpoint(folder)
-            told = capsys.readouterr().out
-            assert found is not None and found != str(last), name
-            assert f"{last.name} is damaged" in told or (name == "files.json" and kind == "deleted")
-    assert find_checkpoint(folder) == str(last)
-    record_fault(f"a checkpoint's file {kind}", tried=len(names), survived=len(names))
+    with recording(f"a checkpoint's file {kind}", tried=len(names)) as counts:
+        for name in names:
+            with damaged(last / name, kind):
+                found = find_checkpoint(folder)
+                told = capsys.readouterr().out
+                assert found is not None and found != str(last), name
+                why = "has no list" if (name, kind) == ("files.json", "deleted") else "is damaged"
+                assert f"{last.name} {why}" in told
+            counts.survived += 1
+        assert find_checkpoint(folder) == str(last)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_fit_is_found_anew_and_a_damaged_error_is_told_without_it(work, kind, tmp_path, record_fault):
+def test_a_damaged_fit_is_found_anew_and_a_damaged_error_is_told_without_it(work, kind, tmp_path, recording):
     run = RunDir(tmp_path, open_run("auto", work).config)
     shutil.copytree(work / "training", tmp_path / "training", ignore=shutil.ignore_patterns("checkpoints", "adapter"))
     assert trial._read(run)["fit"]
-    damage(run.file("training/fit.json"), kind)
-    assert trial._read(run) == {}
-    write_sealed(run.file("training/error.json"), {"kind": "ConfigError", "message": "It was."})
-    damage(run.file("training/error.json"), kind)
-    assert read_sealed(run.file("training/error.json")) == {}
-    record_fault("a training's fit, or what it left, damaged", tried=2, survived=2)
+    with recording("a training's fit, or what it left, damaged", tried=2) as counts:
+        damage(run.file("training/fit.json"), kind)
+        assert trial._read(run) == {}
+        counts.survived += 1
+        write_sealed(run.file("training/error.json"), {"kind": "ConfigError", "message": "It was."})
+        damage(run.file("training/error.json"), kind)
+        assert read_sealed(run.file("training/error.json")) == {}
+        counts.survived += 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_base_model_in_the_cache_is_built_again(
-    embedded_model, kind, tmp_path, monkeypatch, capsys, record_fault
+    embedded_model, kind, tmp_path, monkeypatch, capsys, recording
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(demo, "build_model", lambda target: shutil.copytree(embedded_model, target))
     folder = demo.ensure_model()
     names = files_of(folder)
     assert capsys.readouterr().out == "" and "model.safetensors" in names
-    for name in names:
-        damage(folder / name, kind)
-        assert demo.ensure_model() == folder
-        assert "building it again" in capsys.readouterr().out
-        assert (folder / name).read_bytes() == (embedded_model / name).read_bytes()
-    record_fault(f"the cached base model's file {kind}", tried=len(names), survived=len(names))
+    with recording(f"the cached base model's file {kind}", tried=len(names)) as counts:
+        for name in names:
+            damage(folder / name, kind)
+            assert demo.ensure_model() == folder
+            assert "building it again" in capsys.readouterr().out
+            assert (folder / name).read_bytes() == (embedded_model / name).read_bytes()
+            counts.survived += 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_report_leaves_out_what_was_damaged(work, kind, tmp_path, record_fault):
+def test_the_report_leaves_out_what_was_damaged(work, kind, tmp_path, recording):
     """Also where `run` was told to stop before the stage that would make it anew."""
     sources = ("comparison/metrics.json", "comparison/table.csv", "comparison/comparison.png", "data/split.json",
                "environment.json", "training/loss.png", "report/notebooks/04_comparison.ipynb")  # fmt: skip
     path = Path(shutil.copytree(work, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "merged")))
-    for name in sources:
-        damage(path / name, kind)
-    page = write_report(open_run("auto", path)).read_text(encoding="utf-8")
-    assert "Verdict:" not in page and page.count("<img") == 1
-    assert ("04_comparison.html" in page) == (
-        kind in ("bit-flipped", "of another run")
-    )  # nobody has that one on record
-    record_fault("the report's sources damaged", tried=len(sources), survived=len(sources))
+    with recording("the report's sources damaged", tried=len(sources)) as counts:
+        for name in sources:
+            damage(path / name, kind)
+        page = write_report(open_run("auto", path)).read_text(encoding="utf-8")
+        assert "Verdict:" not in page and page.count("<img") == 1
+        assert ("04_comparison.html" in page) == (
+            kind in ("bit-flipped", "of another run")
+        )  # nobody has that one on record
+        counts.survived = counts.tried
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_never_read_back_is_written_anew(work, kind, tmp_path, record_fault):
+def test_what_is_never_read_back_is_written_anew(work, kind, tmp_path, recording):
     path = Path(shutil.copytree(work, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "merged")))
     before = (path / "config.yaml").read_bytes()
-    damage(path / "config.yaml", kind)
-    damage(path / "state.json", kind)
-    assert read_state(path) is None
-    open_run("auto", path).save()
-    assert (path / "config.yaml").read_bytes() == before
-    record_fault("a file that is never read back, damaged", tried=2, survived=2)
+    with recording("a file that is never read back, damaged", tried=2) as counts:
+        damage(path / "config.yaml", kind)
+        damage(path / "state.json", kind)
+        assert read_state(path) is None
+        open_run("auto", path).save()
+        assert (path / "config.yaml").read_bytes() == before
+        counts.survived = counts.tried
 
 
 @pytest.fixture
@@ -252,33 +258,35 @@ def again(work: Path, tmp_path: Path) -> Iterator[Path]:
     yield Path(shutil.copytree(work, tmp_path / "again"))
 
 
-def test_a_real_run_redoes_the_damaged_stages_and_comes_to_the_same_results(again, record_fault):
+def test_a_real_run_redoes_the_damaged_stages_and_comes_to_the_same_results(again, recording):
     recorded = {stage: record["outputs"] for stage, record in read_manifest(again)["stages"].items()}
     damage(again / "data/formatted/train.parquet", "emptied")
     damage(again / "tuned/answers.jsonl", "bit-flipped")
     for name in ("report/notebooks/03_lora_training.ipynb", "state.json", "config.yaml"):
         damage(again / name, "truncated")
     answers = len(read_lines(again / "tuned/answers.jsonl"))
-    done = run_command("score", again)
-    assert (
-        done.returncode == 1 and "RunDirError: tuned/answers.jsonl differs from what 04_comparison wrote" in done.stderr
-    )
-    done = run_command("run", "--run-dir", again)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "again, because one of its outputs changed (data/formatted/train.parquet differs" in done.stdout
-    assert "again, because one of its outputs changed (tuned/answers.jsonl differs" in done.stdout
-    assert done.stdout.count("unchanged, not run again") == 4
-    after = read_manifest(again)["stages"]
-    order = lambda path: sorted(json.dumps(row, sort_keys=True) for row in read_lines(path))  # noqa: E731
-    assert len(order(again / "tuned/answers.jsonl")) == answers + 1
-    for stage, outputs in recorded.items():
-        for name, entry in outputs.items():
-            if name != "tuned/answers.jsonl":  # the one answer that was given again stands last in it
-                assert after[stage]["outputs"][name]["sha256"] == entry["sha256"], name
-    record_fault("a real run over damaged files", tried=2, survived=2)
+    with recording("a real run over damaged files", tried=2) as counts:
+        done = run_command("score", again)
+        assert (
+            done.returncode == 1
+            and "RunDirError: tuned/answers.jsonl differs from what 04_comparison wrote" in done.stderr
+        )
+        done = run_command("run", "--run-dir", again)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "again, because one of its outputs changed (data/formatted/train.parquet differs" in done.stdout
+        assert "again, because one of its outputs changed (tuned/answers.jsonl differs" in done.stdout
+        assert done.stdout.count("unchanged, not run again") == 4
+        after = read_manifest(again)["stages"]
+        order = lambda path: sorted(json.dumps(row, sort_keys=True) for row in read_lines(path))  # noqa: E731
+        assert len(order(again / "tuned/answers.jsonl")) == answers + 1
+        for stage, outputs in recorded.items():
+            for name, entry in outputs.items():
+                if name != "tuned/answers.jsonl":  # the one answer that was given again stands last in it
+                    assert after[stage]["outputs"][name]["sha256"] == entry["sha256"], name
+        counts.survived = counts.tried
 
 
-def test_the_bundles_unpacked_folder_is_made_whole_each_time(tmp_path, record_fault):
+def test_the_bundles_unpacked_folder_is_made_whole_each_time(tmp_path, recording):
     (cell,) = [c for c in build_kernel().cells if c.cell_type == "code" and "ARCHIVE = " in c.source]
     file = tmp_path / "unpack.py"
     file.write_text(cell.source, encoding="utf-8")
@@ -293,10 +301,11 @@ def test_the_bundles_unpacked_folder_is_made_whole_each_time(tmp_path, record_fa
     whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     for kind, path in zip(KINDS, sorted(whole), strict=False):
         damage(path, kind)
-    assert unpack() == root and {path: path.read_bytes() for path in whole} == whole
-    altered = nbformat.from_dict(cell).source.replace('ARCHIVE = """\nUEs', 'ARCHIVE = """\nUEt')
-    file.write_text(altered, encoding="utf-8")
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        unpack()
-    assert "its archive does not match its checksum" in error.value.stderr
-    record_fault("the bundle's unpacked files damaged", tried=len(KINDS) + 1, survived=len(KINDS) + 1)
+    with recording("the bundle's unpacked files damaged", tried=len(KINDS) + 1) as counts:
+        assert unpack() == root and {path: path.read_bytes() for path in whole} == whole
+        altered = nbformat.from_dict(cell).source.replace('ARCHIVE = """\nUEs', 'ARCHIVE = """\nUEt')
+        file.write_text(altered, encoding="utf-8")
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            unpack()
+        assert "its archive does not match its checksum" in error.value.stderr
+        counts.survived = counts.tried

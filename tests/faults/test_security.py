@@ -99,7 +99,9 @@ def test_a_pickle_planted_in_a_checkpoint_is_not_run_when_training_resumes(
     pickled, marker, training_run, tiny_folder, record_fault
 ):
     from benchmarks.recipe import notebook_functions
-    from utils.training import checkpoint_dir, find_checkpoint, train_here
+    from utils.checkpoints import LIST, _digests, find_checkpoint
+    from utils.sealed import write_sealed
+    from utils.training import checkpoint_dir, train_here
 
     functions = notebook_functions()
     run = training_run()
@@ -107,15 +109,19 @@ def test_a_pickle_planted_in_a_checkpoint_is_not_run_when_training_resumes(
     checkpoint = Path(find_checkpoint(checkpoint_dir(run)))
     planted = sorted(path.name for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth", ".bin"))
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"} <= set(planted)
-    whole = Path(shutil.copytree(checkpoint, run.path / "whole"))
+    whole, told = Path(shutil.copytree(checkpoint, run.path / "whole")), {}
     for name in planted:
         shutil.rmtree(checkpoint, ignore_errors=True)
         shutil.copytree(whole, checkpoint)
         (checkpoint / name).write_bytes(pickled["bare" if name == "training_args.bin" else "torch"])
-        outcome(lambda: train_here(run, *functions))
+        listed = {"run": checkpoint.parent.name, "files": _digests(checkpoint)}
+        write_sealed(checkpoint / LIST, listed)  # a seal is no signature: who plants can seal
+        assert find_checkpoint(checkpoint_dir(run)) == str(checkpoint)
+        told[name], _ = outcome(lambda: train_here(run, *functions))
     tried = len(planted)
     record_fault("pickle planted in a checkpoint", tried=tried, survived=0 if marker.exists() else tried)
     assert not marker.exists()
+    assert "nothing" not in (told["optimizer.pt"], told["scheduler.pt"]), told  # they were read, and refused
 
 
 @pytest.mark.parametrize("kind", ["llama", "evilmodel"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.faults.conftest import LONG, RESULTS
 from tests.faults.table import in_full, read_rows, render
 
@@ -23,6 +25,23 @@ def test_records_of_one_kind_are_summed_and_the_worst_loss_is_kept(record_fault,
     text = render(read_rows(tmp_path))
     assert "5 of 6 faults survived; the most work lost to one was 4.2 s." in text
     assert "| table | full disk | 3 | 2 | none |" in text and "| table | kill -9 | 3 | 3 | 4.2 s |" in text
+
+
+def test_a_fault_that_was_not_survived_is_in_the_table_too(recording, tmp_path, monkeypatch):
+    monkeypatch.setenv(RESULTS, str(tmp_path))
+    with recording("kill -9", tried=3) as counts:
+        counts.survived += 3
+    for done in (0, 2):
+        with pytest.raises(AssertionError), recording("full disk") as counts:
+            for _ in range(done):
+                counts.tried += 1
+                counts.survived += 1
+            counts.tried += done > 0
+            raise AssertionError
+    assert [(row["kind"], row["tried"], row["survived"]) for row in read_rows(tmp_path)] == [
+        ("full disk", 4, 2),  # one that failed before anything was counted is one
+        ("kill -9", 3, 3),
+    ]
 
 
 def test_without_a_folder_nothing_is_kept(record_fault, tmp_path, monkeypatch):

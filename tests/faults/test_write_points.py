@@ -16,7 +16,7 @@ from tests.faults.series_process import ONE_THREAD
 
 # Every function of `utils` that writes files itself, by where this suite fills the disk under it.
 WRITERS = {
-    "03": {"training.save_adapter", "training.save_log", "figures._save", "files.write_text"},
+    "03": {"checkpoints.on_save", "trial.choose_fit", "training.save_adapter", "training.save_log", "figures._save", "files.write_text"},
     "05": {
         "export.copy_adapter", "export.save_tokenizer", "export.merge_adapter", "merge._merge_shard",
         "agreement.save", "card._write", "files.write_text",
@@ -26,7 +26,7 @@ WRITERS = {
         "figures._save", "answers_page.write_answers",
     },
     "01": {"generation._append", "likelihood.forced_letters", "data.write_frame"},
-    "00": {"data.write_split", "data.write_frame", "files.write_json", "lock._lock_file", "rundir.save"},
+    "00": {"rundir.note", "data.write_split", "data.write_frame", "files.write_json", "lock._lock_file", "rundir.save"},
     "02": {"data.write_frame", "figures._save"},
     "driver": {"state.write_state", "report._write_chapters", "report.write_report", "rundir.save"},
 }  # fmt: skip
@@ -35,7 +35,8 @@ ELSEWHERE = {
     "lock._sign": "what it cannot write is left out: tests/test_lock.py",
     "merge._write": "a thread of merge._merge_shard",
     "merge.merge_shards": "the index of a model in several shards: tests/test_disk.py",
-    "generation._end_torn_line": "a line break, after a kill",
+    "generation._set_aside_torn_lines": "after a kill; through files.write_text",
+    "trial.fall_back": "out of GPU memory; through files.write_text",
     "progress._tell": "what it cannot write is left out: tests/test_progress.py",
     "launch.write_recipe": "several GPUs; through files.write_text",
     "launch._run_to_the_end": "several GPUs: the launcher's log",
@@ -55,7 +56,7 @@ ELSEWHERE = {
     "remote._show": "no run at work",
     "bundle._write": "no run at work",
 }
-METHODS = {"write_text", "write_bytes", "to_parquet", "to_csv", "savefig", "save_pretrained", "copyfile", "copytree", "move", "pwrite"}  # fmt: skip
+METHODS = {"write_text", "write_bytes", "to_parquet", "to_csv", "savefig", "save_pretrained", "copyfile", "copytree", "move", "pwrite", "write_sealed"}  # fmt: skip
 
 
 def writers() -> set[str]:

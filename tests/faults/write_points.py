@@ -20,7 +20,9 @@ from types import SimpleNamespace
 
 import nbformat
 
+from utils.manifest import read_manifest
 from utils.project import ROOT
+from utils.sealed import write_sealed
 from utils.stages import STAGES, Stage, find_stage
 
 LIMIT = 10  # bytes: enough to begin a file and too few to end one
@@ -103,10 +105,10 @@ def before(stage: Stage, source: Path, target: Path) -> None:
     for name in [name for one in later for name in (*one.outputs, *one.optional)] + ["report", "training/checkpoints"]:
         place = target / name
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-    manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(target)
     for one in later:
         manifest["stages"].pop(one.name)
-    (target / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_sealed(target / "manifest.json", manifest)
 
 
 def execute(stage: Stage, run: Path) -> None:
