@@ -112,12 +112,13 @@ def tiny_folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def training_run(tiny_folder: Path, tmp_path: Path):
+def training_run(tiny_folder: Path, tmp_path: Path, request: pytest.FixtureRequest):
     """A function that makes a run directory ready for notebook 03: `training_run(name, **settings)`; few rows, tiny model."""
     import pandas as pd
 
     from utils import demo_data
     from utils.likelihood import tokenize_row
+    from utils.lock import release_lock
     from utils.pretrained import load_tokenizer
     from utils.prompts import format_row
     from utils.rundir import open_run
@@ -137,6 +138,7 @@ def training_run(tiny_folder: Path, tmp_path: Path):
         opened = open_run("demo", tmp_path / name, few)
         run = StageRun(opened.path, opened.config, opened.overrides, BY_NAME["03_lora_training"])
         run.save()
+        request.addfinalizer(lambda: release_lock(run.path, run.stage.name))
         computed_on = {"device": "cpu", "backend": "transformers", "dtype": "float32"}
         run.write_record(run.stage, state="running", started="2026-11-21T00:00:00+00:00", computed_on=computed_on)
         run.file("data/formatted").mkdir(parents=True)

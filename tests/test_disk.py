@@ -92,7 +92,6 @@ def test_a_disk_that_fills_up_at_the_reference_is_told(made_run, full, monkeypat
             RunDirError,
             r"cannot be written \(Read-only file system\); make",
         ),
-        (PermissionError(errno.EACCES, "Permission denied", "x/log.csv"), RunDirError, r"x/log.csv cannot be written"),
         (Exception("No space left on device (os error 28)"), HardwareError, "The disk is full"),  # tokenizers
         (RuntimeError("[Errno 28] Error writing bytes to file"), HardwareError, "The disk is full"),
         (
@@ -108,6 +107,41 @@ def test_whichever_library_met_the_disk_it_is_one_sentence(tmp_path, error, kind
     told = disk_error(error, tmp_path)
     assert type(told) is kind and "\n" not in str(told)
     assert re.search(sentence, str(told))
+
+
+@pytest.fixture
+def without_privileges(monkeypatch):
+    """os.access for an owner who is not root, to whom the bits apply."""
+
+    def access(path, mode):
+        return Path(path).exists() and (Path(path).stat().st_mode >> 6) & mode == mode
+
+    monkeypatch.setattr(os, "access", access)
+
+
+def refused(path: Path) -> PermissionError:
+    return PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_what_can_be_read_and_not_written_is_told_by_its_name(tmp_path, without_privileges):
+    (tmp_path / "log.csv").touch(0o444)
+    (tmp_path / "folder").mkdir(0o555)
+    for place in (tmp_path / "log.csv", tmp_path / "folder" / "new"):
+        told = disk_error(refused(place), tmp_path)
+        assert type(told) is RunDirError and f"{place} cannot be written (Permission denied); make" in str(told)
+    assert disk_error(Exception("Read-only file system (os error 30)"), tmp_path)
+
+
+def test_a_refusal_to_read_or_to_connect_is_not_told_as_one_to_write(tmp_path, without_privileges):
+    (tmp_path / "model.safetensors").touch(0o000)
+    (tmp_path / "written").touch(0o644)
+    for error in (
+        refused(tmp_path / "model.safetensors"),
+        refused(tmp_path / "written"),
+        PermissionError(errno.EPERM, "Operation not permitted"),
+        ConnectionError("Failed to establish a new connection: [Errno 13] Permission denied"),
+    ):
+        assert disk_error(error, tmp_path) is None
 
 
 def test_what_is_no_disk_trouble_is_left_alone(tmp_path):

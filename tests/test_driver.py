@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 
 import pytest
 from rich.console import Console
@@ -11,6 +13,7 @@ from utils import series
 from utils.files import write_text
 from utils.manifest import read_manifest
 from utils.stage_run import open_stage
+from utils.state import read_state
 
 
 @pytest.fixture
@@ -51,3 +54,42 @@ def test_fresh_runs_everything_again_and_starts_from_no_answer_checkpoint_or_reg
     assert len(ran) == 12
     assert (tmp_path / "training/checkpoints.old/part.txt").read_text() == "hours of work"
     assert (tmp_path / "baseline/answers.jsonl.old").exists() and (tmp_path / "data/registration.json.old").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["_set_aside", "require_ancestors", "write_state", "_run_stages", "_summarise"])
+def test_asked_to_stop_between_two_stages_it_says_how_to_go_on(ran, tmp_path, monkeypatch, place, number):
+    real, asked = getattr(series, place), []
+
+    def with_a_signal(*arguments):
+        if not asked:
+            asked.append(number)
+            os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    monkeypatch.setattr(series, place, with_a_signal)
+    with pytest.raises(series.SeriesInterrupted, match=r"^stopped by .*; what was saved stays$") as told:
+        go(tmp_path, fresh=True)
+    assert told.value.status == 128 + number and told.value.continue_with.endswith("--from 00")
+    state = read_state(tmp_path)
+    assert (state.state, state.kind) == ("continue", "Interrupted")
+    assert go(tmp_path) and read_state(tmp_path).state == "done"
+
+
+def test_asked_to_stop_while_a_failure_is_put_on_file_it_is_still_put_there(ran, tmp_path, monkeypatch):
+    real, written = series.write_state, []
+
+    def fail(run, stage, *_):
+        raise series.SeriesFailed(run, stage, "out of ideas", "ValueError")
+
+    def with_a_signal(path, state):
+        written.append(state.state)
+        if written == ["running", "failed"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(path, state)
+
+    monkeypatch.setattr(series, "run_stage", fail)
+    monkeypatch.setattr(series, "write_state", with_a_signal)
+    with pytest.raises(series.SeriesFailed, match="out of ideas"):
+        go(tmp_path)
+    assert read_state(tmp_path).state == "failed" and read_state(tmp_path).sentence == "out of ideas"

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
 from utils.errors import ConfigError, HardwareError, Interrupted, SessionOver, TrainingError
-from utils.launch import SUMMARY, processes_that_divide, read_recipe, train, write_recipe
+from utils.launch import SUMMARY, _ask_to_stop, processes_that_divide, read_recipe, train, write_recipe
 from utils.project import ROOT, python_path
 from utils.training import checkpoint_dir
 
@@ -281,6 +282,19 @@ def test_sessions_that_end_in_time_lead_to_the_same_adapter_as_one_long_one(trai
     short = training_run("short", hardware__processes=processes, train__max_steps=3)
     train(short, *recipe)
     assert same(parts, short)
+
+
+def test_a_process_that_is_gone_keeps_the_wish_to_stop_from_no_other(monkeypatch):
+    asked = []
+
+    def gone(number):
+        raise psutil.NoSuchProcess(1)
+
+    children = [SimpleNamespace(send_signal=gone), SimpleNamespace(send_signal=asked.append)]
+    launcher = SimpleNamespace(cmdline=lambda: ["accelerate", "launch"], children=lambda: children)
+    monkeypatch.setattr("utils.launch.psutil.Process", lambda number: launcher)
+    _ask_to_stop(2)
+    assert asked == [signal.SIGINT]
 
 
 def test_ctrl_c_stops_two_processes_at_one_step_with_a_checkpoint(training_run, recipe, tmp_path, monkeypatch):

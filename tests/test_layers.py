@@ -10,7 +10,7 @@ from utils.project import ROOT
 
 GROUND = (
     "errors files progress project stages settings config platforms install credentials rundir tracking state "
-    "deadline inputs retry disk manifest stage_run determinism redaction sealed lock interruption".split()
+    "deadline inputs retry disk manifest stage_run determinism redaction sealed lock interruption notebook".split()
 )
 PURE = (
     "fit demo_data shards serving prompts parsing metrics results statistics verdicts similarity data items split answers "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -132,32 +133,103 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path):
         take_lock(tmp_path / "run", "first")
 
 
-def test_a_cell_that_failed_lets_others_in_and_the_next_one_asks_again(tmp_path):
-    """An idle kernel is alive: without this, a stage that failed by hand would keep everybody out until it is shut down."""
-    from IPython.core.interactiveshell import InteractiveShell
+class Notebook:
+    """A kernel's shell in a process of its own, which executes one cell after the other."""
 
-    code = f"""
+    CODE = """
+import json, sys
 from IPython.core.interactiveshell import InteractiveShell
-from pathlib import Path
-shell = InteractiveShell.instance()
-shell.run_cell("from utils.lock import take_lock; from pathlib import Path; take_lock(Path({str(tmp_path)!r}), '01')")
-print("opened", flush=True); input()
-shell.run_cell("1 / 0")
-print("failed", flush=True); input()
-shell.run_cell("1")
-print("again", flush=True); input()
+shell = InteractiveShell.instance(colors="nocolor")
+print("READY", flush=True)
+for line in sys.stdin:
+    shell.run_cell(json.loads(line))
+    print("READY", flush=True)
 """
-    assert InteractiveShell  # IPython comes with every kernel
-    kernel = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
-    seen = {}
-    for word in ("opened", "failed", "again"):
-        while kernel.stdout.readline().strip() != word:
-            pass
-        seen[word] = is_locked(tmp_path)
-        kernel.stdin.write("\n")
-        kernel.stdin.flush()
-    kernel.wait(30)
-    assert seen == {"opened": True, "failed": False, "again": True}
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.said()
+
+    def said(self) -> str:
+        return "".join(iter(self.process.stdout.readline, "READY\n"))
+
+    def run(self, cell: str) -> str:
+        """Execute `cell`; what it said."""
+        self.process.stdin.write(json.dumps(cell) + "\n")
+        self.process.stdin.flush()
+        return self.said()
+
+
+@pytest.fixture
+def notebook():
+    made = Notebook()
+    yield made
+    made.process.kill()
+    made.process.wait()
+
+
+def taken(run_dir: Path) -> str:
+    return (
+        f"from utils.lock import *; from pathlib import Path; run = Path({str(run_dir)!r}); _ = take_lock(run, '01', 0)"
+    )
+
+
+def test_a_cell_that_failed_lets_others_in_and_the_next_one_asks_again(notebook, tmp_path):
+    """An idle kernel is alive: without this, a stage that failed by hand would keep everybody out until it is shut down."""
+    notebook.run(taken(tmp_path))
+    seen = [is_locked(tmp_path)]
+    for cell in ("1 / 0", "1", "1 / 0"):
+        notebook.run(cell)
+        seen.append(is_locked(tmp_path))
+    assert seen == [True, False, True, False]
+
+
+def test_a_notebook_that_is_done_asks_no_more_whatever_fails_in_it(notebook, tmp_path):
+    for _ in range(2):
+        notebook.run(taken(tmp_path))
+    notebook.run("release_lock(run, '01')")
+    for cell in ("1 / 0", "1"):
+        notebook.run(cell)
+        assert not is_locked(tmp_path)
+    assert notebook.run("print(get_ipython().events.callbacks)").count("_follow_cells") == 0
+
+
+def test_a_notebook_that_let_go_after_a_failed_cell_asks_no_more(notebook, tmp_path):
+    notebook.run(taken(tmp_path))
+    notebook.run("1 / 0")
+    notebook.run(f"{taken(tmp_path)}; release_lock(run, '01'); 1 / 0")  # an opening that is refused
+    for cell in ("1", "1 / 0", "1"):
+        notebook.run(cell)
+        assert not is_locked(tmp_path)
+
+
+def test_however_often_it_is_opened_there_is_one_who_asks(notebook, tmp_path):
+    for _ in range(3):
+        notebook.run(taken(tmp_path))
+        notebook.run("1 / 0")
+    assert notebook.run("print(get_ipython().events.callbacks)").count("_follow_cells") == 2
+
+
+def test_every_cell_is_told_while_another_process_is_at_work(notebook, tmp_path):
+    notebook.run(taken(tmp_path / "run"))
+    notebook.run("1 / 0")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    told = [notebook.run("1") for _ in range(3)]
+    holder.kill()
+    holder.wait()
+    assert all(f"is in use by 03_lora_training (process {holder.pid}" in text for text in told)
+    assert "in use" not in notebook.run("1") and is_locked(tmp_path / "run")
+
+
+def test_nothing_stays_open_where_nothing_can_be_locked(tmp_path, monkeypatch):
+    without_flock(monkeypatch, lambda name: True)
+    before = set(Path("/proc/self/fd").iterdir())
+    take_lock(tmp_path, "first")
+    release_lock(tmp_path, "first")
+    assert set(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_waiting_ends_after_the_time_that_was_given(holder, tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.staged import complete, snapshot, write_outputs
-from utils import platforms
+from utils import lock, platforms
 from utils.errors import ConfigError, HardwareError, RunDirError, StageOrderError
+from utils.project import ROOT
 from utils.rundir import open_run
 from utils.stage_run import open_stage
 from utils.stages import BY_NAME, STAGES, find_stage
@@ -96,3 +100,36 @@ def test_after_a_missing_gpu_the_advised_demo_opens_in_the_same_place(tmp_path, 
     with pytest.raises(HardwareError, match="or run PROFILE = 'demo'"):
         open_stage("00_setup", "t4", tmp_path / "run")
     assert open_stage("00_setup", "demo", tmp_path / "run").config.profile == "demo"
+
+
+@pytest.mark.parametrize("write", [lambda run: run.pin("data.revision", "abc"), lambda run: run.note("registered", {}), lambda run: run.save(), lambda run: run.write_record(run.stage, state="done")], ids=["pin", "note", "save", "record"])  # fmt: skip
+def test_who_lost_the_lock_to_another_process_writes_nothing_more(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(lock.take_lock, "__defaults__", (0.2,))
+    run = open_stage("00_setup", "demo", tmp_path)
+    lock.release_lock(tmp_path, "00_setup")  # as a failed cell of a notebook does
+    code = "import sys; from pathlib import Path; from utils.lock import take_lock; take_lock(Path(sys.argv[1]), 'other'); print('held', flush=True); sys.stdin.read()"  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:  # fmt: skip
+        assert other.stdout.readline() == "held\n"
+        before = snapshot(tmp_path)
+        with pytest.raises(RunDirError, match=r"is in use by other \(process"):
+            write(run)
+        assert snapshot(tmp_path) == before
+        other.stdin.close()
+    write(run)
+    lock.release_lock(tmp_path, "00_setup")
+
+
+def test_a_notebook_whose_opening_was_refused_keeps_nobody_out(tmp_path):
+    code = f"""
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance(colors="nocolor")
+shell.run_cell("from utils.stage_run import open_stage")
+for _ in range(2):
+    shell.run_cell("open_stage('03_lora_training', 'demo', {str(tmp_path)!r})")
+shell.run_cell("1 / 0")
+shell.run_cell("1")
+from utils import lock
+print(lock._held, [f for fs in shell.events.callbacks.values() for f in fs if f.__module__ == "utils.lock"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "StageOrderError" in done.stdout and done.stdout.endswith("\n{} []\n"), done.stdout

@@ -5,16 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import HardwareError, RunDirError, UserError
+from utils.notebook import notebook_shell
 from utils.platforms import free_disk_gib
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_REFUSED = (errno.EACCES, errno.EPERM)  # reading can meet them too, and a firewall
 # Libraries that write without Python tell the number in words, and torch's writer tells nothing but that it failed.
 _NUMBER = re.compile(r"\[?(?:Errno|os error) (\d+)\b")
 _TORCH = re.compile(r"PytorchStreamWriter failed|inline_container\.cc|iostream error")
@@ -43,23 +43,30 @@ def disk_error(error: BaseException, run_dir: Path) -> UserError | None:
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _NUMBER.search(str(error))):
         number = int(found[1])
-    place = Path(error.filename) if isinstance(error, OSError) and isinstance(error.filename, str) else run_dir
+    named = isinstance(error, OSError) and isinstance(error.filename, str)
+    place = Path(error.filename) if named else run_dir
     if number in _FULL or _TORCH.search(str(error)):
         why = os.strerror(number) if number else "torch could not write a file"
         return HardwareError(
             f"The disk is full ({why}): {free_disk_gib(place):.2f} GiB are free at {place}; free some space and "
             "run the same again, what was saved stays and is gone on with."
         )
-    if number in _REFUSED:
+    if number == errno.EROFS or (named and number in _REFUSED and _is_only_readable(place)):
         return RunDirError(
             f"{place} cannot be written ({os.strerror(number)}); make it writable, or continue a copy of {run_dir} elsewhere."
         )
     return None
 
 
+def _is_only_readable(place: Path) -> bool:
+    """Whether `place`, or the folder in which it would be made, can be read and not written: nothing refused to be read."""
+    found = place if os.access(place, os.F_OK) else place.parent
+    return os.access(found, os.R_OK) and not os.access(found, os.W_OK)
+
+
 def tell_disk_errors(run_dir: Path) -> None:
     """From here on this notebook, if it is one, shows a refused write as its sentence, not as a stack."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    shell = notebook_shell()
     if shell is None:
         return
 

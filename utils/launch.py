@@ -182,7 +182,8 @@ def _ask_to_stop(launcher: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         started = psutil.Process(launcher)
         for process in [started] if "--trial" in started.cmdline() else started.children():
-            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it is done; the others are not
+                process.send_signal(signal.SIGINT)
 
 
 def _left(run: StageRun) -> dict:

@@ -13,15 +13,16 @@ import hashlib
 import json
 import os
 import socket
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from utils.errors import RunDirError
+from utils.notebook import notebook_shell
 from utils.project import NAME
 
 FILE = ".lock"
@@ -38,6 +39,7 @@ class _Lock:
 
 
 _held: dict[Path, _Lock] = {}
+_followed: dict[tuple[Path, str], Callable[[], None]] = {}  # notebooks' work, and what ends it
 
 
 def take_lock(run_dir: Path, owner: str, wait_s: float = _WAIT_S) -> int | None:
@@ -51,13 +53,19 @@ def take_lock(run_dir: Path, owner: str, wait_s: float = _WAIT_S) -> int | None:
     lock = _held.get(run_dir)
     if lock is None:
         lock = _held[run_dir] = _Lock(_lock_file(run_dir, owner, time.monotonic() + wait_s))
-        _release_after_errors(run_dir, owner)
     lock.owners.add(owner)
+    _follow_cells(run_dir, owner)
     return lock.descriptor
 
 
 def release_lock(run_dir: Path, owner: str) -> None:
     """Let others in, once every owner in this process is done; nothing where `owner` has no lock."""
+    if stop := _followed.pop((run_dir, owner), None):
+        stop()
+    _let_go(run_dir, owner)
+
+
+def _let_go(run_dir: Path, owner: str) -> None:
     lock = _held.get(run_dir)
     if lock is None or owner not in lock.owners:
         return
@@ -83,16 +91,21 @@ def _lock_file(run_dir: Path, owner: str, until: float) -> int | None:
         descriptor = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise RunDirError(f"{run_dir} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
+    with contextlib.suppress(_NoLocks):
+        return _locked(descriptor, run_dir, owner, until)
+    with contextlib.suppress(OSError, _NoLocks):
+        descriptor = os.open(_stand_in(run_dir), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        return _locked(descriptor, run_dir, owner, until)
+    return None
+
+
+def _locked(descriptor: int, run_dir: Path, owner: str, until: float) -> int:
+    """`descriptor` with the lock on it; closed where it gets none."""
     try:
         _wait_for(descriptor, run_dir, until)
-    except _NoLocks:
+    except BaseException:
         os.close(descriptor)
-        with contextlib.suppress(OSError, _NoLocks):
-            descriptor = os.open(_stand_in(run_dir), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            _wait_for(descriptor, run_dir, until)
-            _sign(descriptor, owner)
-            return descriptor
-        return None
+        raise
     _sign(descriptor, owner)
     return descriptor
 
@@ -108,11 +121,9 @@ def _wait_for(descriptor: int, run_dir: Path, until: float) -> None:
             return
         except BlockingIOError:
             if time.monotonic() >= until:
-                holder = _read_signature(descriptor)
-                os.close(descriptor)
                 raise RunDirError(
-                    f"{run_dir} is in use by {holder}; wait for it or end it (a notebook's kernel: shut it down), or "
-                    "name another RUN_DIR."
+                    f"{run_dir} is in use by {_read_signature(descriptor)}; wait for it or end it (a notebook's kernel: "
+                    "shut it down), or name another RUN_DIR."
                 ) from None
             time.sleep(0.1)
         except OSError as error:
@@ -151,23 +162,27 @@ def _is_handed_on(run_dir: Path) -> bool:
     return any(file.exists() and os.path.samestat(ours, file.stat()) for file in (run_dir / FILE, _stand_in(run_dir)))
 
 
-def _release_after_errors(run_dir: Path, owner: str) -> None:
-    """In a notebook: a cell that failed leaves its kernel idle, and must not keep others out; the next cell asks again."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is None:
+def _follow_cells(run_dir: Path, owner: str) -> None:
+    """In a notebook, until `release_lock`: a cell that failed leaves its kernel idle, and must not keep others out; each
+    cell after it asks again, and says so where somebody else is at work by now."""
+    shell = notebook_shell()
+    if shell is None or (run_dir, owner) in _followed:
         return
 
-    def release(result) -> None:
+    def let_go(result) -> None:
         if not result.success:
-            release_lock(run_dir, owner)
-            shell.events.unregister("post_run_cell", release)
-            shell.events.register("pre_run_cell", ask_again)
+            _let_go(run_dir, owner)
 
     def ask_again(_) -> None:
-        shell.events.unregister("pre_run_cell", ask_again)
         try:
             take_lock(run_dir, owner, wait_s=0)
         except RunDirError as error:
             print(error)
 
-    shell.events.register("post_run_cell", release)
+    def stop() -> None:
+        shell.events.unregister("post_run_cell", let_go)
+        shell.events.unregister("pre_run_cell", ask_again)
+
+    shell.events.register("post_run_cell", let_go)
+    shell.events.register("pre_run_cell", ask_again)
+    _followed[run_dir, owner] = stop

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from utils.credentials import KAGGLE_NAMES, NAMES, secrets_at_hand
+from utils.notebook import notebook_shell
 
 HIDDEN = "***"
 _SHORTEST = 8  # a shorter value would be found in ordinary words
@@ -62,20 +63,13 @@ def hide_secrets() -> None:
 
     Calling it again changes nothing.
     """
-    if (shell := _shell()) is not None:
+    if hasattr(shell := notebook_shell(), "kernel"):
         _hide_in(shell.kernel.session)
         return
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Redacting):
             setattr(sys, name, _Redacting(stream))
-
-
-def _shell() -> Any:
-    """The notebook's shell; None outside a Jupyter kernel."""
-    module = sys.modules.get("IPython")
-    shell = module.get_ipython() if module is not None else None
-    return shell if hasattr(shell, "kernel") else None
 
 
 def _hide_in(session: Any) -> None:

@@ -88,6 +88,35 @@ def run_series(
 
 
 def _run_locked(run: RunDir, first: str, last: str, fresh: bool, console: Console, kernels: Kernels) -> RunDir:
+    began = note_start()
+    try:
+        with _interruptible(run, find_stage(first), kernels):  # also between two stages, before and after them
+            return _run_to_the_end(run, first, last, fresh, console, kernels, began)
+    except SeriesFailed as failure:
+        state = "continue" if isinstance(failure, SeriesPaused) else "failed"
+        ended = SeriesState(
+            state=state,
+            stage=failure.stage.name,
+            kind=failure.kind,
+            sentence=str(failure),
+            started=began,
+            steps=checkpointed_steps(run.path),
+        )
+        try:
+            _note_end(run, ended)
+        except Interrupted:  # raised once: whoever asks only now changes nothing about how it ended
+            _note_end(run, ended)
+        raise
+
+
+def _note_end(run: RunDir, ended: SeriesState) -> None:
+    with suppress(OSError):  # a full disk, say: the failure itself is what has to be told
+        write_state(run.path, ended)
+
+
+def _run_to_the_end(
+    run: RunDir, first: str, last: str, fresh: bool, console: Console, kernels: Kernels, began: float
+) -> RunDir:
     if fresh:
         run.save()  # the notebooks would find the earlier overrides otherwise
         _set_aside(run)
@@ -100,29 +129,13 @@ def _run_locked(run: RunDir, first: str, last: str, fresh: bool, console: Consol
         )
     require_ancestors(run, find_stage(first))
     started = time.monotonic()
-    began = note_start()
     write_state(run.path, SeriesState(state="running", started=began))
-    try:
-        run, worked = _run_stages(run, first, last, fresh, console, kernels)
-        if not worked:
-            run.save()  # a changed setting on which no stage rests
-        if worked or not run.file("report/index.html").exists():
-            with _interruptible(run, find_stage(last), kernels):
-                write_report(run)
-    except SeriesFailed as failure:
-        state = "continue" if isinstance(failure, SeriesPaused) else "failed"
-        steps = checkpointed_steps(run.path)
-        ended = SeriesState(
-            state=state,
-            stage=failure.stage.name,
-            kind=failure.kind,
-            sentence=str(failure),
-            started=began,
-            steps=steps,
-        )
-        with suppress(OSError):  # a full disk, say: the failure itself is what has to be told
-            write_state(run.path, ended)
-        raise
+    run, worked = _run_stages(run, first, last, fresh, console, kernels)
+    if not worked:
+        run.save()  # a changed setting on which no stage rests
+    if worked or not run.file("report/index.html").exists():
+        with _interruptible(run, find_stage(last), kernels):
+            write_report(run)
     write_state(run.path, SeriesState(state="done", started=began))
     _summarise(run, console, time.monotonic() - started)
     return run
@@ -134,6 +147,8 @@ def _interruptible(run: RunDir, stage: Stage, kernels: Kernels) -> Iterator[None
     try:
         kernels.check()
         yield
+    except SeriesInterrupted:
+        raise
     except (SeriesFailed, Interrupted, KeyboardInterrupt) as end:
         if isinstance(end, KeyboardInterrupt):
             raise SeriesInterrupted(run, stage, "stopped at once; what was saved stays", signal.SIGINT) from None

@@ -36,10 +36,24 @@ from utils.stages import BY_NAME, STAGES, Stage, ancestors
 
 @dataclass
 class StageRun(RunDir):
-    """A stage at work: opened by a notebook's first cells, finished by its last."""
+    """A stage at work: opened by a notebook's first cells, finished by its last.
+
+    What it writes in the run directory's manifest it writes with the lock: after a failed cell, which let it go, writing
+    raises RunDirError where another process is at work there by now. Processes that a stage starts write no manifest.
+    """
 
     stage: Stage = STAGES[0]
     started: float = field(default_factory=time.monotonic)
+
+    def save(self) -> None:
+        """As a RunDir's, with the lock."""
+        take_lock(self.path, self.stage.name)
+        super().save()
+
+    def note(self, key: str, value: Any) -> None:
+        """As a RunDir's, with the lock; `write_record` goes this way too."""
+        take_lock(self.path, self.stage.name)
+        super().note(key, value)
 
     def pin(self, key: str, value: str | list | None) -> None:
         """Keep a setting that was found out here, such as the commit behind a Hub id, for every later stage."""
@@ -59,7 +73,7 @@ class StageRun(RunDir):
             raise StageOrderError(
                 f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells, from the first."
             )
-        take_lock(self.path, self.stage.name)  # a cell that failed had let it go
+        take_lock(self.path, self.stage.name)  # refused before anything is hashed
         record = self.record(self.stage)
         record.update(
             state="done",
