@@ -27,6 +27,8 @@ def test_a_state_from_before_seals_is_read_and_one_whose_seal_was_renamed_is_not
     old = {"state": "done", "stage": "", "kind": "", "sentence": "", "steps": 3, "left_in_scratch": {}}
     (tmp_path / FILE).write_text(json.dumps(old))
     assert read_state(tmp_path) == SeriesState(state="done", steps=3)
+    (tmp_path / FILE).write_text(json.dumps({key: old[key] for key in old if key != "sentence"}))
+    assert read_state(tmp_path) is None  # what is left of a damaged one
     write_state(tmp_path, SeriesState(state="done"))
     (tmp_path / FILE).write_text((tmp_path / FILE).read_text().replace('"seal"', '"seam"'))
     assert read_state(tmp_path) is None

@@ -11,6 +11,7 @@ from utils.files import parse_json
 from utils.sealed import SEAL, open_seal, write_sealed
 
 FILE = "state.json"
+_BEFORE_SEALS = {"state", "stage", "kind", "sentence", "steps", "left_in_scratch"}
 
 
 class SeriesState(BaseModel):
@@ -38,12 +39,13 @@ def write_state(run_dir: Path, state: SeriesState) -> None:
 def read_state(run_dir: Path) -> SeriesState | None:
     """The state on file; None where there is none that is whole.
 
-    One without a seal is an earlier version's, and holds nothing that is not named here: or a seal whose name lost a bit
-    would pass for none.
+    One without a seal is an earlier version's, which wrote these fields and no others: or a damaged one whose seal was hit
+    would pass for it.
     """
     try:
         values = parse_json((run_dir / FILE).read_text(encoding="utf-8"))
         state = SeriesState.model_validate(open_seal(values))
     except (OSError, ValueError):
         return None
-    return state if values.keys() <= {*SeriesState.model_fields, SEAL} else None
+    early = _BEFORE_SEALS <= values.keys() <= SeriesState.model_fields.keys()
+    return state if SEAL in values or early else None
