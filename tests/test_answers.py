@@ -221,6 +221,14 @@ def test_a_registration_that_cannot_be_read_counts_as_changed_once_there_are_ans
         assert register(answered, [Question("a", "open", "?")], [])["changed_after_answers"] is changed
 
 
+def test_answers_without_any_registration_count_as_changed(answered):
+    answered.manifest_path.unlink()
+    answered.file("data/registration.json").unlink()
+    again = open_run("demo", answered.path)
+    again.save()
+    assert register(again, [Question("a", "open", "?")], [])["changed_after_answers"] is True
+
+
 def test_a_run_older_than_the_manifests_copy_keeps_what_its_file_says(answered):
     path = answered.file("data/registration.json")
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "changed_after_answers": True})

@@ -91,10 +91,12 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
         "decoding": config.generate.model_dump(mode="json", exclude={"batch_size"}),
         "seed": config.evaluate.seed,
     }
-    changed = False
+    changed = answered = run.file(
+        "baseline/answers.jsonl"
+    ).exists()  # of answers without a registration nothing is known
     if before := run.manifest().get("registered") or _read_registration(path):
         changed = before.pop("changed_after_answers")
-        changed |= before != planned and run.file("baseline/answers.jsonl").exists()
+        changed |= before != planned and answered
     planned["changed_after_answers"] = changed
     run.note("registered", planned)
     write_json(path, planned)
