@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from utils import series
+from utils.errors import StageOrderError
 from utils.files import write_text
 from utils.manifest import read_manifest
 from utils.stage_run import open_stage
@@ -35,8 +36,8 @@ def ran(monkeypatch) -> list[str]:
     return names
 
 
-def go(path, fresh=False, **overrides):
-    return series.run_series("demo", path, overrides, fresh=fresh, console=Console(file=io.StringIO()))
+def go(path, fresh=False, first="00", **overrides):
+    return series.run_series("demo", path, overrides, first, fresh=fresh, console=Console(file=io.StringIO()))
 
 
 def test_a_commit_that_00_pinned_outlives_the_run_and_makes_nothing_stale(ran, tmp_path):
@@ -54,6 +55,17 @@ def test_fresh_runs_everything_again_and_starts_from_no_answer_checkpoint_or_reg
     assert len(ran) == 12
     assert (tmp_path / "training/checkpoints.old/part.txt").read_text() == "hours of work"
     assert (tmp_path / "baseline/answers.jsonl.old").exists() and (tmp_path / "data/registration.json.old").exists()
+
+
+def test_fresh_from_a_stage_on_leaves_what_earlier_ones_rest_on(ran, tmp_path):
+    go(tmp_path)
+    write_text(tmp_path / "training/checkpoints/part.txt", "hours of work")
+    go(tmp_path, fresh=True, first="03", **{"data.revision": "abc"})
+    assert ran[6:] == ["03", "04", "05"] and (tmp_path / "training/checkpoints.old/part.txt").exists()
+    assert not list(tmp_path.glob("data/*.old")) and not list(tmp_path.glob("baseline/*.old"))
+    with pytest.raises(StageOrderError, match="its settings changed"):  # before anything is moved
+        go(tmp_path, fresh=True, first="04", **{"data.seed": 5})
+    assert (tmp_path / "tuned/answers.jsonl").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

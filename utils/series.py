@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,13 @@ from utils.stages import STAGES, Stage, find_stage
 from utils.state import SeriesState, write_state
 
 _OWNER = "python -m utils run"
+_ANSWERS = ("answers.jsonl", "forced.jsonl", "probe.jsonl")
+_GONE_ON_FROM = {  # by stage: what was saved on the way, with which it would go on
+    "00": ("data/registration.json",),
+    "01": tuple(f"baseline/{name}" for name in _ANSWERS),
+    "03": ("training/checkpoints",),
+    "04": tuple(f"tuned/{name}" for name in _ANSWERS),
+}
 
 
 class SeriesFailed(Exception):
@@ -117,9 +124,10 @@ def _note_end(run: RunDir, ended: SeriesState) -> None:
 def _run_to_the_end(
     run: RunDir, first: str, last: str, fresh: bool, console: Console, kernels: Kernels, began: float
 ) -> RunDir:
+    require_ancestors(run, find_stage(first))
     if fresh:
         run.save()  # the notebooks would find the earlier overrides otherwise
-        _set_aside(run)
+        _set_aside(run, first, last)
     if run.overrides:
         kept = ", ".join(f"{key}={value}" for key, value in run.overrides.items())
         console.print(
@@ -127,7 +135,6 @@ def _run_to_the_end(
             highlight=False,
             soft_wrap=True,
         )
-    require_ancestors(run, find_stage(first))
     started = time.monotonic()
     write_state(run.path, SeriesState(state="running", started=began))
     run, worked = _run_stages(run, first, last, fresh, console, kernels)
@@ -168,7 +175,7 @@ def _run_stages(
 ) -> tuple[RunDir, bool]:
     """The run as its stages left it, and whether any had to run; raises SeriesFailed and SeriesPaused."""
     worked = False
-    for stage in STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]:
+    for stage in _span(first, last):
         with _interruptible(run, stage, kernels):
             reason = "--fresh" if fresh else run.stale_because(stage)
             if reason is None:
@@ -189,21 +196,26 @@ def _run_stages(
     return run, worked
 
 
+def _span(first: str, last: str) -> Sequence[Stage]:
+    return STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]
+
+
 def checkpointed_steps(run_dir: Path) -> int:
     """The training step of the newest checkpoint on file, 0 without one."""
     folders = run_dir.glob("training/checkpoints/*/checkpoint-*")
     return max((int(folder.name.rpartition("-")[2]) for folder in folders if folder.name[-1].isdigit()), default=0)
 
 
-def _set_aside(run: RunDir) -> None:
-    """Rename what a stage would go on from, so that `--fresh` begins at the beginning and loses nothing."""
-    kept = [f"{arm}/{name}.jsonl" for arm in ("baseline", "tuned") for name in ("answers", "forced", "probe")]
-    for name in ("data/registration.json", *kept, "training/checkpoints"):
-        place, aside = run.file(name), run.file(f"{name}.old")
-        if place.exists():
-            shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
-            place.rename(aside)
-    run.note("registered", None)
+def _set_aside(run: RunDir, first: str, last: str) -> None:
+    """Rename what the stages `first` to `last` would go on from, so that `--fresh` begins anew and loses nothing."""
+    for stage in _span(first, last):
+        for name in _GONE_ON_FROM.get(stage.number, ()):
+            place, aside = run.file(name), run.file(f"{name}.old")
+            if place.exists():
+                shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+                place.rename(aside)
+        if stage.number == "00":
+            run.note("registered", None)
 
 
 def run_stage(run: RunDir, stage: Stage, console: Console, kernels: Kernels) -> None:
