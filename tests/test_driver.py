@@ -69,7 +69,7 @@ def test_fresh_from_a_stage_on_leaves_what_earlier_ones_rest_on(ran, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("place", ["_set_aside", "require_ancestors", "write_state", "_run_stages", "_summarise"])
+@pytest.mark.parametrize("place", ["_set_aside", "require_ancestors", "write_state", "_run_stages", "summarise"])
 def test_asked_to_stop_between_two_stages_it_says_how_to_go_on(ran, tmp_path, monkeypatch, place, number):
     real, asked = getattr(series, place), []
 

@@ -21,9 +21,7 @@ WORK = (
     "callbacks checkpoints trial launch generation probe selftest likelihood workers comparison forest figures training export "
     "agreement loadback verification gguf_files card card_facts report answers_page handover publish".split()
 )
-DRIVERS = (
-    "live_line kernels series kernel_cells kernel_schema bundle kaggle_api push collect chain remote __main__".split()
-)
+DRIVERS = "live_line summary kernels series kernel_cells kernel_schema bundle kaggle_api push collect chain remote __main__".split()
 LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "lm_eval"}
 MODULES = sorted(path.stem for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__")

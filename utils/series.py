@@ -20,19 +20,19 @@ from rich.markup import escape
 
 from utils.deadline import Deadline, note_start
 from utils.disk import disk_error
-from utils.errors import Interrupted, RunDirError, SessionOver, UserError
+from utils.errors import Interrupted, SessionOver, UserError
 from utils.kernels import Kernels
 from utils.live_line import LiveLine
 from utils.lock import release_lock, take_lock
 from utils.progress import VARIABLE
 from utils.project import ROOT, command
 from utils.redaction import redact
-from utils.report import executed_dir, stale_comparison, write_report
-from utils.results import read_sentence
+from utils.report import executed_dir, write_report
 from utils.rundir import RunDir, open_run
 from utils.stage_run import require_ancestors
 from utils.stages import STAGES, Stage, find_stage
 from utils.state import SeriesState, write_state
+from utils.summary import summarise
 
 _OWNER = "python -m utils run"
 _ANSWERS = ("answers.jsonl", "forced.jsonl", "probe.jsonl")
@@ -144,7 +144,7 @@ def _run_to_the_end(
         with _interruptible(run, find_stage(last), kernels):
             write_report(run)
     write_state(run.path, SeriesState(state="done", started=began))
-    _summarise(run, console, time.monotonic() - started)
+    summarise(run, console, time.monotonic() - started)
     return run
 
 
@@ -259,37 +259,3 @@ def _sentence(error: PapermillExecutionError) -> str:
     if error.ename in known:
         return error.evalue
     return f"{error.ename}: {error.evalue} (the executed notebook shows where)"
-
-
-def _summarise(run: RunDir, console: Console, seconds: float) -> None:
-    """What was written, what it showed, what to do next."""
-    metrics = run.file("comparison/metrics.json")
-    console.print()
-    if metrics.exists():
-        try:
-            console.print(read_sentence(run.path), style="bold", highlight=False, markup=False)
-        except RunDirError as error:  # of a stage that was not asked for
-            console.print(str(error), style="yellow", highlight=False, markup=False)
-        if stale := stale_comparison(run):
-            console.print(
-                f"[yellow]Out of date: {escape(stale)}; run to 04 again.[/yellow]", highlight=False, soft_wrap=True
-            )
-    rows = [
-        ("report", "report/index.html", "open it in a browser; it needs no network"),
-        ("figures", "comparison/metrics.json", "the numbers behind it"),
-        ("adapter", "export/adapter", "load it with peft on the base model"),
-        ("merged", "export/merged", "load it with transformers"),
-    ]
-    for name, path, hint in rows:
-        if run.file(path).exists():
-            console.print(
-                f"  {name:<8} {escape(str(run.file(path)))}  [dim]{hint}[/dim]", highlight=False, soft_wrap=True
-            )
-    if run.file("export/adapter").exists():
-        upload = f"{command()} publish {run.path} --repo USER/NAME"
-        console.print(
-            f"[dim]To upload it, where your tokens are:\n  {escape(upload)}[/dim]", highlight=False, soft_wrap=True
-        )
-    again = f"{command()} run --profile {run.config.profile} --run-dir {run.path} --set KEY=VALUE"
-    console.print(f"[dim]{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {escape(again)}[/dim]",
-                  highlight=False, soft_wrap=True)  # fmt: skip
