@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 IN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo test faults lint drift bundle bench address clean
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import subprocess
+import sys
 
 from utils import kernel_cells, project
 from utils.project import ROOT
@@ -27,3 +29,13 @@ def test_no_process_is_started_with_a_path_of_its_own_making():
                         named += 1
                         assert ast.unparse(value) == "python_path()", f"{name}, line {value.lineno}"
     assert named >= 5
+
+
+def test_threads_that_wait_leave_the_processor_to_those_that_work():
+    code = "import utils, os; print(os.environ['GOMP_SPINCOUNT'])"
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    for given, wanted in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment | given, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == wanted

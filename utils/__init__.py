@@ -3,4 +3,10 @@
 `utils` is a common name, so the notebooks' first cell asserts that the imported package carries `SERIES`.
 """
 
+import os
+
 SERIES = "deepseek-r1-medical-lora"
+
+# torch reads it once, when it is loaded. Its threads wait for each other by spinning, which on a shared or busy machine takes
+# the time from those that work: two trainings at once on two cores took 13 s each instead of 28, one alone as long as before.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
