@@ -49,7 +49,7 @@ address:  ## make address REPOSITORY=you/fork: put your repository into badges a
 	@old=$$(sed -n 's/^REPOSITORY = "\(.*\)"/\1/p' utils/project.py); \
 	git grep -lF "$$old" -- notebooks README.md utils | xargs sed -i "s#$$old#$(REPOSITORY)#g"
 	$(MAKE) bundle
-	@echo "Badges and bootstrap cells point to $(REPOSITORY); put your Kaggle user name into id in kernel-metadata.json."
+	@echo "Badges and bootstrap cells point to $(REPOSITORY); put your Kaggle user name into id in kernel-metadata.json, commit, and tag as REF in utils/project.py says: notebooks opened alone clone that tag."
 
 clean:
 	rm -rf $(VENV) runs

@@ -90,6 +90,14 @@ def test_a_record_holds_digest_and_size_of_every_file(tmp_path):
     assert digests(records) == {"f/a.txt": hashlib.sha256(b"abc").hexdigest()}
 
 
+def test_what_was_set_aside_is_no_part_of_a_record(tmp_path):
+    """It made a comparison stale that had cost hours: an answer given again left answers.jsonl.old beside itself."""
+    (tmp_path / "data").mkdir()
+    for name in ("answers.jsonl", "answers.jsonl.old"):
+        (tmp_path / "data" / name).write_text("{}")
+    assert list(record_files(tmp_path, ("data",))) == ["data/answers.jsonl"]
+
+
 def test_a_large_file_of_known_size_and_time_is_not_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_READ_AGAIN", 2)
     write_text(tmp_path / "a.txt", "abc")

@@ -105,6 +105,7 @@ def score(run_dir: RunDirArgument) -> None:
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
     from utils.manifest import altered_files
+    from utils.project import command
     from utils.stage_run import require_hardware
     from utils.stages import BY_NAME
     from utils.verification import altered_exports, export_folders, verify_exports
@@ -117,9 +118,9 @@ def verify(run_dir: RunDirArgument) -> None:
     for line in altered:
         console.print(f"[red]✗[/red] {escape(line)}", highlight=False, soft_wrap=True)
     if altered:
-        console.print(
-            "nothing is loaded from files that changed; run 05 again, or fetch the run again", highlight=False
-        )
+        again = f"{command()} run --run-dir {run_dir}"
+        told = f"nothing is loaded from files that changed; {again} makes them again, or fetch the run again"
+        console.print(escape(told), highlight=False, soft_wrap=True)
         raise typer.Exit(1)
     console.print("[green]✓[/green] every recorded file is as it was written")
     if run.record(BY_NAME["05_export"]).get("state") != "done":

@@ -114,6 +114,8 @@ def record_files(root: Path, relatives: tuple[str, ...], known: dict[str, dict] 
     records = {}
     for relative in relatives:
         for path in list_files(root, relative):
+            if path.suffix == ".old":
+                continue  # kept for people; no stage writes or reads it
             name, stat = path.relative_to(root).as_posix(), path.stat()
             before = (known or {}).get(name)
             large = before and stat.st_size > _READ_AGAIN
