@@ -99,7 +99,7 @@ def test_a_finished_run_that_was_moved_is_finished_there(small_run, tmp_path, re
 
 def test_the_second_run_on_a_directory_is_told_and_the_first_goes_on(tmp_path, record_fault):
     path = tmp_path / "run"
-    first = SeriesProcess(path, "--to", "01")
+    first = SeriesProcess(path, "--to", "03")  # long enough for both to come, on a busy machine too
     assert first.wait_until("01")
     second = SeriesProcess(path)
     status = second.wait()
