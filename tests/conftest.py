@@ -16,8 +16,7 @@ import pytest
 from filelock import FileLock
 
 from tests.loopback import HubServer, KaggleServer
-
-ROOT = Path(__file__).resolve().parent.parent
+from utils.project import ROOT, python_path
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class DemoRun:
 
 def run_command(*words: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     """`python -m utils WORDS` in a process of its own, from the checkout unless told otherwise."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **variables}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "COLUMNS": "200", **variables}
     command = [sys.executable, "-m", "utils", *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=900)
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parent.parent
+from utils.project import ROOT, python_path
+
 DEAD = "http://127.0.0.1:9"  # nothing listens there: a request that strays outside fails at once
 
 
@@ -318,7 +319,7 @@ def series_cli(
 ) -> subprocess.CompletedProcess:
     """`python -m utils WORDS`, which talks to `server` as if it were Kaggle."""
     command = [sys.executable, "-m", "utils", *map(str, words)]
-    environment = kaggle_environment(server, home, COLUMNS="200", PYTHONPATH=str(ROOT)) | variables
+    environment = kaggle_environment(server, home, COLUMNS="200", PYTHONPATH=python_path()) | variables
     return subprocess.run(
         command, cwd=home, env=environment, capture_output=True, text=True, check=False, timeout=timeout
     )

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import audit, secret_scan
-from tests.conftest import ROOT
 from utils.files import write_json
+from utils.project import ROOT
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT
 from utils import deadline
 from utils.deadline import RESERVE_S, VARIABLE, Deadline, note_start, session_started
+from utils.project import ROOT
 
 HOURS = st.floats(min_value=0.01, max_value=100)
 

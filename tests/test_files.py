@@ -10,7 +10,6 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
 from utils import files
 from utils.files import (
     atomic,
@@ -24,6 +23,7 @@ from utils.files import (
     write_json,
     write_text,
 )
+from utils.project import ROOT
 
 
 def names(folder) -> list[str]:

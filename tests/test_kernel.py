@@ -19,18 +19,16 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.loopback import ROOT, HubServer, KaggleServer, SecretsServer, series_cli
+from tests import fake_tokens
+from tests.loopback import HubServer, KaggleServer, SecretsServer, series_cli
 from tests.sessions import Machine, without_network
+from utils.project import ROOT
 from utils.stages import STAGES
 
 pytestmark = pytest.mark.series
 
-CANARIES = {
-    "HF_TOKEN": "hf_canaryInTheEnvironment0123456789abcd",
-    "WANDB_API_KEY": "canary0wandb0in0the0environment0012345678",
-    "HUGGINGFACE_TOKEN": "hf_canaryInTheDotenvFile0123456789abcdef",
-    "wandb": "canary0wandb0in0the0dotenv0file00123456789",
-}
+IN_SECRETS = {"HF_TOKEN": fake_tokens.hugging_face("secrets"), "WANDB_API_KEY": fake_tokens.wandb("secrets")}
+IN_DOTENV = {"HUGGINGFACE_TOKEN": fake_tokens.hugging_face("dotenv"), "wandb": fake_tokens.wandb("dotenv")}
 
 
 def archived(text: str) -> list[bytes]:
@@ -66,24 +64,31 @@ def pushed(tmp_path_factory, embedded_model):
     root = tmp_path_factory.mktemp("pushed")
     (root / "laptop").mkdir()
     kaggle, hub, secrets = KaggleServer(), HubServer(), SecretsServer()
-    dotenv = "".join(f"{name}={value}\n" for name, value in list(CANARIES.items())[2:])
+    dotenv = "".join(f"{name}={value}\n" for name, value in IN_DOTENV.items())
     (root / "laptop" / ".env").write_text(dotenv)
-    secret = {name: CANARIES[name] for name in ("HF_TOKEN", "WANDB_API_KEY")}
-    done = series_cli(kaggle, root / "laptop", "push", "--profile", "demo", **secret)
+    done = series_cli(kaggle, root / "laptop", "push", "--profile", "demo", **IN_SECRETS)
     assert done.returncode == 0, done.stderr
 
-    machine = Machine(root, embedded_model, secret | {
+    machine = Machine(root, embedded_model, IN_SECRETS | {
         "KAGGLE_USER_SECRETS_TOKEN": "a-session-token", "KAGGLE_URL_BASE": secrets.address,
     })  # fmt: skip
     (machine.empty / ".env").write_text(dotenv)
     session = machine.execute(kaggle.versions[0]["text"])
     machine.hand_output_to(kaggle, session)
     collected = series_cli(
-        kaggle, root / "laptop", "collect", "--wait", "--poll", "0.01", "--run-dir", root / "laptop" / "run", **secret
+        kaggle,
+        root / "laptop",
+        "collect",
+        "--wait",
+        "--poll",
+        "0.01",
+        "--run-dir",
+        root / "laptop" / "run",
+        **IN_SECRETS,
     )
     words = ["publish", root / "laptop" / "run", "--repo", "alice/medical", "--merged", "--no-wandb", "--yes"]
     local = {"HF_ENDPOINT": hub.address, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
-    published = series_cli(kaggle, root / "laptop", *words, **secret, **local)
+    published = series_cli(kaggle, root / "laptop", *words, **IN_SECRETS, **local)
     yield Pushed(kaggle, hub, root, session.stdout + session.stderr, session.returncode, collected, published)
     for server in (kaggle, hub, secrets):
         server.close()
@@ -141,7 +146,7 @@ def test_publish_sends_adapter_and_merged_model_from_the_laptop(pushed):
 
 def test_no_canary_is_found_anywhere_but_in_authorization_headers(pushed):
     """Notebooks, logs, HTML, manifest, wandb's files, the bundle, both machines' folders, every request."""
-    values = [value.encode() for value in CANARIES.values()]
+    values = [value.encode() for value in [*IN_SECRETS.values(), *IN_DOTENV.values()]]
     looked_at = 0
     for path in [*pushed.root.rglob("*"), ROOT / "kaggle_kernel.ipynb"]:
         if path.is_file() and path.name != ".env":
@@ -167,7 +172,7 @@ def test_no_canary_is_found_anywhere_but_in_authorization_headers(pushed):
         request.headers.get("authorization", request.headers.get("Authorization", ""))
         for request in pushed.hub.received
     }
-    assert f"Bearer {CANARIES['HF_TOKEN']}" in used
+    assert f"Bearer {IN_SECRETS['HF_TOKEN']}" in used
 
 
 def test_the_session_could_reach_nobody(kaggle_server):

@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 
 from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
+from utils.checkpoints import LIST
 from utils.errors import ConfigError, HardwareError, Interrupted, SessionOver, TrainingError
 from utils.launch import SUMMARY, _ask_to_stop, processes_that_divide, read_recipe, train, write_recipe
-from utils.project import ROOT, python_path
+from utils.project import python_path
 from utils.training import checkpoint_dir
 
 
@@ -207,7 +208,7 @@ def test_two_machines_by_accelerates_own_configuration_files(training_run, recip
         )
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
         command += ["-m", "utils.launch", str(run.path)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": python_path()}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))  # fmt: skip
     said = [process.communicate(timeout=180)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
@@ -303,7 +304,7 @@ def test_ctrl_c_stops_two_processes_at_one_step_with_a_checkpoint(training_run, 
     run = training_run(hardware__processes=2)
 
     def ask():
-        while not list(checkpoint_dir(run).glob("checkpoint-*/trainer_state.json")):
+        while not list(checkpoint_dir(run).glob("checkpoint-*/{LIST}")):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -313,5 +314,5 @@ def test_ctrl_c_stops_two_processes_at_one_step_with_a_checkpoint(training_run, 
     ) as told:
         train(run, *slowed_down(tmp_path))
     step = int(re.search(r"step (\d+)", str(told.value))[1])
-    assert 3 <= step < 12 and (checkpoint_dir(run) / f"checkpoint-{step}" / "trainer_state.json").exists()
+    assert 3 <= step < 12 and (checkpoint_dir(run) / f"checkpoint-{step}" / LIST).exists()
     assert list(pd.read_csv(run.file("training/log.csv"))["step"]) == list(range(1, step + 1))

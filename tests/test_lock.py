@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from utils import lock
 from utils.errors import RunDirError
 from utils.lock import hand_on, release_lock, take_lock
+from utils.project import ROOT
 
 HOLD = "import sys, time; from pathlib import Path; from utils.lock import take_lock; take_lock(Path(sys.argv[1]), '03_lora_training'); print('held', flush=True); time.sleep(60)"  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.conftest import ROOT
+from utils.project import ROOT
 
 
 def test_a_plain_process_has_no_shell_and_gets_no_ipython_and_a_notebook_its_own():

@@ -78,7 +78,7 @@ def test_a_missing_gpu_is_a_sentence_with_a_way_out(nvidia_smi):
     with pytest.raises(HardwareError) as caught:
         require_gpu("t4", 13.5)
     assert str(caught.value) == (
-        "The profile t4 needs a CUDA GPU and found none; switch the accelerator to a T4, or run PROFILE = 'demo', "
+        "The profile t4 needs a CUDA GPU and found none; switch the accelerator to a T4, or take the profile demo, "
         "which needs no GPU."
     )
 

@@ -18,17 +18,22 @@ def test_a_process_finds_what_this_one_finds(monkeypatch):
 
 
 def test_no_process_is_started_with_a_path_of_its_own_making():
-    """Every environment that names PYTHONPATH takes it from python_path(), in the pushed kernel's cells too."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "utils").glob("*.py")}
+    """Every environment that names PYTHONPATH takes it from python_path(): in the pushed kernel's cells and in tests too."""
+    files = [path for folder in ("utils", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
     named = 0
     for name, source in {**sources, "the cell RUN": kernel_cells.RUN}.items():
         for node in ast.walk(ast.parse(source)):
+            pairs = []
             if isinstance(node, ast.Dict):
-                for key, value in zip(node.keys, node.values, strict=True):
-                    if isinstance(key, ast.Constant) and key.value == "PYTHONPATH":
-                        named += 1
-                        assert ast.unparse(value) == "python_path()", f"{name}, line {value.lineno}"
-    assert named >= 5
+                pairs = [(getattr(k, "value", None), v) for k, v in zip(node.keys, node.values, strict=True)]
+            elif isinstance(node, ast.Call):
+                pairs = [(keyword.arg, keyword.value) for keyword in node.keywords]
+            for key, value in pairs:
+                if key == "PYTHONPATH":
+                    named += 1
+                    assert ast.unparse(value) == "python_path()", f"{name}, line {value.lineno}"
+    assert named >= 12
 
 
 def test_threads_that_wait_leave_the_processor_to_those_that_work():

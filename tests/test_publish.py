@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests import fake_tokens
 from tests.loopback import DEAD, Answer
 from utils.errors import HubError, RunDirError
 from utils.files import record_files, write_json, write_text
 from utils.manifest import read_manifest
+from utils.project import python_path
 from utils.publish import offline_runs, plan_uploads
 from utils.stages import STAGES
 
-TOKEN = "hf_canaryCANARYcanaryCANARYcanary1234"
+TOKEN = fake_tokens.hugging_face("publish")
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def publish(
     environment = kept | {
         "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": server.address, "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_TOKEN": token, "HTTP_PROXY": DEAD, "HTTPS_PROXY": DEAD, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-        "COLUMNS": "200", "PYTHONPATH": str(ROOT), **variables,
+        "COLUMNS": "200", "PYTHONPATH": python_path(), **variables,
     }  # fmt: skip
     command = [sys.executable, "-m", "utils", "publish", str(run), *words, *yes.split()]
     return subprocess.run(

@@ -10,10 +10,10 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from tests.conftest import ROOT
 from tests.loopback import Answer, forget_kaggle, kaggle_cli, kaggle_environment, series_call, series_cli
 from utils import push
 from utils.errors import ConfigError, InfrastructureError, KaggleError
+from utils.project import ROOT
 from utils.push import check_text, kernel_text, read_metadata, reference_of, title_of
 
 REFERENCE = "alice/deepseek-r1-medical-lora"

@@ -174,7 +174,7 @@ def test_the_first_stale_stage_is_named_with_its_reason_and_an_edited_notebook_i
 
 
 def test_a_run_directory_of_another_profile_is_refused_with_both_names(tmp_path):
-    with pytest.raises(RunDirError, match="holds a run of the profile demo, not tutorial; name another RUN_DIR"):
+    with pytest.raises(RunDirError, match="holds a run of the profile demo, not tutorial; name another run directory"):
         open_run("tutorial", complete(tmp_path, "00").path)
 
 

@@ -13,7 +13,10 @@ import nbformat
 import pandas as pd
 import pytest
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import run_command
+from utils.manifest import read_manifest
+from utils.project import ROOT
+from utils.sealed import write_sealed
 from utils.stages import STAGES
 
 pytestmark = pytest.mark.series
@@ -129,6 +132,18 @@ def test_score_recomputes_the_same_metrics_without_torch(copied_run):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {name: (copied_run / "comparison" / name).read_bytes() for name in names} == before
+
+
+def test_score_says_where_a_setting_was_changed_since_and_shows_no_p_of_zero(copied_run):
+    done = run_command("score", copied_run)
+    assert done.returncode == 0 and "earlier settings" not in done.stdout, done.stdout
+    assert re.search(r" < 0\.001$", done.stdout, re.MULTILINE) and not re.search(r" 0\.000$", done.stdout, re.MULTILINE)
+    write_sealed(copied_run / "manifest.json", read_manifest(copied_run) | {"overrides": {"lora.r": 3}})
+    done = run_command("score", copied_run)
+    assert (
+        done.returncode == 0
+        and "03_lora_training is out of date: lora.r was changed since; these answers" in done.stdout
+    )
 
 
 def test_verify_passes_and_finds_a_flipped_bit_in_each_exported_file_by_name(copied_run):

@@ -97,7 +97,7 @@ def test_an_open_that_is_refused_leaves_everything_as_it_was(tmp_path, monkeypat
 
 def test_after_a_missing_gpu_the_advised_demo_opens_in_the_same_place(tmp_path, monkeypatch):
     monkeypatch.setattr(platforms, "gpus", lambda: ())
-    with pytest.raises(HardwareError, match="or run PROFILE = 'demo'"):
+    with pytest.raises(HardwareError, match="or take the profile demo"):
         open_stage("00_setup", "t4", tmp_path / "run")
     assert open_stage("00_setup", "demo", tmp_path / "run").config.profile == "demo"
 

@@ -10,7 +10,8 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-from tests.conftest import ROOT
+from tests import fake_tokens
+from utils.project import python_path
 from utils.stage_run import StageRun, open_stage
 from utils.tracking import Tracker
 
@@ -167,12 +168,12 @@ def test_a_key_that_looks_right_and_no_network_lead_offline_within_30_seconds(tm
     """The real wandb, which by itself would try for 90 s and then raise. The key stays out of all that is written, and
     what was logged before a trouble is kept."""
     pytest.importorskip("wandb")
-    key = "0123456789abcdef0123456789abcdef01234567"
+    key = fake_tokens.wandb("tracking")
     nobody = {
         "WANDB_API_KEY": key,
         "WANDB_BASE_URL": "http://127.0.0.1:9",
         "HOME": str(tmp_path),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
     }
     command = [sys.executable, "-c", _IN_A_PROCESS_OF_ITS_OWN, str(tmp_path / "run")]
     done = subprocess.run(

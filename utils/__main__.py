@@ -82,7 +82,8 @@ def score(run_dir: RunDirArgument) -> None:
     from utils.figures import draw_comparison
     from utils.files import record_files
     from utils.lock import take_lock
-    from utils.manifest import require_recorded
+    from utils.manifest import require_recorded, stale_on_record
+    from utils.project import command
     from utils.stages import BY_NAME
 
     run, stage = _existing(run_dir), BY_NAME["04_comparison"]
@@ -96,8 +97,12 @@ def score(run_dir: RunDirArgument) -> None:
     run.write_record(
         stage, **{**run.record(stage), "outputs": record_files(run.path, (*stage.outputs, *stage.optional))}
     )
-    text = table.to_string(index=False, float_format=lambda x: f"{x:.3f}")
+    formats = {"p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}"}
+    text = table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters=formats)
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+    if stale := stale_on_record(run.manifest(), stage):
+        again = f"{stale}; these answers are of the earlier settings, and {command()} run --run-dir {run_dir} gives new ones."
+        console.print(again, style="yellow", highlight=False, soft_wrap=True, markup=False)
     console.print(metrics["sentence"], style="bold", highlight=False, soft_wrap=True, markup=False)
 
 

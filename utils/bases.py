@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config import is_folder
 from utils.errors import ModelError
+from utils.files import is_folder
 from utils.pretrained import model_source
 from utils.settings import EMBEDDED, Config
 

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from utils.errors import ConfigError
+from utils.files import is_there
 from utils.project import PROFILES
 from utils.settings import Config
 
@@ -139,19 +140,6 @@ def expand_home(path: str | Path, what: str) -> Path:
         raise ConfigError(
             f"{what} is {_quote(str(path))}, but there is no such user here; write the path out."
         ) from None
-
-
-def is_there(path: Path) -> bool:
-    """Whether `path` exists; a name that no file system takes does not."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: str | Path) -> bool:
-    """Whether `path` is a folder that exists; a name that no file system takes is none."""
-    return is_there(Path(path)) and Path(path).is_dir()
 
 
 def _assign(values: dict, dotted: str, value: Any) -> None:

@@ -15,9 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from utils.config import is_there
 from utils.errors import DataError, HardwareError
-from utils.files import atomic, parse_json, write_json, write_text
+from utils.files import atomic, is_there, parse_json, write_json, write_text
 from utils.settings import EMBEDDED, Config, DataSection
 from utils.similarity import normalise
 

@@ -97,6 +97,19 @@ def relative_name(text: str) -> PurePosixPath | None:
     return None if odd or path.is_absolute() or ".." in path.parts else path
 
 
+def is_there(path: Path) -> bool:
+    """Whether `path` exists; a name that no file system takes does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether `path` is a folder that exists; a name that no file system takes is none."""
+    return is_there(Path(path)) and Path(path).is_dir()
+
+
 def list_files(root: Path, relative: str) -> list[Path]:
     """The file `root/relative`, or every file below that folder, sorted; dot files are scratch and left out."""
     place = root / relative

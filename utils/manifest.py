@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from utils.errors import RunDirError
 from utils.files import parse_json, relative_name, sha256
 from utils.project import command
 from utils.sealed import open_seal
-from utils.stages import BY_NAME, Stage
+from utils.stages import BY_NAME, Stage, ancestors
 from utils.state import read_state
 
 
@@ -125,6 +126,40 @@ def require_recorded(path: Path, names: tuple[str, ...]) -> None:
                 raise RunDirError(
                     f"{name} {word}; {command()} run --run-dir {path} makes it again, or bring the file back."
                 )
+
+
+def stale_on_record(manifest: Mapping[str, Any], last: Stage) -> str | None:
+    """Why what `last` has on record is not the run's last word, by the manifest alone; None where it is.
+
+    A collected run lies where neither its base model nor its checkpoints are, so that `RunDir.stale_because`, which
+    looks at files, would call it stale: states, settings that were given, and recorded digests are compared instead.
+    """
+    records, written = manifest.get("stages", {}), {}
+    for stage in (*ancestors(last), last):
+        record = records.get(stage.name, {})
+        if record.get("state") != "done":
+            word = {"running": "was interrupted", "failed": "failed"}.get(record.get("state"), "has not run")
+            return f"{stage.name} {word}"
+        for key, value in manifest.get("overrides", {}).items():
+            if _recorded_setting(record.get("settings", {}), key, value) != value:
+                return f"{stage.name} is out of date: {key} was changed since"
+        for name, entry in record.get("inputs", {}).items():
+            if written.get(name, entry["sha256"]) != entry["sha256"]:
+                return f"{stage.name} is out of date: {name} was written anew since"
+        written |= {name: entry["sha256"] for name, entry in record.get("outputs", {}).items()}
+    return None
+
+
+def _recorded_setting(settings: Mapping[str, Any], key: str, default: Any) -> Any:
+    """What a stage's record has under the dotted `key`; `default` where the stage does not rest on it."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):  # a record names whole sections, or section.key
+        if (head := ".".join(parts[:end])) in settings:
+            found = settings[head]
+            for part in parts[end:]:
+                found = found.get(part, default) if isinstance(found, Mapping) else default
+            return found
+    return default
 
 
 def notebook_digest(stage: Stage) -> str:

@@ -163,12 +163,12 @@ def require_gpu(profile: str, needed_gib: float) -> Gpu:
     if not found:
         raise HardwareError(
             f"The profile {profile} needs a CUDA GPU and found none; switch the accelerator to a T4, "
-            "or run PROFILE = 'demo', which needs no GPU."
+            "or take the profile demo, which needs no GPU."
         )
     if found[0].memory_gib < needed_gib:
         raise HardwareError(
             f"The profile {profile} needs {needed_gib:.1f} GiB of GPU memory; found {found[0].memory_gib:.1f} GiB "
-            f"on {found[0].name}. Take a larger GPU, or PROFILE = 'demo'."
+            f"on {found[0].name}. Take a larger GPU, or the profile demo."
         )
     return found[0]
 

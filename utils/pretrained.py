@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils.config import is_folder
 from utils.errors import ModelError
+from utils.files import is_folder
 from utils.platforms import GIB
 from utils.settings import EMBEDDED, Config
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from utils.credentials import Secret
 from utils.errors import HubError, InfrastructureError
 from utils.files import sha256
-from utils.manifest import read_manifest, require_recorded
+from utils.manifest import read_manifest, require_recorded, stale_on_record
 from utils.project import command
 from utils.results import read_sentence
 from utils.retry import describe, repeat, status_of
-from utils.stages import BY_NAME, ancestors
+from utils.stages import BY_NAME
 
 KINDS = ("adapter", "merged")
 _SYNC_TIMEOUT_S = 600
@@ -50,7 +49,7 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise HubError(f"--repo is {repo!r}; expected USER/NAME.")
     manifest = read_manifest(run_dir)
-    if problem := stale_on_record(manifest):
+    if problem := stale_on_record(manifest, BY_NAME["05_export"]):
         raise HubError(f"{problem}; run {command()} run --run-dir {run_dir} first, then publish.")
     recorded = manifest["stages"]["05_export"]["outputs"]
     for name in recorded:  # a manifest may come from elsewhere: it must not name what else lies on this machine
@@ -74,41 +73,6 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
             word = "differs from what was written" if path.is_file() else "is missing"
             raise HubError(f"{name} {word}; {command()} verify {run_dir} says more, and 05_export writes it anew.")
     return uploads
-
-
-def stale_on_record(manifest: Mapping[str, Any]) -> str | None:
-    """Why the export on record is not the run's last word, by the manifest alone; None where it is.
-
-    A collected run lies where neither its base model nor its checkpoints are, so that `RunDir.stale_because`, which
-    looks at files, would call it stale: states, settings that were given, and recorded digests are compared instead.
-    """
-    records, written = manifest.get("stages", {}), {}
-    export = BY_NAME["05_export"]
-    for stage in (*ancestors(export), export):
-        record = records.get(stage.name, {})
-        if record.get("state") != "done":
-            word = {"running": "was interrupted", "failed": "failed"}.get(record.get("state"), "has not run")
-            return f"{stage.name} {word}"
-        for key, value in manifest.get("overrides", {}).items():
-            if _recorded_setting(record.get("settings", {}), key, value) != value:
-                return f"{stage.name} is out of date: {key} was changed since"
-        for name, entry in record.get("inputs", {}).items():
-            if written.get(name, entry["sha256"]) != entry["sha256"]:
-                return f"{stage.name} is out of date: {name} was written anew since"
-        written |= {name: entry["sha256"] for name, entry in record.get("outputs", {}).items()}
-    return None
-
-
-def _recorded_setting(settings: Mapping[str, Any], key: str, default: Any) -> Any:
-    """What a stage's record has under the dotted `key`; `default` where the stage does not rest on it."""
-    parts = key.split(".")
-    for end in range(len(parts), 0, -1):  # a record names whole sections, or section.key
-        if (head := ".".join(parts[:end])) in settings:
-            found = settings[head]
-            for part in parts[end:]:
-                found = found.get(part, default) if isinstance(found, Mapping) else default
-            return found
-    return default
 
 
 def upload_model(upload: Upload, token: Secret, private: bool = True, say: Callable[[str], None] = print) -> str:

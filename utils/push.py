@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from utils.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
-from utils.config import expand_home, is_there, load_config
+from utils.config import expand_home, load_config
 from utils.credentials import known_values
 from utils.errors import InfrastructureError, KaggleError
-from utils.files import parse_json
+from utils.files import is_there, parse_json
 from utils.kaggle_api import FINISHED, Kaggle, page, split_reference
 from utils.kernel_schema import KernelMetadata, Notebook
 from utils.project import ROOT

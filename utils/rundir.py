@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config import absolute_overrides, expand_home, is_folder, is_there, load_config
+from utils.config import absolute_overrides, expand_home, load_config
 from utils.errors import RunDirError
-from utils.files import digests, fingerprint, record_files, write_text
+from utils.files import digests, fingerprint, is_folder, is_there, record_files, write_text
 from utils.manifest import notebook_digest, read_manifest
 from utils.platforms import default_profile, require_disk
 from utils.project import embedded_fingerprint, runs_dir
@@ -143,7 +143,7 @@ def open_run(
     if manifest and manifest["profile"] != profile:
         raise RunDirError(
             f"{path} holds a run of the profile {manifest['profile']}, not {profile}; "
-            f"name another RUN_DIR, or use PROFILE = {manifest['profile']!r}."
+            f"name another run directory, or the profile {manifest['profile']}."
         )
     load_config(profile, overrides)  # a message about what was just typed, before any about what was stored
     given = {**({} if forget else manifest.get("overrides", {})), **absolute_overrides(overrides or {})}

@@ -12,9 +12,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config import is_there
 from utils.errors import ModelError
-from utils.files import parse_json
+from utils.files import is_there, parse_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from utils.config import is_folder, load_config
+from utils.config import load_config
 from utils.determinism import describe_determinism
 from utils.disk import tell_disk_errors
 from utils.errors import StageOrderError
-from utils.files import record_files, sweep_scratch
+from utils.files import is_folder, record_files, sweep_scratch
 from utils.lock import release_lock, take_lock
 from utils.manifest import notebook_digest
 from utils.platforms import (

@@ -14,11 +14,10 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from tests.faults.fuzzing import Fuzz
+from tests.faults.fuzzing import LONG, Fuzz
 from tests.faults.series_process import SeriesProcess
 
 RESULTS = "FAULTS_RESULTS"  # a folder: where it is set, records are kept there
-LONG = "FAULTS_LONG"  # set: every fault in full; unset: what fits into CI
 MEMORY = 2 << 30  # that senseless input may cost
 
 

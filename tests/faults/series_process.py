@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import ROOT
+from utils.project import ROOT, python_path
 
 SMALL = {
     "data.train_rows": 48,
@@ -39,7 +39,7 @@ class SeriesProcess:
         wanted = (SMALL if settings is None else settings).items()
         options = [word for key, value in wanted for word in ("--set", f"{key}={value}")]
         command = [sys.executable, "-m", "utils", "run", "--profile", "demo", "--run-dir", str(path), *options, *words]
-        environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT), **variables}
+        environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": python_path(), **variables}
         self.path, self.lines = path, []
         self.stage = "00"  # at work
         self.began = time.monotonic()  # that stage, or the driver before the first one

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from utils.project import ROOT
 
 CELL = 10 * 2**20
 LIMITS = {

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.faults.series_process import ONE_THREAD, RESULTS, SMALL, SeriesProcess
+from utils.project import ROOT, python_path
 
 STAGES = ("00", "01", "02", "03", "04", "05")
 SPLIT = ("data/train.parquet", "data/eval.parquet", "baseline/answers.jsonl", "data/formatted/train.parquet")
@@ -37,7 +37,7 @@ def series_words(path: Path, *words: str) -> list[str]:
 def in_own_mounts(script: str, *words: str | Path, timeout: float = 900) -> subprocess.CompletedProcess:
     """A shell script that may mount."""
     command = ["unshare", "-rm", "sh", "-c", script, "sh", *map(str, words)]
-    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": python_path()}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=timeout
     )

@@ -9,14 +9,15 @@ import sys
 import nbformat
 import pytest
 
-from tests.conftest import ROOT
+from tests import fake_tokens
 from tests.loopback import series_call
+from utils.project import ROOT
 
 TOKENS = {
-    "HF_TOKEN": "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567",
-    "WANDB_API_KEY": "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567",
-    "KAGGLE_KEY": "89abcdef0123456789abcdef01234567",
-    "KAGGLE_API_TOKEN": "KGAT_0123456789abcdef0123456789abcdef",
+    "HF_TOKEN": fake_tokens.hugging_face("environment"),
+    "WANDB_API_KEY": fake_tokens.wandb("environment"),
+    "KAGGLE_KEY": fake_tokens.kaggle_key("environment"),
+    "KAGGLE_API_TOKEN": fake_tokens.kaggle_token("environment"),
 }
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from utils.errors import InfrastructureError, ModelError, UserError
+from utils.project import ROOT
 
 
 class Payload:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.faults.series_process import ONE_THREAD
+from utils.project import ROOT, python_path
 
 # Every function of `utils` that writes files itself, by where this suite fills the disk under it.
 WRITERS = {
@@ -84,7 +84,7 @@ def test_no_writing_function_of_the_package_is_forgotten():
 
 def enumerate_points(run: Path, stage: str, scratch: Path, *words: str) -> tuple[list[dict], dict]:
     command = [sys.executable, "-m", "tests.faults.write_points", str(run), stage, str(scratch), *words]
-    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": python_path()}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     *trials, whole = map(json.loads, done.stdout.splitlines())
