@@ -41,7 +41,7 @@ def once(standin: Path, rows: Path, run_dir: Path, out: Path, adapter: Path, ste
     from safetensors.torch import save_file
 
     from benchmarks.parity import losses, stop_after
-    from benchmarks.train import prepare
+    from benchmarks.train_cases import prepare
     from utils.determinism import describe_determinism
     from utils.models import is_unsloth
     from utils.trial import choose_fit, recompute_as

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,12 @@ from filelock import FileLock
 
 from tests.loopback import HubServer, KaggleServer
 from utils.project import ROOT, python_path
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background has every process below ignore SIGINT: what Ctrl-C does could not be tried."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks import merge, repeatability
 from benchmarks.standin import build_standin, build_tokenizer
-from benchmarks.train import CASES, flops_per_token, markdown_table
+from benchmarks.train import markdown_table
+from benchmarks.train_cases import CASES, flops_per_token
 from utils.agreement import judge
 from utils.pretrained import load_tokenizer
 from utils.project import ROOT
@@ -23,6 +24,7 @@ EVIDENCE = json.loads((ROOT / "benchmarks" / "results" / "series-8b.json").read_
 SPLIT = json.loads((ROOT / "benchmarks" / "results" / "split.json").read_text(encoding="utf-8"))
 GENERATION = json.loads((ROOT / "benchmarks" / "results" / "generation.json").read_text(encoding="utf-8"))
 TRAIN = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text(encoding="utf-8"))
+SEVERAL = json.loads((ROOT / "benchmarks" / "results" / "several.json").read_text(encoding="utf-8"))
 PARITY = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text(encoding="utf-8"))
 LLAMA_8B = SimpleNamespace(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -108,6 +110,21 @@ def test_the_readme_quotes_the_evidence():
     assert f"{seconds:.0f} s in its six stages" in readme
     for name in ("open questions", "multiple choice", "drawn lengths"):
         assert f"{GENERATION['cases'][name]['ratio']:.0f} times" in readme, name
+
+
+def test_what_was_killed_on_gpus_ended_with_the_same_loss_and_two_gave_the_answers_of_one():
+    assert {found["processes"] for found in SEVERAL["resumed"]} == {1, 2} and len(SEVERAL["gpu"]) == 2
+    for found in SEVERAL["resumed"]:
+        assert found["updates"] == [120, 120] and 0 < found["killed_after_checkpoint"] < 120
+        assert found["last_loss_difference"] == abs(found["last_losses"][0] - found["last_losses"][1]) < 1e-3
+        assert found["processes"] == 2 or found["largest_weight_difference"] == found["largest_loss_difference"] == 0
+    assert SEVERAL["answers"]["same"] == SEVERAL["answers"]["questions"] == 224
+
+
+def test_more_rows_cost_little_before_the_first_update_and_nothing_in_each():
+    few, *_, many = (TRAIN["rows"][count] for count in ("500", "2000", "8000"))
+    assert many["packs"] > 15 * few["packs"] and many["prepare_seconds"] < 2 * few["prepare_seconds"]
+    assert many["tokens_per_second"] == pytest.approx(few["tokens_per_second"], rel=0.05)
 
 
 def test_every_picture_and_file_that_the_readme_links_to_exists():

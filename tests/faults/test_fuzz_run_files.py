@@ -20,12 +20,12 @@ from utils.data import read_benchmark
 from utils.files import write_json
 from utils.handover import leave_heavy
 from utils.inputs import find_attached
-from utils.manifest import altered_files, read_manifest, require_recorded
-from utils.publish import plan_uploads, stale_on_record
+from utils.manifest import altered_files, read_manifest, require_recorded, stale_on_record
+from utils.publish import plan_uploads
 from utils.results import read_sentence
 from utils.rundir import open_run
 from utils.sealed import read_lines, seal, to_lines
-from utils.stages import STAGES
+from utils.stages import BY_NAME, STAGES
 from utils.state import SeriesState, read_state, write_state
 from utils.verification import altered_exports, export_folders, read_record
 
@@ -54,7 +54,7 @@ def check_manifest(path: Path) -> None:
         for name in (*record.get("inputs", {}), *record.get("outputs", {})):
             assert (path / name).resolve().is_relative_to(path.resolve()), "a file outside would be read"
     survive(altered_files, path)
-    survive(stale_on_record, manifest)
+    survive(stale_on_record, manifest, BY_NAME["05_export"])
     survive(plan_uploads, path, "you/adapter")
     survive(require_recorded, path, ("data", "baseline"))
     collected, _ = survive(judge, "COMPLETE", "", path, "")
