@@ -27,7 +27,7 @@ drift: $(VENV)/installed  ## which of our keyword arguments the newest allowed v
 bundle: $(VENV)/installed  ## kaggle_kernel.ipynb, the series in one file
 	$(IN) -m utils bundle
 
-bench:  ## on a CUDA machine: the whole series with 8B shapes, training's speed and parity; ROWS and ITEMS are JSONL files
+bench:  ## on a CUDA machine: the whole series with 8B shapes, training's speed, growth and parity, kills on GPUs, repeatability; ROWS and ITEMS are JSONL files
 	python3 -m benchmarks.standin $(or $(STANDIN),/tmp/standin-8b)
 	python3 -m benchmarks.series $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --benchmark $(ITEMS) --out benchmarks/results/series-8b.json
 	python3 -m benchmarks.train measure $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/train.json

@@ -74,7 +74,7 @@ def measure(
     """Measure every configuration, each in a fresh process, and write OUT after each."""
     names, began = only or (QUICK if quick else tuple(CASES)), time.monotonic()
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    evidence: dict = {key: before[key] for key in ("two_gpus", "ratio_two_gpus", "rows") if key in before} | {
+    evidence: dict = {key: before[key] for key in ("two_gpus", "ratio_two_gpus", "growth") if key in before} | {
         "what": "training, non-padding tokens per second: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": [gpu.name for gpu in gpus()],
@@ -123,7 +123,8 @@ def growth(
             raise SystemExit(f"growth failed: {wrong}")
         found = json.loads(place.read_text(encoding="utf-8"))
     evidence = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    write_json(out, evidence | {"rows": {"gpu": [gpu.name for gpu in gpus()], **found}})
+    where = {"gpu": [gpu.name for gpu in gpus()], "date": datetime.now(UTC).date().isoformat()}
+    write_json(out, evidence | {"growth": {**where, "by_rows": found}})
     print(json.dumps(found))
 
 

@@ -89,10 +89,7 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
         watch = Stopwatch(trainer)
         profiler = _Profiler(trainer, measured) if cuda else None
         trainer.train()
-    windows = []
-    for first in range(WARM_UP, measured, WINDOW):
-        seconds = watch.ends[first + WINDOW - 1] - watch.ends[first - 1]
-        windows.append(round(sum(watch.tokens[first : first + WINDOW]) / seconds, 1))
+    windows = _windows(watch)
     result = {
         "what": CASES[name]["what"],
         "windows": windows,
@@ -110,6 +107,15 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     if profiler is not None:
         result["kernels"] = profiler.summary(watch.tokens[measured:])
     write_json(out, result)
+
+
+def _windows(watch) -> list[float]:
+    """Tokens per second of each window of updates after the warm-up."""
+    found = []
+    for first in range(WARM_UP, WARM_UP + WINDOW * WINDOWS, WINDOW):
+        seconds = watch.ends[first + WINDOW - 1] - watch.ends[first - 1]
+        found.append(round(sum(watch.tokens[first : first + WINDOW]) / seconds, 1))
+    return found
 
 
 @app.command()
@@ -154,7 +160,7 @@ def boundary(standin: Path, rows: Path, out: Path) -> None:
 
 @app.command()
 def growth(standin: Path, rows: Path, out: Path) -> None:
-    """What 500, 2,000 and 8,000 rows cost: seconds and memory to tokenise and pack them, and the speed of updates; writes OUT, JSON."""
+    """What more rows cost: seconds to pack them, then speed and memory (GiB) of updates; writes OUT, JSON."""
     import psutil
     import torch
 
@@ -164,27 +170,30 @@ def growth(standin: Path, rows: Path, out: Path) -> None:
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         run, model, tokenizer, _, make_trainer = prepare("ours", standin, rows, Path(scratch) / "run", 1)
-        fit = Fit(
-            1, run.config.train.rows_per_update, model.config.num_hidden_layers
-        )  # of every number of rows the same
+        # One way to compute an update for every number of rows; nothing but that number differs.
+        fit = Fit(1, run.config.train.rows_per_update, model.config.num_hidden_layers)
         for count in GROWTH:
             frame = format_rows(rows, tokenizer, run.config, count)
             started = time.monotonic()
             trainer = make_trainer(model, tokenizer, run.config, frame, fit, str(Path(scratch) / str(count)))
             prepared = time.monotonic() - started
-            trainer.args.max_steps = WARM_UP + WINDOW
+            trainer.args.max_steps = WARM_UP + WINDOW * WINDOWS
             recompute_as(trainer, run.config, fit)
             watch = Stopwatch(trainer)
+            held = psutil.Process().memory_info().rss / GIB
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             trainer.train()
-            seconds = watch.ends[-1] - watch.ends[WARM_UP - 1]
+            windows = _windows(watch)
             found[count] = {
                 "prepare_seconds": round(prepared, 1),
                 "packs": len(trainer.train_dataset),
-                "tokens_per_second": round(sum(watch.tokens[WARM_UP : WARM_UP + WINDOW]) / seconds, 1),
-                "host_rss_gib": round(psutil.Process().memory_info().rss / GIB, 2),
+                "windows": windows,
+                "tokens_per_second": statistics.median(windows),
+                "host_rss_gib": round(held, 2),
                 "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if torch.cuda.is_available() else None,
             }
-            write_json(out, found)
+    write_json(out, found)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tests import fake_tokens
 from utils.project import ROOT, python_path
 
 DEAD = "http://127.0.0.1:9"  # nothing listens there: a request that strays outside fails at once
@@ -270,7 +271,7 @@ def kaggle_environment(server: Loopback, home: Path, **more: str) -> dict[str, s
         "KAGGLE_CONFIG_DIR": str(home / ".kaggle"),
         "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
         "KAGGLE_USERNAME": "alice",
-        "KAGGLE_KEY": "0123456789abcdef0123456789abcdef",
+        "KAGGLE_KEY": fake_tokens.kaggle_key("loopback"),
         **here,
         **{name.upper(): value for name, value in here.items()},
         **more,

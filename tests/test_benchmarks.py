@@ -24,6 +24,8 @@ EVIDENCE = json.loads((ROOT / "benchmarks" / "results" / "series-8b.json").read_
 SPLIT = json.loads((ROOT / "benchmarks" / "results" / "split.json").read_text(encoding="utf-8"))
 GENERATION = json.loads((ROOT / "benchmarks" / "results" / "generation.json").read_text(encoding="utf-8"))
 TRAIN = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text(encoding="utf-8"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICK = json.loads((ROOT / "benchmarks" / "results" / "train-quick.json").read_text(encoding="utf-8"))
 SEVERAL = json.loads((ROOT / "benchmarks" / "results" / "several.json").read_text(encoding="utf-8"))
 PARITY = json.loads((ROOT / "benchmarks" / "results" / "parity.json").read_text(encoding="utf-8"))
 LLAMA_8B = SimpleNamespace(
@@ -112,19 +114,37 @@ def test_the_readme_quotes_the_evidence():
         assert f"{GENERATION['cases'][name]['ratio']:.0f} times" in readme, name
 
 
-def test_what_was_killed_on_gpus_ended_with_the_same_loss_and_two_gave_the_answers_of_one():
-    assert {found["processes"] for found in SEVERAL["resumed"]} == {1, 2} and len(SEVERAL["gpu"]) == 2
+def test_what_was_killed_ended_the_same_on_one_gpu_and_within_a_thousandth_on_two_which_gave_the_answers_of_one():
+    assert {found["processes"] for found in SEVERAL["resumed"]} == {1, 2}
     for found in SEVERAL["resumed"]:
         assert found["updates"] == [120, 120] and 0 < found["killed_after_checkpoint"] < 120
         assert found["last_loss_difference"] == abs(found["last_losses"][0] - found["last_losses"][1]) < 1e-3
         assert found["processes"] == 2 or found["largest_weight_difference"] == found["largest_loss_difference"] == 0
+        assert len(found["gpu"]) >= found["processes"] and found["versions"]["torch"]
+    assert len({found["last_losses"][0] for found in SEVERAL["resumed"] if found["processes"] == 2}) == 1
     assert SEVERAL["answers"]["same"] == SEVERAL["answers"]["questions"] == 224
 
 
 def test_more_rows_cost_little_before_the_first_update_and_nothing_in_each():
-    few, *_, many = (TRAIN["rows"][count] for count in ("500", "2000", "8000"))
+    few, some, many = (TRAIN["growth"]["by_rows"][count] for count in ("500", "2000", "8000"))
     assert many["packs"] > 15 * few["packs"] and many["prepare_seconds"] < 2 * few["prepare_seconds"]
-    assert many["tokens_per_second"] == pytest.approx(few["tokens_per_second"], rel=0.05)
+    speeds = [found["tokens_per_second"] for found in (few, some, many)]
+    assert max(speeds) < 1.15 * min(speeds)
+    assert f"({few['prepare_seconds']} s to pack 500, {many['prepare_seconds']} s to pack 8,000)" in README
+    assert f"({speeds[0]:,.0f}, {speeds[1]:,.0f} and {speeds[2]:,.0f} tokens/s at 500, 2,000 and 8,000 rows" in README
+
+
+def test_the_readme_tells_what_two_gpus_and_a_slower_host_gave():
+    two = [found for found in SEVERAL["resumed"] if found["processes"] == 2]
+    ends = [f"{found['last_loss_difference']:.4f}" for found in two]
+    assert f"{ends[0]} and {ends[1]} away from it (of {two[0]['last_losses'][0]:.3f}; up to" in README
+    assert f"up to {max(found['largest_loss_difference'] for found in two):.2f} on the way" in README
+    assert f"weights up to {max(found['largest_weight_difference'] for found in two):.2f})" in README
+    assert f"the same {SEVERAL['answers']['same']} answers as one" in README
+    assert f"{QUICK['ratio_vs_tutorial']:.2f} and {QUICK['ratio_vs_plain']:.2f}, while those by" in README
+    assert f"{QUICK['kernel_ratio_vs_tutorial']:.2f} and {QUICK['kernel_ratio_vs_plain']:.2f} ([" in README
+    memory = max(record["peak_memory"]["rss_gib"] for record in EVIDENCE["series"]["stages"].values())
+    assert f"{memory:.1f} GiB of main memory" in README
 
 
 def test_every_picture_and_file_that_the_readme_links_to_exists():

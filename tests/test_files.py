@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ from utils.files import (
     atomic,
     digests,
     fingerprint,
+    is_folder,
+    is_there,
     list_files,
     record_files,
     relative_name,
@@ -126,6 +129,19 @@ def test_a_fingerprint_follows_a_files_bytes_and_a_folders_files(tmp_path):
     assert fingerprint(tmp_path / "model") != before
 
 
+def test_a_fingerprint_does_not_go_into_folders_below(tmp_path):
+    """Found by `make faults`: a path that named a whole home directory was read for minutes."""
+    write_text(tmp_path / "model" / "config.json", "{}")
+    before = fingerprint(tmp_path / "model")
+    write_text(tmp_path / "model" / "deep" / "er" / "rows.jsonl", "{}")
+    assert fingerprint(tmp_path / "model") == before
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
+def test_a_name_that_no_file_system_takes_is_not_there(name):
+    assert not is_there(Path(name)) and not is_folder(name)
+
+
 def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
     code = (
         "import os, signal; from pathlib import Path; from utils.files import atomic, atomic_folder\n"
@@ -148,7 +164,8 @@ def test_a_name_below_a_folder_is_one(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "/", "/a", "a/..", "a/../b", "../a", "./a", "a/./b", "a//b", "a/", "a\\b", "..\\a", "a\0b", "a\nb", "a\u202eb", "\ud800"],
+    ["", ".", "..", "/", "/a", "a/..", "a/../b", "../a", "./a", "a/./b", "a//b", "a/", "a\\b", "..\\a", "a\0b", "a\nb", "a\u202eb", "\ud800",
+     "x" * 256, "医" * 86, "a/" * 600 + "b"],
 )  # fmt: skip
 def test_a_name_that_points_outside_or_may_be_read_in_two_ways_is_none(name):
     assert relative_name(name) is None

@@ -24,7 +24,7 @@ from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
 from utils.checkpoints import LIST
 from utils.errors import ConfigError, HardwareError, Interrupted, SessionOver, TrainingError
-from utils.launch import SUMMARY, _ask_to_stop, processes_that_divide, read_recipe, train, write_recipe
+from utils.launch import SUMMARY, _ask_to_stop, processes_that_divide, read_recipe, same_weights, train, write_recipe
 from utils.project import python_path
 from utils.training import checkpoint_dir
 
@@ -78,7 +78,7 @@ def killed_on_the_way(run, processes: int, seed: int) -> int:
     environment = {**os.environ, "PYTHONPATH": python_path()}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     folder = checkpoint_dir(run)
-    while process.poll() is None and not list(folder.glob("checkpoint-*/files.json")):
+    while process.poll() is None and not list(folder.glob(f"checkpoint-*/{LIST}")):
         time.sleep(0.01)
     time.sleep(random.Random(seed).uniform(0, 1))
     started = psutil.Process(process.pid)
@@ -115,6 +115,7 @@ def test_a_killed_run_ends_with_the_same_weights_with_one_process_and_with_two(
     losses = [pd.read_csv(run.file("training/log.csv"))["loss"] for run in (whole, whole_of_two)]
     assert (losses[0] - losses[1]).abs().head(20).max() < 1e-3
     assert one["figures"]["processes"] == 1 and two["figures"]["processes"] == 2
+    assert two["figures"]["same_on_all_processes"] is True and "same_on_all_processes" not in one["figures"]
     assert two["figures"]["per_device_train_batch_size"] * two["figures"]["gradient_accumulation_steps"] * 2 == 4
 
 
@@ -218,6 +219,16 @@ def test_two_machines_by_accelerates_own_configuration_files(training_run, recip
     assert close(run, alone)
 
 
+@pytest.mark.parametrize(("left", "same"), [(("a", "a"), True), (("a", "b"), False), (("a",), False)])
+def test_processes_that_ended_apart_are_told(training_run, capsys, left, same):
+    run = training_run()
+    run.file("training").mkdir(parents=True, exist_ok=True)
+    for rank, digest in enumerate(left):
+        run.file(f"training/process-{rank}.sha256").write_text(digest)
+    assert same_weights(run, 2) is same
+    assert ("hardware.processes=1" in capsys.readouterr().out) is not same
+
+
 def test_the_functions_arrive_as_they_stand_in_the_notebook(training_run, recipe):
     run = training_run()
     write_recipe(run, recipe)
@@ -304,7 +315,7 @@ def test_ctrl_c_stops_two_processes_at_one_step_with_a_checkpoint(training_run, 
     run = training_run(hardware__processes=2)
 
     def ask():
-        while not list(checkpoint_dir(run).glob("checkpoint-*/{LIST}")):
+        while not list(checkpoint_dir(run).glob(f"checkpoint-*/{LIST}")):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 

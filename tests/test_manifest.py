@@ -11,10 +11,10 @@ from tests.staged import complete, snapshot
 from utils.config import load_config
 from utils.errors import RunDirError
 from utils.files import write_json
-from utils.manifest import altered_files, read_manifest
+from utils.manifest import altered_files, read_manifest, stale_on_record
 from utils.rundir import RunDir, open_run
 from utils.stage_run import open_stage
-from utils.stages import STAGES
+from utils.stages import BY_NAME, STAGES
 from utils.state import SeriesState, write_state
 from utils.verification import altered_exports
 
@@ -77,3 +77,22 @@ def test_what_stayed_in_scratch_is_not_missed_and_anything_else_is(tmp_path):
     (tmp_path / "export" / "merged").mkdir()
     (tmp_path / names[0]).write_text("half of it")
     assert f"{names[0]} differs from what was written" in altered_files(tmp_path)
+
+
+def test_what_is_on_record_is_stale_where_a_stage_before_it_was_undone_or_written_anew(tmp_path):
+    manifest = read_manifest(complete(tmp_path).path)
+    compared, exported = BY_NAME["04_comparison"], BY_NAME["05_export"]
+    assert stale_on_record(manifest, compared) is None and stale_on_record(manifest, exported) is None
+    manifest["stages"]["05_export"]["state"] = "running"
+    assert stale_on_record(manifest, compared) is None  # which does not rest on the export
+    assert stale_on_record(manifest, exported) == "05_export was interrupted"
+    manifest["stages"]["03_lora_training"]["outputs"]["training/log.csv"]["sha256"] = "another"
+    manifest["stages"]["04_comparison"]["inputs"]["training/log.csv"] = {"sha256": "one"}
+    assert (
+        stale_on_record(manifest, compared) == "04_comparison is out of date: training/log.csv was written anew since"
+    )
+    manifest["stages"]["01_baseline_inference"]["state"] = "failed"
+    assert stale_on_record(manifest, compared) == "01_baseline_inference failed"
+    assert stale_on_record(manifest | {"overrides": {"data.seed": -1}}, BY_NAME["00_setup"]).startswith(
+        "00_setup is out"
+    )

@@ -247,6 +247,15 @@ def test_an_export_that_is_not_the_runs_last_word_is_not_uploaded(run, stage, va
         plan_uploads(run, "alice/medical")
 
 
+def test_an_export_that_recorded_no_file_is_not_uploaded(run):
+    """Found by `make faults`: a manifest that says done and names no outputs ended in a traceback."""
+    manifest = read_manifest(run)
+    del manifest["stages"]["05_export"]["outputs"]
+    write_json(run / "manifest.json", manifest)
+    with pytest.raises(HubError, match="is not there"):
+        plan_uploads(run, "alice/medical")
+
+
 def test_only_what_the_export_recorded_is_uploaded(run):
     for name in (".ipynb_checkpoints/README-checkpoint.md", "notes.txt"):
         write_text(run / "export" / "adapter" / name, "mine")

@@ -136,13 +136,13 @@ def test_score_recomputes_the_same_metrics_without_torch(copied_run):
 
 def test_score_says_where_a_setting_was_changed_since_and_shows_no_p_of_zero(copied_run):
     done = run_command("score", copied_run)
-    assert done.returncode == 0 and "earlier settings" not in done.stdout, done.stdout
+    assert done.returncode == 0 and "from before" not in done.stdout, done.stdout
     assert re.search(r" < 0\.001$", done.stdout, re.MULTILINE) and not re.search(r" 0\.000$", done.stdout, re.MULTILINE)
     write_sealed(copied_run / "manifest.json", read_manifest(copied_run) | {"overrides": {"lora.r": 3}})
     done = run_command("score", copied_run)
     assert (
         done.returncode == 0
-        and "03_lora_training is out of date: lora.r was changed since; these answers" in done.stdout
+        and "03_lora_training is out of date: lora.r was changed since; these figures" in done.stdout
     )
 
 

@@ -85,6 +85,7 @@ def score(run_dir: RunDirArgument) -> None:
     from utils.manifest import require_recorded, stale_on_record
     from utils.project import command
     from utils.stages import BY_NAME
+    from utils.statistics import show_p
 
     run, stage = _existing(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
@@ -97,11 +98,10 @@ def score(run_dir: RunDirArgument) -> None:
     run.write_record(
         stage, **{**run.record(stage), "outputs": record_files(run.path, (*stage.outputs, *stage.optional))}
     )
-    formats = {"p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}"}
-    text = table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters=formats)
+    text = table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p})
     console.print(text, highlight=False, soft_wrap=True, markup=False)
     if stale := stale_on_record(run.manifest(), stage):
-        again = f"{stale}; these answers are of the earlier settings, and {command()} run --run-dir {run_dir} gives new ones."
+        again = f"{stale}; these figures are of the answers from before, and {command()} run --run-dir {run_dir} gives new ones."
         console.print(again, style="yellow", highlight=False, soft_wrap=True, markup=False)
     console.print(metrics["sentence"], style="bold", highlight=False, soft_wrap=True, markup=False)
 

@@ -31,6 +31,7 @@ from utils.prompts import EOS, format_prompt
 from utils.rundir import RunDir
 from utils.serving import Served, llama_cpp_lines, ollama_lines, transformers_lines, vllm_lines
 from utils.settings import EMBEDDED
+from utils.statistics import show_p
 
 _HOLDS = {
     "adapter": "a LoRA adapter, to be loaded on its base model",
@@ -131,7 +132,7 @@ def _row(result: dict, primary: bool) -> dict[str, str]:
         "tuned": f"{result['tuned']:.{digits}f}",
         "difference": f"{result['difference']:+.{digits}f}",
         "interval": f"{low:+.{digits}f} to {high:+.{digits}f}",
-        "p": "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "p": show_p(p),
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 _READ_AGAIN = 2**30
+_LONGEST_NAME, _LONGEST_PATH = 255, 1024  # bytes of one name; characters of a path, so that a folder may come before it
 _SURROGATE = r"\\u[dD][89a-fA-F]"
 
 
@@ -91,10 +92,15 @@ def sha256(path: Path) -> str:
 
 
 def relative_name(text: str) -> PurePosixPath | None:
-    """`text` as the name of something below a folder; None where it points out of it, or two systems read it differently."""
+    """`text` as the name of something below a folder.
+
+    None where it points out of it, where two systems read it differently, and where it is longer than file systems take.
+    """
     path = PurePosixPath(text)
     odd = path.as_posix() != text or not path.name or "\\" in text or not text.isprintable()
-    return None if odd or path.is_absolute() or ".." in path.parts else path
+    if odd or path.is_absolute() or ".." in path.parts or len(text) > _LONGEST_PATH:
+        return None
+    return None if any(len(part.encode()) > _LONGEST_NAME for part in path.parts) else path
 
 
 def is_there(path: Path) -> bool:
@@ -146,12 +152,15 @@ def digests(records: dict[str, dict]) -> dict[str, str]:
 def fingerprint(path: Path) -> str:
     """A digest of a data file's bytes, or of a model folder's file names, sizes and small files.
 
-    Not of times: a folder that is mounted anew in the next session is the same model.
+    Not of times: a folder that is mounted anew in the next session is the same model. Not of what lies in folders below:
+    no model does, and a home directory named by mistake would be read for minutes.
     """
     if path.is_file():
         return sha256(path)
     entries = []
-    for file in list_files(path, "."):
+    for file in sorted(path.iterdir() if path.is_dir() else ()):
+        if file.name.startswith(".") or not file.is_file():
+            continue
         size = file.stat().st_size
         entries.append(f"{file.name} {size} {sha256(file) if size < 1_000_000 else ''}")
     return hashlib.sha256("\n".join(entries).encode()).hexdigest()

@@ -50,7 +50,7 @@ _AGAIN = "OutOfMemory"  # the kind of error after which a safer fit is on file
 def train(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> dict:
     """Train as the two functions say and leave training/adapter, log.csv and loss.png; returns training/summary.json.
 
-    `load_with_lora(config)` returns model and tokenizer, `make_trainer(model, tokenizer, config, rows, fit, folder)` an
+    After several processes its figures have `same_on_all_processes`, see `same_weights`. `load_with_lora(config)` returns model and tokenizer, `make_trainer(model, tokenizer, config, rows, fit, folder)` an
     SFTTrainer; see notebook 03. Raises what they raise, and TrainingError where a process ended without a word.
     """
     count = processes_that_divide(run)
@@ -58,10 +58,36 @@ def train(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> di
         from utils.training import train_here
 
         train_here(run, load_with_lora, make_trainer)
-    else:
-        write_recipe(run, (load_with_lora, make_trainer))
-        _launch_until_done(run, count)
+        return _summary(run)
+    write_recipe(run, (load_with_lora, make_trainer))
+    _launch_until_done(run, count)
+    summary = _summary(run)
+    summary["figures"]["same_on_all_processes"] = same_weights(run, count)
+    return summary
+
+
+def _summary(run: StageRun) -> dict:
     return json.loads(run.file(SUMMARY).read_text(encoding="utf-8"))
+
+
+def same_weights(run: StageRun, count: int) -> bool:
+    """Whether all `count` processes ended with the same trained weights, bit for bit; prints a sentence where not.
+
+    DistributedDataParallel gives each process the same gradients and trusts that the weights stay the same; what one of
+    them alone got wrong, such as its optimizer's state after a checkpoint, would be seen nowhere else.
+    """
+    left = {path.name: path.read_text(encoding="utf-8") for path in _digests(run)}
+    if len(left) == count and len(set(left.values())) == 1:
+        return True
+    print(
+        f"The {count} processes ended with {len(set(left.values()))} different sets of weights ({', '.join(sorted(left))} in "
+        f"training/); the adapter is the first one's. Train with hardware.processes=1 to be sure of it, and tell us."
+    )
+    return False
+
+
+def _digests(run: StageRun) -> list[Path]:
+    return list(run.file("training").glob("process-*.sha256"))
 
 
 def processes_that_divide(run: StageRun) -> int:
@@ -114,7 +140,8 @@ def read_recipe(run: StageRun) -> tuple[Callable, Callable]:
 def _launch_until_done(run: StageRun, count: int) -> None:
     from utils.trial import FILE, fit_on_file, wants_trials
 
-    run.file(SUMMARY).unlink(missing_ok=True)
+    for path in (run.file(SUMMARY), *_digests(run)):
+        path.unlink(missing_ok=True)
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
     if fit_on_file(run, rows, count) is None:
         run.file(FILE).unlink(missing_ok=True)  # every process takes what is there

@@ -51,7 +51,7 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
     manifest = read_manifest(run_dir)
     if problem := stale_on_record(manifest, BY_NAME["05_export"]):
         raise HubError(f"{problem}; run {command()} run --run-dir {run_dir} first, then publish.")
-    recorded = manifest["stages"]["05_export"]["outputs"]
+    recorded = manifest["stages"]["05_export"].get("outputs", {})
     for name in recorded:  # a manifest may come from elsewhere: it must not name what else lies on this machine
         if not (run_dir / name).resolve().is_relative_to(run_dir.resolve()):
             raise HubError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")

@@ -17,6 +17,11 @@ from statsmodels.stats.proportion import proportion_confint
 ALPHA = 0.05
 
 
+def show_p(p: float) -> str:
+    """A p-value to three digits, `< 0.001` below them: no test gives zero."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 @dataclass(frozen=True)
 class PairedResult:
     """One metric in both arms: means with intervals, difference (tuned - base), its interval, a two-sided p-value."""

@@ -23,7 +23,7 @@ from utils.checkpoints import SealCallback, find_checkpoint
 from utils.deadline import Deadline
 from utils.errors import Interrupted, SessionOver, TrainingError
 from utils.figures import draw_loss
-from utils.files import atomic, atomic_folder, digests, record_files, write_json
+from utils.files import atomic, atomic_folder, digests, record_files, write_json, write_text
 from utils.fit import Fit
 from utils.interruption import StopRequest
 from utils.memory import free_memory, is_out_of_memory
@@ -58,6 +58,8 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
             tracker.finish()  # what was logged so far is worth keeping
         raise
     print(f"after: {memory_report()}")
+    if world_size() > 1:
+        leave_digest(run, model)
     if tracker is not None:
         log = training_log(trainer)
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run, log)
@@ -201,6 +203,15 @@ def check_loss_mask(dataset, formatted: pd.DataFrame) -> str:
             "run 02 again, and check that the pinned versions are installed."
         )
     return f"{len(dataset)} sequences hold {tokens:,} tokens, {counted:,} of them in the loss: exactly those of 02"
+
+
+def leave_digest(run: StageRun, model) -> None:
+    """training/process-RANK.sha256: this process's trained weights in one line, for the launcher to compare."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+    write_text(run.file(f"training/process-{global_rank()}.sha256"), digest.hexdigest())
 
 
 def save_adapter(model, tokenizer, run: StageRun, log: pd.DataFrame) -> None:

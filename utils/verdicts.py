@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from utils.metrics import find_metric
 from utils.results import Claim
-from utils.statistics import PairedResult, detectable_difference, verdict
+from utils.statistics import PairedResult, detectable_difference, show_p, verdict
 
 _CLAIMS = {
     "knows more": ("multiple_choice", "accuracy"),  # the one that is registered comes first, see `state_claims`
@@ -63,7 +63,7 @@ def _figures(result: PairedResult, p_value: float | None = None) -> str:
         change = f"{result.difference:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f})"
     p = result.p_value if p_value is None else p_value
     corrected = "" if p_value is None else " after Holm's correction"
-    words = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    words = f"p {show_p(p)}" if p < 0.001 else f"p = {show_p(p)}"
     grouped = f" in {result.groups} groups" if result.groups < result.n else ""
     return f"On {result.n} held-out questions{grouped}, {values}: {change}, {words}{corrected}."
 

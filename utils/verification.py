@@ -15,7 +15,7 @@ from utils.agreement import BFLOAT16, EXACT, FOUR_BIT, HALF, Continuations, Leve
 from utils.bases import Base, find_base
 from utils.disk import writing
 from utils.errors import ModelError, RunDirError
-from utils.files import digests, parse_json, record_files, relative_name, sha256, write_json
+from utils.files import digests, is_folder, is_there, parse_json, record_files, relative_name, sha256, write_json
 from utils.gguf_files import check_folder
 from utils.llama_cpp import find_llama_cpp
 from utils.loadback import answer_elsewhere
@@ -64,7 +64,7 @@ def export_folders(run: RunDir) -> dict[str, Path]:
     """{adapter, merged, gguf: folder} of the exports that are there, in the run directory or where 05 had to put them."""
     recorded = read_record(run).get("folders", {})
     places = {kind: run.path / recorded.get(kind, f"export/{kind}") for kind in KINDS}
-    return {kind: folder for kind, folder in places.items() if folder.is_dir()}
+    return {kind: folder for kind, folder in places.items() if is_folder(folder)}
 
 
 def read_record(run: RunDir) -> dict:
@@ -236,10 +236,10 @@ def altered_exports(run: RunDir) -> list[str]:
     for name, digest in record.get("files", {}).items():
         kind = name.split("/")[1]
         folder = Path(record["folders"].get(kind, f"export/{kind}"))
-        if folder.is_absolute() and not folder.is_dir():
+        if folder.is_absolute() and not is_folder(folder):
             continue
         path = run.path / (folder / Path(*Path(name).parts[2:]) if kind in record["folders"] else name)
-        if not path.is_file():
+        if not (is_there(path) and path.is_file()):
             if state is None or not state.left(name):
                 altered.append(f"{name} is missing")
         elif sha256(path) != digest:

@@ -6,6 +6,7 @@ other exception, a case without an end, or a sentence of several lines fails the
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -174,7 +175,7 @@ def _restructure(rng: random.Random, value: Any) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = list(_places(value))
         parent, key = rng.choice(places) if places else (None, None)
-        new = rng.choice(NASTY)
+        new = copy.deepcopy(rng.choice(NASTY))  # the next edit may go into it
         if parent is None or rng.random() < 0.01:
             value = new
             continue

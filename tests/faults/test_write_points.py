@@ -40,6 +40,7 @@ ELSEWHERE = {
     "progress._tell": "what it cannot write is left out: tests/test_progress.py",
     "launch.write_recipe": "several GPUs; through files.write_text",
     "launch._run_to_the_end": "several GPUs: the launcher's log",
+    "training.leave_digest": "several GPUs; through files.write_text",
     "launch.take_part": "several GPUs: the other processes' log",
     "workers._launch": "several GPUs: their logs",
     "probe.probe_letters": "evaluate.probe; through files.write_text",
