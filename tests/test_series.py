@@ -118,6 +118,12 @@ def test_the_report_is_drawn_by_a_browser(demo_run, tmp_path):
     assert len(colours) > 500  # figures and text, not a blank or an error page
 
 
+def test_each_figure_of_the_report_leads_to_its_file(demo_run):
+    page = demo_run.path / "report" / "index.html"
+    links = re.findall(r'<a href="(\.\./[^"]+\.png)"[^>]*><img', page.read_text(encoding="utf-8"))
+    assert len(links) == 3 and all((page.parent / link).is_file() for link in links)
+
+
 def test_score_recomputes_the_same_metrics_without_torch(copied_run):
     names = ("metrics.json", "table.csv", "answers.html", "comparison.png")
     before = {name: (copied_run / "comparison" / name).read_bytes() for name in names}

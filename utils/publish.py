@@ -62,7 +62,7 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
         if not files or not (run_dir / prefix).is_dir():
             where = "it stays in a Kaggle session's scratch" if kind == "merged" else "05_export writes it"
             raise HubError(
-                f"{run_dir / prefix} is not there ({where}); run {command()} run --from 05 for {run_dir} first."
+                f"{run_dir / prefix} is not there ({where}); run {command()} run --run-dir {run_dir} --from 05 first."
             )
         if "export/README.md" in recorded:
             files.setdefault("README.md", run_dir / "export/README.md")

@@ -68,7 +68,7 @@ def write_report(run: RunDir) -> Path:
         split=_read_json(run, "data/split.json"),
         environment=_read_json(run, "environment.json"),
         verify=_read_json(run, "export/verify.json"),
-        figures=[(title, _data_uri(run.file(name))) for name, title in _FIGURES if _is_here(run, name)],
+        figures=[(title, _data_uri(run.file(name)), f"../{name}") for name, title in _FIGURES if _is_here(run, name)],
         answers="../comparison/answers.html" if run.file("comparison/answers.html").exists() else None,
         chapters=chapters,
     )
