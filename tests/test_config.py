@@ -140,6 +140,16 @@ def test_a_wrong_type_or_range_is_refused_with_key_value_and_what_is_allowed(key
     assert message.startswith(f"{key} is {value!r}: ") and allowed in message
 
 
+def test_overrides_stay_as_they_were_given():
+    """Found by `make faults`: a section given whole and one of its keys given beside it was changed where the reader had it."""
+    section = {"max_steps": 3}
+    config = load_config("demo", {"train": section | {"learning_rate": 0.1}, "train.max_steps": 7})
+    assert (config.train.max_steps, config.train.learning_rate) == (7, 0.1)
+    with pytest.raises(ConfigError):
+        load_config("demo", {"train": section, "train.x": section})
+    assert section == {"max_steps": 3}
+
+
 def test_the_other_problems_are_counted():
     assert refusal(lora__r=0, train__max_steps=-1).endswith("(1 more problem(s) of this kind.)")
 

@@ -269,8 +269,12 @@ def test_more_processes_than_gpus_are_refused_before_one_of_them_fails(training_
 def test_accelerates_configuration_file_says_how_many_there_are_on_all_machines(training_run, tmp_path):
     file = tmp_path / "machine.yaml"
     run = training_run(hardware__accelerate_config=str(file))
-    with pytest.raises(ConfigError, match=r"names no num_processes; write the file with `accelerate config`"):
+    with pytest.raises(ConfigError, match=r"names no num_processes above 0; write the file with `accelerate config`"):
         processes_that_divide(run)
+    for none in ("0", "-2", "[]"):  # found by `make faults`: no process to share rows with ended in a traceback
+        file.write_text(f"num_processes: {none}\n")
+        with pytest.raises(ConfigError, match="above 0"):
+            processes_that_divide(run)
     file.write_text("num_machines: 2\nnum_processes: 4\n")
     assert processes_that_divide(run) == 4
     file.write_text("num_processes: 8\n")

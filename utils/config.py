@@ -147,11 +147,10 @@ def _assign(values: dict, dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
     place = values
     for section in sections:
-        if place.get(section) is None:
-            place[section] = {}
-        place = place[section]
-        if not isinstance(place, dict):
+        inner = {} if place.get(section) is None else place[section]
+        if not isinstance(inner, dict):
             raise ConfigError(f"{dotted} goes through {section}, which is a value and not a section.")
+        place[section] = place = dict(inner)  # a copy: what OVERRIDES holds is the reader's
     place[key] = value
 
 

@@ -112,12 +112,15 @@ def processes_that_divide(run: StageRun) -> int:
 
 
 def _processes_in(path: Path) -> int:
-    """num_processes of accelerate's configuration file: those of all machines."""
+    """num_processes of accelerate's configuration file, those of all machines; raises ConfigError where it names none."""
     try:
-        return int(parse_yaml(path.read_text(encoding="utf-8"))["num_processes"])
+        count = int(parse_yaml(path.read_text(encoding="utf-8"))["num_processes"])
+        if count < 1:
+            raise ValueError("no process")
+        return count
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         raise ConfigError(
-            f"hardware.accelerate_config={path} names no num_processes; write the file with `accelerate config`."
+            f"hardware.accelerate_config={path} names no num_processes above 0; write the file with `accelerate config`."
         ) from None
 
 

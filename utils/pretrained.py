@@ -71,7 +71,9 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
-    except Exception as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
+    except BaseException as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
+        if not _is_of_the_file(error):
+            raise
         raise ModelError(
             f"No tokenizer could be loaded from {source} ({first_line(error)}); expected a Hub id that can be "
             "reached, or a local folder with tokenizer.json."
@@ -90,7 +92,9 @@ def guard_tokenizer(tokenizer, source: str) -> None:
     """Raise ModelError unless decode(encode(text)) gives the text back, spaces and newlines included."""
     try:
         back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
-    except Exception as error:  # tokenizers raises plain Exception
+    except BaseException as error:  # tokenizers raises plain Exception
+        if not _is_of_the_file(error):
+            raise
         raise ModelError(f"The tokenizer of {source} cannot be used ({first_line(error)}); fetch it again.") from None
     if back != _PROBE:
         raise ModelError(
@@ -99,6 +103,11 @@ def guard_tokenizer(tokenizer, source: str) -> None:
         )
 
 
-def first_line(error: Exception) -> str:
+def _is_of_the_file(error: BaseException) -> bool:
+    """Whether reading the file raised it, and not Ctrl-C: tokenizers is Rust, whose panics are no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an exception's text, cut to what fits into a sentence; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -53,7 +53,8 @@ def test_asked_to_stop_it_keeps_what_it_has_says_how_to_go_on_and_ends_with_the_
         number = (signal.SIGTERM, signal.SIGINT)[(place + turned) % 2]
         before = set(path.glob(CHECKPOINTS))
         series = SeriesProcess(path)
-        assert series.wait_until(stage, 0 if stage == "03" else usual[stage] / 2), series.output
+        begun = "state.json"  # before it is there nothing was begun, and there is nothing to go on with
+        assert series.wait_until(stage, 0 if stage == "03" else usual[stage] / 2, begun), series.output
         if stage == "03":  # in the middle of training, and further on the second time
             assert wait_for(lambda: set(path.glob(CHECKPOINTS)) - before)  # noqa: B023
         asked = time.monotonic()
