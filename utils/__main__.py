@@ -109,7 +109,7 @@ def score(run_dir: RunDirArgument) -> None:
 @app.command()
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
-    from utils.manifest import altered_files
+    from utils.manifest import altered_files, stale_on_record
     from utils.project import command
     from utils.stage_run import require_hardware
     from utils.stages import BY_NAME
@@ -128,6 +128,11 @@ def verify(run_dir: RunDirArgument) -> None:
         console.print(escape(told), highlight=False, soft_wrap=True)
         raise typer.Exit(1)
     console.print("[green]✓[/green] every recorded file is as it was written")
+    if stale := stale_on_record(run.manifest(), BY_NAME["05_export"]):
+        told = (
+            f"{stale}; the exports are of the training before, and {command()} run --run-dir {run_dir} makes new ones."
+        )
+        console.print(told, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if run.record(BY_NAME["05_export"]).get("state") != "done":
         console.print("there is no export to load back yet: 05_export has not run")
         return

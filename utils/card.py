@@ -35,7 +35,7 @@ from utils.statistics import show_p
 
 _HOLDS = {
     "adapter": "a LoRA adapter, to be loaded on its base model",
-    "merged": "the whole model in 16 bit, the adapter folded into its weights",
+    "merged": "the whole model, the adapter folded into its weights",
     "gguf": "the merged model for llama.cpp and what rests on it",
 }
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}

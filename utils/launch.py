@@ -265,6 +265,8 @@ def _part_together() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("Say which run: accelerate launch --config_file machine.yaml -m utils.launch RUN_DIR")
     hide_secrets()
     if os.environ.get(PARENT):
         end_with_parent()

@@ -20,7 +20,7 @@ from utils.platforms import default_profile, require_disk
 from utils.project import embedded_fingerprint, runs_dir
 from utils.sealed import write_sealed
 from utils.settings import EMBEDDED, Config
-from utils.stages import Stage
+from utils.stages import STAGES, Stage
 
 _HEADER = "# Written by the series: the settings in force. To change one, edit the profile or pass --set / OVERRIDES.\n"
 
@@ -138,6 +138,10 @@ def open_run(
         run_dir = runs_dir() / profile
     path = expand_home(run_dir, "RUN_DIR").resolve()
     manifest = read_manifest(path)
+    if not manifest and (found := _somebody_elses(path)):
+        raise RunDirError(
+            f"{path} holds {found}, but no run of this series, and would lose it; name another run directory."
+        )
     if profile == "auto":
         profile = manifest.get("profile") or default_profile()
     if manifest and manifest["profile"] != profile:
@@ -150,6 +154,24 @@ def open_run(
     config = load_config(profile, given)
     require_disk(path, 0.1, "A run directory")
     return RunDir(path, config, {key: _plain_value(config, key) for key in given})
+
+
+def _somebody_elses(path: Path) -> str | None:
+    """A file or folder in `path` that a run would write over, where nothing says that a run wrote it; None otherwise.
+
+    A run whose manifest was deleted is known by its state.json, or by the head of its config.yaml.
+    """
+    settings = path / "config.yaml"
+    if is_there(path / "state.json"):
+        return None
+    if is_there(settings) and settings.is_file() and settings.read_bytes().startswith(_HEADER.splitlines()[0].encode()):
+        return None
+    written = (
+        "config.yaml",
+        *(name for stage in STAGES for name in (*stage.outputs, *stage.optional)),
+        "report/index.html",
+    )
+    return next((name for name in written if is_there(path / name)), None)
 
 
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:

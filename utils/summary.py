@@ -16,15 +16,16 @@ def summarise(run: RunDir, console: Console, seconds: float) -> None:
     """What was written, what it showed, what to do next."""
     metrics = run.file("comparison/metrics.json")
     console.print()
+    stale = stale_comparison(run) if metrics.exists() else None
+    if stale:
+        again = f"{command()} run --run-dir {run.path}"
+        told = f"The verdict on file is of an earlier run ({stale}); {again} brings it up to date. It was:"
+        console.print(told, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if metrics.exists():
         try:
-            console.print(read_sentence(run.path), style="bold", highlight=False, markup=False)
+            console.print(read_sentence(run.path), style=None if stale else "bold", highlight=False, markup=False)
         except RunDirError as error:  # of a stage that was not asked for
             console.print(str(error), style="yellow", highlight=False, markup=False)
-        if stale := stale_comparison(run):
-            console.print(
-                f"[yellow]Out of date: {escape(stale)}; run to 04 again.[/yellow]", highlight=False, soft_wrap=True
-            )
     rows = [
         ("report", "report/index.html", "open it in a browser; it needs no network"),
         ("figures", "comparison/metrics.json", "the numbers behind it"),
@@ -36,7 +37,7 @@ def summarise(run: RunDir, console: Console, seconds: float) -> None:
             console.print(
                 f"  {name:<8} {escape(str(run.file(path)))}  [dim]{hint}[/dim]", highlight=False, soft_wrap=True
             )
-    if run.file("export/adapter").exists():
+    if run.file("export/adapter").exists() and not stale:
         upload = f"{command()} publish {run.path} --repo USER/NAME"
         console.print(
             f"[dim]To upload it, where your tokens are:\n  {escape(upload)}[/dim]", highlight=False, soft_wrap=True

@@ -72,7 +72,7 @@ def _conclusion(result: PairedResult, found: str) -> str:
     if found != "cannot tell":
         return f"The fine-tuned model is {found} on this metric."
     hint = ""
-    if find_metric(result.name).unit == "share":
+    if find_metric(result.name).unit == "share" and result.groups == result.n:  # the interval says it for groups
         smallest = detectable_difference(result.groups)
         hint = (
             " No difference would show with so few."
