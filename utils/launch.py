@@ -50,8 +50,9 @@ _AGAIN = "OutOfMemory"  # the kind of error after which a safer fit is on file
 def train(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> dict:
     """Train as the two functions say and leave training/adapter, log.csv and loss.png; returns training/summary.json.
 
-    After several processes its figures have `same_on_all_processes`, see `same_weights`. `load_with_lora(config)` returns model and tokenizer, `make_trainer(model, tokenizer, config, rows, fit, folder)` an
-    SFTTrainer; see notebook 03. Raises what they raise, and TrainingError where a process ended without a word.
+    After several processes its figures have `same_on_all_processes`, see `same_weights`. `load_with_lora(config)` returns
+    model and tokenizer, `make_trainer(model, tokenizer, config, rows, fit, folder)` an SFTTrainer; see notebook 03. Raises
+    what they raise, and TrainingError where a process ended without a word.
     """
     count = processes_that_divide(run)
     if count == 1 and run.config.hardware.accelerate_config is None:
