@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -88,6 +89,11 @@ def build_llama_cpp(folder: Path) -> LlamaCpp:
     """
     if folder.exists():
         raise HardwareError(f"{folder} is there already; name another folder, or delete it.")
+    if not hasattr(tarfile, "data_filter"):  # it came with 3.11.4
+        found = platform.python_version()
+        raise HardwareError(
+            f"Python {found} cannot unpack an archive safely, which 3.11.4 and newer can; take one of those."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", SOURCE]
