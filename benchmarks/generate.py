@@ -27,6 +27,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks.evidence import add_to_file
 from utils import generation
 from utils.answers import Question
 from utils.config import load_config
@@ -162,8 +163,7 @@ def kill(
 ) -> None:
     """Kill -9 in the middle, start again, and count; exit 1 where an answer is missing or was generated twice."""
     counted = kill_and_continue(standin, items)
-    evidence = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    write_json(out, {**evidence, "kill": counted})
+    add_to_file(out, {"kill": counted})
     print(json.dumps(counted))
     raise typer.Exit(bool(counted["generated_twice"] or counted["missing"]))
 

@@ -27,6 +27,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.evidence import add_to_file
 from benchmarks.train_cases import CASES
 from utils.files import write_json
 from utils.platforms import gpus, installed
@@ -116,15 +117,14 @@ def growth(
     rows: Annotated[Path, typer.Option(help="Training rows, JSONL; repeated to 500, 2,000 and 8,000.")],
     out: Annotated[Path, typer.Option(help="The evidence of `measure`, to which this is added.")],
 ) -> None:
-    """What more rows cost: seconds and memory to prepare them, and the speed of updates; exit 1 where that failed."""
+    """What more rows cost: seconds to pack them, then speed and memory (GiB) of updates; exit 1 where that failed."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "growth.json"
         if wrong := _run(["growth", str(standin), str(rows), str(place)]):
             raise SystemExit(f"growth failed: {wrong}")
         found = json.loads(place.read_text(encoding="utf-8"))
-    evidence = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     where = {"gpu": [gpu.name for gpu in gpus()], "date": datetime.now(UTC).date().isoformat()}
-    write_json(out, evidence | {"growth": {**where, "by_rows": found}})
+    add_to_file(out, {"growth": {**where, "by_rows": found}})
     print(json.dumps(found))
 
 
@@ -214,8 +214,7 @@ def two_gpus(
     if not found["failed"]:  # the same packs in every update
         one, two = (found[f"{count} GPU"]["seconds_per_update"] for count in (1, 2))
         found["ratio"] = round(one / two, 3)
-    evidence = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    write_json(out, evidence | {"two_gpus": found, "ratio_two_gpus": found.get("ratio")})
+    add_to_file(out, {"two_gpus": found, "ratio_two_gpus": found.get("ratio")})
     print(json.dumps({key: found.get(key) for key in ("ratio", "failed")}))
     raise typer.Exit(bool(found["failed"]))
 

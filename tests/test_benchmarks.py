@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import merge, repeatability
+from benchmarks.evidence import add_to_file
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train import markdown_table
 from benchmarks.train_cases import CASES, flops_per_token
@@ -145,6 +146,13 @@ def test_the_readme_tells_what_two_gpus_and_a_slower_host_gave():
     assert f"{QUICK['kernel_ratio_vs_tutorial']:.2f} and {QUICK['kernel_ratio_vs_plain']:.2f} ([" in README
     memory = max(record["peak_memory"]["rss_gib"] for record in EVIDENCE["series"]["stages"].values())
     assert f"{memory:.1f} GiB of main memory" in README
+
+
+def test_what_is_added_to_evidence_leaves_the_rest(tmp_path):
+    add_to_file(tmp_path / "e.json", {"a": 1})
+    add_to_file(tmp_path / "e.json", {"b": 2})
+    add_to_file(tmp_path / "e.json", {"a": 3})
+    assert json.loads((tmp_path / "e.json").read_text(encoding="utf-8")) == {"a": 3, "b": 2}
 
 
 def test_every_picture_and_file_that_the_readme_links_to_exists():

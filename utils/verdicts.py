@@ -63,7 +63,8 @@ def _figures(result: PairedResult, p_value: float | None = None) -> str:
         change = f"{result.difference:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f})"
     p = result.p_value if p_value is None else p_value
     corrected = "" if p_value is None else " after Holm's correction"
-    words = f"p {show_p(p)}" if p < 0.001 else f"p = {show_p(p)}"
+    shown = show_p(p)
+    words = f"p {shown}" if shown.startswith("<") else f"p = {shown}"
     grouped = f" in {result.groups} groups" if result.groups < result.n else ""
     return f"On {result.n} held-out questions{grouped}, {values}: {change}, {words}{corrected}."
 
