@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
+from utils.evaluation.answer_parsing import any_letter, explicit_letter, parse_completion
 from utils.files import write_json
-from utils.parsing import any_letter, explicit_letter, parse_completion
 
 
 def measure(rows: list[dict]) -> dict:

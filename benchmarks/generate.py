@@ -28,13 +28,13 @@ import numpy as np
 import typer
 
 from benchmarks.evidence import add_to_file
-from utils import generation
-from utils.answers import Question
 from utils.config import load_config
+from utils.data.prompts import format_multiple_choice, format_prompt
+from utils.evaluation import generate as generation
+from utils.evaluation.questions import Question
 from utils.files import write_json
-from utils.platforms import GIB, gpus, installed
-from utils.prompts import format_multiple_choice, format_prompt
-from utils.settings import GenerateSection
+from utils.hardware import GIB, gpus, installed
+from utils.schema import GenerateSection
 
 app = typer.Typer()
 WINDOWS = 3  # of one-at-a-time generation, a prompt each
@@ -42,7 +42,7 @@ WINDOWS = 3  # of one-at-a-time generation, a prompt each
 
 def load(standin: Path, items: Path):
     """(model, tokenizer, questions, profile t4's decoding): as the notebooks load them, through unsloth on CUDA."""
-    from utils.models import load_model, ready_for_inference
+    from utils.models.load import load_model, ready_for_inference
 
     settings = {"model.name": str(standin.resolve()), "hardware.emulate_t4": True}
     if not gpus():  # a dry run with a tiny model

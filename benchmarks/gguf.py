@@ -19,20 +19,20 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from utils.agreement import compare, continue_greedily, follow
-from utils.bases import find_base
+from utils.data.prompts import format_prompt
 from utils.errors import HardwareError
-from utils.export import save_tokenizer
+from utils.export.adapter import save_tokenizer
+from utils.export.base_model import find_base
+from utils.export.chat_template import Served, llama_cpp_lines, write_modelfile
+from utils.export.compare_logits import compare, continue_greedily, follow
+from utils.export.gguf import LORA, check_gguf, check_modelfile, file_name, name_pre_tokenizer, write_gguf
+from utils.export.llama_cpp import SOURCE, LlamaServer, find_llama_cpp
+from utils.export.verify import export_folders
 from utils.files import write_json
-from utils.gguf_files import LORA, check_gguf, check_modelfile, file_name, name_pre_tokenizer, write_gguf
-from utils.llama_cpp import SOURCE, LlamaServer, find_llama_cpp
-from utils.models import load_plain
-from utils.platforms import installed
-from utils.pretrained import load_tokenizer
-from utils.prompts import format_prompt
-from utils.rundir import RunDir, open_run
-from utils.serving import Served, llama_cpp_lines, write_modelfile
-from utils.verification import export_folders
+from utils.hardware import installed
+from utils.models.load import load_plain
+from utils.models.tokenizer import load_tokenizer
+from utils.pipeline.run_dir import RunDir, open_run
 
 _PROMPTS, _NEW_TOKENS = 20, 48
 _KINDS = ("f16", "q8_0", "q4_k_m")
@@ -42,7 +42,7 @@ def measure(run_dir: Path, folder: Path) -> dict:
     """Write the files into `folder` and compare; returns the evidence."""
     run, tree = open_run("auto", run_dir), find_llama_cpp()
     if tree is None:
-        raise HardwareError("LLAMA_CPP_DIR is not set; python -m utils.llama_cpp FOLDER builds a tree.")
+        raise HardwareError("LLAMA_CPP_DIR is not set; python -m utils.export.llama_cpp FOLDER builds a tree.")
     folders, style = export_folders(run), run.config.prompt.style
     questions = list(pd.read_parquet(run.file("data/eval.parquet")).head(_PROMPTS)["Question"])
     prompts = [format_prompt(question, style) for question in questions]

@@ -30,16 +30,16 @@ from typing import Annotated
 
 import typer
 
-from utils import demo_data
-from utils.agreement import compare, continue_greedily, follow, judge
+from utils.data import synthetic as demo_data
+from utils.data.prompts import format_prompt
+from utils.export.compare_logits import compare, continue_greedily, follow, judge
+from utils.export.merge import merge_shards, read_lora
+from utils.export.shards import Shard, find_shards
 from utils.files import sha256, write_json
-from utils.memory import free_memory
-from utils.merge import merge_shards, read_lora
-from utils.platforms import GIB, gpus, installed
-from utils.pretrained import load_tokenizer
-from utils.prompts import format_prompt
-from utils.settings import LoraSection
-from utils.shards import Shard, find_shards
+from utils.hardware import GIB, gpus, installed
+from utils.models.memory import free_memory
+from utils.models.tokenizer import load_tokenizer
+from utils.schema import LoraSection
 
 _CHUNK = 16 * 2**20
 RANK = 16

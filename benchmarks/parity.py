@@ -20,14 +20,14 @@ import pandas as pd
 import typer
 
 from benchmarks.recipe import notebook_functions
-from utils import demo_data
-from utils.answers import Question
 from utils.config import load_config
+from utils.data import synthetic as demo_data
+from utils.data.prompts import format_prompt, format_row
+from utils.evaluation.questions import Question
 from utils.files import write_json
-from utils.platforms import gpus, installed
-from utils.prompts import format_prompt, format_row
-from utils.stage_run import StageRun
-from utils.stages import BY_NAME
+from utils.hardware import gpus, installed
+from utils.pipeline.stage import StageRun
+from utils.pipeline.stages import BY_NAME
 
 SEEDS = (1, 2, 3)
 RECIPES = {
@@ -48,9 +48,9 @@ def load_recipe(name: str, seed: int, more: dict | None = None):
 
 def train_once(config, folder: Path, steps: int | None = None, resume: str | None = None):
     """(trainer, tokenizer) after training on the demo's rows, to the end or for `steps` updates."""
-    from utils.checkpoints import SealCallback
-    from utils.likelihood import tokenize_row
-    from utils.trial import choose_fit, recompute_as
+    from utils.evaluation.loss import tokenize_row
+    from utils.training.checkpoints import SealCallback
+    from utils.training.step_plan import choose_fit, recompute_as
 
     load_with_lora, make_trainer = notebook_functions()
     model, tokenizer = load_with_lora(config)
@@ -81,10 +81,10 @@ def stop_after(trainer, steps: int) -> None:
 
 def held_out(model, tokenizer, config) -> dict[str, np.ndarray]:
     """Per held-out question: loss of the completion (nats per token) and whether the answer is right; and the groups."""
-    from utils.generation import answer_questions
-    from utils.likelihood import completion_nll
-    from utils.metrics import score_answers
-    from utils.models import ready_for_inference
+    from utils.evaluation.generate import answer_questions
+    from utils.evaluation.loss import completion_nll
+    from utils.evaluation.metrics import score_answers
+    from utils.models.load import ready_for_inference
 
     rows = pd.DataFrame(demo_data.tuning_rows("test", config.data.eval_rows))
     rows["id"] = [f"q{i:04d}" for i in range(len(rows))]
@@ -113,10 +113,10 @@ def losses(trainer) -> list[float]:
 
 def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")]) -> None:
     """Train three seeds by each recipe, stop and resume one, and write OUT."""
-    from utils.checkpoints import find_checkpoint
-    from utils.memory import free_memory
-    from utils.statistics import compare_paired
-    from utils.trial import let_go
+    from utils.evaluation.statistics import compare_paired
+    from utils.models.memory import free_memory
+    from utils.training.checkpoints import find_checkpoint
+    from utils.training.step_plan import let_go
 
     evidence: dict = {
         "what": "the demo's task, fp16: packed and fitted against unpacked rows 8 x 2, same rows equally often",

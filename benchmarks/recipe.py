@@ -8,10 +8,10 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from utils.likelihood import tokenize_row
+from utils.data.prompts import format_row
+from utils.evaluation.loss import tokenize_row
 from utils.project import NOTEBOOKS
-from utils.prompts import format_row
-from utils.settings import Config
+from utils.schema import Config
 
 
 def notebook_source() -> str:

@@ -26,7 +26,7 @@ from typing import Annotated
 import typer
 
 from utils.files import sha256, write_json
-from utils.platforms import GIB, gpus, installed
+from utils.hardware import GIB, gpus, installed
 
 app = typer.Typer()
 TOLERANCE = 1e-3  # nats per token; fixed before anything was measured
@@ -43,8 +43,8 @@ def once(standin: Path, rows: Path, run_dir: Path, out: Path, adapter: Path, ste
     from benchmarks.parity import losses, stop_after
     from benchmarks.train_cases import prepare
     from utils.determinism import describe_determinism
-    from utils.models import is_unsloth
-    from utils.trial import choose_fit, recompute_as
+    from utils.models.load import is_unsloth
+    from utils.training.step_plan import choose_fit, recompute_as
 
     started = time.monotonic()
     run, model, tokenizer, frame, make_trainer = prepare("ours", standin, rows, run_dir, 500)
@@ -176,7 +176,7 @@ def sentence(
 
 def _demo_rows(path: Path) -> Path:
     """The demo's training rows as JSONL."""
-    from utils import demo_data
+    from utils.data import synthetic as demo_data
 
     lines = [json.dumps(row, ensure_ascii=False) for row in demo_data.tuning_rows("train", 500)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

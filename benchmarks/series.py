@@ -24,9 +24,9 @@ import pandas as pd
 import typer
 
 from utils.files import write_json
-from utils.manifest import read_manifest
-from utils.platforms import gpus, installed
-from utils.stages import STAGES
+from utils.hardware import gpus, installed
+from utils.pipeline.manifest import read_manifest
+from utils.pipeline.stages import STAGES
 
 _SMALL = {
     "data.eval_rows": 16,

@@ -27,9 +27,9 @@ import psutil
 import typer
 
 from benchmarks.parity import RECIPES
-from utils.checkpoints import LIST
 from utils.files import write_json
-from utils.platforms import gpus, installed
+from utils.hardware import gpus, installed
+from utils.training.checkpoints import LIST
 
 SEED, UPDATES = 1, 120
 

@@ -24,7 +24,7 @@ import numpy as np
 import typer
 
 from utils.files import write_json
-from utils.platforms import installed
+from utils.hardware import installed
 from utils.project import ROOT
 
 QUESTIONS, ITEMS = 20_000, 1_273
@@ -77,8 +77,8 @@ def write_inputs(folder: Path, rows: Path, items: Path) -> int:
 def measure(folder: Path, planted: int) -> dict:
     """Seconds and peak memory of reading and splitting, and what was found; to be run in a fresh process."""
     from utils.config import load_config
-    from utils.items import load_benchmarks
-    from utils.split import split_rows
+    from utils.data.benchmarks import load_benchmarks
+    from utils.data.split import split_rows
 
     settings = {"data.path": str(folder / "rows.jsonl"), "data.eval_rows": 200, "data.train_rows": None}
     settings |= {"evaluate.benchmark.path": str(folder / "items.jsonl"), "evaluate.benchmark.rows": ITEMS}

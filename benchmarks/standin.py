@@ -17,8 +17,8 @@ from typing import Annotated
 
 import typer
 
-from utils.demo import CHAT_TEMPLATE, train_tokenizer
-from utils.prompts import ASSISTANT, BOS, EOS, PAD, USER
+from utils.data.prompts import ASSISTANT, BOS, EOS, PAD, USER
+from utils.models.tiny import CHAT_TEMPLATE, train_tokenizer
 
 # meta-llama/llama-models, models/llama3/tokenizer.py
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,7 +35,7 @@ _SHAPES = {
 def build_tokenizer(vocabulary: Path | None):
     """DeepSeek's tokenizer over the Llama-3 vocabulary (ids 0 to 127,999), or over one trained on the demo's text."""
     if vocabulary is None:
-        from utils import demo_data
+        from utils.data import synthetic as demo_data
 
         texts = [text for row in demo_data.base_rows(2000) for text in row.values()]
         return train_tokenizer(texts)

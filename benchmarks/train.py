@@ -30,7 +30,7 @@ import typer
 from benchmarks.evidence import add_to_file
 from benchmarks.train_cases import CASES
 from utils.files import write_json
-from utils.platforms import gpus, installed
+from utils.hardware import gpus, installed
 
 app = typer.Typer()
 QUICK = ("tutorial", "plain", "ours")

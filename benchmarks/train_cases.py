@@ -19,7 +19,7 @@ import typer
 from benchmarks.recipe import format_rows, notebook_functions
 from utils.config import load_config
 from utils.files import write_json
-from utils.platforms import GIB, gpus
+from utils.hardware import GIB, gpus
 
 app = typer.Typer()
 WARM_UP, WINDOW, WINDOWS, PROFILED = 2, 3, 3, 2
@@ -34,7 +34,7 @@ CASES: dict[str, dict] = {
     "ours": {**_FITTED, "what": "profile t4: packed, fitted"},
     "ours, 1,024 tokens": {**_FITTED, "what": "packs of 1,024 tokens", "model.max_seq_length": 1024},
     "ours, 512 tokens": {**_FITTED, "what": "packs of 512 tokens, longer rows cut", "model.max_seq_length": 512},
-    "unsloth's attention": {**_FITTED, "what": "ours without utils/packing.py", "own_attention": False},
+    "unsloth's attention": {**_FITTED, "what": "ours without utils/models/unsloth_patches.py", "own_attention": False},
 }  # fmt: skip
 
 
@@ -48,13 +48,13 @@ def settings_of(name: str, standin: Path) -> tuple[str, dict]:
 
 def prepare(name: str, standin: Path, rows: Path, run_dir: Path, count: int):
     """(run, model, tokenizer, rows, make_trainer) of a case, with LoRA, as notebook 03 has them."""
-    from utils.stage_run import StageRun
-    from utils.stages import BY_NAME
+    from utils.pipeline.stage import StageRun
+    from utils.pipeline.stages import BY_NAME
 
     profile, settings = settings_of(name, standin)
     config = load_config(profile, settings)
     if not CASES[name].get("own_attention", True):
-        from utils import models
+        from utils.models import load as models
 
         models.keep_documents_apart = lambda: None
     load_with_lora, make_trainer = notebook_functions()
@@ -69,8 +69,8 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     """One configuration, in this process: writes OUT, JSON."""
     import torch
 
-    from utils.models import is_unsloth
-    from utils.trial import Stopwatch, choose_fit, recompute_as
+    from utils.models.load import is_unsloth
+    from utils.training.step_plan import Stopwatch, choose_fit, recompute_as
 
     started = time.monotonic()
     run, model, tokenizer, frame, make_trainer = prepare(name, standin, rows, run_dir, count)
@@ -164,8 +164,8 @@ def growth(standin: Path, rows: Path, out: Path) -> None:
     import psutil
     import torch
 
-    from utils.fit import Fit
-    from utils.trial import Stopwatch, recompute_as
+    from utils.training.fit import Fit
+    from utils.training.step_plan import Stopwatch, recompute_as
 
     found = {}
     with tempfile.TemporaryDirectory() as scratch:

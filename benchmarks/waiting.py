@@ -21,10 +21,10 @@ import nbformat
 import typer
 
 from utils.files import write_json
-from utils.manifest import read_manifest
-from utils.platforms import installed
+from utils.hardware import installed
+from utils.pipeline.manifest import read_manifest
+from utils.pipeline.stages import STAGES, Stage
 from utils.project import ROOT
-from utils.stages import STAGES, Stage
 
 HEAVY = (
     "torch",

@@ -61,7 +61,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embedded_model(shared_folder: Path) -> Path:
     """The embedded base model's folder, built on first use, by one process."""
-    from utils.demo import ensure_model
+    from utils.models.tiny import ensure_model
 
     with FileLock(shared_folder / "model.lock"):
         return ensure_model()
@@ -95,8 +95,8 @@ def tiny_model():
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from utils import demo_data
-    from utils.demo import train_tokenizer
+    from utils.data import synthetic as demo_data
+    from utils.models.tiny import train_tokenizer
 
     tokenizer = train_tokenizer((text for row in demo_data.base_rows(300) for text in row.values()), 400)
     torch.manual_seed(0)
@@ -122,14 +122,14 @@ def training_run(tiny_folder: Path, tmp_path: Path, request: pytest.FixtureReque
     """A function that makes a run directory ready for notebook 03: `training_run(name, **settings)`; few rows, tiny model."""
     import pandas as pd
 
-    from utils import demo_data
-    from utils.likelihood import tokenize_row
-    from utils.lock import release_lock
-    from utils.pretrained import load_tokenizer
-    from utils.prompts import format_row
-    from utils.rundir import open_run
-    from utils.stage_run import StageRun
-    from utils.stages import BY_NAME
+    from utils.data import synthetic as demo_data
+    from utils.data.prompts import format_row
+    from utils.evaluation.loss import tokenize_row
+    from utils.models.tokenizer import load_tokenizer
+    from utils.pipeline.lock import release_lock
+    from utils.pipeline.run_dir import open_run
+    from utils.pipeline.stage import StageRun
+    from utils.pipeline.stages import BY_NAME
 
     tokenizer = load_tokenizer(tiny_folder)
     pairs = [format_row(row, "native") for row in demo_data.tuning_rows("train", 64)]

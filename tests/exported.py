@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 
 from utils.files import write_json
-from utils.models import load_model
-from utils.rundir import RunDir, open_run
+from utils.models.load import load_model
+from utils.pipeline.run_dir import RunDir, open_run
 
 QUESTIONS = [f"A man of {age} has a dry cough. What is it?" for age in range(30, 36)]
 

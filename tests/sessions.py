@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from tests.loopback import DEAD, KaggleServer
-from utils.deadline import VARIABLE
+from utils.pipeline.time_limit import VARIABLE
 
 
 def without_network(*command: str | Path) -> list[str]:

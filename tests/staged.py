@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from utils.files import write_text
-from utils.rundir import RunDir, open_run
-from utils.stage_run import StageRun, open_stage
-from utils.stages import STAGES
+from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.stage import StageRun, open_stage
+from utils.pipeline.stages import STAGES
 
 
 def write_outputs(run: StageRun) -> None:

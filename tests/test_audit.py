@@ -149,7 +149,7 @@ def test_what_is_not_on_the_list_ends_the_scan_and_names_the_line(tmp_path, monk
 
 def test_the_scan_looks_at_what_would_be_committed():
     names = secret_scan.tracked()
-    assert {"utils/credentials.py", "notebooks/03_lora_training.ipynb", "README.md"} <= set(names)
+    assert {"utils/secrets.py", "notebooks/03_lora_training.ipynb", "README.md"} <= set(names)
     assert not any(name.startswith((".venv", "runs/")) for name in names)
 
 

@@ -16,10 +16,10 @@ from benchmarks.evidence import add_to_file
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train import markdown_table
 from benchmarks.train_cases import CASES, flops_per_token
-from utils.agreement import judge
-from utils.pretrained import load_tokenizer
+from utils.export.compare_logits import judge
+from utils.models.tokenizer import load_tokenizer
+from utils.pipeline.stages import STAGES
 from utils.project import ROOT
-from utils.stages import STAGES
 
 EVIDENCE = json.loads((ROOT / "benchmarks" / "results" / "series-8b.json").read_text(encoding="utf-8"))
 SPLIT = json.loads((ROOT / "benchmarks" / "results" / "split.json").read_text(encoding="utf-8"))

@@ -52,7 +52,7 @@ def test_a_profile_that_needs_a_gpu_says_so_where_there_is_none(tmp_path):
 
 def test_asked_for_help_llama_cpps_builder_helps_and_builds_nothing(tmp_path):
     """It took --help for a folder, and began to fetch and compile."""
-    command = [sys.executable, "-m", "utils.llama_cpp", "--help"]
+    command = [sys.executable, "-m", "utils.export.llama_cpp", "--help"]
     environment = {**os.environ, "PYTHONPATH": python_path()}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "folder" in done.stdout and not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from utils import config as config_module
 from utils.config import absolute_overrides, load_config, parse_overrides, profile_names
 from utils.errors import ConfigError
 from utils.project import PROFILES
-from utils.settings import Config
+from utils.schema import Config
 
 
 def refusal(profile: str = "demo", **overrides) -> str:

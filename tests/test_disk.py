@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tests.exported import make_run, write_evidence
-from utils import verification
-from utils.agreement import NEW_TOKENS, Continuations
-from utils.bases import Base
-from utils.card import write_cards
 from utils.disk import disk_error, writing
 from utils.errors import HardwareError, RunDirError
+from utils.export import verify as verification
+from utils.export.base_model import Base
+from utils.export.compare_logits import NEW_TOKENS, Continuations
+from utils.export.model_card import write_cards
 from utils.project import ROOT
 
 

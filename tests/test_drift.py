@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests.drift import __main__ as drift
 from tests.drift.calls import Call, calls_in, find_calls
 from tests.drift.signatures import Sources
-from utils.platforms import installed
+from utils.hardware import installed
 
 # What takes any keyword, and why that is all right.
 UNCHECKED = {

@@ -9,12 +9,12 @@ import signal
 import pytest
 from rich.console import Console
 
-from utils import series
 from utils.errors import StageOrderError
 from utils.files import write_text
-from utils.manifest import read_manifest
-from utils.stage_run import open_stage
-from utils.state import read_state
+from utils.pipeline import runner as series
+from utils.pipeline.manifest import read_manifest
+from utils.pipeline.stage import open_stage
+from utils.pipeline.state import read_state
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from utils import platforms
+from utils import hardware as platforms
 from utils.errors import HardwareError, PinError
-from utils.platforms import Gpu, check_pins, default_profile, free_disk_gib, gpus, read_pins, require_disk, require_gpu
+from utils.hardware import Gpu, check_pins, default_profile, free_disk_gib, gpus, read_pins, require_disk, require_gpu
 from utils.project import ROOT
 
 TEST_TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "lm-eval", "selenium", "pip-audit", "detect-secrets"}

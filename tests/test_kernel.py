@@ -22,8 +22,8 @@ import pytest
 from tests import fake_tokens
 from tests.loopback import HubServer, KaggleServer, SecretsServer, series_cli
 from tests.sessions import Machine, without_network
+from utils.pipeline.stages import STAGES
 from utils.project import ROOT
-from utils.stages import STAGES
 
 pytestmark = pytest.mark.series
 

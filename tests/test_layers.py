@@ -1,59 +1,56 @@
-"""Imports go down only, and nothing heavy is imported at the top of a module below the model layer (design)."""
+"""Imports go one way (docs/development.md): a folder knows only those before it, and nothing heavy loads by accident."""
 
 from __future__ import annotations
 
 import ast
-
-import pytest
+from collections.abc import Iterator
+from pathlib import Path
 
 from utils.project import ROOT
 
-GROUND = (
-    "errors files progress project stages settings config platforms install credentials rundir tracking state "
-    "deadline inputs retry disk manifest stage_run determinism redaction sealed lock interruption notebook".split()
-)
-PURE = (
-    "fit demo_data shards serving prompts parsing metrics results statistics verdicts similarity data items split answers "
-    "probe_results".split()
-)
-MODELS = "pretrained bases decoding packing demo llama_cpp memory merge models sampling".split()
-WORK = (
-    "callbacks checkpoints trial launch generation probe selftest likelihood workers comparison forest figures training export "
-    "agreement loadback verification gguf_files card card_facts report answers_page handover publish".split()
-)
-DRIVERS = "live_line summary kernels series kernel_cells kernel_schema bundle kaggle_api push collect chain remote __main__".split()
-LAYERS = [GROUND, PURE, MODELS, WORK, DRIVERS]
+ORDER = ["", "pipeline", "data", "models", "evaluation", "report", "training", "export", "kaggle", "__main__"]
+LIGHT = {"", "pipeline", "data", "kaggle"}  # folders that must import without torch
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "lm_eval"}
-MODULES = sorted(path.stem for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__")
 
 
-def level(module: str) -> int:
-    return next(i for i, layer in enumerate(LAYERS) if module in layer)
+def folder_of(dotted: str, package: Path) -> str:
+    """The folder that `utils.x.y` belongs to; "" for a module at the top."""
+    first = dotted.split(".")[1] if "." in dotted else ""
+    return first if first == "__main__" or (package / first / "__init__.py").exists() else ""
 
 
-def imported(module: str, top_only: bool) -> set[str]:
-    tree = ast.parse((ROOT / "utils" / f"{module}.py").read_text(encoding="utf-8"))
-    names = set()
-    for node in tree.body if top_only else ast.walk(tree):
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module == "utils":
-            names |= {f"utils.{alias.name}" for alias in node.names}
+            yield from (f"utils.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-    return names
+            yield node.module or ""
 
 
-def test_every_module_has_its_layer():
-    assert sorted(name for layer in LAYERS for name in layer) == MODULES
+def violations(package: Path) -> list[str]:
+    """Every import that goes up, or loads something heavy where nothing heavy may be, as "file imports name"."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package)
+        own = "__main__" if place.name == "__main__.py" else place.parts[0] if len(place.parts) > 1 else ""
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for name in imports(tree):
+            if name.startswith("utils") and ORDER.index(folder_of(name, package)) > ORDER.index(own):
+                found.append(f"{place} imports {name}, which stands above it")
+        if own in LIGHT:
+            top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            heavy = {name.split(".")[0] for node in top for name in imports(node)} & HEAVY
+            found += [f"{place} imports {name} when it is imported" for name in sorted(heavy)]
+    return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_its_own_layer_and_those_below(module):
-    ours = {name.split(".")[1] for name in imported(module, top_only=False) if name.startswith("utils.")}
-    assert {name for name in ours if level(name) > level(module)} == set()
-
-
-@pytest.mark.parametrize("module", [name for layer in (GROUND, PURE, MODELS) for name in layer])
-def test_nothing_heavy_is_imported_at_the_top_below_the_work(module):
-    assert {name.split(".")[0] for name in imported(module, top_only=True)} & HEAVY == set()
+def test_imports_go_one_way_and_a_planted_one_is_found(tmp_path):
+    assert violations(ROOT / "utils") == []
+    (tmp_path / "data").mkdir()
+    (tmp_path / "training").mkdir()
+    for file in ("data/__init__.py", "training/__init__.py"):
+        (tmp_path / file).write_text("")
+    (tmp_path / "data/rows.py").write_text("import torch\nfrom utils.training import train\n")
+    assert len(violations(tmp_path)) == 2

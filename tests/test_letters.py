@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from utils.parsing import any_letter, explicit_letter, parse_completion
+from utils.evaluation.answer_parsing import any_letter, explicit_letter, parse_completion
 from utils.project import ROOT
 
 SAMPLE = ROOT.parent / "shared" / "data" / "think_completions_sample.jsonl"

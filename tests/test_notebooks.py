@@ -14,9 +14,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from utils.pipeline.stages import STAGES
 from utils.project import NOTEBOOKS, REF, REPOSITORY, ROOT
-from utils.settings import Config
-from utils.stages import STAGES
+from utils.schema import Config
 
 NAMES = [stage.name for stage in STAGES]
 

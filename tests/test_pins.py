@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from utils import install, platforms
+from utils import hardware as platforms
+from utils import pins as install
 from utils.errors import PinError
-from utils.install import held_still, install_missing
-from utils.platforms import Gpu, gpus, read_pins
+from utils.hardware import Gpu, gpus, read_pins
+from utils.pins import held_still, install_missing
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def image(monkeypatch):
 def test_colabs_datasets_and_torchao_are_replaced_and_its_torch_is_held_still(image, monkeypatch):
     """googlecolab/backend-info, 2026-06: datasets 4.0.0, which unsloth excludes, and torchao 0.10, which peft refuses."""
     calls = image(datasets="4.0.0", torchao="0.10.0", transformers="5.9.0", papermill=None)
-    monkeypatch.setattr("utils.install._loaded", dict)  # a new kernel, whatever other tests imported here
+    monkeypatch.setattr("utils.pins._loaded", dict)  # a new kernel, whatever other tests imported here
     install_missing()
     (command,) = calls
     asked, held = command[: command.index("|")], command[command.index("|") + 1 :]
@@ -124,6 +125,8 @@ def test_an_installation_that_fails_is_pips_last_line(image, monkeypatch):
 
 
 def test_installing_loads_nothing_that_it_may_replace():
-    code = "import sys; import utils.install; print([m for m in ('pydantic', 'yaml', 'pandas', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys; import utils.pins; print([m for m in ('pydantic', 'yaml', 'pandas', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=platforms.ROOT)
     assert done.stdout.strip() == "[]"

@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 
-from utils import kernel_cells, project
+from utils import project
+from utils.kaggle import kernel_cells
 from utils.project import ROOT
 
 

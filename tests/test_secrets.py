@@ -10,8 +10,8 @@ import pytest
 
 from tests import kaggle_secrets_standin
 from tests.loopback import Answer, SecretsServer
-from utils import credentials
-from utils.credentials import NAMES, SHARED, Secret, find_secret, known_values, share_hub_token, share_secrets
+from utils import secrets as credentials
+from utils.secrets import NAMES, SHARED, Secret, find_secret, known_values, share_hub_token, share_secrets
 
 VALUE = "hf_a-secret-of-ours"
 

@@ -33,10 +33,10 @@ HUB = {
     "try_to_load_from_cache",
 }
 LOCAL = {  # (file, call): it takes a folder of ours and asks no hub
-    ("utils/models.py", "PeftModel.from_pretrained"),
-    ("utils/loadback.py", "PeftModel.from_pretrained"),
-    ("utils/loadback.py", "AutoTokenizer.from_pretrained"),
-    ("utils/verification.py", "PeftModel.from_pretrained"),
+    ("utils/models/load.py", "PeftModel.from_pretrained"),
+    ("utils/export/loadback.py", "PeftModel.from_pretrained"),
+    ("utils/export/loadback.py", "AutoTokenizer.from_pretrained"),
+    ("utils/export/verify.py", "PeftModel.from_pretrained"),
 }
 
 
@@ -145,8 +145,8 @@ def test_the_rule_finds_what_breaks_it(rule, source):
 
 def test_every_source_is_looked_at():
     names = [name for name, _ in sources()]
-    assert {"utils/models.py", "benchmarks/train.py"} <= set(names)
-    cells = {name.partition(":")[2] for name in names if name.startswith("utils/kernel_cells.py:")}
+    assert {"utils/models/load.py", "benchmarks/train.py"} <= set(names)
+    cells = {name.partition(":")[2] for name in names if name.startswith("utils/kaggle/kernel_cells.py:")}
     written = {"PARAMETERS", "MATERIALISE", "PREPARE", "RUN", "SHOW", "SINGLE_PREPARE", "SINGLE_ADOPT", "SINGLE_END"}
     assert cells == written  # and no prose
     assert sum(name.startswith("notebooks/") for name in names) > 50

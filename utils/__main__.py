@@ -40,9 +40,9 @@ def run(
     Exits 0 when every stage passed, 1 when one failed, 4 when the session's time was up first (hardware.max_hours), 130
     and 143 when it was stopped by Ctrl-C or SIGTERM.
     """
-    from utils.credentials import share_secrets
-    from utils.series import SeriesFailed, SeriesInterrupted, SeriesPaused, run_series
-    from utils.stages import STAGES, find_stage
+    from utils.pipeline.runner import SeriesFailed, SeriesInterrupted, SeriesPaused, run_series
+    from utils.pipeline.stages import STAGES, find_stage
+    from utils.secrets import share_secrets
 
     for name in (from_, to):
         try:
@@ -77,15 +77,15 @@ def run(
 @app.command()
 def score(run_dir: RunDirArgument) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
-    from utils.answers_page import write_answers
-    from utils.comparison import compare, load_arms, write_comparison
-    from utils.figures import draw_comparison
+    from utils.evaluation.compare import compare, load_arms, write_comparison
+    from utils.evaluation.statistics import show_p
     from utils.files import record_files
-    from utils.lock import take_lock
-    from utils.manifest import require_recorded, stale_on_record
+    from utils.pipeline.lock import take_lock
+    from utils.pipeline.manifest import require_recorded, stale_on_record
+    from utils.pipeline.stages import BY_NAME
     from utils.project import command
-    from utils.stages import BY_NAME
-    from utils.statistics import show_p
+    from utils.report.answers_page import write_answers
+    from utils.report.figures import draw_comparison
 
     run, stage = _existing(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
@@ -109,11 +109,11 @@ def score(run_dir: RunDirArgument) -> None:
 @app.command()
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
-    from utils.manifest import altered_files, stale_on_record
+    from utils.export.verify import altered_exports, export_folders, verify_exports
+    from utils.pipeline.manifest import altered_files, stale_on_record
+    from utils.pipeline.stage import require_hardware
+    from utils.pipeline.stages import BY_NAME
     from utils.project import command
-    from utils.stage_run import require_hardware
-    from utils.stages import BY_NAME
-    from utils.verification import altered_exports, export_folders, verify_exports
 
     run = _existing(run_dir)
     altered = altered_files(run.path)
@@ -136,7 +136,7 @@ def verify(run_dir: RunDirArgument) -> None:
     if run.record(BY_NAME["05_export"]).get("state") != "done":
         console.print("there is no export to load back yet: 05_export has not run")
         return
-    from utils.models import prepare_device
+    from utils.models.load import prepare_device
 
     try:
         require_hardware(run, BY_NAME["05_export"])
@@ -156,7 +156,7 @@ def bundle(
     notebook: Annotated[str, typer.Option(help="Make this one notebook self-contained instead, such as 03.")] = "",
 ) -> None:
     """Write kaggle_kernel.ipynb, the whole series in one self-contained notebook."""
-    from utils.bundle import check_kernel, write_kernel, write_single
+    from utils.kaggle.bundle import check_kernel, write_kernel, write_single
 
     if check:
         check_kernel()
@@ -172,8 +172,8 @@ for command in (remote.push, remote.collect, remote.publish):
 
 def _existing(run_dir: Path):
     from utils.errors import RunDirError
-    from utils.manifest import read_manifest
-    from utils.rundir import open_run
+    from utils.pipeline.manifest import read_manifest
+    from utils.pipeline.run_dir import open_run
 
     if not read_manifest(run_dir.resolve()):
         raise RunDirError(f"{run_dir} is no run directory (no manifest.json); make one with python -m utils run.")

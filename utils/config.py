@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from utils.errors import ConfigError
 from utils.files import is_there
 from utils.project import PROFILES
-from utils.settings import Config
+from utils.schema import Config
 
 
 def profile_names() -> list[str]:

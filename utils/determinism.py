@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from utils.platforms import gpus, installed
+from utils.hardware import gpus, installed
 
 _PACKAGES = (
     "tokenizers",

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import HardwareError, RunDirError, UserError
+from utils.hardware import free_disk_gib
 from utils.notebook import notebook_shell
-from utils.platforms import free_disk_gib
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM)  # reading can meet them too, and a firewall

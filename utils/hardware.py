@@ -26,7 +26,7 @@ from utils.errors import HardwareError, PinError, RunDirError
 from utils.project import KAGGLE, ROOT
 
 if TYPE_CHECKING:
-    from utils.settings import HardwareSection  # pydantic: not before it is installed
+    from utils.schema import HardwareSection  # pydantic: not before it is installed
 
 GIB = 1024**3
 # Which of the pins a run rests on: these change numbers or break cells when they move.

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from utils.errors import PinError
-from utils.platforms import gpus, installed, left_to_the_platform, read_pins, where
+from utils.hardware import gpus, installed, left_to_the_platform, read_pins, where
 
 TORCH_FAMILY = ("torch", "torchvision", "torchaudio", "triton")
 

@@ -41,14 +41,15 @@ def runs_dir() -> Path:
 def source_digest() -> str:
     """sha256 over the package's sources: the manifest says which code made a result."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def embedded_fingerprint() -> str:
     """Twelve hex digits that name the embedded model's recipe, its data and the torch that trains it."""
     digest = hashlib.sha256(importlib.metadata.version("torch").encode())
-    for name in ("demo.py", "demo_data.py", "prompts.py"):
+    for name in ("models/tiny.py", "data/synthetic.py", "data/prompts.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()[:12]

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
-from utils.credentials import KAGGLE_NAMES, NAMES, secrets_at_hand
 from utils.notebook import notebook_shell
+from utils.secrets import KAGGLE_NAMES, NAMES, secrets_at_hand
 
 HIDDEN = "***"
 _SHORTEST = 8  # a shorter value would be found in ordinary words

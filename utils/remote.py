@@ -36,8 +36,9 @@ def push(
     poll: PollOption = 30.0,
 ) -> None:
     """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
-    from utils import chain, kaggle_api
-    from utils import push as pushing
+    from utils.kaggle import api as kaggle_api
+    from utils.kaggle import push as pushing
+    from utils.kaggle import sessions as chain
 
     if no_run and until_done:
         raise KaggleError("--no-run saves a version without a session, so --until-done would wait for none; drop one.")
@@ -87,9 +88,9 @@ def collect(
     poll: PollOption = 30.0,
 ) -> None:
     """Fetch a kernel's log and output and judge them; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
-    from utils import collect as collecting
-    from utils import kaggle_api
-    from utils import push as pushing
+    from utils.kaggle import api as kaggle_api
+    from utils.kaggle import collect as collecting
+    from utils.kaggle import push as pushing
 
     kaggle = kaggle_api.Kaggle(_say)
     if not ref:
@@ -120,9 +121,9 @@ def publish(
     ] = False,
 ) -> None:
     """Upload a run to the Hub and its offline tracking to wandb, from where the tokens are."""
-    from utils import publish as publishing
-    from utils.credentials import find_secret
-    from utils.manifest import read_manifest
+    from utils.export import hub as publishing
+    from utils.pipeline.manifest import read_manifest
+    from utils.secrets import find_secret
 
     run_dir = run_dir.resolve()
     if not read_manifest(run_dir):

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from utils.config import load_config
+from utils.data.benchmarks import COLUMNS, load_benchmarks
 from utils.errors import ConfigError, DataError
-from utils.items import COLUMNS, load_benchmarks
-from utils.settings import BenchmarkSection, EvaluateSection
+from utils.schema import BenchmarkSection, EvaluateSection
 
 ITEM = {"question": "Which?", "options": {"A": "one", "B": "two"}, "answer_idx": "A"}
 TOPICS = "gout measles anaemia asthma rabies scabies lupus tetanus".split()

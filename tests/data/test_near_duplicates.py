@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.data.near_duplicates import group_near_copies, largest_cosine, near_pairs, normalise, vectorise
 from utils.project import ROOT
-from utils.similarity import group_near_copies, largest_cosine, near_pairs, normalise, vectorise
 
-PLANTED = Path(__file__).parent / "planted"
+PLANTED = ROOT / "tests" / "planted"
 REAL = Path(os.environ.get("SERIES_SHARED", ROOT.parent / "shared")) / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real sample is not beside this checkout")
 

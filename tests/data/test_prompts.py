@@ -6,9 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.demo import CHAT_TEMPLATE
-from utils.parsing import parse_completion
-from utils.prompts import BOS, EOS, PAD, STYLES, format_completion, format_multiple_choice, format_prompt, format_row
+from utils.data.prompts import (
+    BOS,
+    EOS,
+    PAD,
+    STYLES,
+    format_completion,
+    format_multiple_choice,
+    format_prompt,
+    format_row,
+)
+from utils.evaluation.answer_parsing import parse_completion
+from utils.models.tiny import CHAT_TEMPLATE
 
 # The tutorial's train_prompt_style as published; the lines' trailing spaces are its own.
 PUBLISHED = """Below is an instruction that describes a task, paired with an input that provides further context.\x20

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from utils.config import load_config
-from utils.data import check_rows, find_commits, read_benchmark, read_table, write_split
+from utils.data.rows import check_rows, find_commits, read_benchmark, read_table, write_split
+from utils.data.split import split_rows
 from utils.errors import DataError, HardwareError
-from utils.settings import Config
-from utils.split import split_rows
+from utils.schema import Config
 
 ROWS = [
     {"Question": 'A man, aged 45, says "ow".\nWhat\'s wrong?', "Complex_CoT": "Okay, so…\n\nHmm.", "Response": "Gout."},
@@ -157,7 +157,7 @@ def test_a_lack_of_memory_is_not_told_as_a_wrong_file(tmp_path, suffix, monkeypa
         raise pyarrow.ArrowMemoryError("malloc of size 64 failed")
 
     monkeypatch.setattr("pyarrow.parquet.read_table", read)
-    monkeypatch.setattr("utils.data.parse_json", read)
+    monkeypatch.setattr("utils.data.rows.parse_json", read)
     monkeypatch.setattr("csv.reader", read)
     with pytest.raises(HardwareError) as caught:
         read_table(path)
@@ -233,7 +233,7 @@ def test_a_written_split_is_read_back_as_it_was(tmp_path):
 
 
 def test_every_hub_benchmark_gets_a_commit_and_the_list_is_pinned_whole(monkeypatch):
-    from utils import data
+    from utils.data import rows as data
 
     monkeypatch.setattr(data, "_head", lambda name: f"head of {name}")
     found = find_commits(load_config("full"))
@@ -244,7 +244,7 @@ def test_every_hub_benchmark_gets_a_commit_and_the_list_is_pinned_whole(monkeypa
 
 
 def test_where_the_hub_is_out_of_reach_nothing_is_pinned(monkeypatch):
-    from utils import data
+    from utils.data import rows as data
 
     monkeypatch.setattr(data, "_head", lambda name: 1 / 0)
     assert find_commits(load_config("full")) == {}

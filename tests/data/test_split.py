@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.config import load_config
+from utils.data.split import TUTORIAL_QUESTION, split_rows
 from utils.errors import DataError
 from utils.project import ROOT
-from utils.settings import Config
-from utils.split import TUTORIAL_QUESTION, split_rows
+from utils.schema import Config
 
-PLANTED = Path(__file__).parent / "planted"
+PLANTED = ROOT / "tests" / "planted"
 REAL = Path(os.environ.get("SERIES_SHARED", ROOT.parent / "shared")) / "data"
 FACTS, VIGNETTES = (
     [

@@ -7,10 +7,10 @@ from itertools import combinations
 
 import pytest
 
-from utils import demo_data
-from utils.demo import ROWS
-from utils.demo_data import CONDITIONS, TRIPLES, base_rows, conditions, triples, tuning_rows
-from utils.parsing import named_choices
+from utils.data import synthetic as demo_data
+from utils.data.synthetic import CONDITIONS, TRIPLES, base_rows, conditions, triples, tuning_rows
+from utils.evaluation.answer_parsing import named_choices
+from utils.models.tiny import ROWS
 
 
 def words(rows: list[dict]) -> set[str]:

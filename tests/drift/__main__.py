@@ -28,7 +28,7 @@ from rich.table import Table
 from tests.drift.calls import Call, find_calls
 from tests.drift.signatures import Signature, Sources
 from utils.files import write_json
-from utils.platforms import read_pins
+from utils.hardware import read_pins
 from utils.project import ROOT
 
 FILE = ROOT / "tests" / "signatures.json"

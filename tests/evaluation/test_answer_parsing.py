@@ -10,9 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.parsing import count_paragraphs, explicit_letter, has_bullets, named_choices, parse_completion
+from utils.data.prompts import EOS
+from utils.evaluation.answer_parsing import (
+    count_paragraphs,
+    explicit_letter,
+    has_bullets,
+    named_choices,
+    parse_completion,
+)
 from utils.project import ROOT
-from utils.prompts import EOS
 
 SAMPLE = ROOT.parent / "shared" / "data" / "think_completions_sample.jsonl"
 LONG = 100_000

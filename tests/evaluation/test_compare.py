@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from utils.answers import Question, register
-from utils.comparison import Arms, compare, write_comparison
 from utils.errors import StageOrderError
+from utils.evaluation.compare import Arms, compare, write_comparison
+from utils.evaluation.metrics import nll_per_token, score_answers
+from utils.evaluation.questions import Question, register
+from utils.evaluation.results import Comparison
 from utils.files import write_json
-from utils.metrics import nll_per_token, score_answers
-from utils.results import Comparison
-from utils.rundir import RunDir, open_run
+from utils.pipeline.run_dir import RunDir, open_run
 
 LETTERS = {"A": "one", "B": "two", "C": "three", "D": "four"}
 CONTAMINATION = {"threshold": 0.5, "near_benchmark": 2, "largest_cosine_train_eval": 0.41}

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from utils import generation
-from utils.answers import Question
+from utils.data.prompts import format_row
 from utils.errors import HardwareError
-from utils.generation import answer_questions, share_path
-from utils.prompts import format_row
+from utils.evaluation import generate as generation
+from utils.evaluation.generate import answer_questions, share_path
+from utils.evaluation.questions import Question
+from utils.schema import GenerateSection
 from utils.sealed import read_lines
-from utils.settings import GenerateSection
 
 GREEDY = GenerateSection(max_new_tokens=12, batch_size=4, do_sample=False)
 ROWS = [

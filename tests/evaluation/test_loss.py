@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
-from utils import likelihood
-from utils.answers import Question
+from utils.data.prompts import format_row
 from utils.errors import HardwareError, ModelError
-from utils.likelihood import check_same_base, completion_nll, forced_letters, letter_logprobs, tokenize_row
-from utils.prompts import format_row
+from utils.evaluation import loss as likelihood
+from utils.evaluation.loss import check_same_base, completion_nll, forced_letters, letter_logprobs, tokenize_row
+from utils.evaluation.questions import Question
 from utils.sealed import read_lines
 
 ROWS = [

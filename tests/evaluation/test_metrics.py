@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.metrics import find_metric, needs_forcing, nll_per_token, rouge_l, score_answers
+from utils.evaluation.metrics import find_metric, needs_forcing, nll_per_token, rouge_l, score_answers
 
 CHOICES = ["Arden fever", "Belmar palsy"]
 HELD_OUT = pd.DataFrame([{"id": "r1", "answer": "Arden fever", "choices": CHOICES, "group": "condition-01"}])

@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 import torch
 
-from utils import probe
-from utils.data import read_table
+from utils.data.rows import read_table
 from utils.errors import DataError, ModelError, PinError
+from utils.evaluation import probe
+from utils.evaluation.probe import probe_letters
+from utils.evaluation.probe_results import current_probe, format_probe
 from utils.files import write_text
-from utils.probe import probe_letters
-from utils.probe_results import current_probe, format_probe
 from utils.project import ROOT
 from utils.sealed import read_lines
 
@@ -152,7 +152,7 @@ def test_a_wrapped_model_with_its_adapter_off_gives_the_base_s_figures(tiny_fold
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    from utils.pretrained import load_tokenizer
+    from utils.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_folder)
     model = LlamaForCausalLM.from_pretrained(tiny_folder).eval()
@@ -205,7 +205,7 @@ def test_nothing_reaches_for_the_network(tiny_model, items, tmp_path, monkeypatc
 def test_the_import_of_the_harness_leaves_no_variable_behind():
     code = (
         "import os; before = dict(os.environ)\n"
-        "from utils.probe import _same_environment\n"
+        "from utils.evaluation.probe import _same_environment\n"
         "with _same_environment():\n    import lm_eval\n    assert dict(os.environ) != before\n"
         "assert dict(os.environ) == before"
     )
@@ -243,7 +243,7 @@ def test_the_figures_on_file_are_read_without_torch_and_without_the_harness(tiny
     path = tmp_path / "probe.jsonl"
     probe_letters(*tiny_model, items, path, "arm")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom utils.sealed import read_lines\nimport utils.probe_results\n"
+        "import sys\nfrom pathlib import Path\nfrom utils.sealed import read_lines\nimport utils.evaluation.probe_results\n"
         "print(len(read_lines(Path(sys.argv[1]))), {'torch', 'lm_eval', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from utils.answers import (
+from utils.config import load_config
+from utils.errors import StageOrderError
+from utils.evaluation.questions import (
     Question,
     answer_key,
     arm_digest,
@@ -17,13 +19,11 @@ from utils.answers import (
     current_answers,
     register,
 )
-from utils.config import load_config
-from utils.errors import StageOrderError
 from utils.files import write_json
-from utils.rundir import open_run
+from utils.pipeline.run_dir import open_run
+from utils.pipeline.stages import BY_NAME
+from utils.schema import GenerateSection
 from utils.sealed import read_lines, to_lines
-from utils.settings import GenerateSection
-from utils.stages import BY_NAME
 
 SAMPLED, GREEDY = GenerateSection(), GenerateSection(do_sample=False)
 QUESTIONS = [Question(f"q{i}", "open", f"Prompt {i} 医🩺") for i in range(3)]

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from utils.sampling import question_stream, sampling_processors
-from utils.settings import GenerateSection
+from utils.evaluation.sampling import question_stream, sampling_processors
+from utils.schema import GenerateSection
 
 
 def draw(scores: torch.Tensor, numbers: np.ndarray, **settings) -> list[int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.test_generation import questions
-from utils import selftest
+from tests.evaluation.test_generate import questions
 from utils.errors import ModelError
-from utils.generation import generate_batch
-from utils.selftest import check_batch_agrees
+from utils.evaluation import selftest
+from utils.evaluation.generate import generate_batch
+from utils.evaluation.selftest import check_batch_agrees
 
 
 def test_a_sound_model_agrees(tiny_model):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from utils.statistics import (
+from utils.evaluation.statistics import (
     ALPHA,
     bootstrap_interval,
     compare_paired,

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.metrics import METRICS
-from utils.statistics import PairedResult, compare_paired
-from utils.verdicts import describe, headline, state_claims
+from utils.evaluation.metrics import METRICS
+from utils.evaluation.statistics import PairedResult, compare_paired
+from utils.evaluation.verdict import describe, headline, state_claims
 
 
 def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) -> PairedResult:

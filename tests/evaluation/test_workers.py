@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from utils import workers
-from utils.answers import Question
-from utils.rundir import open_run
-from utils.workers import Workers
+from utils.evaluation import workers
+from utils.evaluation.questions import Question
+from utils.evaluation.workers import Workers
+from utils.pipeline.run_dir import open_run
 
 QUESTIONS = [Question(f"q{i}", "open", "x" * (10 + i)) for i in range(9)]
 
@@ -74,7 +74,7 @@ def test_leaving_early_ends_the_processes(three):
 
 def test_a_worker_ends_with_its_parent():
     """A killed notebook must not leave a process on the second GPU."""
-    code = "from utils.workers import end_with_parent; import time; end_with_parent(); time.sleep(60)"
+    code = "from utils.evaluation.workers import end_with_parent; import time; end_with_parent(); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=workers.ROOT)
     process.stdin.close()
     assert process.wait(timeout=20) == 1

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.exported import QUESTIONS, make_run
-from utils import export, merge
 from utils.errors import HardwareError, ModelError, RunDirError
-from utils.export import choose_place, copy_adapter, merge_adapter, set_aside, write_ggufs
-from utils.pretrained import load_tokenizer
+from utils.export import adapter as export
+from utils.export.adapter import choose_place, copy_adapter, merge, merge_adapter, set_aside, write_ggufs
+from utils.export.chat_template import chat_ids, prompt_ids
+from utils.models.tokenizer import load_tokenizer
+from utils.pipeline.run_dir import RunDir
 from utils.project import ROOT
-from utils.rundir import RunDir
-from utils.serving import chat_ids, prompt_ids
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_is_told_with_numbers_and_the_earlier_export_stays(
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(merged_run, monkeypatch):
-    from utils import platforms
+    from utils import hardware as platforms
 
     before = weights_of(merged_run)
     monkeypatch.setattr(platforms, "free_disk_gib", lambda _: 0.01)
@@ -155,8 +155,8 @@ def test_a_merge_that_was_killed_leaves_the_earlier_export_and_the_next_one_is_w
     before = weights_of(merged_run)
     code = f"""
 import os, signal
-from utils.export import merge_adapter
-from utils.rundir import open_run
+from utils.export.adapter import merge_adapter
+from utils.pipeline.run_dir import open_run
 
 os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
 merge_adapter(open_run("auto", {str(merged_run.path)!r}))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from utils.bases import base_name, find_base, sixteen_bit_source, trained_on
 from utils.config import load_config
 from utils.errors import ModelError
+from utils.export.base_model import base_name, find_base, sixteen_bit_source, trained_on
 
 HUB = "unsloth/DeepSeek-R1-Distill-Llama-8B"
 

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils import serving
-from utils.demo import CHAT_TEMPLATE
-from utils.prompts import EOS, STYLES, format_prompt
-from utils.serving import (
+from utils.data.prompts import EOS, STYLES, format_prompt
+from utils.export import chat_template as serving
+from utils.export.chat_template import (
     Served,
     chat_ids,
     chat_template,
@@ -27,7 +26,8 @@ from utils.serving import (
     vllm_lines,
     write_modelfile,
 )
-from utils.settings import GenerateSection
+from utils.models.tiny import CHAT_TEMPLATE
+from utils.schema import GenerateSection
 
 QUESTIONS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=80)
 SAMPLED = GenerateSection(max_new_tokens=1536, temperature=0.6, top_p=0.95)

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from utils.agreement import NEW_TOKENS, Continuations, Level, compare, continue_greedily, follow, judge
+from utils.export.compare_logits import NEW_TOKENS, Continuations, Level, compare, continue_greedily, follow, judge
 
 PROMPTS = [f"<｜User｜>{text}<｜Assistant｜><think>\n" for text in ("a", "b", "why so", "what of that", "a cough")]
 

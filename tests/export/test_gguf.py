@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils import gguf_files
-from utils.agreement import NEW_TOKENS, Continuations
 from utils.errors import HardwareError, ModelError
-from utils.gguf_files import check_modelfile, name_pre_tokenizer, write_gguf
-from utils.llama_cpp import LlamaCpp, build_llama_cpp, find_llama_cpp
+from utils.export import gguf as gguf_files
+from utils.export.chat_template import write_modelfile
+from utils.export.compare_logits import NEW_TOKENS, Continuations
+from utils.export.gguf import check_modelfile, name_pre_tokenizer, write_gguf
+from utils.export.llama_cpp import LlamaCpp, build_llama_cpp, find_llama_cpp
 from utils.project import ROOT
-from utils.serving import write_modelfile
-from utils.settings import GenerateSection
+from utils.schema import GenerateSection
 
 LLAMA3 = gguf_files._LLAMA3
 
@@ -99,7 +99,7 @@ def test_a_tree_that_is_not_built_is_told(monkeypatch, tmp_path):
 
 
 def run_converter(root, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "utils.gguf_files", str(root), *arguments]
+    command = [sys.executable, "-m", "utils.export.gguf", str(root), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -13,11 +13,11 @@ import pytest
 from tests import fake_tokens
 from tests.loopback import DEAD, Answer
 from utils.errors import HubError, RunDirError
+from utils.export.hub import offline_runs, plan_uploads
 from utils.files import record_files, write_json, write_text
-from utils.manifest import read_manifest
+from utils.pipeline.manifest import read_manifest
+from utils.pipeline.stages import STAGES
 from utils.project import python_path
-from utils.publish import offline_runs, plan_uploads
-from utils.stages import STAGES
 
 TOKEN = fake_tokens.hugging_face("publish")
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from utils import merge
 from utils.errors import HardwareError, ModelError
-from utils.merge import blocks, merge_shards, read_lora
+from utils.export import merge
+from utils.export.merge import blocks, merge_shards, read_lora
+from utils.export.shards import StoredTensor
 from utils.project import ROOT
-from utils.shards import StoredTensor
 
 PREFIX = "base_model.model."
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
@@ -212,7 +212,7 @@ def test_a_weight_that_is_not_finite_is_named_wherever_it_comes_from(pair, tmp_p
 
 
 def test_too_little_disk_is_told_before_anything_is_written(pair, monkeypatch):
-    from utils import platforms
+    from utils import hardware as platforms
 
     base, adapter, out = pair
     monkeypatch.setattr(platforms, "free_disk_gib", lambda _: 0.01)
@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
     code = f"""
 import resource, torch
 from pathlib import Path
-from utils.merge import merge_shards, read_lora
+from utils.export.merge import merge_shards, read_lora
 
 lora = read_lora(Path({str(adapter)!r}))
 torch.ones(64, 64) @ torch.ones(64, 64)

@@ -12,10 +12,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.exported import make_run, result, write_evidence
-from utils.bases import Base
-from utils.card import make_card, write_cards
 from utils.config import load_config
-from utils.export import copy_adapter, merge_adapter
+from utils.export.adapter import copy_adapter, merge_adapter
+from utils.export.base_model import Base
+from utils.export.model_card import make_card, write_cards
 from utils.project import ROOT
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.errors import ModelError
-from utils.shards import find_shards, read_shard
+from utils.export.shards import find_shards, read_shard
 
 
 @pytest.fixture

@@ -10,15 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.exported import make_run, write_evidence
-from utils.agreement import Continuations
-from utils.bases import find_base
-from utils.card import write_cards
 from utils.errors import ModelError, RunDirError
-from utils.export import copy_adapter, merge_adapter
-from utils.files import write_json, write_text
-from utils.rundir import open_run
-from utils.stages import BY_NAME
-from utils.verification import (
+from utils.export.adapter import copy_adapter, merge_adapter
+from utils.export.base_model import find_base
+from utils.export.compare_logits import Continuations
+from utils.export.model_card import write_cards
+from utils.export.verify import (
     REFERENCE,
     altered_exports,
     check_merged_weights,
@@ -28,6 +25,9 @@ from utils.verification import (
     write_record,
     write_reference,
 )
+from utils.files import write_json, write_text
+from utils.pipeline.run_dir import open_run
+from utils.pipeline.stages import BY_NAME
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_merged_weights_are_checked_against_base_plus_adapter(copied):
 
 
 def test_an_export_that_cannot_be_loaded_ends_in_a_sentence(copied, monkeypatch):
-    from utils import loadback
+    from utils.export import loadback
 
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nOSError: no such file")
     monkeypatch.setattr(loadback.subprocess, "run", lambda *_, **__: failed)
@@ -116,7 +116,7 @@ def test_an_export_that_cannot_be_loaded_ends_in_a_sentence(copied, monkeypatch)
 
 
 def test_on_another_machine_float32_is_held_to_the_wider_tolerance(copied, monkeypatch):
-    from utils import verification
+    from utils.export import verify as verification
 
     elsewhere = {"device": "cuda", "backend": "unsloth", "dtype": "float16"}
     copied.write_record(BY_NAME["05_export"], state="done", computed_on=elsewhere)
@@ -140,7 +140,7 @@ def test_on_another_machine_float32_is_held_to_the_wider_tolerance(copied, monke
 def test_a_four_bit_run_holds_merged_weights_against_the_sixteen_bit_base_where_it_fits(
     copied, monkeypatch, fits, leader, level
 ):
-    from utils import verification
+    from utils.export import verify as verification
 
     section = copied.config.model.model_copy(update={"load_in_4bit": True})
     copied.config = copied.config.model_copy(update={"model": section})

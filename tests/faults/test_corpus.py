@@ -9,14 +9,15 @@ import pytest
 
 from tests.faults.fuzzing import corpus, survive, to_json
 from tests.faults.test_fuzz_models import SETTINGS
-from utils import credentials, push
+from utils import secrets as credentials
 from utils.config import load_config
-from utils.manifest import read_manifest
-from utils.merge import read_lora
-from utils.push import body_of, build_request, check_text, describe_request, read_metadata, reference_of
-from utils.rundir import RunDir
-from utils.shards import INDEX, find_shards
-from utils.verification import read_record
+from utils.export.merge import read_lora
+from utils.export.shards import INDEX, find_shards
+from utils.export.verify import read_record
+from utils.kaggle import push
+from utils.kaggle.push import body_of, build_request, check_text, describe_request, read_metadata, reference_of
+from utils.pipeline.manifest import read_manifest
+from utils.pipeline.run_dir import RunDir
 
 SOUND = ("kernel-metadata.json", "with-sources.json", "empty-cell.json")  # these say nothing wrong
 

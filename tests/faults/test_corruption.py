@@ -15,20 +15,21 @@ import pytest
 from tests.conftest import run_command
 from tests.faults.damage import KINDS, UNRECORDED, damage, damaged
 from tests.faults.fuzzing import check_sentence
-from utils import demo, trial
 from utils.__main__ import score
-from utils.bundle import build_kernel
-from utils.checkpoints import find_checkpoint
-from utils.collect import Verdict, judge
 from utils.errors import HubError, RunDirError, StageOrderError
-from utils.manifest import altered_files, read_manifest
-from utils.publish import plan_uploads, read_verdict
-from utils.report import write_report
-from utils.rundir import RunDir, open_run
+from utils.export.hub import plan_uploads, read_verdict
+from utils.kaggle.bundle import build_kernel
+from utils.kaggle.collect import Verdict, judge
+from utils.models import tiny as demo
+from utils.pipeline.manifest import altered_files, read_manifest
+from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.stage import open_stage
+from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
+from utils.pipeline.state import read_state
+from utils.report.index import write_report
 from utils.sealed import read_lines, read_sealed, write_sealed
-from utils.stage_run import open_stage
-from utils.stages import BY_NAME, STAGES, Stage, ancestors
-from utils.state import read_state
+from utils.training import step_plan as trial
+from utils.training.checkpoints import find_checkpoint
 
 OPENS = {"score": (*BY_NAME["04_comparison"].inputs[:-1], "tuned"), "publish": ("export/adapter",)}
 

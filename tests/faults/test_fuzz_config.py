@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from tests.faults.fuzzing import NASTY, VALUES, corpus, mutated_bytes, survive
 from utils import config as config_module
-from utils import launch
 from utils.config import absolute_overrides, load_config, parse_overrides, profile_names
-from utils.data import read_table
+from utils.data.rows import read_table
+from utils.kaggle.push import kernel_text, session_hours
+from utils.pipeline.run_dir import open_run
+from utils.pipeline.stages import STAGES
 from utils.project import PROFILES
-from utils.push import kernel_text, session_hours
-from utils.rundir import open_run
-from utils.settings import Config
-from utils.stages import STAGES
+from utils.schema import Config
+from utils.training import launch
 
 
 def keys(values: Any, prefix: str = "") -> list[str]:
@@ -132,7 +132,7 @@ def test_a_run_directory_of_any_name_ends_in_a_sentence_or_a_path(tmp_path, monk
 
 
 def test_settings_that_would_travel_to_kaggle_get_a_sentence_or_travel(fuzz, monkeypatch):
-    monkeypatch.setattr("utils.push.check_kernel", lambda: None)  # 0.1 s each, and it has its own tests
+    monkeypatch.setattr("utils.kaggle.push.check_kernel", lambda: None)  # 0.1 s each, and it has its own tests
 
     def check(overrides: dict) -> None:
         survive(kernel_text, "t4", overrides)

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.faults.fuzzing import NASTY, corpus, mutated_bytes, mutated_values, survive, to_json
-from utils.answers import build_questions, collect_references
 from utils.config import load_config
-from utils.data import read_benchmark
+from utils.data.benchmarks import load_benchmarks, load_items
+from utils.data.prompts import format_multiple_choice
+from utils.data.rows import read_benchmark
+from utils.evaluation.questions import build_questions, collect_references
 from utils.files import write_text
-from utils.items import load_benchmarks, load_items
-from utils.prompts import format_multiple_choice
-from utils.settings import BenchmarkSection, EvaluateSection
+from utils.schema import BenchmarkSection, EvaluateSection
 
 SHARES = {".jsonl": 500, ".json": 400, ".csv": 400, ".parquet": 200}
 SCHEMAS = {

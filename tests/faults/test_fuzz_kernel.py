@@ -7,9 +7,17 @@ import json
 import pytest
 
 from tests.faults.fuzzing import corpus, mutated_bytes, mutated_values, survive, to_json
-from utils import push
-from utils.bundle import with_parameters
-from utils.push import body_of, build_request, check_text, describe_request, read_metadata, reference_of, title_of
+from utils.kaggle import push
+from utils.kaggle.bundle import with_parameters
+from utils.kaggle.push import (
+    body_of,
+    build_request,
+    check_text,
+    describe_request,
+    read_metadata,
+    reference_of,
+    title_of,
+)
 
 SEEDS = [corpus("metadata", name)[0].read_bytes() for name in ("kernel-metadata.json", "with-sources.json")]
 NOTEBOOK = {

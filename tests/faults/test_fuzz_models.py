@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.fuzzing import mutated_bytes, mutated_values, survive, to_json
-from utils.merge import read_lora
-from utils.pretrained import load_tokenizer
-from utils.shards import BYTES, INDEX, SINGLE, find_shards, read_shard
+from utils.export.merge import read_lora
+from utils.export.shards import BYTES, INDEX, SINGLE, find_shards, read_shard
+from utils.models.tokenizer import load_tokenizer
 
 HEADER = {
     "__metadata__": {"format": "pt"},

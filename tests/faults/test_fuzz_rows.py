@@ -11,8 +11,8 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.faults.fuzzing import CORPUS, VALUES, corpus, mutated_bytes, mutated_values, survive, to_json
-from utils.data import COLUMNS, check_rows, read_table
-from utils.similarity import normalise
+from utils.data.near_duplicates import normalise
+from utils.data.rows import COLUMNS, check_rows, read_table
 
 SHARES = {".jsonl": 1500, ".json": 800, ".csv": 1500, ".parquet": 1200}
 ROWS = [

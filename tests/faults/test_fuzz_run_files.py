@@ -12,22 +12,22 @@ import pytest
 
 from tests.faults.fuzzing import VALUES, check_sentence, mutated_bytes, mutated_values, survive, to_json
 from tests.staged import complete
-from utils import credentials
-from utils.answers import Question, answer_key, current_answers, matching_answers, read_forced
-from utils.collect import Verdict, _judge_without_state, judge, readable_log
+from utils import secrets as credentials
 from utils.config import load_config
-from utils.data import read_benchmark
+from utils.data.rows import read_benchmark
+from utils.evaluation.questions import Question, answer_key, current_answers, matching_answers, read_forced
+from utils.evaluation.results import read_sentence
+from utils.export.hub import plan_uploads
+from utils.export.verify import altered_exports, export_folders, read_record
 from utils.files import write_json
-from utils.handover import leave_heavy
-from utils.inputs import find_attached
-from utils.manifest import altered_files, read_manifest, require_recorded, stale_on_record
-from utils.publish import plan_uploads
-from utils.results import read_sentence
-from utils.rundir import open_run
+from utils.kaggle.attach import find_attached
+from utils.kaggle.collect import Verdict, _judge_without_state, judge, readable_log
+from utils.kaggle.handover import leave_heavy
+from utils.pipeline.manifest import altered_files, read_manifest, require_recorded, stale_on_record
+from utils.pipeline.run_dir import open_run
+from utils.pipeline.stages import BY_NAME, STAGES
+from utils.pipeline.state import SeriesState, read_state, write_state
 from utils.sealed import read_lines, seal, to_lines
-from utils.stages import BY_NAME, STAGES
-from utils.state import SeriesState, read_state, write_state
-from utils.verification import altered_exports, export_folders, read_record
 
 
 @pytest.fixture(scope="module")

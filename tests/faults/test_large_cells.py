@@ -20,7 +20,7 @@ LIMITS = {
 MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
-from utils.data import check_rows, read_table
+from utils.data.rows import check_rows, read_table
 from utils.errors import UserError
 
 def load(path):

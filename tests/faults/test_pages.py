@@ -28,10 +28,11 @@ def hostile_notebook() -> nbformat.NotebookNode:
 def hostile_pages(tmp_path_factory):
     """{name: page} of a run in whose name, settings, rows, answers, metrics and notebooks stands `EVIL`."""
     from tests.test_answers_page import make_run, scored
-    from utils.answers_page import write_answers
-    from utils.comparison import Arms
+
+    from utils.evaluation.compare import Arms
     from utils.files import write_json
-    from utils.report import executed_dir, write_report
+    from utils.report.answers_page import write_answers
+    from utils.report.index import executed_dir, write_report
 
     run = make_run(tmp_path_factory.mktemp("<b>run") / "<script>window.ran = 1<!-- ")
     claim = {"claim": EVIL, "verdict": EVIL, "sentence": EVIL}

@@ -104,7 +104,7 @@ def test_the_second_run_on_a_directory_is_told_and_the_first_goes_on(tmp_path, r
     second = SeriesProcess(path)
     status = second.wait()
     by_hand = subprocess.run(
-        [sys.executable, "-c", f"from utils.stage_run import open_stage; open_stage('00_setup', 'demo', {str(path)!r})"],
+        [sys.executable, "-c", f"from utils.pipeline.stage import open_stage; open_stage('00_setup', 'demo', {str(path)!r})"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     told = status == 1 and f"{path} is in use by python -m utils run (process {first.process.pid} on" in second.output
@@ -118,7 +118,7 @@ def test_the_second_run_on_a_directory_is_told_and_the_first_goes_on(tmp_path, r
 
 def test_a_notebook_at_work_keeps_a_run_out_until_its_kernel_is_gone(tmp_path, record_fault):
     path = tmp_path / "run"
-    code = f"from utils.stage_run import open_stage; open_stage('00_setup', 'demo', {str(path)!r}); print('open', flush=True); input()"  # fmt: skip
+    code = f"from utils.pipeline.stage import open_stage; open_stage('00_setup', 'demo', {str(path)!r}); print('open', flush=True); input()"  # fmt: skip
     kernel = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert kernel.stdout.readline() == "open\n"
     refused = SeriesProcess(path, "--to", "00")

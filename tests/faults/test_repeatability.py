@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import run_command
 from tests.faults.series_process import ONE_THREAD, SMALL
 from utils.files import sha256
-from utils.stages import STAGES
+from utils.pipeline.stages import STAGES
 
 pytestmark = pytest.mark.series
 # What a run says; nothing of when, where and how fast.

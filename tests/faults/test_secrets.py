@@ -47,7 +47,7 @@ def test_no_secret_is_in_what_a_notebook_prints_shows_or_dies_of(tokens, tmp_pat
     }
     cells = [
         nbformat.v4.new_code_cell(
-            "import os\nfrom utils.stage_run import open_stage\n"
+            "import os\nfrom utils.pipeline.stage import open_stage\n"
             f"open_stage('00_setup', 'demo', {str(tmp_path / 'run')!r})\nsecret = ' '.join(os.environ[n] for n in {list(TOKENS)})"
         ),
         *(nbformat.v4.new_code_cell(source) for source in shows.values()),
@@ -90,8 +90,8 @@ __main__.main()
 
 
 def test_no_secret_is_in_the_error_that_a_training_process_leaves(tokens, training_run, monkeypatch, record_fault):
-    from utils import launch
     from utils.errors import TrainingError
+    from utils.training import launch
 
     run = training_run()
 

@@ -71,7 +71,7 @@ def outcome(action) -> tuple[str, BaseException | None]:
 def test_weights_that_are_a_pickle_are_refused_in_a_sentence(
     name, pickled, marker, tiny_folder, tmp_path, record_fault, training_run
 ):
-    from utils.models import load_model
+    from utils.models.load import load_model
 
     run = training_run()
     told = []
@@ -99,9 +99,9 @@ def test_a_pickle_planted_in_a_checkpoint_is_not_run_when_training_resumes(
     pickled, marker, training_run, tiny_folder, record_fault
 ):
     from benchmarks.recipe import notebook_functions
-    from utils.checkpoints import LIST, _digests, find_checkpoint
     from utils.sealed import write_sealed
-    from utils.training import checkpoint_dir, train_here
+    from utils.training.checkpoints import LIST, _digests, find_checkpoint
+    from utils.training.train import checkpoint_dir, train_here
 
     functions = notebook_functions()
     run = training_run()
@@ -143,8 +143,8 @@ def test_code_that_a_model_folder_brings_is_not_run_even_if_somebody_says_yes(
     code = f"""
 from utils.config import load_config
 from utils.errors import ModelError
-from utils.models import load_model
-from utils.loadback import load_export
+from utils.models.load import load_model
+from utils.export.loadback import load_export
 config = load_config("demo", {{"model.name": {str(folder)!r}}})
 for load in (lambda: load_model(config), lambda: load_export(config, __import__("pathlib").Path({str(folder)!r}), None, None, False)):
     try:
@@ -180,7 +180,7 @@ def packed_zip(names: list[str]) -> bytes:
 
 def test_the_bundle_unpacks_into_its_own_folder_whatever_its_members_are_called(tmp_path, monkeypatch, record_fault):
     """The checksum is made to match: the archive is what somebody else put together."""
-    from utils.kernel_cells import MATERIALISE
+    from utils.kaggle.kernel_cells import MATERIALISE
 
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "scratch"))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -234,7 +234,7 @@ def hostile_tars(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_source_of_llama_cpp_is_refused_where_a_member_leaves_its_folder(tmp_path, monkeypatch, record_fault):
-    from utils import llama_cpp
+    from utils.export import llama_cpp
 
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -264,8 +264,8 @@ def test_the_source_of_llama_cpp_is_refused_where_a_member_leaves_its_folder(tmp
 
 def test_a_python_that_cannot_unpack_safely_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
     """Found by CI on Python 3.11.2, whose tarfile knows no filters: a TypeError after the download."""
-    from utils import llama_cpp
     from utils.errors import HardwareError
+    from utils.export import llama_cpp
 
     monkeypatch.delattr(tarfile, "data_filter", raising=False)
     monkeypatch.setattr(llama_cpp.subprocess, "run", lambda *a, **k: pytest.fail("fetched"))
@@ -290,7 +290,7 @@ BAD_NAMES = [
 def test_an_output_that_kaggle_lists_with_such_a_name_is_fetched_from_nowhere(name, tmp_path, record_fault):
     from rich.console import Console
 
-    from utils.collect import fetch
+    from utils.kaggle.collect import fetch
 
     target = tmp_path / "deep" / "target"
     target.mkdir(parents=True)

@@ -20,10 +20,10 @@ from types import SimpleNamespace
 
 import nbformat
 
-from utils.manifest import read_manifest
+from utils.pipeline.manifest import read_manifest
+from utils.pipeline.stages import STAGES, Stage, find_stage
 from utils.project import ROOT
 from utils.sealed import write_sealed
-from utils.stages import STAGES, Stage, find_stage
 
 LIMIT = 10  # bytes: enough to begin a file and too few to end one
 SETTINGS = {"train.save_steps": 16, "train.max_steps": 16}  # one checkpoint: every kind of write, not every step
@@ -65,7 +65,7 @@ class Points:
 
 
 def _is_ours(file: str) -> bool:
-    return Path(file).parent == ROOT / "utils"
+    return Path(file).is_relative_to(ROOT / "utils")
 
 
 def _site(file: str, function: str) -> str:
@@ -121,7 +121,7 @@ def execute(stage: Stage, run: Path) -> None:
 
 def load_back_here() -> None:
     """05 loads its exports in a fresh process, whose imports would take longer than everything else here."""
-    from utils import loadback
+    from utils.export import loadback
 
     def run(command: list[str], **_) -> SimpleNamespace:
         loadback.main(Path(command[-1]))
@@ -134,7 +134,7 @@ def drive(run: Path) -> None:
     """What the driver writes itself, where every stage is done."""
     from rich.console import Console
 
-    from utils.series import run_series
+    from utils.pipeline.runner import run_series
 
     run_series("demo", run, {}, console=Console(file=io.StringIO()))
 
@@ -143,7 +143,7 @@ def attempt(stage: Stage | None, run: Path, fatal: int | None, again: bool) -> d
     """One execution; what was found afterwards."""
     from utils.disk import disk_error
     from utils.errors import UserError
-    from utils.manifest import altered_files, read_manifest
+    from utils.pipeline.manifest import altered_files, read_manifest
 
     points = Points(run, fatal)
     points.watch()

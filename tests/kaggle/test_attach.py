@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from utils import inputs
 from utils.errors import RunDirError
 from utils.files import write_json
-from utils.inputs import adopt_attached, find_attached
-from utils.state import SeriesState, write_state
+from utils.kaggle import attach as inputs
+from utils.kaggle.attach import adopt_attached, find_attached
+from utils.pipeline.state import SeriesState, write_state
 
 TODAY = "notebooks/alice/deepseek-r1-medical-lora/runs/t4"
 OLDER = "deepseek-r1-medical-lora/runs/t4"

@@ -12,10 +12,18 @@ import nbformat
 import pytest
 
 from tests.sessions import Machine
-from utils.bundle import KERNEL, MAXIMUM_BYTES, BundleError, build_kernel, build_single, check_kernel, with_parameters
-from utils.demo import cache_dir
+from utils.kaggle.bundle import (
+    KERNEL,
+    MAXIMUM_BYTES,
+    BundleError,
+    build_kernel,
+    build_single,
+    check_kernel,
+    with_parameters,
+)
+from utils.models.tiny import cache_dir
+from utils.pipeline.stages import STAGES
 from utils.sealed import seal
-from utils.stages import STAGES
 
 
 def test_the_committed_kernel_carries_the_files_as_they_are():
@@ -37,14 +45,14 @@ def test_it_has_no_outputs_and_names_its_kernel():
 
 def test_the_archive_is_listed_file_by_file_and_its_checksum_is_compared():
     (cell,) = [cell for cell in build_kernel().cells if "ARCHIVE" in cell.source and "zipfile" in cell.source]
-    assert "#   notebooks/03_lora_training.ipynb (" in cell.source and "#   utils/training.py (" in cell.source
+    assert "#   notebooks/03_lora_training.ipynb (" in cell.source and "#   utils/training/train.py (" in cell.source
     damaged = re.sub(r'(ARCHIVE = """\n)(.)', lambda found: found[1] + ("A" if found[2] != "A" else "B"), cell.source)
     with pytest.raises(ValueError, match="altered: its archive does not match"):
         exec(damaged, {})
 
 
 def test_a_kernel_that_is_out_of_date_is_told(tmp_path, monkeypatch):
-    from utils import bundle
+    from utils.kaggle import bundle
 
     stale = tmp_path / "kaggle_kernel.ipynb"
     stale.write_text(KERNEL.read_text(encoding="utf-8").replace('CONTENT = \\"', 'CONTENT = \\"0'))

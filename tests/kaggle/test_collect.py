@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.loopback import Answer, series_call
-from utils.collect import judge, readable_log, run_folder
 from utils.errors import RunDirError
 from utils.files import record_files, write_json
-from utils.stages import STAGES
-from utils.state import SeriesState, write_state
+from utils.kaggle.collect import judge, readable_log, run_folder
+from utils.pipeline.stages import STAGES
+from utils.pipeline.state import SeriesState, write_state
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
 SENTENCE = "After fine-tuning the model is better."

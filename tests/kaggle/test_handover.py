@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from utils import handover, platforms
+from utils import hardware as platforms
 from utils.files import write_json
-from utils.handover import SeriesStopped, hand_over, leave_heavy
-from utils.state import SeriesState, read_state, write_state
+from utils.kaggle import handover
+from utils.kaggle.handover import SeriesStopped, hand_over, leave_heavy
+from utils.pipeline.state import SeriesState, read_state, write_state
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from tests.loopback import Answer, forget_kaggle, kaggle_cli, kaggle_environment, series_call, series_cli
-from utils import push
 from utils.errors import ConfigError, InfrastructureError, KaggleError
+from utils.kaggle import push
+from utils.kaggle.push import check_text, kernel_text, read_metadata, reference_of, title_of
 from utils.project import ROOT
-from utils.push import check_text, kernel_text, read_metadata, reference_of, title_of
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
 
@@ -166,7 +166,7 @@ def test_a_push_that_was_lost_is_repeated_and_says_so(kaggle_server, home):
 def test_where_nobody_can_say_whether_the_push_arrived_it_is_not_repeated(kaggle_server, home, monkeypatch):
     import tenacity
 
-    from utils import kaggle_api
+    from utils.kaggle import api as kaggle_api
 
     for name, value in kaggle_environment(kaggle_server, home).items():
         monkeypatch.setenv(name, value)
@@ -174,7 +174,7 @@ def test_where_nobody_can_say_whether_the_push_arrived_it_is_not_repeated(kaggle
     monkeypatch.setattr(kaggle_api.Kaggle, "version", _once_then_unreachable())
     kaggle = _connect(kaggle_server, monkeypatch)
     kaggle_server.script["SaveKernel"] = [Answer(cut=0)]
-    from utils.push import build_request
+    from utils.kaggle.push import build_request
 
     request = build_request(read_metadata(), REFERENCE, kernel_text())
     with pytest.raises(kaggle_api.InfrastructureError, match="cannot be asked whether it arrived") as caught:
@@ -198,7 +198,7 @@ def _once_then_unreachable():
 
 def _connect(server, monkeypatch):
     """A Kaggle client in this process; the package reads its environment when it is first imported."""
-    from utils.kaggle_api import Kaggle
+    from utils.kaggle.api import Kaggle
 
     forget_kaggle()
     return Kaggle(say=lambda _: None)
@@ -213,7 +213,7 @@ def test_kaggle_that_stays_unreachable_is_infrastructure_and_not_a_failure(kaggl
 
 def test_a_connection_that_falls_silent_is_given_up_and_not_waited_for_without_end(kaggle_server, home, monkeypatch):
     """kagglesdk 0.1.37 sets no time-out at all."""
-    from utils import kaggle_api
+    from utils.kaggle import api as kaggle_api
 
     for name, value in kaggle_environment(kaggle_server, home).items():
         monkeypatch.setenv(name, value)

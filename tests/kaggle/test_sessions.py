@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import run_command
+from tests.kaggle.test_collect import serve, write_run
 from tests.loopback import Answer, KaggleServer, Received, series_call, series_cli
 from tests.sessions import Machine
-from tests.test_collect import serve, write_run
-from utils.chain import continuation, until_done
 from utils.errors import InfrastructureError, KaggleError
-from utils.series import checkpointed_steps
-from utils.state import read_state
+from utils.kaggle.sessions import continuation, until_done
+from utils.pipeline.runner import checkpointed_steps
+from utils.pipeline.state import read_state
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
 
@@ -63,18 +63,18 @@ class Scripted:
 
     def __init__(self, ends: list, monkeypatch, earlier=None):
         self.ends, self.pushed, self.earlier = iter(ends), [], earlier
-        monkeypatch.setattr("utils.chain.push", self._push)
-        monkeypatch.setattr("utils.chain.wait", lambda *_, just_pushed: ("COMPLETE", ""))
-        monkeypatch.setattr("utils.chain.peek", self._peek)
+        monkeypatch.setattr("utils.kaggle.sessions.push", self._push)
+        monkeypatch.setattr("utils.kaggle.sessions.wait", lambda *_, just_pushed: ("COMPLETE", ""))
+        monkeypatch.setattr("utils.kaggle.sessions.peek", self._peek)
 
     def _push(self, kaggle, request):
-        from utils.push import Pushed
+        from utils.kaggle.push import Pushed
 
         self.pushed.append(request)
         return Pushed(REFERENCE, len(self.pushed), "https://…")
 
     def _peek(self, kaggle, reference):
-        from utils.state import SeriesState
+        from utils.pipeline.state import SeriesState
 
         manifest = {"profile": "full", "overrides": {}}
         if not self.pushed:
@@ -110,7 +110,7 @@ def test_a_run_that_stands_still_is_not_pushed_a_third_time(monkeypatch):
 
 
 def test_the_output_from_before_the_push_is_not_taken_for_the_new_sessions(monkeypatch):
-    from utils.state import SeriesState
+    from utils.pipeline.state import SeriesState
 
     with pytest.raises(InfrastructureError, match="still the one from before version 1"):
         chain([None], monkeypatch, earlier=SeriesState(state="done", started=1.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils.decoding import attend_by_groups, forget_cache, free_copied_cache
+from utils.models.decoding import attend_by_groups, forget_cache, free_copied_cache
 
 
 def tensors(batch: int = 3, heads: int = 8, kv_heads: int = 2, length: int = 17, size: int = 16, count: int = 1):

@@ -7,7 +7,7 @@ import torch
 
 from utils.config import load_config
 from utils.errors import HardwareError, ModelError
-from utils.models import (
+from utils.models.load import (
     add_lora,
     keep_lora_in_float32,
     load_model,

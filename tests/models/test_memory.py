@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from utils import memory
-from utils.memory import bytes_per_sequence, free_memory, is_out_of_memory, sequences_that_fit
-from utils.platforms import GIB
+from utils.hardware import GIB
+from utils.models import memory
+from utils.models.memory import bytes_per_sequence, free_memory, is_out_of_memory, sequences_that_fit
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,

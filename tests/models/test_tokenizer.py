@@ -8,7 +8,7 @@ import pytest
 
 from utils.config import load_config
 from utils.errors import ModelError
-from utils.pretrained import check_model, guard_tokenizer, load_tokenizer
+from utils.models.tokenizer import check_model, guard_tokenizer, load_tokenizer
 
 TEXT = "Hello world,\n\nthis is  a test."
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks.recipe import notebook_functions
-from utils import packing
-from utils.fit import Fit
-from utils.packing import attend_within_documents, choose_attention
+from utils.models import unsloth_patches as packing
+from utils.models.unsloth_patches import attend_within_documents, choose_attention
 from utils.project import ROOT
+from utils.training.fit import Fit
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; evidence in train.json")
 

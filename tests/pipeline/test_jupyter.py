@@ -13,7 +13,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from utils.errors import Interrupted
-from utils.kernels import Kernels
+from utils.pipeline.jupyter import Kernels
 
 
 def notebook(path, *cells: str):
@@ -84,7 +84,7 @@ def test_a_kernel_that_was_not_ready_yet_is_not_left_behind(tmp_path, monkeypatc
         started.append(manager.provisioner.process)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("utils.kernels.papermill.execute_notebook", interrupted_while_it_starts)
+    monkeypatch.setattr("utils.pipeline.jupyter.papermill.execute_notebook", interrupted_while_it_starts)
     with Kernels() as kernels, pytest.raises(KeyboardInterrupt):
         kernels.execute(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {})
     assert started[0].poll() is not None

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from utils import lock
 from utils.errors import RunDirError
-from utils.lock import hand_on, release_lock, take_lock
+from utils.pipeline import lock
+from utils.pipeline.lock import hand_on, release_lock, take_lock
 from utils.project import ROOT
 
-HOLD = "import sys, time; from pathlib import Path; from utils.lock import take_lock; take_lock(Path(sys.argv[1]), '03_lora_training'); print('held', flush=True); time.sleep(60)"  # fmt: skip
+HOLD = "import sys, time; from pathlib import Path; from utils.pipeline.lock import take_lock; take_lock(Path(sys.argv[1]), '03_lora_training'); print('held', flush=True); time.sleep(60)"  # fmt: skip
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_the_same_process_takes_it_as_often_as_it_likes_and_the_last_owner_lets_
 
 
 def is_locked(run_dir, **options) -> bool:
-    code = "import sys; from pathlib import Path; from utils.lock import take_lock; take_lock(Path(sys.argv[1]), 'probe', 0)"
+    code = "import sys; from pathlib import Path; from utils.pipeline.lock import take_lock; take_lock(Path(sys.argv[1]), 'probe', 0)"
     done = subprocess.run([sys.executable, "-c", code, str(run_dir)], cwd=ROOT, capture_output=True, text=True, check=False, **options)  # fmt: skip
     assert done.returncode == 0 or "RunDirError" in done.stderr, done.stderr
     return done.returncode != 0
@@ -171,9 +171,7 @@ def notebook():
 
 
 def taken(run_dir: Path) -> str:
-    return (
-        f"from utils.lock import *; from pathlib import Path; run = Path({str(run_dir)!r}); _ = take_lock(run, '01', 0)"
-    )
+    return f"from utils.pipeline.lock import *; from pathlib import Path; run = Path({str(run_dir)!r}); _ = take_lock(run, '01', 0)"
 
 
 def test_a_cell_that_failed_lets_others_in_and_the_next_one_asks_again(notebook, tmp_path):

@@ -10,13 +10,13 @@ import pytest
 from tests.staged import complete, snapshot
 from utils.config import load_config
 from utils.errors import RunDirError
+from utils.export.verify import altered_exports
 from utils.files import write_json
-from utils.manifest import altered_files, read_manifest, stale_on_record
-from utils.rundir import RunDir, open_run
-from utils.stage_run import open_stage
-from utils.stages import BY_NAME, STAGES
-from utils.state import SeriesState, write_state
-from utils.verification import altered_exports
+from utils.pipeline.manifest import altered_files, read_manifest, stale_on_record
+from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.stage import open_stage
+from utils.pipeline.stages import BY_NAME, STAGES
+from utils.pipeline.state import SeriesState, write_state
 
 
 def test_files_altered_behind_the_manifests_back_are_named_even_with_their_old_time(tmp_path):

@@ -10,14 +10,15 @@ import pytest
 import yaml
 
 from tests.staged import complete, saved, snapshot, stale
-from utils import platforms, rundir
+from utils import hardware as platforms
 from utils.errors import ConfigError, RunDirError, StageOrderError
 from utils.files import write_text
-from utils.manifest import altered_files, read_manifest
-from utils.rundir import open_run
-from utils.settings import Config
-from utils.stage_run import open_stage
-from utils.stages import BY_NAME, STAGES
+from utils.pipeline import run_dir as rundir
+from utils.pipeline.manifest import altered_files, read_manifest
+from utils.pipeline.run_dir import open_run
+from utils.pipeline.stage import open_stage
+from utils.pipeline.stages import BY_NAME, STAGES
+from utils.schema import Config
 
 
 def test_a_new_run_directory_holds_its_manifest_and_the_settings_in_force(tmp_path):

@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 
 from tests.conftest import run_command
-from utils.manifest import read_manifest
+from utils.pipeline.manifest import read_manifest
+from utils.pipeline.stages import STAGES
 from utils.project import ROOT
 from utils.sealed import write_sealed
-from utils.stages import STAGES
 
 pytestmark = pytest.mark.series
 
@@ -227,7 +227,7 @@ def test_what_is_measured_cannot_be_changed_unseen_after_answers_exist(copied_ru
 
 
 def test_the_metrics_follow_their_schema(demo_run):
-    from utils.results import Comparison
+    from utils.evaluation.results import Comparison
 
     metrics = metrics_of(demo_run.path)
     assert Comparison(**metrics).model_dump(mode="json") == metrics

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from utils.interruption import StopRequest
+from utils.pipeline.signals import StopRequest
 
 
 def send(number: signal.Signals) -> None:

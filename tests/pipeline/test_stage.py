@@ -8,12 +8,13 @@ import sys
 import pytest
 
 from tests.staged import complete, snapshot, write_outputs
-from utils import lock, platforms
+from utils import hardware as platforms
 from utils.errors import ConfigError, HardwareError, RunDirError, StageOrderError
+from utils.pipeline import lock
+from utils.pipeline.run_dir import open_run
+from utils.pipeline.stage import open_stage
+from utils.pipeline.stages import BY_NAME, STAGES, find_stage
 from utils.project import ROOT
-from utils.rundir import open_run
-from utils.stage_run import open_stage
-from utils.stages import BY_NAME, STAGES, find_stage
 
 NEEDY = [(stage.name, stage.needs[0]) for stage in STAGES if stage.needs]
 
@@ -107,7 +108,7 @@ def test_who_lost_the_lock_to_another_process_writes_nothing_more(tmp_path, monk
     monkeypatch.setattr(lock.take_lock, "__defaults__", (0.2,))
     run = open_stage("00_setup", "demo", tmp_path)
     lock.release_lock(tmp_path, "00_setup")  # as a failed cell of a notebook does
-    code = "import sys; from pathlib import Path; from utils.lock import take_lock; take_lock(Path(sys.argv[1]), 'other'); print('held', flush=True); sys.stdin.read()"  # fmt: skip
+    code = "import sys; from pathlib import Path; from utils.pipeline.lock import take_lock; take_lock(Path(sys.argv[1]), 'other'); print('held', flush=True); sys.stdin.read()"  # fmt: skip
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:  # fmt: skip
         assert other.stdout.readline() == "held\n"
         before = snapshot(tmp_path)
@@ -123,13 +124,13 @@ def test_a_notebook_whose_opening_was_refused_keeps_nobody_out(tmp_path):
     code = f"""
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance(colors="nocolor")
-shell.run_cell("from utils.stage_run import open_stage")
+shell.run_cell("from utils.pipeline.stage import open_stage")
 for _ in range(2):
     shell.run_cell("open_stage('03_lora_training', 'demo', {str(tmp_path)!r})")
 shell.run_cell("1 / 0")
 shell.run_cell("1")
-from utils import lock
-print(lock._held, [f for fs in shell.events.callbacks.values() for f in fs if f.__module__ == "utils.lock"])
+from utils.pipeline import lock
+print(lock._held, [f for fs in shell.events.callbacks.values() for f in fs if f.__module__ == "utils.pipeline.lock"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "StageOrderError" in done.stdout and done.stdout.endswith("\n{} []\n"), done.stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.stages import STAGES, find_stage
+from utils.pipeline.stages import STAGES, find_stage
 
 
 @pytest.mark.parametrize("word", ["3", "03", "03_lora_training"])

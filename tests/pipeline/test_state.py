@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from utils.state import FILE, SeriesState, read_state, write_state
+from utils.pipeline.state import FILE, SeriesState, read_state, write_state
 
 
 def test_what_was_written_is_read(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils import deadline
-from utils.deadline import RESERVE_S, VARIABLE, Deadline, note_start, session_started
+from utils.pipeline import time_limit as deadline
+from utils.pipeline.time_limit import RESERVE_S, VARIABLE, Deadline, note_start, session_started
 from utils.project import ROOT
 
 HOURS = st.floats(min_value=0.01, max_value=100)
@@ -55,7 +55,7 @@ def test_the_start_is_noted_once_and_handed_on_to_every_process(monkeypatch):
     monkeypatch.setenv(VARIABLE, "")
     started = note_start()
     assert started == pytest.approx(psutil.Process().create_time())
-    code = "import time; time.sleep(0.2)\nfrom utils.deadline import note_start\nprint(repr(note_start()))"
+    code = "import time; time.sleep(0.2)\nfrom utils.pipeline.time_limit import note_start\nprint(repr(note_start()))"
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(child.stdout) == started == float(os.environ[VARIABLE])
 

@@ -7,10 +7,10 @@ import json
 import pandas as pd
 import pytest
 
-from utils.answers import answer_key, arm_digest, forced_key, load_questions
-from utils.answers_page import write_answers
-from utils.comparison import Arms
-from utils.rundir import open_run
+from utils.evaluation.compare import Arms
+from utils.evaluation.questions import answer_key, arm_digest, forced_key, load_questions
+from utils.pipeline.run_dir import open_run
+from utils.report.answers_page import write_answers
 from utils.sealed import to_lines
 
 EVIL = "</div></details><script>alert('x')</script><img src=x onerror=alert(1)> & <b>bold</b>"

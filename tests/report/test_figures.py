@@ -10,10 +10,10 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from utils.comparison import Arms
-from utils.figures import compose_comparison, draw_comparison
-from utils.forest import build_rows
-from utils.statistics import compare_paired
+from utils.evaluation.compare import Arms
+from utils.evaluation.statistics import compare_paired
+from utils.report.figures import compose_comparison, draw_comparison
+from utils.report.forest import build_rows
 
 LABELS = {
     "correct": ("multiple-choice accuracy", "share", True),

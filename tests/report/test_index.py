@@ -6,8 +6,8 @@ import nbformat
 import pytest
 
 from utils.files import write_json
-from utils.report import executed_dir, write_report
-from utils.rundir import open_run
+from utils.pipeline.run_dir import open_run
+from utils.report.index import executed_dir, write_report
 
 
 def make_run(tmp_path):

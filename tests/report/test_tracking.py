@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from tests import fake_tokens
+from utils.pipeline.stage import StageRun, open_stage
 from utils.project import python_path
-from utils.stage_run import StageRun, open_stage
-from utils.tracking import Tracker
+from utils.report.tracking import Tracker
 
 KEY = "a-wandb-key-of-ours"
 
@@ -149,8 +149,8 @@ _IN_A_PROCESS_OF_ITS_OWN = """
 import sys, time
 import pandas as pd
 from pathlib import Path
-from utils.stage_run import open_stage
-from utils.tracking import Tracker
+from utils.pipeline.stage import open_stage
+from utils.report.tracking import Tracker
 
 run = open_stage("00_setup", "demo", sys.argv[1], {"tracking.mode": "auto"})
 started = time.monotonic()

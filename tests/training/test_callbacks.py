@@ -11,11 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from utils import training
-from utils.callbacks import HealthCallback, ProgressCallback, RecomputeCallback
 from utils.errors import TrainingError
-from utils.models import transformer_layers
+from utils.models.load import transformer_layers
 from utils.project import ROOT
+from utils.training import train as training
+from utils.training.callbacks import HealthCallback, ProgressCallback, RecomputeCallback
 
 
 def logged(health: HealthCallback, step: int, **logs) -> dict:
@@ -84,7 +84,7 @@ def test_all_processes_stop_when_the_first_ones_clock_says_so(tmp_path, due):
     source = f"""
 import sys
 from torch import distributed
-from utils.callbacks import _decided_together
+from utils.training.callbacks import _decided_together
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
 print(_decided_together(rank == {due}))
@@ -110,7 +110,7 @@ def test_the_bar_is_closed_where_training_ends_by_an_error(monkeypatch):
         def close(self):
             self.closed = True
 
-    monkeypatch.setattr("utils.callbacks.Progress", Bar)
+    monkeypatch.setattr("utils.training.callbacks.Progress", Bar)
     bar = ProgressCallback()
 
     def train(resume_from_checkpoint):

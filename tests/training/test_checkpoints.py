@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.checkpoints import LIST, SealCallback, find_checkpoint
+from utils.training.checkpoints import LIST, SealCallback, find_checkpoint
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
 

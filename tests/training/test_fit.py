@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.fit import DoesNotFit, Fit, Measured, safer, search
+from utils.training.fit import DoesNotFit, Fit, Measured, safer, search
 
 LAYERS = 32
 

@@ -22,11 +22,19 @@ from safetensors.torch import load_file
 
 from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
-from utils.checkpoints import LIST
 from utils.errors import ConfigError, HardwareError, Interrupted, SessionOver, TrainingError
-from utils.launch import SUMMARY, _ask_to_stop, processes_that_divide, read_recipe, same_weights, train, write_recipe
 from utils.project import python_path
-from utils.training import checkpoint_dir
+from utils.training.checkpoints import LIST
+from utils.training.launch import (
+    SUMMARY,
+    _ask_to_stop,
+    processes_that_divide,
+    read_recipe,
+    same_weights,
+    train,
+    write_recipe,
+)
+from utils.training.train import checkpoint_dir
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ def close(one, other) -> bool:
 
 def killed_on_the_way(run, processes: int, seed: int) -> int:
     """Start the training by hand, kill -9 all of it at a random moment after the first checkpoint; which was the last."""
-    command = [sys.executable, "-m", "utils.launch", str(run.path)]
+    command = [sys.executable, "-m", "utils.training.launch", str(run.path)]
     if processes > 1:
         launch = [
             "-m",
@@ -208,7 +216,7 @@ def test_two_machines_by_accelerates_own_configuration_files(training_run, recip
             "rdzv_backend: static\nsame_network: true\nuse_cpu: false\n"
         )
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
-        command += ["-m", "utils.launch", str(run.path)]
+        command += ["-m", "utils.training.launch", str(run.path)]
         environment = {**os.environ, "PYTHONPATH": python_path()}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))  # fmt: skip
     said = [process.communicate(timeout=180)[0] for process in processes]
@@ -255,13 +263,13 @@ def test_processes_share_an_update_evenly_or_the_number_is_refused(training_run,
     assert processes_that_divide(training_run("two", hardware__processes=2)) == 2
     with pytest.raises(ConfigError, match="3 processes cannot share the 4 rows"):
         processes_that_divide(training_run("three", hardware__processes=3))
-    monkeypatch.setattr("utils.launch.processes", lambda hardware: 3)  # three GPUs found
+    monkeypatch.setattr("utils.training.launch.processes", lambda hardware: 3)  # three GPUs found
     assert processes_that_divide(training_run("auto")) == 2
 
 
 def test_more_processes_than_gpus_are_refused_before_one_of_them_fails(training_run, monkeypatch):
-    monkeypatch.setattr("utils.launch.gpu_ids", lambda: ("0",))
-    monkeypatch.setattr("utils.launch.resolve_hardware", lambda hardware: {"device": "cuda"})
+    monkeypatch.setattr("utils.training.launch.gpu_ids", lambda: ("0",))
+    monkeypatch.setattr("utils.training.launch.resolve_hardware", lambda hardware: {"device": "cuda"})
     with pytest.raises(ConfigError, match=r"hardware.processes=2, but this machine has 1 GPU; leave it on auto"):
         processes_that_divide(training_run("two", hardware__processes=2))
 
@@ -308,7 +316,7 @@ def test_a_process_that_is_gone_keeps_the_wish_to_stop_from_no_other(monkeypatch
 
     children = [SimpleNamespace(send_signal=gone), SimpleNamespace(send_signal=asked.append)]
     launcher = SimpleNamespace(cmdline=lambda: ["accelerate", "launch"], children=lambda: children)
-    monkeypatch.setattr("utils.launch.psutil.Process", lambda number: launcher)
+    monkeypatch.setattr("utils.training.launch.psutil.Process", lambda number: launcher)
     _ask_to_stop(2)
     assert asked == [signal.SIGINT]
 

@@ -10,12 +10,21 @@ import pytest
 import torch
 
 from benchmarks.recipe import notebook_functions
-from utils import trial
 from utils.config import load_config
 from utils.errors import HardwareError
-from utils.fit import DoesNotFit, Fit, Measured
 from utils.sealed import write_sealed
-from utils.trial import TrialWatch, choose_fit, fall_back, fit_on_file, given_fit, let_go, rows_per_update, run_trial
+from utils.training import step_plan as trial
+from utils.training.fit import DoesNotFit, Fit, Measured
+from utils.training.step_plan import (
+    TrialWatch,
+    choose_fit,
+    fall_back,
+    fit_on_file,
+    given_fit,
+    let_go,
+    rows_per_update,
+    run_trial,
+)
 
 LOAD, MAKE = notebook_functions()
 

@@ -13,12 +13,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
-from utils import demo_data
-from utils.checkpoints import SealCallback, find_checkpoint
+from utils.data import synthetic as demo_data
+from utils.data.prompts import format_row
 from utils.errors import TrainingError
-from utils.likelihood import tokenize_row
-from utils.prompts import format_row
-from utils.training import check_loss_mask, save_adapter, training_log
+from utils.evaluation.loss import tokenize_row
+from utils.training.checkpoints import SealCallback, find_checkpoint
+from utils.training.train import check_loss_mask, save_adapter, training_log
 
 ROWS = demo_data.tuning_rows("train", 12)
 

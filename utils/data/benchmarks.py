@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.data import read_table
+from utils.data.near_duplicates import group_near_copies, near_pairs, vectorise
+from utils.data.rows import read_table
 from utils.errors import DataError
 from utils.files import parse_json
-from utils.settings import BenchmarkSection, EvaluateSection
-from utils.similarity import group_near_copies, near_pairs, vectorise
+from utils.schema import BenchmarkSection, EvaluateSection
 
 COLUMNS = ("id", "benchmark", "question", "options", "gold", "group", "stem")
 _KNOWN = ("medmcqa", "pubmedqa", "medqa")

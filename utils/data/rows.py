@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 
+from utils.data.near_duplicates import normalise
 from utils.errors import DataError, HardwareError
 from utils.files import atomic, is_there, parse_json, write_json, write_text
-from utils.settings import EMBEDDED, Config, DataSection
-from utils.similarity import normalise
+from utils.schema import EMBEDDED, Config, DataSection
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
 _READERS = {

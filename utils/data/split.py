@@ -13,11 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from utils import demo_data
-from utils.data import check_rows, load_rows
+from utils.data import synthetic as demo_data
+from utils.data.near_duplicates import (
+    Vectors,
+    cosines,
+    group_near_copies,
+    largest_cosine,
+    near_pairs,
+    normalise,
+    vectorise,
+)
+from utils.data.rows import check_rows, load_rows
 from utils.errors import DataError
-from utils.settings import Config, DataSection
-from utils.similarity import Vectors, cosines, group_near_copies, largest_cosine, near_pairs, normalise, vectorise
+from utils.schema import Config, DataSection
 
 # The one question by which the tutorials judge the model; it is a row of the file that they train on, at no fixed place
 TUTORIAL_QUESTION = (

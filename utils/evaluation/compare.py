@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
-from utils.answers import arm_digest, current_answers, load_questions, read_forced
 from utils.errors import StageOrderError
+from utils.evaluation.metrics import find_metric, nll_per_token, rouge_l, score_answers
+from utils.evaluation.probe_results import paired_probe
+from utils.evaluation.questions import arm_digest, current_answers, load_questions, read_forced
+from utils.evaluation.results import Comparison
+from utils.evaluation.statistics import PairedResult, compare_paired, verdict
+from utils.evaluation.verdict import headline, state_claims
 from utils.files import atomic, write_json
-from utils.metrics import find_metric, nll_per_token, rouge_l, score_answers
-from utils.probe_results import paired_probe
-from utils.results import Comparison
-from utils.rundir import RunDir
-from utils.stages import BY_NAME
-from utils.statistics import PairedResult, compare_paired, verdict
-from utils.verdicts import headline, state_claims
+from utils.pipeline.run_dir import RunDir
+from utils.pipeline.stages import BY_NAME
 
 _LATE = " What was measured was changed after answers existed, so this is no registered result."
 _FORM = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_tokens", "answer_tokens")

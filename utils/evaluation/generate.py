@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from utils.answers import Question, answer_key, matching_answers
-from utils.decoding import forget_cache
 from utils.errors import HardwareError
+from utils.evaluation.answer_parsing import CLOSE
+from utils.evaluation.questions import Question, answer_key, matching_answers
+from utils.evaluation.sampling import question_stream, sampling_processors
 from utils.files import write_text
-from utils.memory import free_memory, is_out_of_memory, sequences_that_fit
-from utils.parsing import CLOSE
+from utils.models.decoding import forget_cache
+from utils.models.memory import free_memory, is_out_of_memory, sequences_that_fit
 from utils.progress import Progress
-from utils.sampling import question_stream, sampling_processors
+from utils.schema import GenerateSection
 from utils.sealed import split_lines, to_lines
-from utils.settings import GenerateSection
 
 ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
 

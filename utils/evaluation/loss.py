@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.answers import Question, forced_key
 from utils.errors import HardwareError, ModelError
+from utils.evaluation.answer_parsing import CLOSE
+from utils.evaluation.metrics import needs_forcing
+from utils.evaluation.questions import Question, forced_key
 from utils.files import write_text
-from utils.memory import free_memory, is_out_of_memory
-from utils.metrics import needs_forcing
-from utils.parsing import CLOSE
+from utils.models.memory import free_memory, is_out_of_memory
 from utils.progress import Progress, track
 from utils.sealed import read_lines, to_lines
 

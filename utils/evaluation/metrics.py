@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from utils.parsing import Completion, count_paragraphs, explicit_letter, has_bullets, named_choices, parse_completion
+from utils.evaluation.answer_parsing import (
+    Completion,
+    count_paragraphs,
+    explicit_letter,
+    has_bullets,
+    named_choices,
+    parse_completion,
+)
 
 
 @dataclass(frozen=True)

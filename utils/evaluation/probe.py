@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.answers import arm_digest
 from utils.errors import DataError, ModelError, PinError
+from utils.evaluation.probe_results import current_probe, format_probe, probe_items, probe_key
+from utils.evaluation.questions import arm_digest
 from utils.files import write_text
-from utils.probe_results import current_probe, format_probe, probe_items, probe_key
+from utils.pipeline.run_dir import RunDir
 from utils.progress import Progress
-from utils.rundir import RunDir
 from utils.sealed import to_lines
 
 LM_EVAL = "lm_eval==0.4.13"  # optional: not among the pins that every run needs

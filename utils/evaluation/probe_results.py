@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.answers import arm_digest
-from utils.data import read_table
+from utils.data.rows import read_table
 from utils.errors import StageOrderError
-from utils.rundir import RunDir
+from utils.evaluation.questions import arm_digest
+from utils.pipeline.run_dir import RunDir
 from utils.sealed import read_lines
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pandas as pd
 
-from utils.data import read_benchmark
+from utils.data.prompts import format_multiple_choice, format_prompt
+from utils.data.rows import read_benchmark
 from utils.errors import DataError, StageOrderError
+from utils.evaluation.metrics import needs_forcing
 from utils.files import digests, parse_json, write_json
-from utils.metrics import needs_forcing
-from utils.prompts import format_multiple_choice, format_prompt
-from utils.rundir import RunDir
+from utils.pipeline.run_dir import RunDir
+from utils.pipeline.stages import BY_NAME
+from utils.schema import Config, GenerateSection
 from utils.sealed import read_lines
-from utils.settings import Config, GenerateSection
-from utils.stages import BY_NAME
 
 # Not what a row or item may carry besides; a group is what counts as one independent unit.
 _REFERENCES = ("id", "group", "Question", "Complex_CoT", "Response", "answer", "choices")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.settings import GenerateSection
+from utils.schema import GenerateSection
 
 
 def question_stream(seed: int, question_id: str, count: int) -> np.ndarray:

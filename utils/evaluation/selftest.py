@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from utils.answers import Question
 from utils.errors import ModelError
-from utils.generation import Pending, generate_batch
-from utils.settings import GenerateSection
+from utils.evaluation.generate import Pending, generate_batch
+from utils.evaluation.questions import Question
+from utils.schema import GenerateSection
 
 _TIE = 0.1  # in standard deviations of the logits: rounding decides between tokens that are nearer to each other
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from utils.metrics import find_metric
-from utils.results import Claim
-from utils.statistics import PairedResult, detectable_difference, show_p, verdict
+from utils.evaluation.metrics import find_metric
+from utils.evaluation.results import Claim
+from utils.evaluation.statistics import PairedResult, detectable_difference, show_p, verdict
 
 _CLAIMS = {
     "knows more": ("multiple_choice", "accuracy"),  # the one that is registered comes first, see `state_claims`

@@ -17,13 +17,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.answers import Question, arm_digest, load_questions
+from utils.evaluation.questions import Question, arm_digest, load_questions
 from utils.files import write_json
-from utils.platforms import gpu_ids, processes
+from utils.hardware import gpu_ids, processes
+from utils.pipeline.run_dir import RunDir, open_run
 from utils.progress import VARIABLE
 from utils.project import ROOT, python_path
 from utils.redaction import hide_secrets
-from utils.rundir import RunDir, open_run
 
 _ADAPTER = "training/adapter"
 PARENT = "SERIES_PARENT"  # set where standard input is held open by the process that waits for us
@@ -75,7 +75,7 @@ class Workers:
         if number < len(gpu_ids()):
             environment["CUDA_VISIBLE_DEVICES"] = gpu_ids()[number]
         environment.pop(VARIABLE, None)  # the driver's line shows one process's progress
-        command = [sys.executable, "-m", "utils.workers", str(self.run.path), self.arm, str(number)]
+        command = [sys.executable, "-m", "utils.evaluation.workers", str(self.run.path), self.arm, str(number)]
         with self._file(number, "log").open("w", encoding="utf-8") as log:
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
@@ -86,8 +86,8 @@ def answer_share(run_dir: str, arm: str, number: int) -> None:
     """What a process does: load the model as the notebook did, and answer the questions listed for it."""
     import json
 
-    from utils.generation import answer_questions, share_path
-    from utils.models import load_model, ready_for_inference
+    from utils.evaluation.generate import answer_questions, share_path
+    from utils.models.load import load_model, ready_for_inference
 
     run = open_run("auto", run_dir)
     listed = json.loads(run.file(f"workers/{arm}-{number}.json").read_text(encoding="utf-8"))

@@ -14,20 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from utils.bases import Base, base_name, find_base, trained_on
 from utils.disk import writing
 from utils.errors import ModelError
+from utils.export.base_model import Base, base_name, find_base, trained_on
+from utils.export.chat_template import fit_chat_template, write_modelfile
+from utils.export.gguf import file_name, write_gguf
+from utils.export.llama_cpp import find_llama_cpp, how_to_get_it, install_llama_cpp
+from utils.export.merge import Merged, merge_shards, read_lora
+from utils.export.shards import find_shards
 from utils.files import atomic_folder, write_json
-from utils.gguf_files import file_name, write_gguf
-from utils.llama_cpp import find_llama_cpp, how_to_get_it, install_llama_cpp
-from utils.merge import Merged, merge_shards, read_lora
-from utils.platforms import GIB, free_disk_gib, require_disk, where
-from utils.pretrained import load_tokenizer, model_source
+from utils.hardware import GIB, free_disk_gib, require_disk, where
+from utils.models.tokenizer import load_tokenizer, model_source
+from utils.pipeline.run_dir import RunDir
 from utils.project import NAME
-from utils.rundir import RunDir
-from utils.serving import fit_chat_template, write_modelfile
-from utils.settings import GgufType
-from utils.shards import find_shards
+from utils.schema import GgufType
 
 _SPARE_GIB = 1.0  # left free beside the merged model, for the report and the next checkpoint
 # What transformers 5 notes about this machine and this loading; of no use to others.

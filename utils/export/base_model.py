@@ -7,8 +7,8 @@ from pathlib import Path
 
 from utils.errors import ModelError
 from utils.files import is_folder
-from utils.pretrained import model_source
-from utils.settings import EMBEDDED, Config
+from utils.models.tokenizer import model_source
+from utils.schema import EMBEDDED, Config
 
 _SUFFIXES = ("-unsloth-bnb-4bit", "-bnb-4bit")
 # What a model folder is loaded from; pickled duplicates and original checkpoints stay where they are.

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from huggingface_hub import EvalResult
 
-from utils.bases import Base, trained_on
-from utils.rundir import RunDir
-from utils.settings import EMBEDDED, BenchmarkSection
+from utils.export.base_model import Base, trained_on
+from utils.pipeline.run_dir import RunDir
+from utils.schema import EMBEDDED, BenchmarkSection
 
 _DATA = "FreedomIntelligence/medical-o1-reasoning-SFT"
 LLAMA = "https://www.llama.com/llama3_1/license/"

@@ -10,8 +10,8 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from utils.prompts import EOS, format_prompt
-from utils.settings import GenerateSection
+from utils.data.prompts import EOS, format_prompt
+from utils.schema import GenerateSection
 
 _PROMPT, _RESPONSE = "{{ .Prompt }}", "{{ .Response }}"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
@@ -130,7 +130,7 @@ def transformers_lines(served: Served, kind: str) -> str:
         imports.insert(0, "from peft import PeftModel")
         base_id = f"{served.base_id!r}"
         if served.embedded:
-            imports.append("from utils.demo import ensure_model  # in a checkout of the series")
+            imports.append("from utils.models.tiny import ensure_model  # in a checkout of the series")
             base_id = "str(ensure_model())"
         load = [
             f"base_id = {base_id}",

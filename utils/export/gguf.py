@@ -18,12 +18,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.agreement import NEW_TOKENS, Continuations, common_start, larger
+from utils.data.prompts import format_prompt
 from utils.errors import HardwareError, ModelError
-from utils.llama_cpp import LlamaCpp, LlamaServer
+from utils.export.chat_template import prompt_ids, read_modelfile, render_modelfile
+from utils.export.compare_logits import NEW_TOKENS, Continuations, common_start, larger
+from utils.export.llama_cpp import LlamaCpp, LlamaServer
 from utils.project import ROOT, python_path
-from utils.prompts import format_prompt
-from utils.serving import prompt_ids, read_modelfile, render_modelfile
 
 F16_LARGEST = 65504.0
 LORA = "adapter-f32.gguf"  # the factors are small: kept as they are
@@ -63,7 +63,7 @@ def write_gguf(
         )
     whole = folder / file_name("f16")
     arguments = [str(tree.root), name_pre_tokenizer(merged / "tokenizer.json") or "", str(merged)]
-    _call([sys.executable, "-m", "utils.gguf_files", *arguments, "--outfile", str(whole), "--outtype", "f16"])
+    _call([sys.executable, "-m", "utils.export.gguf", *arguments, "--outfile", str(whole), "--outtype", "f16"])
     finer = {whole.name: 0}
     for kind in kinds:
         if kind == "f16":

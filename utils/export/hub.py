@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.credentials import Secret
 from utils.errors import HubError, InfrastructureError
+from utils.evaluation.results import read_sentence
 from utils.files import sha256
-from utils.manifest import read_manifest, require_recorded, stale_on_record
+from utils.kaggle.retry import describe, repeat, status_of
+from utils.pipeline.manifest import read_manifest, require_recorded, stale_on_record
+from utils.pipeline.stages import BY_NAME
 from utils.project import command
-from utils.results import read_sentence
-from utils.retry import describe, repeat, status_of
-from utils.stages import BY_NAME
+from utils.secrets import Secret
 
 KINDS = ("adapter", "merged")
 _SYNC_TIMEOUT_S = 600

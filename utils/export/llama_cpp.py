@@ -1,6 +1,6 @@
 """llama.cpp: where it is, how to get it, and its server for asking a GGUF file what it answers.
 
-python -m utils.llama_cpp FOLDER      # builds it there, from the source that llama-cpp-python ships; 10 to 40 minutes
+python -m utils.export.llama_cpp FOLDER      # builds it there, from the source that llama-cpp-python ships; 10 to 40 minutes
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def find_llama_cpp() -> LlamaCpp | None:
     if named:
         raise HardwareError(
             f"LLAMA_CPP_DIR is {named}, which lacks {', '.join(_CONVERTERS)} or a built llama-quantize; unset it, or run "
-            f"python -m utils.llama_cpp FOLDER and set it to that."
+            f"python -m utils.export.llama_cpp FOLDER and set it to that."
         )
     return None
 

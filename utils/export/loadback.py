@@ -1,4 +1,4 @@
-"""Exports loaded as a stranger loads them, in a process of their own: `python -m utils.loadback TASK.json`.
+"""Exports loaded as a stranger loads them, in a process of their own: `python -m utils.export.loadback TASK.json`.
 
 Nothing of the notebook that wrote them is in memory here, and the tokenizer is the one in the export's own folder.
 """
@@ -15,15 +15,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.agreement import Continuations, continue_greedily, follow
 from utils.errors import ModelError
+from utils.export.compare_logits import Continuations, continue_greedily, follow
 from utils.files import write_json
-from utils.memory import free_memory
-from utils.models import load_plain, prepare_device
-from utils.pretrained import guard_tokenizer
+from utils.models.load import load_plain, prepare_device
+from utils.models.memory import free_memory
+from utils.models.tokenizer import guard_tokenizer
 from utils.project import ROOT, python_path
 from utils.redaction import hide_secrets
-from utils.settings import Config
+from utils.schema import Config
 
 
 def answer_elsewhere(
@@ -39,7 +39,7 @@ def answer_elsewhere(
         task = Path(scratch) / "task.json"
         shutil.copy(reference, task.with_name("reference.safetensors"))
         write_json(task, {"config": config.model_dump(mode="json"), "exports": dict(exports), "prompts": list(prompts)})
-        command = [sys.executable, "-m", "utils.loadback", str(task)]
+        command = [sys.executable, "-m", "utils.export.loadback", str(task)]
         environment = {**os.environ, "PYTHONPATH": python_path()}
         answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if answer.returncode:

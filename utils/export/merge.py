@@ -19,10 +19,10 @@ from typing import Any
 
 from utils.determinism import threads
 from utils.errors import ModelError
+from utils.export.shards import BYTES, INDEX, Shard, StoredTensor, find_shards
 from utils.files import parse_json
-from utils.platforms import GIB, require_disk
+from utils.hardware import GIB, require_disk
 from utils.progress import Progress
-from utils.shards import BYTES, INDEX, Shard, StoredTensor, find_shards
 
 BLOCK = 2**21  # weights in one piece of work: with its float32 copy some 12 MB for each thread
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -9,9 +9,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from utils.agreement import LEVELS
-from utils.bases import Base
-from utils.card_facts import (
+from utils.data.prompts import EOS, format_prompt
+from utils.disk import writing
+from utils.evaluation.statistics import show_p
+from utils.export.base_model import Base
+from utils.export.card_facts import (
     LLAMA,
     bibliography,
     eval_results,
@@ -23,15 +25,13 @@ from utils.card_facts import (
     recipe,
     title,
 )
-from utils.disk import writing
+from utils.export.chat_template import Served, llama_cpp_lines, ollama_lines, transformers_lines, vllm_lines
+from utils.export.compare_logits import LEVELS
+from utils.export.gguf import LORA, file_name
 from utils.files import write_text
-from utils.gguf_files import LORA, file_name
+from utils.pipeline.run_dir import RunDir
 from utils.project import NAME, REPOSITORY
-from utils.prompts import EOS, format_prompt
-from utils.rundir import RunDir
-from utils.serving import Served, llama_cpp_lines, ollama_lines, transformers_lines, vllm_lines
-from utils.settings import EMBEDDED
-from utils.statistics import show_p
+from utils.schema import EMBEDDED
 
 _HOLDS = {
     "adapter": "a LoRA adapter, to be loaded on its base model",
@@ -66,7 +66,7 @@ def make_card(
     served = _served(run, base, folders)
     return ModelCard.from_template(
         _metadata(run, base, kind, metrics, split),
-        template_str=(files("utils") / "templates" / "card.md.j2").read_text(encoding="utf-8"),
+        template_str=(files("utils.report") / "templates" / "card.md.j2").read_text(encoding="utf-8"),
         title=title(run),
         metrics=metrics,
         split=split,

@@ -11,24 +11,34 @@ import pandas as pd
 import psutil
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from utils.agreement import BFLOAT16, EXACT, FOUR_BIT, HALF, Continuations, Level, compare, continue_greedily, judge
-from utils.bases import Base, find_base
+from utils.data.prompts import format_prompt
 from utils.disk import writing
 from utils.errors import ModelError, RunDirError
+from utils.export.base_model import Base, find_base
+from utils.export.compare_logits import (
+    BFLOAT16,
+    EXACT,
+    FOUR_BIT,
+    HALF,
+    Continuations,
+    Level,
+    compare,
+    continue_greedily,
+    judge,
+)
+from utils.export.gguf import check_folder
+from utils.export.llama_cpp import find_llama_cpp
+from utils.export.loadback import answer_elsewhere
+from utils.export.merge import Lora, read_lora
+from utils.export.shards import find_shards
 from utils.files import digests, is_folder, is_there, parse_json, record_files, relative_name, sha256, write_json
-from utils.gguf_files import check_folder
-from utils.llama_cpp import find_llama_cpp
-from utils.loadback import answer_elsewhere
-from utils.memory import free_memory
-from utils.merge import Lora, read_lora
-from utils.models import device, load_plain, torch_dtype
-from utils.platforms import GIB, gpus, resolve_hardware
-from utils.pretrained import load_tokenizer, model_source
-from utils.prompts import format_prompt
-from utils.rundir import RunDir
-from utils.shards import find_shards
-from utils.stages import BY_NAME
-from utils.state import read_state
+from utils.hardware import GIB, gpus, resolve_hardware
+from utils.models.load import device, load_plain, torch_dtype
+from utils.models.memory import free_memory
+from utils.models.tokenizer import load_tokenizer, model_source
+from utils.pipeline.run_dir import RunDir
+from utils.pipeline.stages import BY_NAME
+from utils.pipeline.state import read_state
 
 REFERENCE = "export/reference.safetensors"
 _LEADERS = {"reference": "the model in memory", "adapter_on_16_bit": "the adapter on the 16-bit base"}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from utils.errors import InfrastructureError, KaggleError
-from utils.retry import describe, repeat, status_of
+from utils.kaggle.retry import describe, repeat, status_of
 
 TIMEOUT_S = 120  # kagglesdk sets none: a connection that fell silent would be waited for without end
 SETTINGS = "https://www.kaggle.com/settings"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from utils.errors import RunDirError
 from utils.files import sha256
-from utils.manifest import read_manifest
-from utils.platforms import default_profile
+from utils.hardware import default_profile
+from utils.pipeline.manifest import read_manifest
+from utils.pipeline.state import FILE as STATE
 from utils.project import KAGGLE, runs_dir
-from utils.state import FILE as STATE
 
 DEPTH = 6  # input/notebooks/OWNER/SLUG/runs/PROFILE
 WIDTH = 1_000

@@ -20,11 +20,11 @@ from typing import Any
 
 import nbformat
 
-from utils import kernel_cells
 from utils.errors import UserError
 from utils.files import write_text
+from utils.kaggle import kernel_cells
+from utils.pipeline.stages import find_stage
 from utils.project import NAME, ROOT
-from utils.stages import find_stage
 
 KERNEL = ROOT / "kaggle_kernel.ipynb"
 SINGLES = ROOT / "bundles"
@@ -40,7 +40,7 @@ class BundleError(UserError):
 
 def bundled_files() -> list[Path]:
     """What travels: the package, the notebooks with their profiles, the pins."""
-    patterns = ("utils/**/*.py", "utils/templates/*.j2", "notebooks/*.ipynb", "notebooks/profiles/*.yaml")
+    patterns = ("utils/**/*.py", "utils/report/templates/*.j2", "notebooks/*.ipynb", "notebooks/profiles/*.yaml")
     return sorted([*(path for pattern in patterns for path in ROOT.glob(pattern)), ROOT / "requirements.txt"])
 
 

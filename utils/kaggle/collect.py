@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from utils.errors import InfrastructureError, RunDirError
+from utils.evaluation.results import read_sentence
 from utils.files import atomic, parse_json, relative_name, sha256, write_text
-from utils.kaggle_api import FINISHED, TIMEOUT_S, Kaggle, explain, page, passes, split_reference
-from utils.manifest import altered_files, read_manifest
+from utils.kaggle.api import FINISHED, TIMEOUT_S, Kaggle, explain, page, passes, split_reference
+from utils.kaggle.retry import repeat
+from utils.pipeline.manifest import altered_files, read_manifest
+from utils.pipeline.stages import STAGES
+from utils.pipeline.state import FILE as STATE
+from utils.pipeline.state import SeriesState, read_state
 from utils.redaction import redact
-from utils.results import read_sentence
-from utils.retry import repeat
-from utils.stages import STAGES
-from utils.state import FILE as STATE
-from utils.state import SeriesState, read_state
 
 _OF_THE_MACHINE = (
     "HardwareError",

@@ -9,12 +9,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from utils.deadline import session_started
 from utils.errors import UserError
 from utils.files import list_files
-from utils.platforms import GIB, where
+from utils.hardware import GIB, where
+from utils.pipeline.state import SeriesState, read_state, write_state
+from utils.pipeline.time_limit import session_started
 from utils.project import KAGGLE, NAME
-from utils.state import SeriesState, read_state, write_state
 
 KEPT_GIB = 1.0  # a folder below export/ that has more goes to scratch, whole: half a model looks like a model
 

@@ -34,13 +34,13 @@ print(root)
 '''
 PREPARE = """
 # Install what the image lacks, hold its torch still, check the pins; then the machine, and the secrets, by name only.
-from utils.install import install_missing
+from utils.pins import install_missing
 
 install_missing(restart=False)  # the series runs in fresh processes
 
-from utils.credentials import share_secrets
-from utils.deadline import note_start
-from utils.platforms import check_pins, describe, gpus
+from utils.secrets import share_secrets
+from utils.pipeline.time_limit import note_start
+from utils.hardware import check_pins, describe, gpus
 from utils.redaction import hide_secrets
 
 hide_secrets()
@@ -54,8 +54,8 @@ RUN = """
 # Six notebooks, each in a process of its own; an earlier session's output, where one is attached, is gone on with.
 import json, subprocess
 
-from utils.handover import hand_over
-from utils.inputs import adopt_attached
+from utils.kaggle.handover import hand_over
+from utils.kaggle.attach import adopt_attached
 from utils.project import python_path
 
 RUN_DIR = str(adopt_attached(PROFILE, RUN_DIR))
@@ -85,17 +85,17 @@ Adapter, report and manifest are in this notebook's output (`runs/…/export/ada
 `python -m utils publish`. On Kaggle what is heavy stays in scratch and ends with the session.
 """
 SINGLE_PREPARE = """
-from utils.install import install_missing
+from utils.pins import install_missing
 
 install_missing()  # on Kaggle and Colab only: what the pins ask for and the image lacks
 """
 SINGLE_ADOPT = """
-from utils.inputs import adopt_attached
+from utils.kaggle.attach import adopt_attached
 
 RUN_DIR = str(adopt_attached(PROFILE, RUN_DIR))  # goes on with the earlier notebooks' output, where one is attached
 """
 SINGLE_END = """
-from utils.handover import leave_heavy
+from utils.kaggle.handover import leave_heavy
 
 leave_heavy(RUN_DIR)  # on Kaggle only: light results stay in this notebook's output
 """

@@ -14,14 +14,14 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from utils.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
 from utils.config import expand_home, load_config
-from utils.credentials import known_values
 from utils.errors import InfrastructureError, KaggleError
 from utils.files import is_there, parse_json
-from utils.kaggle_api import FINISHED, Kaggle, page, split_reference
-from utils.kernel_schema import KernelMetadata, Notebook
+from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
+from utils.kaggle.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
+from utils.kaggle.kernel_schema import KernelMetadata, Notebook
 from utils.project import ROOT
+from utils.secrets import known_values
 
 METADATA = ROOT / "kernel-metadata.json"
 _GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports

@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
-from utils.collect import peek
 from utils.errors import InfrastructureError, KaggleError, RunDirError
-from utils.kaggle_api import Kaggle, page
-from utils.push import push, wait
-from utils.stages import STAGES
-from utils.state import SeriesState
+from utils.kaggle.api import Kaggle, page
+from utils.kaggle.collect import peek
+from utils.kaggle.push import push, wait
+from utils.pipeline.stages import STAGES
+from utils.pipeline.state import SeriesState
 
 _ORDER = [stage.name for stage in STAGES]
 

@@ -10,13 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from utils.credentials import share_hub_token
-from utils.decoding import speed_up_unsloth
 from utils.errors import HardwareError, ModelError
-from utils.packing import keep_documents_apart
-from utils.platforms import GIB, gpu_ids, local_rank, resolve_hardware
-from utils.pretrained import first_line, load_tokenizer, model_source, require_safetensors
-from utils.settings import Config
+from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
+from utils.models.decoding import speed_up_unsloth
+from utils.models.tokenizer import first_line, load_tokenizer, model_source, require_safetensors
+from utils.models.unsloth_patches import keep_documents_apart
+from utils.schema import Config
+from utils.secrets import share_hub_token
 
 _T4_GIB = 14.0
 

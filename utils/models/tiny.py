@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils import demo_data
+from utils.data import synthetic as demo_data
+from utils.data.prompts import ASSISTANT, BOS, EOS, PAD, USER, format_row
 from utils.determinism import threads
 from utils.files import digests, record_files
 from utils.progress import track
 from utils.project import NAME, embedded_fingerprint
-from utils.prompts import ASSISTANT, BOS, EOS, PAD, USER, format_row
 from utils.sealed import read_sealed, write_sealed
 
 VOCABULARY = 1500

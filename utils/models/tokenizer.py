@@ -6,8 +6,8 @@ from pathlib import Path
 
 from utils.errors import ModelError
 from utils.files import is_folder
-from utils.platforms import GIB
-from utils.settings import EMBEDDED, Config
+from utils.hardware import GIB
+from utils.schema import EMBEDDED, Config
 
 _PROBE = "Hello world, this is a test.\nx"
 
@@ -15,7 +15,7 @@ _PROBE = "Hello world, this is a test.\nx"
 def model_source(config: Config) -> str:
     """The Hub id or local folder of the base model; the embedded one is built here on first use."""
     if config.model.name == EMBEDDED:
-        from utils.demo import ensure_model
+        from utils.models.tiny import ensure_model
 
         return str(ensure_model())
     return config.model.name

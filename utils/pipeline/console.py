@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from utils.stages import Stage
+from utils.pipeline.stages import Stage
 
 
 class LiveLine:

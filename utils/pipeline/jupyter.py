@@ -16,8 +16,8 @@ import traitlets
 from jupyter_client import AsyncKernelManager
 
 from utils.errors import Interrupted
-from utils.interruption import StopRequest
-from utils.lock import hand_on
+from utils.pipeline.lock import hand_on
+from utils.pipeline.signals import StopRequest
 
 _AGAIN_S = 1.0  # a kernel that was between two cells has ignored the signal
 

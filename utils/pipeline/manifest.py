@@ -12,10 +12,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StrictStr, Validatio
 
 from utils.errors import RunDirError
 from utils.files import parse_json, relative_name, sha256
+from utils.pipeline.stages import BY_NAME, Stage, ancestors
+from utils.pipeline.state import read_state
 from utils.project import command
 from utils.sealed import open_seal
-from utils.stages import BY_NAME, Stage, ancestors
-from utils.state import read_state
 
 
 def _below(name: str) -> str:

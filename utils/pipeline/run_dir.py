@@ -15,12 +15,12 @@ from typing import Any
 from utils.config import absolute_overrides, expand_home, load_config
 from utils.errors import RunDirError
 from utils.files import digests, fingerprint, is_folder, is_there, record_files, write_text
-from utils.manifest import notebook_digest, read_manifest
-from utils.platforms import default_profile, require_disk
+from utils.hardware import default_profile, require_disk
+from utils.pipeline.manifest import notebook_digest, read_manifest
+from utils.pipeline.stages import STAGES, Stage
 from utils.project import embedded_fingerprint, runs_dir
+from utils.schema import EMBEDDED, Config
 from utils.sealed import write_sealed
-from utils.settings import EMBEDDED, Config
-from utils.stages import STAGES, Stage
 
 _HEADER = "# Written by the series: the settings in force. To change one, edit the profile or pass --set / OVERRIDES.\n"
 

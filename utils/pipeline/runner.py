@@ -18,21 +18,21 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.markup import escape
 
-from utils.deadline import Deadline, note_start
 from utils.disk import disk_error
 from utils.errors import Interrupted, SessionOver, UserError
-from utils.kernels import Kernels
-from utils.live_line import LiveLine
-from utils.lock import release_lock, take_lock
+from utils.pipeline.console import LiveLine
+from utils.pipeline.jupyter import Kernels
+from utils.pipeline.lock import release_lock, take_lock
+from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.stage import require_ancestors
+from utils.pipeline.stages import STAGES, Stage, find_stage
+from utils.pipeline.state import SeriesState, write_state
+from utils.pipeline.summary import summarise
+from utils.pipeline.time_limit import Deadline, note_start
 from utils.progress import VARIABLE
 from utils.project import ROOT, command
 from utils.redaction import redact
-from utils.report import executed_dir, write_report
-from utils.rundir import RunDir, open_run
-from utils.stage_run import require_ancestors
-from utils.stages import STAGES, Stage, find_stage
-from utils.state import SeriesState, write_state
-from utils.summary import summarise
+from utils.report.index import executed_dir, write_report
 
 _OWNER = "python -m utils run"
 _ANSWERS = ("answers.jsonl", "forced.jsonl", "probe.jsonl")

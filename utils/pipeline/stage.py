@@ -14,9 +14,7 @@ from utils.determinism import describe_determinism
 from utils.disk import tell_disk_errors
 from utils.errors import StageOrderError
 from utils.files import is_folder, record_files, sweep_scratch
-from utils.lock import release_lock, take_lock
-from utils.manifest import notebook_digest
-from utils.platforms import (
+from utils.hardware import (
     CUDA_STACK,
     STACK,
     hub_cache,
@@ -27,11 +25,13 @@ from utils.platforms import (
     require_gpu,
     resolve_hardware,
 )
+from utils.pipeline.lock import release_lock, take_lock
+from utils.pipeline.manifest import notebook_digest
+from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
 from utils.project import source_digest
 from utils.redaction import hide_secrets
-from utils.rundir import RunDir, open_run
-from utils.settings import EMBEDDED
-from utils.stages import BY_NAME, STAGES, Stage, ancestors
+from utils.schema import EMBEDDED
 
 
 @dataclass

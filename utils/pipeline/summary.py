@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from utils.errors import RunDirError
+from utils.evaluation.results import read_sentence
+from utils.pipeline.run_dir import RunDir
 from utils.project import command
-from utils.report import stale_comparison
-from utils.results import read_sentence
-from utils.rundir import RunDir
+from utils.report.index import stale_comparison
 
 
 def summarise(run: RunDir, console: Console, seconds: float) -> None:

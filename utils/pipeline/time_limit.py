@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from utils.platforms import where
+from utils.hardware import where
 
 VARIABLE = "SERIES_SESSION_STARTED"  # seconds since 1970; set once, handed on to every process of the session
 RESERVE_S = 600.0  # for the last checkpoint, the report, and the platform's own saving

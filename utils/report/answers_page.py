@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from utils.answers import arm_digest, current_answers, load_questions, read_forced
+from utils.evaluation.answer_parsing import Completion, parse_completion
+from utils.evaluation.questions import arm_digest, current_answers, load_questions, read_forced
 from utils.files import write_text
-from utils.parsing import Completion, parse_completion
-from utils.rundir import RunDir
+from utils.pipeline.run_dir import RunDir
 
 # (base right, fine-tuned right) -> outcome, in the order of the page: what fine-tuning cost comes first.
 _OUTCOMES = {
@@ -78,7 +78,7 @@ def write_answers(run: RunDir, arms) -> Path:
 
 
 def _template():
-    templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=True)
+    templates = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
     return templates.get_template("answers.html.j2")
 
 

@@ -9,9 +9,9 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from utils.comparison import Arms
+from utils.evaluation.compare import Arms
 from utils.files import atomic
-from utils.forest import INK, draw_forest
+from utils.report.forest import INK, draw_forest
 
 BASE, TUNED = "#a9b4c6", "#0b5fa5"  # light and dark: told apart in grey, too
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.statistics import ALPHA
+from utils.evaluation.statistics import ALPHA
 
 INK, SOFT = "#23263a", "#667085"
 # Okabe and Ito's colours, told apart by colour-blind readers; the markers differ as well, for print in grey.

@@ -16,9 +16,9 @@ from markupsafe import Markup
 
 from utils.errors import RunDirError
 from utils.files import write_text
-from utils.manifest import require_recorded
-from utils.rundir import RunDir
-from utils.stages import BY_NAME, STAGES, ancestors
+from utils.pipeline.manifest import require_recorded
+from utils.pipeline.run_dir import RunDir
+from utils.pipeline.stages import BY_NAME, STAGES, ancestors
 
 _FIGURES = (
     ("comparison/comparison.png", "Both arms on the same held-out questions"),
@@ -56,7 +56,7 @@ def executed_dir(run: RunDir) -> Path:
 
 def write_report(run: RunDir) -> Path:
     """Render the report from what the run directory holds; stages that have not run are left out."""
-    templates = Environment(loader=PackageLoader("utils", "templates"), autoescape=True)
+    templates = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
     chapters = _write_chapters(run, templates)
     metrics = _read_json(run, "comparison/metrics.json")
     table = run.file("comparison/table.csv")

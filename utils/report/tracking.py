@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.credentials import find_secret
-from utils.stage_run import StageRun
+from utils.pipeline.stage import StageRun
+from utils.secrets import find_secret
 
 _INIT_TIMEOUT_S = 20  # wandb itself waits 90 s for a server that does not answer, and then raises
 

@@ -8,13 +8,13 @@ import time
 import torch
 from transformers import TrainerCallback
 
-from utils.deadline import Deadline
 from utils.errors import TrainingError
-from utils.interruption import StopRequest
-from utils.models import transformer_layers
-from utils.platforms import peak_memory
+from utils.hardware import peak_memory
+from utils.models.load import transformer_layers
+from utils.pipeline.signals import StopRequest
+from utils.pipeline.time_limit import Deadline
 from utils.progress import Progress
-from utils.tracking import Tracker
+from utils.report.tracking import Tracker
 
 _PATIENCE = 5  # non-finite steps in a row before a run is ended
 _SCALER_SETTLES = 10  # steps within which fp16's loss scaler finds its scale, skipping some

@@ -5,7 +5,7 @@
 With one GPU, or none, both functions are called here. With several, their source goes into training/recipe.py, and
 `accelerate launch` starts a process for each GPU (DistributedDataParallel), all of which run it:
 
-    accelerate launch --config_file machine.yaml -m utils.launch RUN_DIR     # by hand, on several machines
+    accelerate launch --config_file machine.yaml -m utils.training.launch RUN_DIR     # by hand, on several machines
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ import yaml
 from utils import errors
 from utils.config import parse_yaml
 from utils.errors import ConfigError, Interrupted, TrainingError, UserError
+from utils.evaluation.workers import PARENT, end_with_parent
 from utils.files import write_text
-from utils.interruption import StopRequest
-from utils.platforms import gpu_ids, local_rank, processes, resolve_hardware
+from utils.hardware import gpu_ids, local_rank, processes, resolve_hardware
+from utils.pipeline.run_dir import open_run
+from utils.pipeline.signals import StopRequest
+from utils.pipeline.stage import StageRun
+from utils.pipeline.stages import BY_NAME
 from utils.project import ROOT, python_path
 from utils.redaction import hide_secrets, redact
-from utils.rundir import open_run
 from utils.sealed import read_sealed, write_sealed
-from utils.stage_run import StageRun
-from utils.stages import BY_NAME
-from utils.workers import PARENT, end_with_parent
 
 RECIPE, SUMMARY, _ERROR, _LOG = (
     f"training/{name}" for name in ("recipe.py", "summary.json", "error.json", "launch.log")
@@ -56,7 +56,7 @@ def train(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> di
     """
     count = processes_that_divide(run)
     if count == 1 and run.config.hardware.accelerate_config is None:
-        from utils.training import train_here
+        from utils.training.train import train_here
 
         train_here(run, load_with_lora, make_trainer)
         return _summary(run)
@@ -142,7 +142,7 @@ def read_recipe(run: StageRun) -> tuple[Callable, Callable]:
 
 
 def _launch_until_done(run: StageRun, count: int) -> None:
-    from utils.trial import FILE, fit_on_file, wants_trials
+    from utils.training.step_plan import FILE, fit_on_file, wants_trials
 
     for path in (run.file(SUMMARY), *_digests(run)):
         path.unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def _launch_until_done(run: StageRun, count: int) -> None:
     if wants_trials(run.config) and not run.file(FILE).exists():
         # Alone, so that a trial which runs out of memory leaves no other process waiting for it.
         _run_to_the_end(
-            run, [sys.executable, "-m", "utils.launch", str(run.path), "--trial", str(count)], gpu_ids()[:1]
+            run, [sys.executable, "-m", "utils.training.launch", str(run.path), "--trial", str(count)], gpu_ids()[:1]
         )
     here = gpu_ids() if run.config.hardware.accelerate_config else gpu_ids()[:count]
     while not _run_to_the_end(run, _command(run, count), here):
@@ -166,7 +166,7 @@ def _command(run: StageRun, count: int) -> list[str]:
     else:
         launch += ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--main_process_port", "0"]
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the trainer's arguments say which
-    return [*launch, "-m", "utils.launch", str(run.path)]
+    return [*launch, "-m", "utils.training.launch", str(run.path)]
 
 
 def _run_to_the_end(run: StageRun, command: list[str], visible: Sequence[str]) -> bool:
@@ -230,8 +230,8 @@ def _error_types() -> dict[str, type[UserError]]:
 
 def take_part(run_dir: str, trial_for: int = 0) -> None:
     """What a launched process does: train with the others, or, with `trial_for`, try fits for that many processes."""
-    from utils.training import OutOfMemory, train_here
-    from utils.trial import choose_fit
+    from utils.training.step_plan import choose_fit
+    from utils.training.train import OutOfMemory, train_here
 
     opened = open_run("auto", run_dir)
     run = StageRun(opened.path, opened.config, opened.overrides, BY_NAME["03_lora_training"])
@@ -267,7 +267,7 @@ def _part_together() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit("Say which run: accelerate launch --config_file machine.yaml -m utils.launch RUN_DIR")
+        raise SystemExit("Say which run: accelerate launch --config_file machine.yaml -m utils.training.launch RUN_DIR")
     hide_secrets()
     if os.environ.get(PARENT):
         end_with_parent()

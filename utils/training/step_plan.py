@@ -17,15 +17,15 @@ import pandas as pd
 import torch
 from transformers import TrainerCallback
 
-from utils.callbacks import RecomputeCallback
 from utils.errors import HardwareError
-from utils.fit import DoesNotFit, Fit, Measured, safer, search
-from utils.memory import free_bytes, free_memory, is_out_of_memory
-from utils.models import transformer_layers
-from utils.platforms import GIB, global_rank, gpus, installed, resolve_hardware, world_size
+from utils.hardware import GIB, global_rank, gpus, installed, resolve_hardware, world_size
+from utils.models.load import transformer_layers
+from utils.models.memory import free_bytes, free_memory, is_out_of_memory
+from utils.pipeline.stage import StageRun
+from utils.schema import Config
 from utils.sealed import read_sealed, write_sealed
-from utils.settings import Config
-from utils.stage_run import StageRun
+from utils.training.callbacks import RecomputeCallback
+from utils.training.fit import DoesNotFit, Fit, Measured, safer, search
 
 FILE = "training/fit.json"
 _UPDATES = 3  # of one trial; the first warms up, of the others the faster one counts

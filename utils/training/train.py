@@ -13,26 +13,26 @@ import pandas as pd
 import torch
 from transformers.trainer_callback import PrinterCallback
 
-from utils.callbacks import (
+from utils.errors import Interrupted, SessionOver, TrainingError
+from utils.files import atomic, atomic_folder, digests, record_files, write_json, write_text
+from utils.hardware import GIB, global_rank, peak_memory, resolve_hardware, world_size
+from utils.models.load import count_fused_layers, torch_dtype, transformer_layers
+from utils.models.memory import free_memory, is_out_of_memory
+from utils.pipeline.signals import StopRequest
+from utils.pipeline.stage import StageRun
+from utils.pipeline.time_limit import Deadline
+from utils.report.figures import draw_loss
+from utils.report.tracking import Tracker
+from utils.schema import Config
+from utils.training.callbacks import (
     HealthCallback,
     ProgressCallback,
     SessionCallback,
     TrackingCallback,
 )
-from utils.checkpoints import SealCallback, find_checkpoint
-from utils.deadline import Deadline
-from utils.errors import Interrupted, SessionOver, TrainingError
-from utils.figures import draw_loss
-from utils.files import atomic, atomic_folder, digests, record_files, write_json, write_text
-from utils.fit import Fit
-from utils.interruption import StopRequest
-from utils.memory import free_memory, is_out_of_memory
-from utils.models import count_fused_layers, torch_dtype, transformer_layers
-from utils.platforms import GIB, global_rank, peak_memory, resolve_hardware, world_size
-from utils.settings import Config
-from utils.stage_run import StageRun
-from utils.tracking import Tracker
-from utils.trial import Stopwatch, choose_fit, fall_back, let_go, recompute_as
+from utils.training.checkpoints import SealCallback, find_checkpoint
+from utils.training.fit import Fit
+from utils.training.step_plan import Stopwatch, choose_fit, fall_back, let_go, recompute_as
 
 
 class OutOfMemory(RuntimeError):
