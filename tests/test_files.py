@@ -169,3 +169,15 @@ def test_a_name_below_a_folder_is_one(name):
 )  # fmt: skip
 def test_a_name_that_points_outside_or_may_be_read_in_two_ways_is_none(name):
     assert relative_name(name) is None
+
+
+def test_a_torn_line_is_passed_over_and_never_glued_to(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    files.append_lines(file, [{"id": "a"}, {"id": "ü"}])
+    with file.open("ab") as stream:
+        stream.write('{"id": "ü'.encode()[:-1])  # a kill in the middle of a character
+    assert files.read_lines(file) == [{"id": "a"}, {"id": "ü"}]
+    files.append_lines(file, [{"id": "c"}])
+    assert files.read_lines(file) == [{"id": "a"}, {"id": "ü"}, {"id": "c"}]
+    files.write_lines(file, [{"id": "d"}])
+    assert file.read_text() == '{"id": "d"}\n' and files.read_lines(tmp_path / "none") == []

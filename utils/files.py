@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -83,6 +83,36 @@ def parse_json(text: str | bytes) -> Any:
     except UnicodeEncodeError:
         raise ValueError("it holds half of a character; save the file as UTF-8") from None
     return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; none where there is no file. A line that a kill cut off is passed over."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            row = parse_json(line) if line else None
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """`rows` as JSONL, written atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add `rows` to a JSONL file, on the disk when this returns; the torn line of a kill is left behind, never glued to."""
+    with path.open("ab+") as stream:
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+        stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def sha256(path: Path) -> str:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tests.exported import QUESTIONS, make_run
 from utils.errors import HardwareError, ModelError, RunDirError
 from utils.export import adapter as export
-from utils.export.adapter import choose_place, copy_adapter, merge, merge_adapter, set_aside, write_ggufs
+from utils.export import merge
+from utils.export.adapter import choose_place, copy_adapter, merge_adapter, set_aside, write_ggufs
 from utils.export.chat_template import chat_ids, prompt_ids
 from utils.models.tokenizer import load_tokenizer
 from utils.pipeline.run_dir import RunDir
