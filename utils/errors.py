@@ -37,6 +37,10 @@ class HardwareError(UserError):
     """No GPU where the profile needs one, or too little disk or memory."""
 
 
+class OutOfMemory(UserError):
+    """One question, row or update does not fit into memory: another session of the same machine changes nothing."""
+
+
 class PinError(UserError):
     """An installed package that is not the pinned one."""
 
