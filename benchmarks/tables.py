@@ -168,7 +168,13 @@ def merge() -> str:
     found = evidence("merge")
     copied = min(*found["seconds"]["front_to_back"], *found["seconds"]["threads"])
     rows = [
-        (found["gib"], found["shards"], f"{min(found['seconds']['merge'])} s", f"{copied} s", found["peak_rss_gib"])
+        (
+            found["gib"],
+            found["shards"],
+            f"{min(found['seconds']['merge'])} s",
+            f"{copied} s",
+            f"{found['peak_rss_gib']:.2f}",
+        )
     ]
     header = ("GiB of weights", "shards", "merging", "copying alone", "GiB of main memory")
     return markdown(header, rows, measured("merge", f"8B shapes, {found['processors']} cores"))

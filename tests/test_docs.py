@@ -16,8 +16,9 @@ from utils.schema import Config, Section
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<heading>[\w-]+))?\)")  # `](docs/exports.md#gguf)`
-MAKE = re.compile(r"(?:`|^ {4})make (?P<target>[a-z][a-z-]*)", re.MULTILINE)  # `make demo`, or indented in a block
+# `](docs/exports.md#gguf)`, or src="benchmarks/results/train.png"
+LINK = re.compile(r"(?:\]\(|src=\")(?!https?:)(?P<path>[^)#\s\"]*)(?:#(?P<heading>[\w-]+))?[)\"]")
+MAKE = re.compile(r"(?:`|^)make (?P<target>[a-z][a-z-]*)", re.MULTILINE)  # `make demo`, or a line of a block
 COMMAND = re.compile(r"python3? -m utils (?P<command>[a-z]+)(?P<rest>[^\n`]*)")  # python -m utils push --wait
 MODULE = re.compile(r"python3? -m (?P<module>(?:utils|benchmarks|tests)(?:\.\w+)+)")  # python -m benchmarks.split
 SETTING = re.compile(
@@ -116,3 +117,13 @@ def test_every_path_of_the_code_that_development_names_exists():
     text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
     for name in re.findall(r"`((?:utils|tests|benchmarks|notebooks|docs)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
+
+
+def test_every_message_in_troubleshooting_stands_in_the_code():
+    files = [*(ROOT / "utils").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a sentence may go on in the next line
+    for path in (README, ROOT / "docs" / "troubleshooting.md"):
+        text = path.read_text(encoding="utf-8").partition("# Troubleshooting")[2]
+        for message in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE):
+            assert all(part.strip() in code for part in message.split("…")), message
