@@ -2,7 +2,6 @@
 
     python -m benchmarks.standin /tmp/standin-8b
     python -m benchmarks.repeatability measure /tmp/standin-8b --out benchmarks/results/repeatability.json
-    python -m benchmarks.repeatability sentence benchmarks/results/repeatability.json --readme README.md
 
 About three minutes on an H200. Notebook 03's own functions train the stand-in through unsloth: 4-bit, fp16, packed, a T4's
 limits, the schedule left as if it went on. `--rows rows.jsonl` takes rows of the training data instead of the demo's. The
@@ -140,38 +139,6 @@ def measure(
     write_json(out, evidence)
     print(json.dumps({key: evidence[key] for key in (*shared, "same_conditions") if key != "loss_per_step_spread"}))
     raise typer.Exit(not (shared["within_tolerance"] and evidence["same_conditions"]))
-
-
-START, END = "<!-- benchmarks.repeatability -->", "<!-- end of it -->"
-
-
-def in_words(evidence: dict | None) -> str:
-    """The README's sentence: the tolerance, and what was measured; None where nothing was yet."""
-    held = (
-        f"On a CUDA GPU the loss after {STEPS} updates is to lie within {TOLERANCE:g} nats per token of another run's"
-    )
-    if evidence is None:
-        return f"{held}, which `python -m benchmarks.repeatability` measures."
-    same = "were the same to the bit" if evidence["adapters_bit_identical"] else "were not the same to the bit"
-    gpu = evidence["gpu"][0].removeprefix("NVIDIA ") if evidence["gpu"] else "CPU"
-    return (
-        f"{held}: over {evidence['repeats']} runs on one {gpu} (8B shapes, 4-bit, fp16, packed, a fresh process each) the largest "
-        f"difference was {evidence['max_loss_difference']:.5f} ({evidence['max_loss_difference_at_any_step']:.5f} at any update), and the adapters {same} "
-        "([`repeatability.json`](benchmarks/results/repeatability.json))."
-    )
-
-
-@app.command()
-def sentence(
-    evidence: Path, readme: Annotated[Path | None, typer.Option(help="Write it into this file.")] = None
-) -> None:
-    """Print what EVIDENCE shows in a sentence, and put it into a README between its two marks."""
-    text = in_words(json.loads(evidence.read_text(encoding="utf-8")) if evidence.exists() else None)
-    print(text)
-    if readme is not None:
-        before, _, rest = readme.read_text(encoding="utf-8").partition(START)
-        _, _, after = rest.partition(END)
-        readme.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def _demo_rows(path: Path) -> Path:
