@@ -17,7 +17,7 @@ from utils.progress import Progress
 from utils.report.tracking import Tracker
 
 _PATIENCE = 5  # non-finite steps in a row before a run is ended
-_SCALER_SETTLES = 10  # steps within which fp16's loss scaler finds its scale, skipping some
+_SMALLEST_SCALE = 1.0  # fp16's loss scaler starts at 65,536 and halves at each overflow until it has found its scale
 
 
 class ProgressCallback(TrainerCallback):
@@ -66,7 +66,7 @@ class HealthCallback(TrainerCallback):
     """
 
     def __init__(self, scaler=None):
-        self.scaler, self.bad_steps = scaler, 0
+        self.scaler, self.bad_steps, self.settled = scaler, 0, scaler is None
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in (logs or {}):
@@ -75,19 +75,20 @@ class HealthCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1]["scale"] = scale
         wrong = [name for name in ("loss", "grad_norm") if name in logs and not math.isfinite(float(logs[name]))]
-        self.bad_steps = self.bad_steps + 1 if wrong else 0
         if not wrong:
+            self.bad_steps, self.settled = 0, True
             return
+        settling = not self.settled and wrong == ["grad_norm"] and scale >= _SMALLEST_SCALE
+        self.bad_steps += 0 if settling else 1
         if self.bad_steps >= _PATIENCE:
             raise TrainingError(
                 f"Loss or gradient was not finite {_PATIENCE} times in a row, last at step {state.global_step}"
                 f"{'' if scale is None else f' (fp16 scale {scale:g})'}; "
                 "lower train.learning_rate or train.max_grad_norm and run 03 again."
             )
-        normal = wrong == ["grad_norm"] and scale is not None and state.global_step <= _SCALER_SETTLES
         what = " and ".join({"loss": "loss", "grad_norm": "gradient"}[name] for name in wrong)
         after = "" if scale is None else f"; the update was skipped, fp16 scale now {scale:g}"
-        print(f"step {state.global_step}: {what} not finite{after}{' (normal in the first steps)' if normal else ''}")
+        print(f"step {state.global_step}: {what} not finite{after}{' (normal in the first steps)' if settling else ''}")
 
 
 class RecomputeCallback(TrainerCallback):
