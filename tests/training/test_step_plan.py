@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.recipe import notebook_functions
 from utils.config import load_config
-from utils.errors import HardwareError
+from utils.errors import OutOfMemory
 from utils.sealed import write_sealed
 from utils.training import step_plan as trial
 from utils.training.fit import DoesNotFit, Fit, Measured
@@ -150,8 +150,17 @@ def test_two_processes_out_of_memory_at_once_fall_back_once(loaded):
     assert fall_back(run, first, 2) == fall_back(run, first, 2) == Fit(2, 2, 2)
     assert fall_back(run, Fit(2, 2, 2), 2) == Fit(1, 4, 2)
     assert len(json.loads(run.file("training/fit.json").read_text())["ran_out_of_memory"]) == 2
-    with pytest.raises(HardwareError, match="even with micro-batch 1 x 4"):
+    with pytest.raises(OutOfMemory, match="even with micro-batch 1 x 4"):
         fall_back(run, Fit(1, 4, 2), 2)
+
+
+def test_a_row_that_does_not_fit_is_no_fault_of_the_machine(loaded, monkeypatch):
+    """collect calls a HardwareError infrastructure, "push again": a larger row fits no better in the next session."""
+    run, model, tokenizer, rows = loaded
+    monkeypatch.setattr(trial, "wants_trials", lambda config: True)
+    monkeypatch.setattr(trial, "_search", lambda *_: (None, []))
+    with pytest.raises(OutOfMemory, match=r"lower model\.max_seq_length"):
+        choose_fit(run, model, tokenizer, rows, MAKE)
 
 
 def test_launched_processes_take_the_launchers_fit_whatever_their_own_gpu_is(loaded, monkeypatch):

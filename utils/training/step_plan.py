@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from transformers import TrainerCallback
 
-from utils.errors import HardwareError
+from utils.errors import OutOfMemory
 from utils.hardware import GIB, global_rank, gpus, installed, resolve_hardware, world_size
 from utils.models.load import transformer_layers
 from utils.models.memory import free_bytes, free_memory, is_out_of_memory
@@ -131,7 +131,7 @@ def choose_fit(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer
     """The fit of this run for each of `world` processes: on file, found by trials on this GPU, or as configured.
 
     It is kept in training/fit.json and found again there while settings, rows and GPU are the same. The LoRA weights
-    are left as they were. Trials need a process that is alone. Raises HardwareError where not even a single row fits.
+    are left as they were. Trials need a process that is alone. Raises OutOfMemory where not even a single row fits.
     """
     known = fit_on_file(run, rows, world) if world_size() == 1 else _as_launched(run, world)
     if known is not None:
@@ -144,7 +144,7 @@ def choose_fit(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer
     if wants_trials(config) and world_size() == 1:
         fastest, trials = _search(model, tokenizer, config, rows, packed, make_trainer, share, layers, world)
         if fastest is None:
-            raise HardwareError("A single training row does not fit into GPU memory; lower model.max_seq_length.")
+            raise OutOfMemory("A single training row does not fit into GPU memory; lower model.max_seq_length.")
         fit = fastest
     if global_rank() == 0:
         shown = {"trials": [asdict(t) for t in trials], "basis": _basis(run, rows, world)}
@@ -185,13 +185,13 @@ def fit_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> Fit | None:
 
 
 def fall_back(run: StageRun, fit: Fit, layers: int) -> Fit:
-    """Put a safer fit than `fit`, which ran out of memory, on file and return it; raises HardwareError at the end."""
+    """Put a safer fit than `fit`, which ran out of memory, on file and return it; raises OutOfMemory at the end."""
     known = _read(run)
     if known and Fit(**known["fit"]) != fit:  # another process was here first
         return Fit(**known["fit"])
     instead = safer(fit, layers if run.config.train.gradient_checkpointing else fit.recompute_layers)
     if instead is None:
-        raise HardwareError(
+        raise OutOfMemory(
             f"Training ran out of GPU memory even with {fit}; lower model.max_seq_length, or free the GPU."
         )
     given_up = [*known.get("ran_out_of_memory", []), asdict(fit)]
