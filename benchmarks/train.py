@@ -132,7 +132,7 @@ START, END = "<!-- benchmarks.train table -->", "<!-- end of the table -->"
 
 
 def markdown_table(evidence: dict) -> str:
-    """The README's table: each configuration's tokens per second by wall time and by kernel time, its memory and fit."""
+    """The README's table: each configuration's tokens per second by wall time and by kernel time, its memory and step plan."""
     lines = ["| configuration | tokens/s | by kernel time | GiB reserved | micro-batch, layers that recompute |",
              "|---|---|---|---|---|"]  # fmt: skip
     for name, case in evidence["configurations"].items():

@@ -1,9 +1,11 @@
-"""What listens to the trainer: progress, tracking, health, and which layers recompute."""
+"""What listens to the trainer: progress, speed, tracking, health, the session's end, and which layers recompute."""
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from datetime import datetime
 
 import torch
 from transformers import TrainerCallback
@@ -12,6 +14,7 @@ from utils.errors import TrainingError
 from utils.hardware import peak_memory
 from utils.models.load import transformer_layers
 from utils.pipeline.signals import StopRequest
+from utils.pipeline.stage import StageRun
 from utils.pipeline.time_limit import Deadline
 from utils.progress import Progress
 from utils.report.tracking import Tracker
@@ -40,6 +43,52 @@ class ProgressCallback(TrainerCallback):
         """Leave the bar where it stands; also where training ended by an error."""
         if self.bar is not None:
             self.bar.close()
+
+
+class Stopwatch(TrainerCallback):
+    """When each update ended (seconds, GPU work included) and how many tokens it held, padding not counted."""
+
+    def __init__(self, trainer):
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
+        take = trainer.get_batch_samples
+
+        def counted(*arguments, **keywords):
+            batches, items = take(*arguments, **keywords)
+            self.tokens.append(sum(_count_tokens(batch) for batch in batches))
+            return batches, items
+
+        trainer.get_batch_samples = counted
+        trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, **_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.monotonic())
+
+    def seconds(self) -> list[float]:
+        """How long each update after the first took."""
+        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+
+    def speeds(self) -> list[float]:
+        """Tokens per second of each update after the first."""
+        return [tokens / s for tokens, s in zip(self.tokens[1:], self.seconds(), strict=False)]
+
+    def figures(self, run: StageRun) -> dict[str, float]:
+        """Seconds from the stage's start to the first update's end, and the median tokens per second of this process."""
+        if not self.ends:
+            return {}
+        began = datetime.fromisoformat(run.record(run.stage)["started"]).timestamp()
+        found = {"seconds_to_first_update": round(time.time() - (time.monotonic() - self.ends[0]) - began, 1)}
+        if self.speeds():
+            found["tokens_per_second"] = round(statistics.median(self.speeds()))
+            found["seconds_per_update"] = round(statistics.median(self.seconds()), 4)
+        return found
+
+
+def _count_tokens(batch: dict) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
 
 
 class TrackingCallback(TrainerCallback):
