@@ -166,7 +166,7 @@ def test_nothing_is_tried_where_the_whole_training_is_shorter_than_the_trials():
         return wants_trials(load_config("t4", changed), rows_of(count, 684), 1)
 
     # An update is four packs, twelve rows: three micro-batches of three updates, and eight that run out of memory.
-    assert wanted(4000) and wanted(12 * 18) and not wanted(12 * 17)
+    assert wanted(4000) and wanted(12 * 18) and not wanted(12 * 16)
     assert wanted(100, train__num_train_epochs=3) and not wanted(4000, train__max_steps=17)
     assert not wanted(4000, train__max_steps=0)  # a null run
     assert not wanted(4000, train__step_plan="given") and not wanted(4000, train__gradient_checkpointing=False)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from datetime import datetime
 
 import torch
 from transformers import TrainerCallback
@@ -14,7 +12,6 @@ from utils.errors import TrainingError
 from utils.hardware import peak_memory
 from utils.models.load import transformer_layers
 from utils.pipeline.signals import StopRequest
-from utils.pipeline.stage import StageRun
 from utils.pipeline.time_limit import Deadline
 from utils.progress import Progress
 from utils.report.tracking import Tracker
@@ -24,7 +21,7 @@ _SMALLEST_SCALE = 1.0  # fp16's loss scaler starts at 65,536 and halves at each 
 
 
 class ProgressCallback(TrainerCallback):
-    """Draws the bar: step, loss."""
+    """Draws the bar: step, loss. Close it where training ends by an error, of which the trainer does not inform it."""
 
     bar: Progress | None = None
 
@@ -40,13 +37,13 @@ class ProgressCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the bar where it stands; also where training ended by an error."""
+        """Leave the bar where it stands."""
         if self.bar is not None:
             self.bar.close()
 
 
 class Stopwatch(TrainerCallback):
-    """When each update ended (seconds, GPU work included) and how many tokens it held, padding not counted."""
+    """When each update ended (monotonic seconds, GPU work included) and how many tokens it held, padding not counted."""
 
     def __init__(self, trainer):
         self.ends: list[float] = []
@@ -74,17 +71,6 @@ class Stopwatch(TrainerCallback):
         """Tokens per second of each update after the first."""
         return [tokens / s for tokens, s in zip(self.tokens[1:], self.seconds(), strict=False)]
 
-    def figures(self, run: StageRun) -> dict[str, float]:
-        """Seconds from the stage's start to the first update's end, and the median tokens per second of this process."""
-        if not self.ends:
-            return {}
-        began = datetime.fromisoformat(run.record(run.stage)["started"]).timestamp()
-        found = {"seconds_to_first_update": round(time.time() - (time.monotonic() - self.ends[0]) - began, 1)}
-        if self.speeds():
-            found["tokens_per_second"] = round(statistics.median(self.speeds()))
-            found["seconds_per_update"] = round(statistics.median(self.seconds()), 4)
-        return found
-
 
 def _count_tokens(batch: dict) -> int:
     mask = batch.get("attention_mask")
@@ -107,11 +93,10 @@ class TrackingCallback(TrainerCallback):
 
 
 class HealthCallback(TrainerCallback):
-    """Watches loss, gradient and fp16's scale: tells a step that was skipped, ends a run that stays non-finite.
+    """Watches loss, gradient and fp16's scale: names a step that was skipped, ends a run that stays non-finite.
 
-    It sees what is logged: every step while train.logging_steps is 1, else the mean of so many.
-
-    `scaler` is the trainer's `torch.amp.GradScaler`, or None where nothing is scaled.
+    It sees what is logged: every step while train.logging_steps is 1, else the mean of so many. `scaler` is the trainer's
+    `torch.amp.GradScaler`, or None where nothing is scaled.
     """
 
     def __init__(self, scaler=None):
@@ -130,12 +115,12 @@ class HealthCallback(TrainerCallback):
         settling = not self.settled and wrong == ["grad_norm"] and scale >= _SMALLEST_SCALE
         self.bad_steps += 0 if settling else 1
         if self.bad_steps >= _PATIENCE:
+            at = f"last at step {state.global_step}" + ("" if scale is None else f" (fp16 scale {scale:g})")
             raise TrainingError(
-                f"Loss or gradient was not finite {_PATIENCE} times in a row, last at step {state.global_step}"
-                f"{'' if scale is None else f' (fp16 scale {scale:g})'}; "
+                f"Loss or gradient was not finite {_PATIENCE} times in a row, {at}; "
                 "lower train.learning_rate or train.max_grad_norm and run 03 again."
             )
-        what = " and ".join({"loss": "loss", "grad_norm": "gradient"}[name] for name in wrong)
+        what = " and ".join(wrong).replace("grad_norm", "gradient")
         after = "" if scale is None else f"; the update was skipped, fp16 scale now {scale:g}"
         print(f"step {state.global_step}: {what} not finite{after}{' (normal in the first steps)' if settling else ''}")
 
@@ -174,8 +159,7 @@ class SessionCallback(TrainerCallback):
 
 def _decided_together(decision: str) -> str:
     """The first process's decision, so that all of them stop at the same step."""
-    if not torch.distributed.is_initialized():
-        return decision
     decisions = [decision]
-    torch.distributed.broadcast_object_list(decisions, src=0)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(decisions, src=0)
     return decisions[0]

@@ -38,7 +38,6 @@ from utils.redaction import hide_secrets, redact
 
 RECIPE, SUMMARY, _ERROR = "training/recipe.py", "training/summary.json", "training/error.json"
 _LOG, _OUTPUT = "training/launch.log", "training/process-0.log"
-_THIS = "utils.training.launch"  # as a module to run
 
 
 class RestartSmaller(UserError):
@@ -112,10 +111,11 @@ def _launch(run: StageRun, count: int) -> None:
     from utils.training.step_plan import plan_on_file, wants_trials
 
     run.file(SUMMARY).unlink(missing_ok=True)
+    worker, launch = ["-m", "utils.training.launch", run.path, "--log"], [sys.executable]
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
     if wants_trials(run.config, rows, count) and plan_on_file(run, rows, count) is None:
-        _run_to_the_end(run, [sys.executable, "-m", _THIS, run.path, "--log", "--trials-for", count])
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        _run_to_the_end(run, [*launch, *worker, "--trials-for", count])
+    launch += ["-m", "accelerate.commands.accelerate_cli", "launch"]
     if run.config.hardware.accelerate_config is not None:
         launch += ["--config_file", run.config.hardware.accelerate_config]
     else:
@@ -123,7 +123,7 @@ def _launch(run: StageRun, count: int) -> None:
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the trainer's arguments say which
     while True:
         try:
-            return _run_to_the_end(run, [*launch, "-m", _THIS, run.path, "--log"])
+            return _run_to_the_end(run, [*launch, *worker])
         except RestartSmaller as message:
             print(message)
 
@@ -133,12 +133,21 @@ def _run_to_the_end(run: StageRun, command: list) -> None:
     run.file(_ERROR).unlink(missing_ok=True)
     write_text(run.file(_OUTPUT), "")
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpu_ids())} if gpu_ids() else {}
-    with Child(command, run.file(_LOG), visible) as child, StopRequest(child.ask_to_stop) as stop:
-        status = _show(run.file(_OUTPUT), child)
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    with (
+        run.file(_OUTPUT).open("rb") as output,
+        Child(command, run.file(_LOG), visible) as child,
+        StopRequest(child.ask_to_stop) as stop,
+    ):
+        status = None
+        while status is None:
+            time.sleep(0.2)
+            status = child.poll()  # before the last look at what it printed
+            sys.stdout.write(decode(output.read()))
+            sys.stdout.flush()
     if status and run.file(_ERROR).exists():
         left = json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
-        known = {**vars(errors), "RestartSmaller": RestartSmaller}
-        raise known.get(left["kind"], TrainingError)(left["message"])
+        raise {**vars(errors), "RestartSmaller": RestartSmaller}[left["kind"]](left["message"])
     if stop.asked and not run.file(SUMMARY).exists():
         raise Interrupted("Training was asked to stop; run 03 again, it resumes from its last checkpoint.")
     if status:
@@ -146,19 +155,6 @@ def _run_to_the_end(run: StageRun, command: list) -> None:
             f"A training process ended with status {status}; read {run.file(_LOG)} ({child.last_words()}) and run 03 again, "
             "it resumes from its last checkpoint."
         )
-
-
-def _show(path: Path, child: Child) -> int:
-    """Print what is written to `path` until the child has ended; its exit status."""
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    with path.open("rb") as stream:
-        while True:
-            status = child.poll()  # before the last look at the file
-            sys.stdout.write(decode(stream.read()))
-            sys.stdout.flush()
-            if status is not None:
-                return status
-            time.sleep(0.2)
 
 
 def run_worker(run_dir: str, log: bool = False, trials_for: int = 0) -> None:
@@ -192,9 +188,7 @@ def run_worker(run_dir: str, log: bool = False, trials_for: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        usage="accelerate launch --config_file machine.yaml -m utils.training.launch RUN_DIR"
-    )
+    parser = argparse.ArgumentParser(usage="accelerate launch --config_file FILE -m utils.training.launch RUN_DIR")
     parser.add_argument("run_dir")
     parser.add_argument("--log", action="store_true")
     parser.add_argument("--trials-for", type=int, default=0)

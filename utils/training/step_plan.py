@@ -92,20 +92,14 @@ def choose_plan(
     """
     if known := plan_on_file(run, rows, world):
         return known
-    config, layers, share, trials = (
-        run.config,
-        len(transformer_layers(model)),
-        rows_per_update(run.config, rows) // world,
-        [],
-    )
-    if wants_trials(config, rows, world) and world_size() == 1:
-        trials = try_plans(model, tokenizer, config, rows, make_trainer, share)
+    train, layers, share = run.config.train, len(transformer_layers(model)), rows_per_update(run.config, rows) // world
+    micro = max(n for n in _divisors(share) if n <= train.per_device_train_batch_size)
+    plan, trials = StepPlan(micro, share // micro, layers if train.gradient_checkpointing else 0), []
+    if wants_trials(run.config, rows, world) and world_size() == 1:
+        trials = try_plans(model, tokenizer, run.config, rows, make_trainer, share)
         if not trials:
             raise OutOfMemory("A single training row does not fit into GPU memory; lower model.max_seq_length.")
-    # As configured: its micro-batch, or the largest below it that divides this process's rows.
-    micro = max(n for n in _divisors(share) if n <= config.train.per_device_train_batch_size)
-    given = StepPlan(micro, share // micro, layers if config.train.gradient_checkpointing else 0)
-    plan = trials[0].step_plan if trials else given
+        plan = trials[0].step_plan
     if global_rank() == 0:
         found = {"step_plan": asdict(plan), "trials": [asdict(trial) for trial in trials]}
         write_json(run.file(FILE), {**found, "for": _conditions(run, rows, world)})
@@ -114,11 +108,11 @@ def choose_plan(
 
 def plan_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> StepPlan | None:
     """What training/step_plan.json holds for these settings, rows, GPU, and number of processes."""
-    path, now = run.file(FILE), _conditions(run, rows, world)
     try:
-        known = parse_json(path.read_bytes())
+        known = parse_json(run.file(FILE).read_bytes())
     except (OSError, ValueError):
         return None
+    now = _conditions(run, rows, world)
     if world_size() > 1:  # all of them cut an update alike, or would wait for each other, whatever their own GPU is
         now["gpu"] = known["for"]["gpu"]
     return StepPlan(**known["step_plan"]) if known["for"] == now else None
@@ -141,58 +135,53 @@ def fall_back(run: StageRun, plan: StepPlan, layers: int) -> StepPlan:
     return smaller
 
 
-def _packs(config: Config) -> bool:
-    return config.train.packing and resolve_hardware(config.hardware)["backend"] == "unsloth"
-
-
-def _rows_in_pack(config: Config, rows: pd.DataFrame) -> int:
-    return max(1, round(config.model.max_seq_length / rows["tokens"].mean())) if config.train.packing else 1
-
-
 def rows_per_update(config: Config, rows: pd.DataFrame) -> int:
     """Rows, or packs, of one update over all GPUs; where the backend cannot pack, as many rows as the packs would hold."""
-    return config.train.rows_per_update * (1 if _packs(config) else _rows_in_pack(config, rows))
+    count = config.train.rows_per_update
+    if config.train.packing and resolve_hardware(config.hardware)["backend"] != "unsloth":
+        count *= max(1, round(config.model.max_seq_length / rows["tokens"].mean()))
+    return count
 
 
 def wants_trials(config: Config, rows: pd.DataFrame, world: int) -> bool:
-    """Whether plans are to be tried: they are left open, on a GPU, and the training has more updates than the trials."""
-    open_to_choice = config.train.step_plan == "auto" and config.train.gradient_checkpointing
-    if not open_to_choice or resolve_hardware(config.hardware)["device"] != "cuda":
-        return False
-    updates = config.train.num_train_epochs * len(rows) / _rows_in_pack(config, rows) / config.train.rows_per_update
-    updates = updates if config.train.max_steps is None else config.train.max_steps
+    """Whether to try plans: they are left open, there is a GPU, and the training has more updates than the trials."""
     micro_batches = len(_divisors(rows_per_update(config, rows) // world))
-    return updates > _UPDATES * micro_batches + 8  # one for each time that more layers have to recompute
+    updates = config.train.max_steps
+    if updates is None:
+        size = config.model.max_seq_length if config.train.packing else rows["tokens"].mean()
+        updates = config.train.num_train_epochs * rows["tokens"].sum() / size / config.train.rows_per_update
+    left_open = config.train.step_plan == "auto" and config.train.gradient_checkpointing
+    pays = updates > _UPDATES * micro_batches + 8  # an update for each time that an eighth more has to recompute
+    return left_open and pays and resolve_hardware(config.hardware)["device"] == "cuda"
 
 
-def try_plans(model, tokenizer, config, rows, make_trainer, share: int) -> list[Trial]:
+def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, share: int) -> list[Trial]:
     """Search on this GPU, on the row that takes most memory; the LoRA weights are left as they were."""
     weights, longest = trainable_weights(model), rows.sort_values("tokens").tail(1)[["prompt", "completion"]]
-    if _packs(config):  # one that fills a whole pack; the trainer cuts it there
+    if config.train.packing:  # one that fills a whole pack; the trainer cuts it there
         times = config.model.max_seq_length // int(rows["tokens"].max()) + 2
         longest = longest.assign(completion=longest["completion"] * times)
-    room = free_bytes(model.device) / GIB - _SPARE_GIB
-    room += torch.cuda.memory_allocated(model.device) / GIB if model.device.type == "cuda" else 0.0
-    print(f"trials of {_UPDATES} updates, {room:.1f} GiB to be had:")
 
     def measure(plan: StepPlan) -> Trial | None:
         trial = run_trial(model, tokenizer, config, longest, make_trainer, plan)
         model.load_state_dict(weights, strict=False)
-        if trial is None or trial.peak_gib > room:
-            return print(f"  {plan}: does not fit")
-        print(f"  {plan}: {trial.tokens_per_second:,.0f} tokens/s, {trial.peak_gib:.1f} GiB")
+        found = f"{trial.tokens_per_second:,.0f} tokens/s, {trial.peak_gib:.1f} GiB" if trial else "does not fit"
+        print(f"  {plan}: {found}")
         return trial
 
+    print(f"trials of {_UPDATES} updates:")
     return search(measure, share, len(transformer_layers(model)))
 
 
 def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> Trial | None:
-    """A few updates by `plan` on `rows`, repeated as needed; None where memory ran out."""
+    """A few updates by `plan` on `rows`, repeated as needed; None where they do not fit into memory."""
     count = plan.per_device_train_batch_size * plan.gradient_accumulation_steps * _UPDATES
     few = pd.concat([rows] * -(-count // len(rows)), ignore_index=True).head(count)
     trainer = watch = trial = None
-    free_memory()
+    free_memory(model)
+    room = free_bytes(model.device) / GIB - _SPARE_GIB
     if on_gpu := model.device.type == "cuda":
+        room += torch.cuda.memory_allocated(model.device) / GIB
         torch.cuda.reset_peak_memory_stats(model.device)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -202,7 +191,7 @@ def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
             watch = Stopwatch(trainer)
             trainer.train()
             peak = torch.cuda.max_memory_allocated(model.device) / GIB if on_gpu else 0.0
-            trial = Trial(plan, round(max(watch.speeds()), 1), round(peak, 2))
+            trial = Trial(plan, round(max(watch.speeds()), 1), round(peak, 2)) if peak <= room else None
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

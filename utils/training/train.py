@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -46,32 +49,28 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
     model, tokenizer = load_with_lora(run.config)
     figures = describe_model(model, run.config)
-    plan = choose_plan(run, model, tokenizer, rows, make_trainer, world_size())
+    plan, first = choose_plan(run, model, tokenizer, rows, make_trainer, world_size()), trainable_weights(model)
     tracker = Tracker(run, job_type="train") if global_rank() == 0 else None
-    first = trainable_weights(model)
     try:
         while (trained := _train_by(plan, run, model, tokenizer, rows, make_trainer, tracker)) is None:
             free_memory(model)
             plan = _resume_smaller(run, plan, model, first)
-    except BaseException:
+        trainer, watch = trained
+        print(f"after: {memory_report()}")
         if tracker is not None:
-            tracker.finish()  # what was logged so far is worth keeping
-        raise
-    trainer, watch = trained
-    print(f"after: {memory_report()}")
-    if world_size() > 1:
-        figures["same_on_all_processes"] = same_weights(model)
-    if tracker is not None:
-        log = training_log(trainer)
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run, log)
-        tracker.image("loss", draw_loss(log, run.file("training/loss.png")))
-        tracker.image("lengths", run.file("data/lengths.png"))
-        tracker.finish()
-        figures |= {"steps": trainer.state.global_step, "processes": world_size(), **asdict(plan), **watch.figures(run)}
-        last = float(log["loss"].tail(5).mean()) if len(log) else math.nan
-        figures["final_loss"] = round(last, 4) if math.isfinite(last) else "none"
-        summary = {"figures": figures, "peak_memory": peak_memory(), "update_seconds": watch.seconds()}
-        write_json(run.file(SUMMARY), summary)
+            log = training_log(trainer)
+            save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run, log)
+            tracker.image("loss", draw_loss(log, run.file("training/loss.png")))
+            tracker.image("lengths", run.file("data/lengths.png"))
+            figures |= {"steps": trainer.state.global_step, "processes": world_size(), **asdict(plan)}
+            figures |= _speed(watch, run)
+            last = float(log["loss"].tail(5).mean()) if len(log) else math.nan
+            figures["final_loss"] = round(last, 4) if math.isfinite(last) else "none"
+            summary = {"figures": figures, "peak_memory": peak_memory(), "update_seconds": watch.seconds()}
+            write_json(run.file(SUMMARY), summary)
+    finally:
+        if tracker is not None:
+            tracker.finish()  # also after an error: what was logged so far is worth keeping
 
 
 def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer, tracker):
@@ -80,8 +79,17 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
     trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder))
     print(check_loss_mask(trainer.train_dataset, rows))
     print(f"{plan}, {world_size()} process{'es' if world_size() > 1 else ''}; before: {memory_report()}")
+    if trainer.args.device.type == "cpu":
+        # accelerate calls a CPU that several processes share cpu:0, to which torch cannot load a checkpoint's optimizer.
+        # transformers 5.17 asks for just that. To be retired when it loads to where the optimizer's state is.
+        trainer.args.__dict__["_setup_devices"] = torch.device("cpu")
+    trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
     session = SessionCallback(Deadline.of(config.hardware.max_hours), StopRequest())
-    watch = _listen(trainer, config, plan, tracker, session)
+    shown = [ProgressCallback(), TrackingCallback(tracker)] if tracker is not None else []
+    for callback in (HealthCallback(trainer.accelerator.scaler), session, *shown):
+        trainer.add_callback(callback)
+    recompute_as(trainer, config, plan)
+    watch = Stopwatch(trainer)
     null_run = config.train.max_steps == 0  # for testing the comparison: the adapter stays as it was initialised
     with session.stop:
         done = null_run or _train(trainer, find_checkpoint(folder))
@@ -89,7 +97,7 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
         release_trainer(trainer)
         return None
     if session.ended:
-        if global_rank() == 0:
+        if tracker is not None:
             save_log(training_log(trainer), run)  # for whoever looks at the session's end
         stopped = f"Training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint"
         if session.ended == "asked":
@@ -97,6 +105,21 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
         why = session.deadline.sentence()
         raise SessionOver(f"{stopped}, because {why}; run 03 again in the next session, it resumes from there.")
     return trainer, watch
+
+
+def _train(trainer, checkpoint: str | None) -> bool:
+    """Whether it came to its end; False where memory ran out."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.close()
+    return True
 
 
 def _resume_smaller(run: StageRun, plan: StepPlan, model, first: dict) -> StepPlan:
@@ -111,34 +134,16 @@ def _resume_smaller(run: StageRun, plan: StepPlan, model, first: dict) -> StepPl
     return smaller
 
 
-def _listen(trainer, config: Config, plan: StepPlan, tracker: Tracker | None, session: SessionCallback) -> Stopwatch:
-    if trainer.args.device.type == "cpu":
-        # accelerate calls a CPU that several processes share cpu:0, to which torch cannot load a checkpoint's optimizer.
-        # transformers 5.17 asks for just that. To be retired when it loads to where the optimizer's state is.
-        trainer.args.__dict__["_setup_devices"] = torch.device("cpu")
-    trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
-    trainer.add_callback(HealthCallback(trainer.accelerator.scaler))
-    trainer.add_callback(session)
-    if tracker is not None:
-        trainer.add_callback(ProgressCallback())
-        trainer.add_callback(TrackingCallback(tracker))
-    recompute_as(trainer, config, plan)
-    return Stopwatch(trainer)
-
-
-def _train(trainer, checkpoint: str | None) -> bool:
-    """Whether it came to its end; False where memory ran out."""
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    finally:  # after an error the trainer does not say that it ended
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback):
-                callback.close()
-    return True
+def _speed(watch: Stopwatch, run: StageRun) -> dict[str, float]:
+    """Seconds from the stage's start to the first update's end, and the medians of this process's updates after it."""
+    if not watch.speeds():
+        return {}
+    began = datetime.fromisoformat(run.record(run.stage)["started"]).timestamp()
+    return {
+        "seconds_to_first_update": round(time.time() - (time.monotonic() - watch.ends[0]) - began, 1),
+        "tokens_per_second": round(statistics.median(watch.speeds())),
+        "seconds_per_update": round(statistics.median(watch.seconds()), 4),
+    }
 
 
 def checkpoint_dir(run: StageRun) -> Path:
@@ -151,16 +156,16 @@ def checkpoint_dir(run: StageRun) -> Path:
 def find_checkpoint(folder: Path) -> str | None:
     """The last checkpoint in `folder` that was finished, to pass as resume_from_checkpoint; None to start anew.
 
-    The trainer writes trainer_state.json last; each process's random state is its own, and may come later than that.
+    The trainer writes trainer_state.json last; each process writes its random state by itself, maybe later than that.
     """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        ranks = [checkpoint / f"rng_state_{rank}.pth" for rank in range(world_size())]
+        of_each = [checkpoint / f"rng_state_{rank}.pth" for rank in range(world_size())]
         try:
             parse_json((checkpoint / "trainer_state.json").read_bytes())
+            if zipfile.is_zipfile(checkpoint / "rng_state.pth") or all(map(zipfile.is_zipfile, of_each)):
+                return str(checkpoint)
         except (OSError, ValueError):
-            ranks = []
-        if ranks and (zipfile.is_zipfile(checkpoint / "rng_state.pth") or all(map(zipfile.is_zipfile, ranks))):
-            return str(checkpoint)
+            pass
         print(f"{checkpoint.name} was not finished, and is passed over.")
     return None
 
@@ -195,22 +200,6 @@ def check_loss_mask(dataset, formatted: pd.DataFrame) -> str:
     return f"{len(dataset)} sequences hold {tokens:,} tokens, {counted:,} of them in the loss: exactly those of 02"
 
 
-def same_weights(model) -> bool:
-    """Whether all processes ended with the same trained weights, bit for bit; prints a sentence where not.
-
-    DistributedDataParallel gives each process the same gradients and trusts that the weights stay the same; what one of
-    them alone got wrong, such as its optimizer's state after a checkpoint, would be seen nowhere else.
-    """
-    digest = hashlib.sha256()
-    for weight in trainable_weights(model).values():
-        digest.update(weight.float().numpy().tobytes())
-    found = [None] * world_size()
-    torch.distributed.all_gather_object(found, digest.hexdigest())
-    if len(set(found)) > 1:
-        print("The processes ended with different weights; the adapter is the first one's. Try hardware.processes=1.")
-    return len(set(found)) == 1
-
-
 def save_adapter(model, tokenizer, run: StageRun, log: pd.DataFrame) -> None:
     """training/adapter (safetensors and tokenizer) and training/log.csv."""
     tokenizer.padding_side = "right"
@@ -235,20 +224,17 @@ def save_log(log: pd.DataFrame, run: StageRun) -> None:
 
 def describe_model(model, config: Config) -> dict:
     """Backend, device, trainable parameters and fused layers: printed, and returned for the manifest."""
-    backend = resolve_hardware(config.hardware)["backend"]
+    backend, fused = resolve_hardware(config.hardware)["backend"], count_fused_layers(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fused = count_fused_layers(model)
     print(f"backend {backend}, {model.device}, {torch_dtype(config)}")
     print(f"{trainable:,} trainable parameters; fused layers: {fused or 'none (plain backend)'}")
-    figures = {"backend": backend, "trainable_parameters": trainable}
-    return figures | {f"fused_{name}": count for name, count in (fused or {}).items()}
+    return {"backend": backend, "trainable_parameters": trainable} | {f"fused_{k}": n for k, n in (fused or {}).items()}
 
 
 def memory_report() -> str:
     """Memory of this process in one line, before and after training."""
-    parts = [f"process {peak_memory()['rss_gib']:.2f} GiB at its peak"]
+    report = f"process {peak_memory()['rss_gib']:.2f} GiB at its peak"
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / GIB
-        reserved = torch.cuda.max_memory_reserved() / GIB
-        parts.append(f"{name}: {reserved:.2f} of {total:.1f} GiB reserved at the peak")
-    return ", ".join(parts)
+        gpu, reserved = torch.cuda.get_device_properties(), torch.cuda.max_memory_reserved() / GIB
+        report += f", {gpu.name}: {reserved:.2f} of {gpu.total_memory / GIB:.1f} GiB reserved at the peak"
+    return report
