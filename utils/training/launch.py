@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import importlib.util
 import inspect
 import json
+import runpy
 import sys
 import textwrap
 import time
@@ -68,8 +68,8 @@ def processes_that_divide(run: StageRun) -> int:
     """
     hardware, rows = run.config.hardware, run.config.train.rows_per_update
     wanted, asked = processes(hardware), hardware.processes != "auto"
-    if hardware.accelerate_config is not None:
-        wanted, asked = _processes_in(hardware.accelerate_config), True
+    if (path := hardware.accelerate_config) is not None:
+        wanted, asked = _processes_in(path), True
     elif asked and wanted > max(1, len(gpu_ids())) and resolve_hardware(hardware)["device"] == "cuda":
         raise ConfigError(f"hardware.processes={wanted}, but this machine has {len(gpu_ids())} GPU; leave it on auto.")
     if asked and rows % wanted:
@@ -100,10 +100,8 @@ def write_recipe(run: StageRun, *functions: Callable) -> None:
 
 def read_recipe(run: StageRun) -> tuple[Callable, Callable]:
     """load_with_lora and make_trainer from training/recipe.py."""
-    spec = importlib.util.spec_from_file_location("recipe", run.file(RECIPE))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load_with_lora, module.make_trainer
+    names = runpy.run_path(str(run.file(RECIPE)))
+    return names["load_with_lora"], names["make_trainer"]
 
 
 def _launch(run: StageRun, count: int) -> None:
@@ -147,7 +145,8 @@ def _run_to_the_end(run: StageRun, command: list) -> None:
             sys.stdout.flush()
     if status and run.file(_ERROR).exists():
         left = json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
-        raise {**vars(errors), "RestartSmaller": RestartSmaller}[left["kind"]](left["message"])
+        kinds = {**vars(errors), "RestartSmaller": RestartSmaller}
+        raise kinds.get(left["kind"], TrainingError)(left["message"])
     if stop.asked and not run.file(SUMMARY).exists():
         raise Interrupted("Training was asked to stop; run 03 again, it resumes from its last checkpoint.")
     if status:

@@ -25,7 +25,7 @@ from utils.training.callbacks import RecomputeCallback, Stopwatch
 
 FILE = "training/step_plan.json"
 _UPDATES = 3  # of one trial; the first warms up, of the others the faster one counts
-_SPARE_GIB = 0.5  # packs differ a little in memory, and gradients travel between processes in buckets of their own
+_SPARE_GIB = 0.25  # packs differ in how many documents they hold, and so a little in memory: a trial knows one kind
 
 
 @dataclass(frozen=True)
