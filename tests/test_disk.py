@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tests.exported import make_run, write_evidence
-from utils.disk import disk_error, writing
 from utils.errors import HardwareError, RunDirError
 from utils.export import verify as verification
 from utils.export.base_model import Base
 from utils.export.compare_logits import NEW_TOKENS, Continuations
 from utils.export.model_card import write_cards
+from utils.files import disk_error, writing
 from utils.project import ROOT
 
 
@@ -158,7 +158,7 @@ def test_a_notebook_shows_the_sentence_and_no_stack_and_other_errors_as_ever(tmp
     code = f"""
 from pathlib import Path
 from IPython.core.interactiveshell import InteractiveShell
-from utils.disk import tell_disk_errors
+from utils.files import tell_disk_errors
 shell = InteractiveShell.instance(colors="nocolor")
 tell_disk_errors(Path({str(tmp_path)!r}))
 shell.run_cell("raise OSError(28, 'No space left on device')")

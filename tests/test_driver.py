@@ -12,7 +12,7 @@ from rich.console import Console
 from utils.errors import StageOrderError
 from utils.files import write_text
 from utils.pipeline import runner as series
-from utils.pipeline.manifest import read_manifest
+from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.state import read_state
 

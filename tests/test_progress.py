@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from utils import progress
 from utils.progress import VARIABLE, Progress, track
+from utils.project import ROOT
 
 
 @pytest.fixture
@@ -62,3 +65,15 @@ def test_a_full_disk_under_the_heartbeat_stops_nothing(heartbeat, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.write_text", refuse)
     assert list(track(range(3), "answering")) == [0, 1, 2]
+
+
+def test_a_plain_process_has_no_shell_and_gets_no_ipython_and_a_notebook_its_own():
+    code = """
+import sys
+from utils.progress import notebook_shell
+assert notebook_shell() is None and "IPython" not in sys.modules
+from IPython.core.interactiveshell import InteractiveShell
+assert notebook_shell() is None  # imported, and no notebook
+assert InteractiveShell.instance() is notebook_shell()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 from utils import remote
 from utils.config import parse_overrides
 from utils.errors import InfrastructureError, Interrupted, UserError
-from utils.redaction import hide_secrets
+from utils.secrets import hide_secrets
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 # A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
@@ -81,7 +81,7 @@ def score(run_dir: RunDirArgument) -> None:
     from utils.evaluation.statistics import show_p
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
-    from utils.pipeline.manifest import require_recorded, stale_on_record
+    from utils.pipeline.run_dir import require_recorded, stale_on_record
     from utils.pipeline.stages import BY_NAME
     from utils.project import command
     from utils.report.answers_page import write_answers
@@ -110,7 +110,7 @@ def score(run_dir: RunDirArgument) -> None:
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
     from utils.export.verify import altered_exports, export_folders, verify_exports
-    from utils.pipeline.manifest import altered_files, stale_on_record
+    from utils.pipeline.run_dir import altered_files, stale_on_record
     from utils.pipeline.stage import require_hardware
     from utils.pipeline.stages import BY_NAME
     from utils.project import command
@@ -172,8 +172,7 @@ for command in (remote.push, remote.collect, remote.publish):
 
 def _existing(run_dir: Path):
     from utils.errors import RunDirError
-    from utils.pipeline.manifest import read_manifest
-    from utils.pipeline.run_dir import open_run
+    from utils.pipeline.run_dir import open_run, read_manifest
 
     if not read_manifest(run_dir.resolve()):
         raise RunDirError(f"{run_dir} is no run directory (no manifest.json); make one with python -m utils run.")

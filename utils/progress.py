@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -69,3 +69,9 @@ def track(items: Iterable[Item], description: str, unit: str = "it") -> Iterator
         for item in items:
             yield item
             bar.update()
+
+
+def notebook_shell() -> Any:
+    """IPython's shell, where this process has one; None in a plain one."""
+    module = sys.modules.get("IPython")
+    return module.get_ipython() if module is not None else None

@@ -122,7 +122,7 @@ def publish(
 ) -> None:
     """Upload a run to the Hub and its offline tracking to wandb, from where the tokens are."""
     from utils.export import hub as publishing
-    from utils.pipeline.manifest import read_manifest
+    from utils.pipeline.run_dir import read_manifest
     from utils.secrets import find_secret
 
     run_dir = run_dir.resolve()

@@ -15,7 +15,7 @@ from tests.loopback import DEAD, Answer
 from utils.errors import HubError, RunDirError
 from utils.export.hub import offline_runs, plan_uploads
 from utils.files import record_files, write_json, write_text
-from utils.pipeline.manifest import read_manifest
+from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.stages import STAGES
 from utils.project import python_path
 

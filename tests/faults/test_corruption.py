@@ -21,8 +21,7 @@ from utils.export.hub import plan_uploads, read_verdict
 from utils.kaggle.bundle import build_kernel
 from utils.kaggle.collect import Verdict, judge
 from utils.models import tiny as demo
-from utils.pipeline.manifest import altered_files, read_manifest
-from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
 from utils.pipeline.state import read_state

@@ -23,8 +23,7 @@ from utils.files import write_json
 from utils.kaggle.attach import find_attached
 from utils.kaggle.collect import Verdict, _judge_without_state, judge, readable_log
 from utils.kaggle.handover import leave_heavy
-from utils.pipeline.manifest import altered_files, read_manifest, require_recorded, stale_on_record
-from utils.pipeline.run_dir import open_run
+from utils.pipeline.run_dir import altered_files, open_run, read_manifest, require_recorded, stale_on_record
 from utils.pipeline.stages import BY_NAME, STAGES
 from utils.pipeline.state import SeriesState, read_state, write_state
 from utils.sealed import read_lines, seal, to_lines

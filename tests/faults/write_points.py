@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import nbformat
 
-from utils.pipeline.manifest import read_manifest
+from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.stages import STAGES, Stage, find_stage
 from utils.project import ROOT
 from utils.sealed import write_sealed
@@ -141,9 +141,9 @@ def drive(run: Path) -> None:
 
 def attempt(stage: Stage | None, run: Path, fatal: int | None, again: bool) -> dict:
     """One execution; what was found afterwards."""
-    from utils.disk import disk_error
     from utils.errors import UserError
-    from utils.pipeline.manifest import altered_files, read_manifest
+    from utils.files import disk_error
+    from utils.pipeline.run_dir import altered_files, read_manifest
 
     points = Points(run, fatal)
     points.watch()

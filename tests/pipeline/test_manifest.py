@@ -12,8 +12,7 @@ from utils.config import load_config
 from utils.errors import RunDirError
 from utils.export.verify import altered_exports
 from utils.files import write_json
-from utils.pipeline.manifest import altered_files, read_manifest, stale_on_record
-from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest, stale_on_record
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES
 from utils.pipeline.state import SeriesState, write_state

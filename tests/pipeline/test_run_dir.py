@@ -14,8 +14,7 @@ from utils import hardware as platforms
 from utils.errors import ConfigError, RunDirError, StageOrderError
 from utils.files import write_text
 from utils.pipeline import run_dir as rundir
-from utils.pipeline.manifest import altered_files, read_manifest
-from utils.pipeline.run_dir import open_run
+from utils.pipeline.run_dir import altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES
 from utils.schema import Config

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import run_command
-from utils.pipeline.manifest import read_manifest
+from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.stages import STAGES
 from utils.project import ROOT
 from utils.sealed import write_sealed

@@ -23,7 +23,7 @@ from utils.hardware import gpu_ids, processes
 from utils.pipeline.run_dir import RunDir, open_run
 from utils.progress import VARIABLE
 from utils.project import ROOT, python_path
-from utils.redaction import hide_secrets
+from utils.secrets import hide_secrets
 
 _ADAPTER = "training/adapter"
 PARENT = "SERIES_PARENT"  # set where standard input is held open by the process that waits for us

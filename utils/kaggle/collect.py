@@ -20,11 +20,11 @@ from utils.evaluation.results import read_sentence
 from utils.files import atomic, parse_json, relative_name, sha256, write_text
 from utils.kaggle.api import FINISHED, TIMEOUT_S, Kaggle, explain, page, passes, split_reference
 from utils.kaggle.retry import repeat
-from utils.pipeline.manifest import altered_files, read_manifest
+from utils.pipeline.run_dir import altered_files, read_manifest
 from utils.pipeline.stages import STAGES
 from utils.pipeline.state import FILE as STATE
 from utils.pipeline.state import SeriesState, read_state
-from utils.redaction import redact
+from utils.secrets import redact
 
 _OF_THE_MACHINE = (
     "HardwareError",

@@ -41,7 +41,7 @@ install_missing(restart=False)  # the series runs in fresh processes
 from utils.secrets import share_secrets
 from utils.pipeline.time_limit import note_start
 from utils.hardware import check_pins, describe, gpus
-from utils.redaction import hide_secrets
+from utils.secrets import hide_secrets
 
 hide_secrets()
 note_start()

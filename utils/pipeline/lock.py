@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import RunDirError
-from utils.notebook import notebook_shell
+from utils.progress import notebook_shell
 from utils.project import NAME
 
 FILE = ".lock"

@@ -18,8 +18,8 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.markup import escape
 
-from utils.disk import disk_error
 from utils.errors import Interrupted, SessionOver, UserError
+from utils.files import disk_error
 from utils.pipeline.console import LiveLine
 from utils.pipeline.jupyter import Kernels
 from utils.pipeline.lock import release_lock, take_lock
@@ -31,8 +31,8 @@ from utils.pipeline.summary import summarise
 from utils.pipeline.time_limit import Deadline, note_start
 from utils.progress import VARIABLE
 from utils.project import ROOT, command
-from utils.redaction import redact
 from utils.report.index import executed_dir, write_report
+from utils.secrets import redact
 
 _OWNER = "python -m utils run"
 _ANSWERS = ("answers.jsonl", "forced.jsonl", "probe.jsonl")

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import load_config
-from utils.determinism import describe_determinism
-from utils.disk import tell_disk_errors
 from utils.errors import StageOrderError
-from utils.files import is_folder, record_files, sweep_scratch
+from utils.files import is_folder, record_files, sweep_scratch, tell_disk_errors
 from utils.hardware import (
     CUDA_STACK,
     STACK,
+    describe_determinism,
     hub_cache,
     installed,
     peak_memory,
@@ -26,12 +25,11 @@ from utils.hardware import (
     resolve_hardware,
 )
 from utils.pipeline.lock import release_lock, take_lock
-from utils.pipeline.manifest import notebook_digest
-from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.run_dir import RunDir, notebook_digest, open_run
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
 from utils.project import source_digest
-from utils.redaction import hide_secrets
 from utils.schema import EMBEDDED
+from utils.secrets import hide_secrets
 
 
 @dataclass

@@ -38,8 +38,8 @@ from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import StageRun
 from utils.pipeline.stages import BY_NAME
 from utils.project import ROOT, python_path
-from utils.redaction import hide_secrets, redact
 from utils.sealed import read_sealed, write_sealed
+from utils.secrets import hide_secrets, redact
 
 RECIPE, SUMMARY, _ERROR, _LOG = (
     f"training/{name}" for name in ("recipe.py", "summary.json", "error.json", "launch.log")
