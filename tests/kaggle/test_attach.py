@@ -22,7 +22,7 @@ def attach(root: Path, place: str, profile: str = "t4", note: str = "") -> Path:
     run = root / place
     (run / "data").mkdir(parents=True)
     (run / "data" / "train.parquet").write_bytes(b"rows")
-    write_json(run / "manifest.json", {"profile": profile, "overrides": {"note": note}, "stages": {}})
+    write_json(run / "manifest.json", {"profile": profile, "note": note, "stages": {}})
     write_state(run, SeriesState(state="continue", stage="03_lora_training"))
     return run
 

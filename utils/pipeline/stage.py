@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from utils.config import load_config
+from utils import progress
+from utils.config import flatten, read_config
 from utils.errors import StageOrderError
 from utils.files import is_folder, record_files, sweep_scratch, tell_disk_errors
 from utils.hardware import (
@@ -24,9 +25,9 @@ from utils.hardware import (
     require_gpu,
     resolve_hardware,
 )
-from utils.pipeline.lock import release_lock, take_lock
-from utils.pipeline.run_dir import RunDir, notebook_digest, open_run
-from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
+from utils.pipeline.lock import follow_cells, release_lock, take_lock
+from utils.pipeline.run_dir import CONFIG, RunDir, notebook_digest, open_run
+from utils.pipeline.stages import BY_NAME, Stage, ancestors
 from utils.project import source_digest
 from utils.schema import EMBEDDED
 from utils.secrets import hide_secrets
@@ -40,7 +41,7 @@ class StageRun(RunDir):
     raises RunDirError where another process is at work there by now. Processes that a stage starts write no manifest.
     """
 
-    stage: Stage = STAGES[0]
+    stage: Stage
     started: float = field(default_factory=time.monotonic)
 
     def save(self) -> None:
@@ -54,12 +55,15 @@ class StageRun(RunDir):
         super().note(key, value)
 
     def pin(self, key: str, value: str | list | None) -> None:
-        """Keep a setting that was found out here, such as the commit behind a Hub id, for every later stage."""
+        """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml, for every later stage."""
         if value is not None:
-            self.overrides = {**self.overrides, key: value}
-            self.config = load_config(self.config.profile, self.overrides)
+            self.config = read_config(self.file(CONFIG), {key: value})
             self.save()
             self.write_record(self.stage, **{**self.record(self.stage), "settings": self.settings(self.stage)})
+
+    def _seeds(self) -> dict[str, int]:
+        settings = flatten(self.config.model_dump(mode="json"))
+        return {key: value for key, value in settings.items() if key.endswith(".seed")}
 
     def finish(self, peak: dict[str, float] | None = None, **figures: float | int | str) -> None:
         """Hash what was written and mark the stage done; `figures` are kept in the manifest beside it.
@@ -79,7 +83,7 @@ class StageRun(RunDir):
             seconds=round(time.monotonic() - self.started, 1),
             peak_memory=peak_memory() | (peak or {}),
             figures=figures,
-            rests_on={"seeds": _seeds(self.config.model_dump(mode="json")), **describe_determinism()},
+            provenance={"seeds": self._seeds(), **describe_determinism()},
             outputs=record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
         )
         self.write_record(self.stage, **record)
@@ -120,7 +124,7 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
     take_lock(run.path, stage.name)  # which makes the folder: only now that nothing stands against it
     sweep_scratch(run.path)
     run.save()
-    opened = StageRun(run.path, run.config, run.overrides, stage)
+    opened = StageRun(run.path, run.config, stage)
     opened.write_record(
         stage,
         state="running",
@@ -133,6 +137,8 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
         inputs=record_files(run.path, stage.inputs),
         outputs={},
     )
+    follow_cells(run.path, stage.name)
+    progress.report_to(run.path)
     return opened
 
 
@@ -158,28 +164,17 @@ def require_hardware(run: RunDir, stage: Stage) -> None:
 
 
 def _require_same_conditions(run: RunDir, now: dict[str, str]) -> None:
-    """Both arms must compute alike: another backend or dtype in 04 than in 01 would be compared as fine-tuning."""
+    """Another backend or dtype in 04 than in 01 would be compared as fine-tuning."""
     before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on")
     if before != now:
         raise StageOrderError(
             f"The baseline was answered on {_words(before)}, this is {_words(now)}; run 01_baseline_inference here again, "
-            "so that both arms answer under the same conditions."
+            "so that both models answer under the same conditions."
         )
 
 
 def _words(computed_on: dict[str, str] | None) -> str:
     return ", ".join((computed_on or {}).values())
-
-
-def _seeds(settings: Mapping[str, Any], prefix: str = "") -> dict[str, int]:
-    """{dotted key: seed} of every seed in the configuration."""
-    found: dict[str, int] = {}
-    for key, value in settings.items():
-        if key == "seed":
-            found[f"{prefix}{key}"] = value
-        elif isinstance(value, Mapping):
-            found |= _seeds(value, f"{prefix}{key}.")
-    return found
 
 
 def _now() -> str:

@@ -37,6 +37,7 @@ from utils.pipeline.run_dir import open_run
 from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import StageRun
 from utils.pipeline.stages import BY_NAME
+from utils.progress import report_to
 from utils.project import ROOT, python_path
 from utils.sealed import read_sealed, write_sealed
 from utils.secrets import hide_secrets, redact
@@ -234,8 +235,10 @@ def take_part(run_dir: str, trial_for: int = 0) -> None:
     from utils.training.train import OutOfMemory, train_here
 
     opened = open_run("auto", run_dir)
-    run = StageRun(opened.path, opened.config, opened.overrides, BY_NAME["03_lora_training"])
-    if local_rank() > 0:
+    run = StageRun(opened.path, opened.config, BY_NAME["03_lora_training"])
+    if local_rank() == 0:
+        report_to(run.path)
+    else:
         log = run.file(f"training/process-{os.environ['RANK']}.log").open("a", encoding="utf-8")
         sys.stdout = log  # what the first process of a machine says is said for all
         hide_secrets()
