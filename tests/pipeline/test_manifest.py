@@ -109,6 +109,7 @@ def test_a_run_that_was_brought_home_is_current_without_the_model_the_rows_and_t
     run.write_record(exported, **record)
     rows.unlink()
     shutil.rmtree(model)
-    assert run.out_of_date(exported).endswith("(export/merged/model.safetensors is missing)")
-    write_state(run.path, SeriesState(state="done", left_in_scratch={"export/merged": 16_000_000_000}))
     assert run.out_of_date(exported) is None
+    assert run.stale_because(exported).endswith("(export/merged/model.safetensors is missing)")
+    write_state(run.path, SeriesState(state="done", left_in_scratch={"export/merged": 16_000_000_000}))
+    assert run.stale_because(exported) is None

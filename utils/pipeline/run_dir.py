@@ -116,7 +116,7 @@ class RunDir:
             values["model files"] = fingerprint(Path(name))
         return values
 
-    def stale_because(self, stage: Stage, with_notebook: bool = True) -> str | None:
+    def stale_because(self, stage: Stage, with_notebook: bool = True, with_outputs: bool = True) -> str | None:
         """Why a stage has to run (again), in words; None while it is current.
 
         Data, model and heavy exports that stayed on another machine are taken for what is on record.
@@ -129,8 +129,8 @@ class RunDir:
             return f"its settings changed ({', '.join(changed)})"
         if with_notebook and record.get("notebook") != notebook_digest(stage):
             return "its notebook changed"
-        state = read_state(self.path)
-        for kind, relatives in (("input", stage.inputs), ("output", (*stage.outputs, *stage.optional))):
+        state, kinds = read_state(self.path), {"input": stage.inputs, "output": (*stage.outputs, *stage.optional)}
+        for kind, relatives in list(kinds.items())[: 1 + with_outputs]:
             known = record.get(f"{kind}s", {})
             found = record_files(self.path, relatives, known)
             if state:
@@ -148,8 +148,13 @@ class RunDir:
         return next(((stage, reason) for stage, reason in reasons if reason), None)
 
     def out_of_date(self, stage: Stage) -> str | None:
-        """Why what `stage` wrote is not this run's last word, by itself or by a stage before it; None where it is."""
-        found = self.first_stale((*ancestors(stage), stage))
+        """Why what `stage` wrote is not this run's last word, by itself or by a stage before it; None where it is.
+
+        Its outputs themselves are the caller's to look at.
+        """
+        found = self.first_stale(ancestors(stage))
+        if found is None and (reason := self.stale_because(stage, with_notebook=False, with_outputs=False)):
+            found = stage, reason
         return f"{found[0].name} is out of date: {found[1]}" if found else None
 
 
