@@ -36,7 +36,7 @@ def holder(tmp_path):
 
 
 def test_the_second_process_is_told_in_one_sentence_who_is_at_work(holder, tmp_path):
-    with pytest.raises(RunDirError, match=rf"run is in use by 03_lora_training \(process {holder.pid} on .*, since .*\); wait"):  # fmt: skip
+    with pytest.raises(RunDirError, match=rf"run is in use by 03_lora_training \(process {holder.pid}, since .*\); wait"):  # fmt: skip
         take_lock(tmp_path / "run", "second", wait_s=0.2)
 
 
@@ -237,7 +237,7 @@ def test_every_cell_is_told_while_another_process_is_at_work(notebook, tmp_path)
     told = [notebook.run("1") for _ in range(3)]
     holder.kill()
     holder.wait()
-    assert all(f"is in use by 03_lora_training (process {holder.pid}" in text for text in told)
+    assert all(f"is in use by 03_lora_training (process {holder.pid}," in text for text in told)
     assert "in use" not in notebook.run("1") and is_locked(tmp_path / "run")
 
 

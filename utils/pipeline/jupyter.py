@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import papermill
 import psutil
+import traitlets
 from jupyter_client import AsyncKernelManager
 
 from utils.errors import Interrupted
@@ -17,6 +19,14 @@ from utils.pipeline.signals import StopRequest
 
 
 class _KernelManager(AsyncKernelManager):
+    """Socket files of this user instead of an open port, about which ipykernel warns once a stage (it is not encrypted)."""
+
+    transport = traitlets.CaselessStrEnum(["tcp", "ipc"], default_value="ipc", config=True)
+
+    @traitlets.default("ip")
+    def _socket(self) -> str:
+        return f"/tmp/kernel-{uuid.uuid4().hex}"  # not TMPDIR: zmq takes 107 characters, 103 on macOS
+
     async def _async_interrupt_kernel(self) -> None:
         """Not at a notebook's end: jupyter_client interrupts a kernel before it asks it to shut down, and where that hits
         the last reply, "KeyboardInterrupt caught in kernel" is printed below a run that went well."""

@@ -6,11 +6,10 @@ the machine's temporary folder, which only this machine sees. The driver locks; 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
-import socket
 import tempfile
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from utils.project import NAME
 
 FILE = ".lock"
 _WAIT_S = 5.0  # a killed driver's kernel looks once a second whether the driver is still there
-_held: dict[Path, tuple[FileLock | None, str]] = {}  # by whom in this process; no lock where none can be had
+_held: dict[Path, tuple[FileLock | None, str]] = {}  # by whom in this process; None where nothing can be locked
 _notebook: dict[Path, str] = {}  # the stages that are at work in this notebook
 
 
@@ -41,19 +40,26 @@ def take_lock(run_dir: Path, owner: str, wait_s: float | None = None) -> None:
         (run_dir / FILE).touch()
     except OSError as error:
         raise RunDirError(f"{run_dir} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
-    file = next(filter(_knows_locks, (run_dir / FILE, _stand_in(run_dir))), None)
-    if file and _is_held_above(file):
+    elsewhere = f"{NAME}-{hashlib.sha256(bytes(run_dir)).hexdigest()[:16]}{FILE}"
+    file = next(filter(_knows_locks, (run_dir / FILE, Path(tempfile.gettempdir()) / elsewhere)), None)
+    if file is None:
+        _held[run_dir] = None, owner
         return
-    lock = FileLock(file, thread_local=False) if file else None
-    if lock:
-        try:
-            lock.acquire(timeout=_WAIT_S if wait_s is None else wait_s)
-        except Timeout:
-            raise RunDirError(
-                f"{run_dir} is in use by {_read_signature(file).get('who', 'another process')}; wait for it or end it (a "
-                "notebook's kernel: shut it down), or name another RUN_DIR."
-            ) from None
-        _sign(file, owner)
+    signed = _read_signature(file)
+    if _is_held_above(signed):
+        return
+    lock = FileLock(file, thread_local=False)
+    try:
+        lock.acquire(timeout=_WAIT_S if wait_s is None else wait_s)
+    except Timeout:
+        raise RunDirError(
+            f"{run_dir} is in use by {signed.get('who', 'another process')}; wait for it or end it (a notebook's kernel: "
+            "shut it down), or name another RUN_DIR."
+        ) from None
+    me = psutil.Process()
+    who = f"{owner} (process {me.pid}, since {datetime.now():%H:%M})"
+    with suppress(OSError):  # on a full disk those who wait are told less
+        write_json(_signature(file), {"who": who, "pid": me.pid, "created": me.create_time()})
     _held[run_dir] = lock, owner
 
 
@@ -61,15 +67,6 @@ def release_lock(run_dir: Path, owner: str) -> None:
     """Let others in; nothing where `owner` has no lock."""
     _notebook.pop(run_dir, None)
     _let_in(run_dir, owner)
-
-
-def _let_in(run_dir: Path, owner: str) -> None:
-    lock, holder = _held.get(run_dir, (None, None))
-    if holder == owner:
-        del _held[run_dir]
-        if lock:
-            _signature(Path(lock.lock_file)).unlink(missing_ok=True)
-            lock.release()
 
 
 def follow_cells(run_dir: Path, owner: str) -> None:
@@ -93,6 +90,15 @@ def _before_cell(_: Any) -> None:
             print(error)
 
 
+def _let_in(run_dir: Path, owner: str) -> None:
+    lock, holder = _held.get(run_dir, (None, None))
+    if holder == owner:
+        del _held[run_dir]
+        if lock:
+            _signature(Path(lock.lock_file)).unlink(missing_ok=True)
+            lock.release()
+
+
 def _knows_locks(file: Path) -> bool:
     """Asked here: filelock would take a file that somebody left behind for a lock (ENOSYS), or raise (ENOTSUP)."""
     try:
@@ -105,35 +111,20 @@ def _knows_locks(file: Path) -> bool:
     return True
 
 
-def _stand_in(run_dir: Path) -> Path:
-    return Path(tempfile.gettempdir()) / f"{NAME}-{hashlib.sha256(bytes(run_dir)).hexdigest()[:16]}.lock"
-
-
 def _signature(file: Path) -> Path:
     return file.with_name(f"{file.name}.json")
 
 
-def _sign(file: Path, owner: str) -> None:
-    me, host = psutil.Process(), socket.gethostname()
-    who = f"{owner} (process {me.pid} on {host}, since {datetime.now():%H:%M})"
-    with contextlib.suppress(OSError):  # on a full disk those who wait are told less
-        write_json(_signature(file), {"who": who, "pid": me.pid, "created": me.create_time(), "host": host})
-
-
 def _read_signature(file: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         found = parse_json(_signature(file).read_bytes())
         return found if isinstance(found, dict) else {}
     return {}
 
 
-def _is_held_above(file: Path) -> bool:
-    """Whether who signed started this process, directly or not."""
-    signed = _read_signature(file)
-    if signed.get("host") != socket.gethostname():
-        return False
-    with contextlib.suppress(psutil.Error):
-        for parent in psutil.Process().parents():
-            if parent.pid == signed.get("pid"):
-                return abs(parent.create_time() - signed.get("created", 0)) < 5  # a clock can be set
+def _is_held_above(signed: dict[str, Any]) -> bool:
+    """Whether who signed started this process, directly or not; another machine's process has another start."""
+    with suppress(psutil.Error):
+        above = {parent.pid: parent.create_time() for parent in psutil.Process().parents()}
+        return abs(above.get(signed.get("pid"), -9.0) - signed.get("created", 0.0)) < 5  # a clock can be set
     return False
