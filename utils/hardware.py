@@ -265,27 +265,11 @@ def _normalise(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-_PACKAGES = (
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "scipy",
-    "scikit-learn",
-    "sparse_dot_topn",
-    "statsmodels",
-)
+_PACKAGES = "tokenizers safetensors numpy pandas pyarrow scipy scikit-learn sparse_dot_topn statsmodels"
 _ENVIRONMENT = (
-    "PYTHONHASHSEED",
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "GOMP_SPINCOUNT",
-    "TOKENIZERS_PARALLELISM",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "CUDA_VISIBLE_DEVICES",
-    "NVIDIA_TF32_OVERRIDE",
-)  # fmt: skip
+    "PYTHONHASHSEED OMP_NUM_THREADS MKL_NUM_THREADS GOMP_SPINCOUNT TOKENIZERS_PARALLELISM CUBLAS_WORKSPACE_CONFIG "
+    "CUDA_VISIBLE_DEVICES NVIDIA_TF32_OVERRIDE"
+)
 
 
 @contextlib.contextmanager
@@ -305,11 +289,11 @@ def describe_determinism() -> dict[str, object]:
     """Python, packages, hardware, environment variables (None where unset) and, where torch is loaded, its threads and switches."""
     described: dict[str, object] = {
         "python": platform.python_version(),
-        "packages": {name: installed(name) for name in _PACKAGES},
+        "packages": {name: installed(name) for name in _PACKAGES.split()},
         "machine": platform.machine(),
         "processor": _processor(),
         "gpus": [asdict(gpu) for gpu in gpus()],
-        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
+        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT.split()},
         "hash_randomisation": bool(sys.flags.hash_randomization),
     }
     torch = sys.modules.get("torch")
@@ -318,6 +302,7 @@ def describe_determinism() -> dict[str, object]:
 
 def _switches(torch) -> dict[str, object]:
     """Of a loaded torch: what decides in which order it adds up, and by which kernels."""
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
     found = {
         "version": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -329,21 +314,20 @@ def _switches(torch) -> dict[str, object]:
     if torch.cuda.is_available():
         found |= {
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "cudnn_deterministic": torch.backends.cudnn.deterministic,
-            "flash_attention": torch.backends.cuda.flash_sdp_enabled(),
-            "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
-            "fp16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+            "cudnn": cudnn.version(),
+            "cudnn_benchmark": cudnn.benchmark,
+            "cudnn_deterministic": cudnn.deterministic,
+            "flash_attention": cuda.flash_sdp_enabled(),
+            "cudnn_attention": cuda.cudnn_sdp_enabled(),
+            "fp16_reduced_precision_reduction": cuda.matmul.allow_fp16_reduced_precision_reduction,
         }
     return found
 
 
 def _processor() -> str:
     """The processor's name where the system tells it: another one may take other vector instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
