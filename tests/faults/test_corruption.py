@@ -112,7 +112,7 @@ def _found_by_the_others(path: Path, name: str, maker: Stage) -> None:
         assert name in sentence_of(error) and maker.name in str(error.value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["truncated", "emptied", "deleted"])
 def test_a_damaged_manifest_is_refused_by_name_or_is_no_run_directory(work, kind, recording):
     before = {name: (work / name).read_bytes() for name in files_of(work) if name != "manifest.json"}
     with recording(f"a file {kind}", tried=1) as counts:

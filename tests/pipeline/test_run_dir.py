@@ -255,7 +255,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypa
     def read_only(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(rundir, "write_json", read_only)
+    monkeypatch.setattr(rundir.files, "write_json", read_only)
     with pytest.raises(RunDirError, match=r"cannot be written \(Read-only file system\); choose another RUN_DIR."):
         saved("demo", tmp_path, {"train.max_steps": 3})
     assert snapshot(tmp_path) == before

@@ -13,24 +13,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StrictStr, ValidationError
+from pydantic import AfterValidator, BaseModel, StrictStr, ValidationError
 
+from utils import files
 from utils.config import absolute_overrides, expand_home, load_config, read_config
 from utils.errors import ConfigError, RunDirError
-from utils.files import (
-    digests,
-    fingerprint,
-    is_folder,
-    is_there,
-    parse_json,
-    record_files,
-    relative_name,
-    sha256,
-    write_json,
-    write_text,
-)
 from utils.hardware import default_profile, require_disk
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
 from utils.pipeline.state import read_state
@@ -40,6 +29,7 @@ from utils.schema import EMBEDDED, Config
 CONFIG = "config.yaml"
 _HEADER = "# Written by the series: the settings in force. Edit one here, or pass --set / OVERRIDES: what rests on it runs again.\n"
 _KNOWN_HEADER = b"# Written by the series: the settings in force."
+_MISSING = "is missing"
 _NO_RESULT = {
     "train": ("save_steps", "logging_steps", "fit"),
     "generate": ("batch_size",),
@@ -57,9 +47,9 @@ class RunDir:
         """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
+            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
             if self._stored() != self.config:  # else it stays as somebody may have written it
-                write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
+                files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
         except OSError as error:
             raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 
@@ -97,7 +87,7 @@ class RunDir:
     def note(self, key: str, value: Any) -> None:
         """Replace one entry of the manifest; None takes it out."""
         manifest = {"profile": self.config.profile, "stages": {}} | self.manifest() | {key: value}
-        write_json(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
+        files.write_json(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that this stage's result rests on; local data and model are named by their content, where they are here."""
@@ -105,15 +95,19 @@ class RunDir:
         for section in _NO_RESULT.keys() & values.keys():
             values[section] = {key: value for key, value in values[section].items() if key not in _NO_RESULT[section]}
         evaluate, name = self.config.evaluate, self.config.model.name
-        files = []
+        local = []
         if "data" in values:
-            files = [("data", self.config.data.path), ("benchmark", evaluate.benchmark.path)]
-            files += [(f"benchmark {i}", other.path) for i, other in enumerate(evaluate.more_benchmarks, start=2)]
-        values |= {f"{label} file": fingerprint(path) for label, path in files if path is not None and is_there(path)}
+            local = [("data", self.config.data.path), ("benchmark", evaluate.benchmark.path)]
+            local += [(f"benchmark {i}", other.path) for i, other in enumerate(evaluate.more_benchmarks, start=2)]
+        values |= {
+            f"{label} file": files.fingerprint(path)
+            for label, path in local
+            if path is not None and files.is_there(path)
+        }
         if "model" in values and name == EMBEDDED:
             values["model files"] = embedded_fingerprint()
-        elif "model" in values and is_folder(name):
-            values["model files"] = fingerprint(Path(name))
+        elif "model" in values and files.is_folder(name):
+            values["model files"] = files.fingerprint(Path(name))
         return values
 
     def stale_because(self, stage: Stage, with_notebook: bool = True, with_outputs: bool = True) -> str | None:
@@ -132,10 +126,10 @@ class RunDir:
         state, kinds = read_state(self.path), {"input": stage.inputs, "output": (*stage.outputs, *stage.optional)}
         for kind, relatives in list(kinds.items())[: 1 + with_outputs]:
             known = record.get(f"{kind}s", {})
-            found = record_files(self.path, relatives, known)
+            found = files.record_files(self.path, relatives, known)
             if state:
                 found |= {name: entry for name, entry in known.items() if name not in found and state.left(name)}
-            if changes := describe_changes(digests(known), digests(found)):
+            if changes := describe_changes(files.digests(known), files.digests(found)):
                 return f"one of its {kind}s changed ({changes})"
         return None
 
@@ -195,12 +189,12 @@ def _somebody_elses(path: Path) -> str | None:
     A run whose manifest was deleted is known by its state.json, or by the head of its config.yaml.
     """
     settings = path / CONFIG
-    if is_there(path / "state.json"):
+    if files.is_there(path / "state.json"):
         return None
-    if is_there(settings) and settings.is_file() and settings.read_bytes().startswith(_KNOWN_HEADER):
+    if files.is_there(settings) and settings.is_file() and settings.read_bytes().startswith(_KNOWN_HEADER):
         return None
     outputs = (name for stage in STAGES for name in (*stage.outputs, *stage.optional))
-    return next((name for name in (CONFIG, *outputs, "report/index.html") if is_there(path / name)), None)
+    return next((name for name in (CONFIG, *outputs, "report/index.html") if files.is_there(path / name)), None)
 
 
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -215,22 +209,12 @@ def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 def _below(name: str) -> str:
     """A file's name as the manifest has it: one that points out of the run directory would be read, and uploaded."""
-    if relative_name(name) is None:
+    if files.relative_name(name) is None:
         raise ValueError(f"{name!r} does not lie below the run directory")
     return name
 
 
-def _stage(name: str) -> str:
-    if name not in BY_NAME:
-        raise ValueError(f"{name!r} is no stage of the series")
-    return name
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
-class _File(_Part):
+class _File(BaseModel, extra="allow"):
     sha256: StrictStr
     bytes: int = 0
     mtime_ns: int = 0
@@ -239,10 +223,9 @@ class _File(_Part):
 _Files = dict[Annotated[str, AfterValidator(_below)], _File]
 
 
-class _Record(_Part):
+class _Record(BaseModel, extra="allow"):
     state: str = ""
     settings: dict[str, Any] = {}
-    notebook: str = ""
     inputs: _Files = {}
     outputs: _Files = {}
     seconds: float = 0.0
@@ -252,13 +235,13 @@ class _Record(_Part):
     computed_on: dict[str, str] = {}
 
 
-class _Registered(_Part):
+class _Registered(BaseModel, extra="allow"):
     changed_after_answers: bool
 
 
-class _Manifest(_Part):
+class _Manifest(BaseModel, extra="allow"):
     profile: StrictStr
-    stages: dict[Annotated[str, AfterValidator(_stage)], _Record] = {}
+    stages: dict[Literal[tuple(BY_NAME)], _Record] = {}
     registered: _Registered | None = None
 
 
@@ -271,7 +254,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         if not file.exists():
             return {}
-        manifest = parse_json(file.read_text(encoding="utf-8"))
+        manifest = files.parse_json(file.read_text(encoding="utf-8"))
         json.dumps(manifest, allow_nan=False)  # what could not be written again is none of ours
         _Manifest.model_validate(manifest)
         # What was kept there before config.yaml was the truth, and before files were hashed alone.
@@ -293,8 +276,8 @@ def altered_files(path: Path) -> list[str]:
     What state.json says stayed in a session's scratch is not missed.
     """
     state = read_state(path)
-    altered = [(name, word) for _, name, word in _altered(path)]
-    return [f"{name} {word}" for name, word in altered if word != "is missing" or state is None or not state.left(name)]
+    left = state.left if state else lambda name: False
+    return [f"{name} {word}" for _, name, word in _altered(path) if word != _MISSING or not left(name)]
 
 
 def require_recorded(path: Path, names: tuple[str, ...]) -> None:
@@ -303,18 +286,19 @@ def require_recorded(path: Path, names: tuple[str, ...]) -> None:
     What no stage has on record is not judged.
     """
     for stage, name, word in _altered(path, names):
-        word = f"{word}, and {stage} wrote it" if word == "is missing" else f"differs from what {stage} wrote"
+        word = f"{word}, and {stage} wrote it" if word == _MISSING else f"differs from what {stage} wrote"
         raise RunDirError(f"{name} {word}; {command()} run --run-dir {path} makes it again, or bring the file back.")
 
 
-def _altered(path: Path, names: tuple[str, ...] | None = None) -> Iterator[tuple[str, str, str]]:
-    """(stage, output, what became of it) of the outputs on record, all or those below `names`, that are not as written."""
+def _altered(path: Path, below: tuple[str, ...] = ("",)) -> Iterator[tuple[str, str, str]]:
+    """(stage, output, what became of it) of the outputs on record, below those names, that are not as they were written."""
     for stage, record in read_manifest(path).get("stages", {}).items():
         for name, entry in record.get("outputs", {}).items():
-            wanted = names is None or any(name == given or name.startswith(f"{given}/") for given in names)
-            if wanted and not (path / name).is_file():
-                yield stage, name, "is missing"
-            elif wanted and sha256(path / name) != entry["sha256"]:
+            if not any(given in ("", name) or name.startswith(f"{given}/") for given in below):
+                continue
+            if not (path / name).is_file():
+                yield stage, name, _MISSING
+            elif files.sha256(path / name) != entry["sha256"]:
                 yield stage, name, "differs from what was written"
 
 
