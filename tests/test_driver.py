@@ -145,9 +145,16 @@ def cell_error(name: str, sentence: str) -> PapermillExecutionError:
         (cell_error("ValueError", "x"), "failed", "ValueError", 1, "ValueError: x (the executed notebook shows where)"),
         (cell_error("SessionOver", "8 h"), "continue", "SessionOver", 4, "8 h"),
         (cell_error("Interrupted", "asked"), "continue", "Interrupted", 130, "asked"),
+        (
+            RuntimeError("Kernel died before replying"),
+            "failed",
+            "killed",
+            1,
+            "its kernel died, most often because memory",
+        ),
         (OSError(28, "No space left on device"), "failed", "HardwareError", 1, "The disk is full"),
     ],
-    ids=["user", "unknown", "time", "signal", "disk"],
+    ids=["user", "unknown", "time", "signal", "killed", "disk"],
 )
 def test_how_a_stage_ended_is_told_and_on_file(tmp_path, monkeypatch, error, state, kind, exit_code, sentence):
     def fail(*_):

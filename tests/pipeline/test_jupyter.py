@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from utils.errors import Interrupted
-from utils.pipeline.jupyter import check, execute, interrupt_kernels
+from utils.pipeline.jupyter import check, execute, signal_kernels
 from utils.pipeline.signals import StopRequest
 
 
@@ -25,7 +26,7 @@ def notebook(path, *cells: str):
 
 def run(tmp_path, *cells: str, stop: StopRequest | None = None) -> None:
     source = notebook(tmp_path / "in.ipynb", *cells)
-    with stop or StopRequest(interrupt_kernels) as entered:
+    with stop or StopRequest(signal_kernels) as entered:
         execute(source, tmp_path / "out.ipynb", {}, entered)
 
 
@@ -51,7 +52,7 @@ def test_asked_in_the_middle_of_a_cell_the_kernel_is_interrupted_and_its_noteboo
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=ask, daemon=True).start()
-    stop = StopRequest(interrupt_kernels)
+    stop = StopRequest(signal_kernels)
     with pytest.raises(PapermillExecutionError) as error:
         run(tmp_path, *cells, stop=stop)
     assert error.value.ename == "KeyboardInterrupt" and time.monotonic() - started < 30
@@ -81,6 +82,21 @@ def test_asked_where_the_kernel_does_not_listen_the_next_cell_does_not_begin(tmp
     with pytest.raises(Interrupted):
         run(tmp_path, deaf, second)
     assert not (tmp_path / "second").exists()
+
+
+def test_a_kernel_that_was_not_ready_yet_is_not_left_behind(tmp_path, monkeypatch):
+    started = []
+
+    def interrupted_while_it_starts(*_, kernel_manager_class, **__):
+        manager = kernel_manager_class(kernel_name="python3")
+        asyncio.run(manager.start_kernel())
+        started.append(manager.provisioner.process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.pipeline.jupyter.papermill.execute_notebook", interrupted_while_it_starts)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "1")
+    assert started[0].wait(10) == -signal.SIGKILL
 
 
 def test_a_temporary_folder_with_a_long_path_is_no_obstacle(tmp_path, monkeypatch):

@@ -36,15 +36,20 @@ class _KernelManager(AsyncKernelManager):
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], stop: StopRequest) -> None:
     """Run `notebook` and save it with its outputs; raises what papermill does, and Interrupted before the next cell."""
-    papermill.execute_notebook(
-        str(notebook),
-        str(output),
-        parameters=parameters,
-        kernel_name="python3",
-        progress_bar=False,
-        kernel_manager_class=_KernelManager,
-        on_cell_execute=lambda **_: check(stop),
-    )
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(output),
+            parameters=parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            kernel_manager_class=_KernelManager,
+            on_cell_execute=lambda **_: check(stop),
+        )
+    finally:
+        signal_kernels(
+            signal.SIGKILL
+        )  # nbclient leaves one behind that hangs, or that was interrupted before it was ready
 
 
 def check(stop: StopRequest) -> None:
@@ -53,9 +58,9 @@ def check(stop: StopRequest) -> None:
         raise Interrupted(f"stopped by {stop.name}; what was saved stays")
 
 
-def interrupt_kernels() -> None:
-    """SIGINT for the process group of every kernel that this process started, as Jupyter's stop button sends it."""
+def signal_kernels(number: int = signal.SIGINT) -> None:
+    """A signal for the process group of every kernel that this process started; SIGINT is what Jupyter's stop button sends."""
     for child in psutil.Process().children():
         with suppress(psutil.Error, OSError):
             if os.getpgid(child.pid) == child.pid:
-                os.killpg(child.pid, signal.SIGINT)
+                os.killpg(child.pid, number)

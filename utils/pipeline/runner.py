@@ -20,7 +20,7 @@ from utils.config import differing_settings
 from utils.errors import Interrupted, SessionOver, UserError
 from utils.files import disk_error
 from utils.pipeline.console import LiveLine, show
-from utils.pipeline.jupyter import check, execute, interrupt_kernels
+from utils.pipeline.jupyter import check, execute, signal_kernels
 from utils.pipeline.lock import release_lock, take_lock
 from utils.pipeline.run_dir import RunDir, open_run
 from utils.pipeline.signals import StopRequest
@@ -97,7 +97,7 @@ class _Series:
     def __init__(self, run: RunDir, stages: Sequence[Stage], fresh: bool, console: Console):
         self.run, self.stages, self.fresh, self.console = run, stages, fresh, console
         self.stage, self.worked, self.started = stages[0], False, session_started()
-        self.stop = StopRequest(interrupt_kernels)
+        self.stop = StopRequest(signal_kernels)
 
     def run_stages(self, conclude: Callable[[RunDir, bool], None]) -> None:
         require_ancestors(self.run, self.stage)
@@ -174,7 +174,7 @@ def _ended_by(error: BaseException, series: _Series) -> StageEnded | None:
     elif isinstance(error, PapermillExecutionError):
         ended = StageEnded(ename, _sentence(error))
         _mark_failed(run, stage, error.evalue)
-    elif isinstance(error, DeadKernelError):
+    elif isinstance(error, DeadKernelError) or str(error).startswith("Kernel died"):  # nbclient's, and jupyter_client's
         ended = StageEnded("killed", "its kernel died, most often because memory ran out; what was saved stays")
         _mark_failed(run, stage, str(ended))
     elif isinstance(error, OSError) and (refused := disk_error(error, run.path)):
