@@ -34,10 +34,10 @@ class Machine:
         kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL")}
         self.environment = kept | (variables or {}) | {
             "HOME": str(root / "home"), "TMPDIR": str(root / "tmp"), "TEST_KAGGLE": str(self.kaggle),
-            "PYTHONPATH": str(ROOT / "tests" / "session_site"),
             "XDG_CACHE_HOME": str(model.parent.parent), "KAGGLE_KERNEL_RUN_TYPE": "Batch",
             "HTTP_PROXY": DEAD, "HTTPS_PROXY": DEAD, "http_proxy": DEAD, "https_proxy": DEAD,
         }  # fmt: skip
+        self.environment["PYTHONPATH"] = str(ROOT / "tests" / "session_site")  # a new machine's: it knows no checkout
 
     @property
     def working(self) -> Path:
