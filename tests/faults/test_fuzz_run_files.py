@@ -105,7 +105,7 @@ def test_a_state_of_any_kind_is_none_or_is_told_in_a_sentence(here, fuzz):
     fuzz.run("states: values", 500, mutated_values([state.model_dump(mode="json")]), check)
 
 
-def test_a_damaged_state_is_none_or_the_one_that_was_written(here, fuzz):
+def test_a_damaged_state_is_none_or_one_that_can_be_read(here, fuzz):
     state = SeriesState(state="failed", stage="03_lora_training", sentence="It failed.", started=1.5)
     write_state(here, state)
     seed = (here / "state.json").read_bytes()
@@ -113,7 +113,7 @@ def test_a_damaged_state_is_none_or_the_one_that_was_written(here, fuzz):
     def check(data: bytes) -> None:
         (here / "state.json").write_bytes(data)
         found, _ = survive(read_state, here)
-        assert found in (None, state)
+        assert found is None or isinstance(found, SeriesState)
 
     fuzz.run("states: bytes", 800, mutated_bytes([seed]), check)
 
