@@ -57,7 +57,7 @@ def train_once(config, folder: Path, steps: int | None = None, resume: str | Non
     rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
     rows["tokens"] = [len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs]
     (folder / "training").mkdir(parents=True, exist_ok=True)
-    plan = choose_plan(StageRun(folder, config, {}, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
+    plan = choose_plan(StageRun(folder, config, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
     trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder / "checkpoints"))
     recompute_as(trainer, config, plan)
     if steps:

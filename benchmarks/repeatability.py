@@ -41,7 +41,7 @@ def once(standin: Path, rows: Path, run_dir: Path, out: Path, adapter: Path, ste
 
     from benchmarks.parity import losses, stop_after
     from benchmarks.train_cases import prepare
-    from utils.determinism import describe_determinism
+    from utils.hardware import describe_determinism
     from utils.models.load import is_unsloth
     from utils.training.step_plan import choose_plan, recompute_as
 

@@ -61,7 +61,7 @@ def prepare(name: str, standin: Path, rows: Path, run_dir: Path, count: int):
     model, tokenizer = load_with_lora(config)
     frame = format_rows(rows, tokenizer, config, count)
     (run_dir / "training").mkdir(parents=True, exist_ok=True)
-    return StageRun(run_dir, config, settings, BY_NAME["03_lora_training"]), model, tokenizer, frame, make_trainer
+    return StageRun(run_dir, config, BY_NAME["03_lora_training"]), model, tokenizer, frame, make_trainer
 
 
 @app.command()

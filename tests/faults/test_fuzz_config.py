@@ -136,7 +136,7 @@ def test_settings_that_would_travel_to_kaggle_get_a_sentence_or_travel(fuzz, mon
 
     def check(overrides: dict) -> None:
         survive(kernel_text, "t4", overrides)
-        survive(session_hours, "t4", overrides)
+        survive(lambda: session_hours(load_config("t4", overrides)))
 
     fuzz.run("settings: pushed", 60, st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=2), check)
 

@@ -23,11 +23,10 @@ from utils.files import write_json
 from utils.kaggle.attach import find_attached
 from utils.kaggle.collect import Verdict, _judge_without_state, judge, readable_log
 from utils.kaggle.handover import leave_heavy
-from utils.pipeline.manifest import altered_files, read_manifest, require_recorded, stale_on_record
-from utils.pipeline.run_dir import open_run
+from utils.pipeline.run_dir import altered_files, open_run, read_manifest, require_recorded
 from utils.pipeline.stages import BY_NAME, STAGES
 from utils.pipeline.state import SeriesState, read_state, write_state
-from utils.sealed import read_lines, seal, to_lines
+from utils.sealed import read_lines, to_lines
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,6 @@ def check_manifest(path: Path) -> None:
         for name in (*record.get("inputs", {}), *record.get("outputs", {})):
             assert (path / name).resolve().is_relative_to(path.resolve()), "a file outside would be read"
     survive(altered_files, path)
-    survive(stale_on_record, manifest, BY_NAME["05_export"])
     survive(plan_uploads, path, "you/adapter")
     survive(require_recorded, path, ("data", "baseline"))
     collected, _ = survive(judge, "COMPLETE", "", path, "")
@@ -62,6 +60,7 @@ def check_manifest(path: Path) -> None:
     run, _ = survive(open_run, "auto", path)
     if run is not None:
         survive(run.first_stale, STAGES)
+        survive(run.out_of_date, BY_NAME["05_export"])
         survive(run.save)
 
 
@@ -94,8 +93,7 @@ def test_a_state_of_any_kind_is_none_or_is_told_in_a_sentence(here, fuzz):
     )
 
     def check(value) -> None:
-        sealed = seal(value) if isinstance(value, dict) else value
-        (here / "state.json").write_bytes(to_json(sealed))
+        (here / "state.json").write_bytes(to_json(value))
         found, _ = survive(read_state, here)
         assert found is None or isinstance(found, SeriesState)
         for status in ("COMPLETE", "ERROR"):
@@ -107,7 +105,7 @@ def test_a_state_of_any_kind_is_none_or_is_told_in_a_sentence(here, fuzz):
     fuzz.run("states: values", 500, mutated_values([state.model_dump(mode="json")]), check)
 
 
-def test_a_damaged_state_is_none_or_the_one_that_was_written(here, fuzz):
+def test_a_damaged_state_is_none_or_one_that_can_be_read(here, fuzz):
     state = SeriesState(state="failed", stage="03_lora_training", sentence="It failed.", started=1.5)
     write_state(here, state)
     seed = (here / "state.json").read_bytes()
@@ -115,7 +113,7 @@ def test_a_damaged_state_is_none_or_the_one_that_was_written(here, fuzz):
     def check(data: bytes) -> None:
         (here / "state.json").write_bytes(data)
         found, _ = survive(read_state, here)
-        assert found in (None, state)
+        assert found is None or isinstance(found, SeriesState)
 
     fuzz.run("states: bytes", 800, mutated_bytes([seed]), check)
 

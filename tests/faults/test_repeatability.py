@@ -44,7 +44,7 @@ def test_two_runs_on_one_machine_give_the_same_hashes(small_run, tmp_path, recor
     record_fault("the same run again (small demo)", tried=len(RESULTS), survived=len(same))
     assert [name for name in RESULTS if name not in same] == []
     told = [
-        json.loads((run / "manifest.json").read_text())["stages"]["03_lora_training"]["rests_on"]
+        json.loads((run / "manifest.json").read_text())["stages"]["03_lora_training"]["provenance"]
         for run in (small_run, again)
     ]
     assert told[1]["environment"].pop("PYTHONHASHSEED") == "11"
@@ -84,12 +84,12 @@ def test_the_manifest_says_what_the_numbers_rest_on(small_run):
     manifest = json.loads((small_run / "manifest.json").read_text())
     for stage in STAGES:
         record = manifest["stages"][stage.name]
-        rests_on = record["rests_on"]
+        rests_on = record["provenance"]
         assert {"data.seed", "train.seed", "generate.seed", "evaluate.seed"} <= set(rests_on["seeds"])
         assert rests_on["processor"] and rests_on["environment"]["OMP_NUM_THREADS"] == "1"
         assert re.fullmatch(r"3\.\d+\.\d+", rests_on["python"]) and rests_on["packages"]["numpy"]
         assert record["versions"]["transformers"] and len(record["sources"]) == 64
-    switches = manifest["stages"]["03_lora_training"]["rests_on"]["torch"]
+    switches = manifest["stages"]["03_lora_training"]["provenance"]["torch"]
     assert switches["threads"] == 1 and switches["version"] == torch.__version__
     assert switches["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert switches["deterministic_algorithms"] in (True, False)

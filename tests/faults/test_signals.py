@@ -87,7 +87,7 @@ def test_a_second_one_ends_it_at_once(tmp_path, record_fault):
 
 def test_a_driver_killed_alone_leaves_no_kernel_at_work_beside_the_next_one(tmp_path, record_fault):
     series = SeriesProcess(tmp_path / "run", "--to", "00")
-    assert series.wait_until("00") and wait_for(lambda: (tmp_path / "run" / "manifest.json").exists())
+    assert series.wait_until("00") and wait_for(lambda: len(series.everybody()) > 1)
     orphans = series.everybody()[1:]
     os.kill(series.process.pid, signal.SIGKILL)
     series.process.wait()
@@ -101,9 +101,9 @@ def test_a_driver_killed_alone_leaves_no_kernel_at_work_beside_the_next_one(tmp_
 
 def test_a_kernel_killed_alone_is_told_and_the_same_command_goes_on(tmp_path, record_fault):
     series = SeriesProcess(tmp_path / "run", "--to", "00")
-    assert wait_for(lambda: (tmp_path / "run" / "manifest.json").exists())
+    assert wait_for(lambda: len(series.everybody()) > 1)
     os.kill(series.everybody()[1].pid, signal.SIGKILL)
-    told = series.wait() == 1 and "its kernel died" in series.output and "To continue" in series.lines[-1]
+    told = series.wait() == 1 and "its kernel died" in series.output and "To resume" in series.lines[-1]
     again = SeriesProcess(tmp_path / "run", "--to", "00")
     status = again.wait()
     record_fault("kill -9 of the kernel alone", survived=int(told and status == 0))

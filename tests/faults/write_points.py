@@ -20,10 +20,10 @@ from types import SimpleNamespace
 
 import nbformat
 
-from utils.pipeline.manifest import read_manifest
+from utils.files import write_json
+from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.stages import STAGES, Stage, find_stage
 from utils.project import ROOT
-from utils.sealed import write_sealed
 
 LIMIT = 10  # bytes: enough to begin a file and too few to end one
 SETTINGS = {"train.save_steps": 16, "train.max_steps": 16}  # one checkpoint: every kind of write, not every step
@@ -108,7 +108,7 @@ def before(stage: Stage, source: Path, target: Path) -> None:
     manifest = read_manifest(target)
     for one in later:
         manifest["stages"].pop(one.name)
-    write_sealed(target / "manifest.json", manifest)
+    write_json(target / "manifest.json", manifest)
 
 
 def execute(stage: Stage, run: Path) -> None:
@@ -134,16 +134,19 @@ def drive(run: Path) -> None:
     """What the driver writes itself, where every stage is done."""
     from rich.console import Console
 
+    from utils.__main__ import conclude
     from utils.pipeline.runner import run_series
 
-    run_series("demo", run, {}, console=Console(file=io.StringIO()))
+    run_series(
+        "demo", run, {}, console=Console(file=io.StringIO()), conclude=lambda run, worked: conclude(run, worked, 0)
+    )
 
 
 def attempt(stage: Stage | None, run: Path, fatal: int | None, again: bool) -> dict:
     """One execution; what was found afterwards."""
-    from utils.disk import disk_error
     from utils.errors import UserError
-    from utils.pipeline.manifest import altered_files, read_manifest
+    from utils.files import disk_error
+    from utils.pipeline.run_dir import altered_files, read_manifest
 
     points = Points(run, fatal)
     points.watch()

@@ -14,10 +14,8 @@ import pandas as pd
 import pytest
 
 from tests.conftest import run_command
-from utils.pipeline.manifest import read_manifest
 from utils.pipeline.stages import STAGES
 from utils.project import ROOT
-from utils.sealed import write_sealed
 
 pytestmark = pytest.mark.series
 
@@ -144,12 +142,11 @@ def test_score_says_where_a_setting_was_changed_since_and_shows_no_p_of_zero(cop
     done = run_command("score", copied_run)
     assert done.returncode == 0 and "from before" not in done.stdout, done.stdout
     assert re.search(r" < 0\.001$", done.stdout, re.MULTILINE) and not re.search(r" 0\.000$", done.stdout, re.MULTILINE)
-    write_sealed(copied_run / "manifest.json", read_manifest(copied_run) | {"overrides": {"lora.r": 3}})
+    settings = copied_run / "config.yaml"
+    settings.write_text(settings.read_text(encoding="utf-8").replace("  r: 16\n", "  r: 3\n"), encoding="utf-8")
     done = run_command("score", copied_run)
-    assert (
-        done.returncode == 0
-        and "03_lora_training is out of date: lora.r was changed since; these figures" in done.stdout
-    )
+    assert done.returncode == 0
+    assert "03_lora_training is out of date: its settings changed (lora); these figures" in done.stdout
 
 
 def test_verify_passes_and_finds_a_flipped_bit_in_each_exported_file_by_name(copied_run):

@@ -34,7 +34,8 @@ from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import StageRun
 from utils.pipeline.stages import BY_NAME
 from utils.processes import Child
-from utils.redaction import hide_secrets, redact
+from utils.progress import report_to
+from utils.secrets import hide_secrets, redact
 
 RECIPE, SUMMARY, _ERROR = "training/recipe.py", "training/summary.json", "training/error.json"
 _LOG, _OUTPUT = "training/launch.log", "training/process-0.log"
@@ -167,7 +168,9 @@ def run_worker(run_dir: str, log: bool = False, trials_for: int = 0) -> None:
     from utils.training.train import train_here
 
     opened = open_run("auto", run_dir)
-    run = StageRun(opened.path, opened.config, opened.overrides, BY_NAME["03_lora_training"])
+    run = StageRun(opened.path, opened.config, BY_NAME["03_lora_training"])
+    if local_rank() == 0:
+        report_to(run.path)
     if log or local_rank() > 0:
         sys.stdout = run.file(f"training/process-{global_rank()}.log").open("a", buffering=1, encoding="utf-8")
         hide_secrets()
