@@ -250,6 +250,20 @@ def test_where_the_hub_is_out_of_reach_nothing_is_pinned(monkeypatch):
     assert find_commits(load_config("full")) == {}
 
 
+def test_a_commit_that_cannot_be_found_costs_none_of_the_others(monkeypatch):
+    from utils.data import rows as data
+
+    def head(name: str) -> str:
+        if name == "openlifescienceai/medmcqa":
+            raise ConnectionError("reset by peer")
+        return f"head of {name}"
+
+    monkeypatch.setattr(data, "_head", head)
+    found = find_commits(load_config("full"))
+    assert found["evaluate.benchmark.revision"] == "head of GBaker/MedQA-USMLE-4-options"
+    assert [s["revision"] for s in found["evaluate.more_benchmarks"]] == [None, "head of qiaojin/PubMedQA"]
+
+
 def test_the_anecdote_is_a_file_of_its_own_and_empty_where_there_is_none(tmp_path):
     train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
     write_split(tmp_path, train, held_out, None, report)

@@ -107,21 +107,32 @@ def load_rows(config: DataSection) -> pd.DataFrame:
 def find_commits(config: Config) -> dict[str, Any]:
     """{setting: value} that pins every Hub data set which the configuration names without a revision.
 
-    Empty where the Hub is out of reach. A list has no dotted keys, so evaluate.more_benchmarks is given whole.
+    A data set that the Hub does not answer for is left out, the others are kept. A list has no dotted keys, so evaluate.more_benchmarks is given whole.
     """
     found: dict[str, Any] = {}
+    for key, section in (("data", config.data), ("evaluate.benchmark", config.evaluate.benchmark)):
+        if (
+            section.path is None
+            and section.name != EMBEDDED
+            and (commit := _find_commit(section.name, section.revision))
+        ):
+            found[f"{key}.revision"] = commit
     more = [section.model_dump(mode="json") for section in config.evaluate.more_benchmarks]
-    try:
-        for key, section in (("data", config.data), ("evaluate.benchmark", config.evaluate.benchmark)):
-            if section.path is None and section.revision is None and section.name not in (None, EMBEDDED):
-                found[f"{key}.revision"] = _head(section.name)
-        for section in more:
-            if section["path"] is None and section["revision"] is None:
-                section["revision"] = _head(section["name"])
-                found["evaluate.more_benchmarks"] = more
-    except Exception:  # offline or unknown: loading the rows says which
-        return {}
+    for section in more:
+        if section["path"] is None and (commit := _find_commit(section["name"], section["revision"])):
+            section["revision"] = commit
+            found["evaluate.more_benchmarks"] = more
     return found
+
+
+def _find_commit(name: str | None, revision: str | None) -> str | None:
+    """The commit to pin a Hub data set to; None where there is nothing to pin, or the Hub does not answer."""
+    if name is None or revision is not None:
+        return None
+    try:
+        return _head(name)
+    except Exception:  # offline or unknown: loading the rows says which
+        return None
 
 
 def _head(name: str) -> str:
