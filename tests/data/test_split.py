@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -299,6 +301,39 @@ def test_at_a_cosine_of_one_only_exact_copies_are_kept_out(tmp_path):
         *held_out["Question"],
     }
     assert accounted(train, held_out, report)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A function that makes `datasets.load_dataset` give these rows."""
+
+    def give(rows: list[dict]) -> Config:
+        loaded = SimpleNamespace(to_pandas=lambda: pd.DataFrame(rows))
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: loaded))
+        return load_config("demo", {"data.name": "someone/rows", "data.eval_rows": 2})
+
+    return give
+
+
+def test_a_blank_cell_among_the_hubs_rows_costs_that_row_and_is_listed(hub, tmp_path):
+    """20,000 rows of somebody else's are not to be mended by the reader; their own file is, and stays refused."""
+    rows = numbered(8)
+    rows[2]["Complex_CoT"], rows[5]["Response"] = "  ", None
+    train, held_out, report = split_rows(hub(rows))
+    assert report["dropped"] == [
+        {"row": 3, "reason": "Complex_CoT is empty"},
+        {"row": 6, "reason": "Response is empty"},
+    ]
+    assert accounted(train, held_out, report) and report["source_rows"] == 8 and len(train) + len(held_out) == 6
+    with pytest.raises(DataError, match="row 3: Complex_CoT is empty"):
+        split_rows(local(write_jsonl(tmp_path / "rows.jsonl", rows), eval_rows=2))
+
+
+def test_hub_rows_that_are_all_blank_or_lack_a_column_are_refused(hub):
+    with pytest.raises(DataError, match="someone/rows has no row without an empty cell"):
+        split_rows(hub([row | {"Response": ""} for row in numbered(4)]))
+    with pytest.raises(DataError, match=r"someone/rows lacks the column\(s\) Response"):
+        split_rows(hub([{"Question": "Why?", "Complex_CoT": ""}, {"Question": "How?", "Complex_CoT": "So."}]))
 
 
 def test_any_script_can_be_split(tmp_path):

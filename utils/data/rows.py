@@ -85,13 +85,15 @@ def check_rows(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     return frame
 
 
-def load_rows(config: DataSection) -> pd.DataFrame:
-    """All rows of a local file or a Hub data set, checked.
+def load_rows(config: DataSection) -> tuple[pd.DataFrame, list[dict]]:
+    """(checked rows of a local file or a Hub data set with their place in it as `row`, entries of those dropped).
 
+    A blank cell among the Hub's rows, which nobody here can mend, costs that row; in a local file it is an error.
     Raises DataError, also where the Hub cannot be reached.
     """
     if config.path is not None:
-        return check_rows(read_table(config.path), config.path.name)
+        rows = check_rows(read_table(config.path), config.path.name)
+        return rows.assign(row=range(1, len(rows) + 1)), []
     from datasets import load_dataset
 
     try:
@@ -101,7 +103,19 @@ def load_rows(config: DataSection) -> pd.DataFrame:
             f"{config.name} could not be loaded from the Hub ({type(error).__name__}: {str(error)[:120]}); "
             "check the network, or give a local file by data.path."
         ) from None
-    return check_rows(rows.to_pandas(), config.name)
+    table = rows.to_pandas()
+    blank = {
+        place: column
+        for column in reversed(COLUMNS)
+        if column in table
+        for place, cell in enumerate(table[column])
+        if _is_blank(cell)
+    }
+    dropped = [{"row": place + 1, "reason": f"{column} is empty"} for place, column in sorted(blank.items())]
+    if dropped and len(dropped) == len(table):
+        raise DataError(f"{config.name} has no row without an empty cell; expected text in {', '.join(COLUMNS)}.")
+    kept = [place for place in range(len(table)) if place not in blank]
+    return check_rows(table.iloc[kept], config.name).assign(row=[place + 1 for place in kept]), dropped
 
 
 def find_commits(config: Config) -> dict[str, Any]:

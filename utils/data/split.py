@@ -75,7 +75,7 @@ def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[p
     if config.embedded_data:
         train, held_out, found = _split_embedded(data)
     else:
-        train, held_out, found = _split_loaded(load_rows(data), data, benchmark)
+        train, held_out, found = _split_loaded(data, benchmark)
     if config.evaluate.primary == "accuracy" and not {"answer", "choices"} <= set(held_out.columns):
         raise DataError(
             "evaluate.primary is accuracy, but the rows have no answer and choices that a rule can check; "
@@ -131,11 +131,11 @@ def _split_embedded(data: DataSection) -> tuple[pd.DataFrame, pd.DataFrame, dict
     return train, held_out, found
 
 
-def _split_loaded(
-    rows: pd.DataFrame, data: DataSection, benchmark: pd.DataFrame | None
-) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    source_rows, rows = len(rows), rows.assign(row=range(1, len(rows) + 1))
-    rows, dropped = _drop_duplicates(rows)
+def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    rows, dropped = load_rows(data)
+    source_rows = len(rows) + len(dropped)
+    rows, again = _drop_duplicates(rows)
+    dropped += again
     stems = [] if benchmark is None else list(benchmark["stem"] if "stem" in benchmark else benchmark["question"])
     texts = [*rows["Question"], *stems, TUTORIAL_QUESTION]
     vectors = vectorise(texts)
