@@ -14,7 +14,7 @@ from utils.data.near_duplicates import group_near_copies, near_pairs, vectorise
 from utils.data.rows import read_table
 from utils.errors import DataError
 from utils.files import parse_json
-from utils.schema import BenchmarkSection, EvaluateSection
+from utils.schema import BenchmarkSection, Config, EvaluateSection
 
 COLUMNS = ("id", "benchmark", "question", "options", "gold", "group", "stem")
 _KNOWN = ("medmcqa", "pubmedqa", "medqa")
@@ -59,6 +59,16 @@ def load_items(section: BenchmarkSection) -> pd.DataFrame:
     """All items of one benchmark, for the letter probe: id, question, options and gold; raises as `load_benchmarks`."""
     table, source = _read(section, "evaluate.benchmark")
     return _check(_convert(table, source, section.split), source)[["id", "question", "options", "gold"]]
+
+
+def describe_primary(config: Config) -> str:
+    """The primary metric in words, and why it is not the profile's benchmark where the rows are the reader's own."""
+    names = {"accuracy": "accuracy by rule", "multiple_choice": "multiple-choice accuracy", "nll": "held-out loss"}
+    text = f"primary metric: {names[config.evaluate.primary]}"
+    if config.evaluate.primary == "nll" and config.data.path is not None and config.evaluate.benchmark.wanted:
+        beside = config.evaluate.benchmark.path or config.evaluate.benchmark.name
+        text += f" on {config.data.path.name}; {beside} is measured beside it, as no benchmark was named for these rows"
+    return text
 
 
 def _read(section: BenchmarkSection, key: str) -> tuple[pd.DataFrame, str]:
