@@ -103,6 +103,37 @@ def guard_tokenizer(tokenizer, source: str) -> None:
         )
 
 
+def check_training_text(tokenizer, prompt: str, completion: str) -> None:
+    """Raise ModelError unless a row's tokens are its prompt's and its completion's, with BOS as the tokenizer adds it
+    (once or never) and one end token, the last.
+
+    A doubled BOS shifts a model out of what it was trained on; without the end token it never learns to stop; and where
+    the prompt's last token swallows the completion's first, the loss mask is off by one.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ModelError(
+            "The tokenizer names no end token, so no answer would ever end; take a tokenizer with eos_token."
+        )
+    ids = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
+    plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    added = len(ids) - len(plain) - len(tail)
+    if ids[added:] != plain + tail or added not in (0, 1):
+        raise ModelError(
+            "The tokenizer joins the end of the prompt and the beginning of the completion, so the loss could not tell them "
+            "apart; take another prompt.style or model."
+        )
+    if added and (ids[0] != tokenizer.bos_token_id or plain[0] == tokenizer.bos_token_id):
+        raise ModelError(
+            "The tokens begin with two BOS, or with a token that is none; the prompt must not bring its own."
+        )
+    if tail.count(end) != 1 or tail[-1] != end:
+        raise ModelError(
+            f"A completion holds {tail.count(end)} end tokens ({tokenizer.eos_token}), expected one, the last."
+        )
+
+
 def _is_of_the_file(error: BaseException) -> bool:
     """Whether reading the file raised it, and not Ctrl-C: tokenizers is Rust, whose panics are no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
