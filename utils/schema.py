@@ -48,8 +48,8 @@ class DataSection(Section):
     train_rows: Positive | None = None
     eval_rows: Positive = 200
     shuffle: bool = True
-    near_copy_cosine: Annotated[float, Field(gt=0, le=1)] = (
-        0.5  # from here on two questions are one; 1: exact copies only
+    duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = (
+        0.5  # from here on two questions are one; 1: exact duplicates only
     )
     shuffle_answers: bool = False  # a control: every training question gets another row's answer
     seed: NotNegative = 3407

@@ -191,7 +191,7 @@ def test_several_benchmarks_keep_their_names_and_their_ids_stay_unique(tmp_path)
     assert items["group"].iloc[16] == "m0"  # the same question again, in another benchmark
 
 
-def test_near_copies_inside_a_benchmark_share_a_group(tmp_path):
+def test_near_duplicates_inside_a_benchmark_share_a_group(tmp_path):
     questions = [
         "Kayser-Fleischer rings are seen in",
         "In which disease are Kayser-Fleischer rings observed?",

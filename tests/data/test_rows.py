@@ -158,7 +158,7 @@ def test_a_lack_of_memory_is_not_told_as_a_wrong_file(tmp_path, suffix, monkeypa
 
     monkeypatch.setattr("pyarrow.parquet.read_table", read)
     monkeypatch.setattr("utils.data.rows.parse_json", read)
-    monkeypatch.setattr("csv.reader", read)
+    monkeypatch.setattr("pandas.read_csv", read)
     with pytest.raises(HardwareError) as caught:
         read_table(path)
     assert f"{path.name} does not fit into memory" in str(caught.value) and str(caught.value).endswith(".")
@@ -264,9 +264,9 @@ def test_a_commit_that_cannot_be_found_costs_none_of_the_others(monkeypatch):
     assert [s["revision"] for s in found["evaluate.more_benchmarks"]] == [None, "head of qiaojin/PubMedQA"]
 
 
-def test_the_anecdote_is_a_file_of_its_own_and_empty_where_there_is_none(tmp_path):
+def test_the_tutorials_question_is_a_file_of_its_own_and_empty_where_there_is_none(tmp_path):
     train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
     write_split(tmp_path, train, held_out, None, report)
     assert json.loads((tmp_path / "anecdote.json").read_text()) == {}
-    write_split(tmp_path, train, held_out, None, report | {"anecdote": {"id": "x", "question": "医?"}})
+    write_split(tmp_path, train, held_out, None, report | {"tutorial_question": {"id": "x", "question": "医?"}})
     assert json.loads((tmp_path / "anecdote.json").read_text(encoding="utf-8")) == {"id": "x", "question": "医?"}

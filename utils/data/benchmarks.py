@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.data.near_duplicates import group_near_copies, near_pairs, vectorise
+from utils.data.near_duplicates import group_duplicates, near_pairs, vectorise
 from utils.data.rows import read_table
 from utils.errors import DataError
 from utils.files import parse_json
@@ -28,8 +28,8 @@ def load_benchmarks(evaluate: EvaluateSection) -> pd.DataFrame | None:
     """The drawn items of all benchmarks, or None where none is named.
 
     Columns: id (unique; `name:` comes before it in all but the first benchmark), benchmark (its name), question (as it
-    is asked), options (dict of letter to text), gold (a letter), group (near copies share one; otherwise the id) and
-    stem (the question alone, without PubMedQA's abstract: what near copies are compared by). As many items as `rows`
+    is asked), options (dict of letter to text), gold (a letter), group (near duplicates share one; otherwise the id) and
+    stem (the question alone, without PubMedQA's abstract: what near duplicates are compared by). As many items as `rows`
     asks for are drawn by evaluate.seed, in the order of the file.
 
     Raises DataError for another schema, an empty question, fewer than two options, a gold letter that is not among
@@ -237,9 +237,9 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 def _group(items: pd.DataFrame) -> list[str]:
-    """The id of the first item of those that are near copies of each other."""
+    """The id of the first item of those that are near duplicates of each other."""
     pairs = near_pairs(vectorise(list(items["stem"])))
-    numbers = group_near_copies(len(items), (pairs.left, pairs.right))
+    numbers = group_duplicates(len(items), (pairs.left, pairs.right))
     first: dict[int, str] = {}
     for number, item_id in zip(numbers, items["id"], strict=True):
         first.setdefault(number, item_id)

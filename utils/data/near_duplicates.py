@@ -1,4 +1,4 @@
-"""Near copies of short texts: one question in other words, found by the character sequences that two texts share.
+"""Near duplicates of short texts: one question in other words, found by the character sequences that two texts share.
 
 The measure is the cosine of TF-IDF vectors over character 3- to 5-grams within words, with four changes that exam
 questions call for. The wording that all of them share ("which of the following is the most likely ...") counts little;
@@ -9,7 +9,7 @@ it; and a few words in common prove less than many. Identical texts need not hav
 Measured at the threshold of 0.5 on 64 reworded questions (tests/planted/): all are found among 534 real questions, 252
 of 256 in files of ten rows, 63 among 20,000 recombined ones (benchmarks/results/split.json); of 8 real benchmark stems
 cut down to a third or less, 6. Of the 96 real training questions none comes closer than 0.47 to one of the 200 real
-benchmark items; among all 662 texts 22 more pairs are joined, three of them true copies, most others short questions
+benchmark items; among all 662 texts 22 more pairs are joined, three of them true duplicates, most others short questions
 about one thing. The plain measure finds 24 of the first 54. Stemmed words, alone or averaged in, found no more.
 Texts without spaces between words (Chinese) are compared too, but a free rewording shares fewer sequences there.
 """
@@ -124,7 +124,7 @@ def cosines(left: Vectors, right: Vectors) -> np.ndarray:
     return _correct(products, left.lengths, right.lengths)
 
 
-def group_near_copies(count: int, *links: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def group_duplicates(count: int, *links: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """A group number for each of `count` texts: those joined by a chain of links share one."""
     left, right = (np.concatenate([np.asarray(link[end], dtype=np.int64) for link in links]) for end in (0, 1))
     graph = sparse.coo_matrix((np.ones(len(left), dtype=bool), (left, right)), shape=(count, count))
