@@ -82,7 +82,7 @@ def test_a_benchmark_is_drawn_by_seed_and_keeps_the_order_of_the_file(tmp_path):
         ([row | {"cop": 1 + i % 2} for i, row in enumerate(MEDMCQA)], "cop holds 1, 2, so it cannot be told"),
         ([row | {"cop": 4 * (i % 2)} for i, row in enumerate(MEDMCQA)], "cop holds 0, 4, so it cannot be told"),
         ([row | {"cop": 7 * (i % 2)} for i, row in enumerate(MEDMCQA)], "cop holds 0, 7, so it cannot be told"),
-        ([MEDMCQA[0], MEDMCQA[1] | {"cop": -1}], "take split validation."),
+        ([MEDMCQA[0], MEDMCQA[1] | {"cop": -1}], "take MedMCQA's split validation."),
         ([MEDMCQA[0] | {"cop": "b"}], "cop must be a whole number"),
         (
             [MEDMCQA[0] | {"opb": "", "opc": None, "opd": ""}],

@@ -80,7 +80,7 @@ def test_any_split_is_disjoint_and_fixed_by_its_seed_or_refused(
 ):
     path = write_jsonl(tmp_path_factory.mktemp("split") / "rows.jsonl", numbered(count))
     config = local(path, eval_rows=eval_rows, train_rows=train_rows, shuffle=shuffle, seed=seed)
-    if eval_rows + (train_rows if train_rows and not shuffle else 1) > count:
+    if (train_rows is None and not shuffle) or eval_rows + (train_rows if train_rows and not shuffle else 1) > count:
         with pytest.raises(DataError, match=r"data\.(eval|train)_rows asks for "):
             split_rows(config)
         return
@@ -206,7 +206,10 @@ def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, 
     assert not any("cystometry" in text.lower() for text in [*train["Question"], *held_out["Question"]])
     assert report["contamination"]["tutorial_question_found"]
     assert set(report["tutorial_question"]) == {"id", "Question", "Complex_CoT", "Response"}
-    assert (report["tutorial_question"]["Response"], [entry["row"] for entry in report["dropped"]]) == ("Answer 8.", [9, 10])
+    assert (report["tutorial_question"]["Response"], [entry["row"] for entry in report["dropped"]]) == (
+        "Answer 8.",
+        [9, 10],
+    )
     assert accounted(train, held_out, report)
 
 
@@ -271,15 +274,8 @@ def test_unshuffled_candidates_near_a_training_row_are_excluded(tmp_path):
         (5, "shares a group with a training row"),
         (6, "shares a group with a training row"),
     }
-    assert report["excluded"][0]["near"] == train["id"].iloc[2] and report["excluded"][0]["cosine"] >= 0.5
+    assert report["excluded"][0]["near"] == train["id"].iloc[2]
     assert len(held_out) == 3 and accounted(train, held_out, report)
-
-
-def test_without_a_count_as_many_first_rows_train_as_leave_enough_behind_them(tmp_path):
-    questions = [source for source, _ in FACTS[:6]] + [rewrite for _, rewrite in FACTS[4:6]]
-    train, held_out, report = split(tmp_path, questions, eval_rows=3, train_rows=None, shuffle=False)
-    assert train["Question"].tolist() == questions[:4] and len(held_out) == 3 and report["not_drawn"] == 1
-    assert accounted(train, held_out, report)
 
 
 def test_rows_that_are_all_one_question_are_refused_with_what_to_do(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from utils.data.near_duplicates import group_duplicates, near_pairs, vectorise
-from utils.data.rows import read_table
+from utils.data.rows import load_hub_table, read_table
 from utils.errors import DataError
 from utils.files import parse_json
 from utils.schema import BenchmarkSection, Config, EvaluateSection
@@ -21,7 +21,6 @@ _KNOWN = ("medmcqa", "pubmedqa", "medqa")
 _MEDQA = ("question", "options", "answer_idx")
 _MEDMCQA = ("question", "opa", "opb", "opc", "opd", "cop")
 _PUBMEDQA = ("question", "final_decision")
-_DECISIONS = {"A": "yes", "B": "no", "C": "maybe"}
 
 
 def load_benchmarks(evaluate: EvaluateSection) -> pd.DataFrame | None:
@@ -76,27 +75,16 @@ def _read(section: BenchmarkSection, key: str) -> tuple[pd.DataFrame, str]:
     if section.path is not None:
         by_id = _read_json_by_id(section.path)
         return (read_table(section.path, f"{key}.path", _MEDQA) if by_id is None else by_id), section.path.name
-    from datasets import load_dataset
-
-    source = str(section.name)
-    try:
-        rows = load_dataset(section.name, section.subset, revision=section.revision, split=section.split)
-    except Exception as error:  # datasets passes on whatever requests, fsspec or pyarrow raise
-        raise DataError(
-            f"The benchmark {source} could not be loaded from the Hub ({type(error).__name__}); check the network, "
-            f"or give a local file by {key}.path."
-        ) from None
-    return rows.to_pandas(), source
+    name = str(section.name)
+    return load_hub_table(name, section.subset, section.revision, section.split, f"{key}.path"), name
 
 
 def _read_json_by_id(path: Path) -> pd.DataFrame | None:
     """PubMedQA's own file is one object, {id: item}; None for anything else."""
-    if path.suffix.lower() != ".json" or not path.is_file():
-        return None
     try:
-        content = parse_json(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
-        return None
+        content = parse_json(path.read_text(encoding="utf-8-sig")) if path.suffix.lower() == ".json" else None
+    except (OSError, ValueError):
+        return None  # read_table says what is wrong
     if not isinstance(content, dict) or not content or not all(isinstance(item, dict) for item in content.values()):
         return None
     return pd.DataFrame([{"pubid": name, **item} for name, item in content.items()])
@@ -105,9 +93,7 @@ def _read_json_by_id(path: Path) -> pd.DataFrame | None:
 def _convert(table: pd.DataFrame, source: str, split: str) -> pd.DataFrame:
     """id, question, options, gold and stem from whichever of the three schemas the columns are."""
     lower = {str(column): str(column).lower() for column in table.columns if str(column).isupper()}
-    table = table.rename(columns=lower).rename(
-        columns={"contexts": "context"}
-    )  # PubMedQA's file has QUESTION, CONTEXTS
+    table = table.rename(columns={**lower, "CONTEXTS": "context"})  # PubMedQA's own file has QUESTION, CONTEXTS
     columns = set(table.columns)
     if columns >= set(_MEDMCQA):
         items = _from_medmcqa(table, source)
@@ -140,7 +126,7 @@ def _options(cell: Any) -> Any:
         cell = {option["key"]: option["value"] for option in cell}
     if not isinstance(cell, dict):
         return cell
-    return {key: str(text) for key, text in cell.items() if text is not None and text == text and str(text).strip()}
+    return {key: _text(text) for key, text in cell.items() if _text(text)}
 
 
 def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -151,22 +137,15 @@ def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
         raise DataError(f"{source}: cop must be a whole number, the right option's place (MedMCQA).") from None
     values = set(right)
     if -1 in values:
-        raise DataError(
-            f"{source} has items without a right option (cop is -1), as MedMCQA's split test has; take split validation."
-        )
+        raise DataError(f"{source} has items without a right option (cop is -1); take MedMCQA's split validation.")
     if (0 in values) == (4 in values) or not values <= set(range(5)):
         raise DataError(
             f"{source}: cop holds {', '.join(map(str, sorted(values)))}, so it cannot be told whether it counts from 0 "
             "(the Hub) or from 1 (the original files); expected 0 to 3, or 1 to 4, over the whole file."
         )
     letters = "ABCD" if 0 in values else " ABCD"
-    options = [
-        _options(dict(zip("ABCD", (_text(cell) for cell in cells), strict=True)))
-        for cells in zip(*(table[column] for column in _MEDMCQA[1:5]), strict=True)
-    ]
-    return pd.DataFrame(
-        {"question": table["question"], "options": options, "gold": [letters[place] for place in right]}
-    )
+    options = [_options(dict(zip("ABCD", cells, strict=True))) for cells in table[list(_MEDMCQA[1:5])].to_numpy()]
+    return pd.DataFrame({"question": table["question"], "options": options, "gold": [letters[i] for i in right]})
 
 
 def _whole_number(cell: Any) -> int:
@@ -183,9 +162,9 @@ def _from_pubmedqa(table: pd.DataFrame) -> pd.DataFrame:
         f"{context}\n\n{stem}" if context and isinstance(stem, str) and stem.strip() else stem
         for context, stem in zip(map(_context, contexts), table["question"], strict=True)
     ]
-    letters = {decision: letter for letter, decision in _DECISIONS.items()}
+    letters = {"yes": "A", "no": "B", "maybe": "C"}
     gold = [letters.get(str(decision).strip().lower(), decision) for decision in table["final_decision"]]
-    options = [dict(_DECISIONS) for _ in asked]
+    options = [{letter: decision for decision, letter in letters.items()} for _ in asked]
     return pd.DataFrame({"question": asked, "options": options, "gold": gold, "stem": table["question"]})
 
 

@@ -66,10 +66,6 @@ def check_rows(frame: pd.DataFrame, source: str) -> pd.DataFrame:
             if not isinstance(cell, str) or not cell.strip():
                 what = "is empty" if _is_blank(cell) else f"holds a {type(cell).__name__}"
                 raise DataError(f"{source}, row {index + 1}: {column} {what}; every row needs text there.")
-            if any("\ud800" <= character <= "\udfff" for character in cell):
-                raise DataError(
-                    f"{source}, row {index + 1}: {column} holds half of a character; save the file as UTF-8."
-                )
         frame[column] = frame[column].str.strip()
     if "group" in frame.columns:
         frame["group"] = [None if _is_blank(group) else str(group) for group in frame["group"]]

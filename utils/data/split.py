@@ -14,14 +14,13 @@ import pandas as pd
 
 from utils.data.near_duplicates import (
     Vectors,
-    cosines,
     group_duplicates,
     largest_cosine,
     near_pairs,
     normalise,
     vectorise,
 )
-from utils.data.rows import check_rows, load_rows
+from utils.data.rows import COLUMNS, check_rows, load_rows
 from utils.data.synthetic import tuning_rows
 from utils.errors import DataError
 from utils.schema import Config, DataSection
@@ -138,7 +137,10 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[pd
         "source_rows": source_rows,
         "not_drawn": source_rows - len(dropped) - len(excluded) - len(train) - len(held_out),
         "dropped": dropped,
-        "excluded": _list(rows, excluded, vectors),
+        "excluded": [
+            {"id": rows["id"][i], "row": int(rows["row"][i]), "reason": reason, "near": rows["id"][other]}
+            for i, reason, other in excluded
+        ],
         "contamination": {
             "threshold": data.duplicate_threshold,
             "exact_duplicates": int(again.sum()),
@@ -163,32 +165,25 @@ def _drop_near(
 
     `vectors` are those of the rows, then the stems, then the tutorials' question.
     """
-    count = len(rows)
-    fixed = vectors.take(np.arange(count, len(vectors.lengths)))
-    near = {}
+    count, near = len(rows), {}
     if threshold < 1:
+        fixed = vectors.take(np.arange(count, len(vectors.lengths)))
         near = near_pairs(vectors.take(np.arange(count)), fixed, threshold).best_for_left()
-    near |= {  # 1 asks for exact duplicates only, and two texts of the same words are not that
-        left: (right, 1.0) for left, right in _equal_texts(list(rows["Question"]), [*stems, TUTORIAL_QUESTION])
-    }
+    places = {normalise(text): place for place, text in enumerate([*stems, TUTORIAL_QUESTION])}
+    for position, text in enumerate(map(normalise, rows["Question"])):
+        if text in places:  # two texts of the same words need not have a cosine of 1
+            near[position] = (places[text], 1.0)
     dropped, tutorial = [], {}
-    ids = [] if benchmark is None else list(benchmark["id"])
     for position, (other, cosine) in sorted(near.items()):
         row = rows.iloc[position]
-        entry = {"id": row["id"], "row": int(row["row"])}
+        entry = {"id": row["id"], "row": int(row["row"]), "reason": _NEAR_TUTORIAL, "cosine": _round_down(cosine)}
         if other < len(stems):
-            dropped.append({**entry, "reason": _NEAR_ITEM, "near": str(ids[other]), "cosine": _round_down(cosine)})
-            continue
-        itself = cosine >= _SAME_TEXT
-        dropped.append({**entry, "reason": _TUTORIAL if itself else _NEAR_TUTORIAL, "cosine": _round_down(cosine)})
-        if itself and not tutorial:
-            tutorial = {key: row[key] for key in ("id", "Question", "Complex_CoT", "Response")}
+            entry |= {"reason": _NEAR_ITEM, "near": str(benchmark["id"].iloc[other])}
+        elif cosine >= _SAME_TEXT:
+            entry["reason"] = _TUTORIAL
+            tutorial = tutorial or {key: row[key] for key in ("id", *COLUMNS)}
+        dropped.append(entry)
     return np.setdiff1d(np.arange(count), list(near)), dropped, tutorial
-
-
-def _equal_texts(left: list[str], right: list[str]) -> list[tuple[int, int]]:
-    places = {normalise(text): position for position, text in enumerate(right)}
-    return [(i, places[text]) for i, text in enumerate(map(normalise, left)) if text in places]
 
 
 def _group(rows: pd.DataFrame, vectors: Vectors, threshold: float) -> tuple[list[str], np.ndarray]:
@@ -248,25 +243,19 @@ def _draw_after_first(
     groups: np.ndarray, data: DataSection, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, Excluded]:
     """(train, held out, excluded): the first rows train; held out are rows behind them that share no group with them."""
-    count = len(groups)
-    if data.train_rows and data.train_rows >= count:
+    first, count = data.train_rows, len(groups)
+    if first is None or first >= count:
         raise DataError(
-            f"data.train_rows asks for the first {data.train_rows} rows, but there are only {count} and some must be "
-            "held out; lower data.train_rows, or give more data."
+            f"data.shuffle is off, and data.train_rows asks for the first {first or 'rows without a number'} of {count} rows, "
+            "but some must be held out; set data.train_rows lower."
         )
     first_of_group = pd.Series(np.arange(count)).groupby(groups).transform("min").to_numpy()
-    if data.train_rows:
-        first = data.train_rows
-    else:  # as many as leave enough rows behind them
-        _require_rows(data.eval_rows, count - 1)
-        first = int(np.sort(first_of_group)[count - data.eval_rows])
     behind = np.arange(first, count)
     free = behind[first_of_group[behind] >= first]
-    _require_rows(data.eval_rows, len(free) if first else 0)
-    held_out = rng.permutation(free)[: data.eval_rows]
+    _require_rows(data.eval_rows, len(free))
     reason = "shares a group with a training row"
     excluded = [(int(i), reason, int(first_of_group[i])) for i in behind if first_of_group[i] < first]
-    return np.arange(first), held_out, excluded
+    return np.arange(first), rng.permutation(free)[: data.eval_rows], excluded
 
 
 def _require_rows(asked: int, found: int) -> None:
@@ -275,18 +264,6 @@ def _require_rows(asked: int, found: int) -> None:
             f"data.eval_rows asks for {asked} held-out rows, but only {max(found, 0)} can be held out; "
             "lower it, or give more data."
         )
-
-
-def _list(rows: pd.DataFrame, entries: Excluded, vectors: Vectors) -> list[dict]:
-    """Lines of the report; the cosine is that with the row named, which a chain of others may lie between."""
-    places, others = ([entry[end] for entry in entries] for end in (0, 2))
-    near = cosines(vectors.take(places), vectors.take(others))
-    ids, numbers = rows["id"].to_numpy(), rows["row"].tolist()
-    return [
-        {"id": ids[place], "row": numbers[place], "reason": reason}
-        | ({} if place == other else {"near": ids[other], "cosine": _round_down(cosine)})
-        for (place, reason, other), cosine in zip(entries, near, strict=True)
-    ]
 
 
 def _round_down(cosine: float | None) -> float | None:
