@@ -20,7 +20,6 @@ from utils.errors import HubError, RunDirError, StageOrderError
 from utils.export.hub import plan_uploads, read_verdict
 from utils.kaggle.bundle import build_kernel
 from utils.kaggle.collect import Verdict, judge
-from utils.models import tiny as demo
 from utils.pipeline.manifest import altered_files, read_manifest
 from utils.pipeline.run_dir import RunDir, open_run
 from utils.pipeline.stage import open_stage
@@ -203,24 +202,6 @@ def test_a_damaged_fit_is_found_anew_and_a_damaged_error_is_told_without_it(work
         damage(run.file("training/error.json"), kind)
         assert read_sealed(run.file("training/error.json")) == {}
         counts.survived += 1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_base_model_in_the_cache_is_built_again(
-    embedded_model, kind, tmp_path, monkeypatch, capsys, recording
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(demo, "build_model", lambda target: shutil.copytree(embedded_model, target))
-    folder = demo.ensure_model()
-    names = files_of(folder)
-    assert capsys.readouterr().out == "" and "model.safetensors" in names
-    with recording(f"the cached base model's file {kind}", tried=len(names)) as counts:
-        for name in names:
-            damage(folder / name, kind)
-            assert demo.ensure_model() == folder
-            assert "building it again" in capsys.readouterr().out
-            assert (folder / name).read_bytes() == (embedded_model / name).read_bytes()
-            counts.survived += 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,9 +12,8 @@ from typing import Any
 
 from utils.errors import HardwareError, ModelError
 from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
-from utils.models.decoding import speed_up_unsloth
 from utils.models.tokenizer import first_line, load_tokenizer, model_source, require_safetensors
-from utils.models.unsloth_patches import keep_documents_apart
+from utils.models.unsloth_patches import patch_unsloth
 from utils.schema import Config
 from utils.secrets import share_hub_token
 
@@ -37,8 +36,7 @@ def start_backend(config: Config) -> str:
         raise HardwareError("hardware.backend=unsloth, but unsloth is not installed; run 00_setup to install it.")
     import unsloth  # noqa: F401
 
-    speed_up_unsloth()
-    keep_documents_apart()
+    patch_unsloth()
     return "unsloth"
 
 
@@ -56,7 +54,7 @@ def prepare_device(config: Config) -> None:
 
 
 def device(config: Config) -> str:
-    """`cuda` or `cpu`: what the configuration asks for, or what is there."""
+    """`cuda` or `cpu`."""
     return resolve_hardware(config.hardware)["device"]
 
 
@@ -147,14 +145,16 @@ def keep_lora_in_float32(model) -> None:
 
 def is_unsloth(model) -> bool:
     """Whether the model was loaded through unsloth."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(base, "loaded_through_unsloth", False)
+    return getattr(_base_of(model), "loaded_through_unsloth", False)
 
 
 def transformer_layers(model):
     """The model's stack of layers, LoRA wrapper or not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model.layers
+    return _base_of(model).model.layers
+
+
+def _base_of(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def count_fused_layers(model) -> dict[str, int] | None:
@@ -182,8 +182,7 @@ def _load_unsloth(config: Config, source: str):
         dtype=torch_dtype(config),
         load_in_4bit=config.model.load_in_4bit,
         trust_remote_code=False,
-        # Without it the Hub id is silently remapped to another, dynamically quantised repository.
-        use_exact_model_name=True,
+        use_exact_model_name=True,  # or the Hub id is silently remapped to a dynamically quantised repository
     )
     model.loaded_through_unsloth = True
     return model
@@ -194,13 +193,14 @@ def load_plain(config: Config, source: str):
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = torch_dtype(config)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    dtype, four_bit = torch_dtype(config), None
+    if config.model.load_in_4bit:
+        four_bit = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     return AutoModelForCausalLM.from_pretrained(
         source,
         revision=config.model.revision,
@@ -209,7 +209,7 @@ def load_plain(config: Config, source: str):
         dtype=dtype,
         attn_implementation="sdpa",
         device_map={"": torch.device("cuda", local_rank()) if device(config) == "cuda" else "cpu"},
-        quantization_config=quantization if config.model.load_in_4bit else None,
+        quantization_config=four_bit,
     )
 
 
