@@ -83,6 +83,17 @@ def ids_digest(frame: pd.DataFrame) -> str:
     return hashlib.sha256("\n".join(frame["id"]).encode()).hexdigest()
 
 
+def count_units(config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> int:
+    """How many independent units the primary metric rests on: rows or items of one group count once."""
+    if config.evaluate.primary == "multiple_choice" and benchmark is not None:
+        asked = benchmark[benchmark["benchmark"] == benchmark["benchmark"].iloc[0]]
+    else:
+        asked = (
+            held_out if config.evaluate.primary == "nll" else held_out.head(config.evaluate.questions or len(held_out))
+        )
+    return asked["group" if "group" in asked else "id"].nunique()
+
+
 def _shuffle_answers(train: pd.DataFrame, seed: int) -> pd.DataFrame:
     """A control that must come out worse: every question with the reasoning and the response of another row."""
     order = np.random.default_rng(seed).permutation(len(train))
@@ -246,8 +257,8 @@ def _draw_after_first(
     first, count = data.train_rows, len(groups)
     if first is None or first >= count:
         raise DataError(
-            f"data.shuffle is off, and data.train_rows asks for the first {first or 'rows without a number'} of {count} rows, "
-            "but some must be held out; set data.train_rows lower."
+            f"data.shuffle is off, so the first data.train_rows rows train: that is {first}, of {count} rows, and some must be "
+            "held out; give a lower number."
         )
     first_of_group = pd.Series(np.arange(count)).groupby(groups).transform("min").to_numpy()
     behind = np.arange(first, count)
