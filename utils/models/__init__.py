@@ -18,6 +18,7 @@ _SURFACE = {  # name: module
     "model_source": "tokenizer",
     "load_tokenizer": "tokenizer",
     "guard_tokenizer": "tokenizer",
+    "make_prompt_format": "tokenizer",
     "check_training_text": "tokenizer",
     "free_memory": "memory",
     "free_bytes": "memory",

@@ -14,7 +14,7 @@ from utils.errors import HardwareError, ModelError
 from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
 from utils.models.tokenizer import first_line, load_tokenizer, model_source, require_safetensors
 from utils.models.unsloth_patches import patch_unsloth
-from utils.schema import Config
+from utils.schema import Config, LoraSection
 from utils.secrets import share_hub_token
 
 _T4_GIB = 14.0
@@ -96,8 +96,11 @@ def load_model(config: Config, adapter: Path | None = None):
 def add_lora(model, config: Config, **lora: Any):
     """Wrap the base model with fresh LoRA weights; `lora` are arguments of peft.LoraConfig.
 
-    Under unsloth this is FastLanguageModel.get_peft_model, which also installs its fused kernels.
+    Under unsloth this is FastLanguageModel.get_peft_model, which also installs its fused kernels; `all-linear` is the seven
+    projections of a Llama or Qwen there.
     """
+    if lora.get("target_modules") == ["all-linear"]:
+        lora["target_modules"] = list(LoraSection().target_modules) if is_unsloth(model) else "all-linear"
     if is_unsloth(model):
         from unsloth import FastLanguageModel
 

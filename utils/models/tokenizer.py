@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from utils.data.prompts import USER, find_format
 from utils.errors import ModelError
 from utils.files import is_folder
 from utils.hardware import GIB
-from utils.schema import EMBEDDED, Config
+from utils.schema import EMBEDDED, Config, PromptFormat
 
+_SPARE_PADS = ("<|finetune_right_pad_id|>", "<|endoftext|>")
+_DATE = "26 Jul 2024"  # Llama 3.2's template writes today's otherwise: another prompt every day
+_QUESTION, _REASONING, _ANSWER = "⟦question⟧", "⟦reasoning⟧", "⟦answer⟧"
+_TURNS = [
+    {"role": "user", "content": _QUESTION},
+    {"role": "assistant", "content": f"<think>\n{_REASONING}\n</think>\n\n{_ANSWER}"},
+]
 _PROBE = "Hello world, this is a test.\nx"
 
 
@@ -68,6 +76,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     loses every space without an error (transformers issue 45488). Raises ModelError where text does not survive.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
@@ -79,13 +88,76 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
             "reached, or a local folder with tokenizer.json."
         ) from None
     guard_tokenizer(tokenizer, str(source))
+    flags = get_tokenizer_config(str(source), revision=revision)
+    if flags.get("add_bos_token") and tokenizer.bos_token and not tokenizer("").input_ids:
+        tokenizer.add_bos_token = True  # R1-Distill-Qwen's; transformers reads it for its own classes only
+    tokenizer.eos_token = find_end(tokenizer) or tokenizer.eos_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        spare = "<|finetune_right_pad_id|>"
-        if spare in tokenizer.get_vocab():
-            tokenizer.pad_token = spare
-        elif tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        spares = [token for token in _SPARE_PADS if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
+        tokenizer.pad_token = spares[0] if spares else tokenizer.eos_token
     return tokenizer
+
+
+def find_end(tokenizer) -> str | None:
+    """The token that ends the assistant's turn in the tokenizer's own chat template; None where there is none."""
+    try:
+        rest = _render(tokenizer, _TURNS).partition(_ANSWER)[2] if tokenizer.chat_template else ""
+    except ModelError:  # said where the template is needed
+        return None
+    ends = [str(token) for token in tokenizer.added_tokens_decoder.values() if rest.startswith(str(token))]
+    return max(ends, key=len, default=None)
+
+
+def make_prompt_format(style: str, tokenizer) -> PromptFormat:
+    """The text around a question and its answer that fits the tokenizer; `style` is a `prompt.style`.
+
+    `chat` is the model's own template for the user's turn, with a think block opened where the template does not.
+    Raises ModelError where the style does not fit: no chat template, or one that closes, drops or moves the think block;
+    no end token, or none that is one token.
+    """
+    if style == "auto":
+        style = "native" if USER in tokenizer.get_vocab() else "chat"
+    if style == "chat":
+        return _from_template(tokenizer)
+    if style == "native" and USER not in tokenizer.get_vocab():
+        raise ModelError(f"prompt.style is native, but {USER} is no token of this model; take auto or chat.")
+    if tokenizer.eos_token_id is None:
+        raise ModelError("The tokenizer names no end token, so no answer would ever end; take another model.")
+    return find_format(style).model_copy(update={"end": tokenizer.eos_token})
+
+
+def _from_template(tokenizer) -> PromptFormat:
+    hint = "take prompt.style=tutorial, or another model."
+    if not tokenizer.chat_template:
+        raise ModelError(f"prompt.style is chat, but the tokenizer has no chat template; {hint}")
+    prompt, whole = _render(tokenizer, _TURNS[:1], add_generation_prompt=True), _render(tokenizer, _TURNS)
+    before, question, after = prompt.partition(_QUESTION)
+    if not question or _QUESTION in after or _QUESTION not in whole:
+        raise ModelError(f"The chat template does not give the question once, as it is; {hint}")
+    if tokenizer("").input_ids == [tokenizer.bos_token_id]:
+        before = before.removeprefix(tokenizer.bos_token)  # the tokenizer adds it
+    opens = after.rstrip().endswith("<think>")
+    if not opens and "</think>" in after:
+        raise ModelError(f"The chat template closes the think block before the answer begins; {hint}")
+    places = [whole.find(part, whole.index(_QUESTION)) for part in ("<think>", _REASONING, "</think>", _ANSWER)]
+    dropped = _REASONING not in whole
+    if places[-1] < 0 or (dropped and not opens):
+        raise ModelError(f"The chat template drops an answer's think block and opens none itself; {hint}")
+    if not dropped and (min(places) < 0 or places != sorted(places)):
+        raise ModelError(f"The chat template moves an answer's think block away from before the response; {hint}")
+    end = find_end(tokenizer)
+    if end is None:
+        raise ModelError(f"The chat template ends an answer with no token of its own, so none would ever end; {hint}")
+    after = after if opens else f"{after}<think>\n"
+    lead = "" if after.endswith("\n") else "\n"
+    return PromptFormat(style="chat", before=before, after=after, lead=lead, close="\n</think>\n\n", end=end)
+
+
+def _render(tokenizer, turns: list[dict[str, str]], **options) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, date_string=_DATE, **options)
+    except Exception as error:  # a template is a program of somebody else's
+        raise ModelError(f"The chat template cannot be used ({first_line(error)}); take another model.") from None
 
 
 def guard_tokenizer(tokenizer, source: str) -> None:
