@@ -53,7 +53,9 @@ def test_all_linear_adapts_the_seven_projections_and_rslora_scales_by_the_root_o
     config = config_for(tiny_folder, **{"lora.target_modules": "all-linear", "lora.use_rslora": True, "lora.r": 4})
     lora = config.lora.model_dump()
     model = add_lora(load_model(config)[0], config, **lora, task_type="CAUSAL_LM")
-    adapted = {name.rsplit(".", 1)[-1]: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    adapted = {
+        name.rsplit(".", 1)[-1]: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "lora_A")
+    }
     assert set(adapted) == set(LoraSection().target_modules) and len(adapted) == 7
     assert set(adapted.values()) == {config.lora.lora_alpha / 2}
 

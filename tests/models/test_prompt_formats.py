@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ from utils.config import load_config
 from utils.data.prompts import NATIVE, find_format, format_prompt, format_row
 from utils.errors import ModelError, StageOrderError
 from utils.evaluation.answer_parsing import parse_completion
-from utils.models.tokenizer import check_training_text, load_tokenizer, make_prompt_format
+from utils.models.tokenizer import check_training_text, count_reasoning, load_tokenizer, make_prompt_format
 
 ROWS = [
     {"Question": "A man of 45 has a fever. Why?", "Complex_CoT": "Okay, so\n\nhmm.", "Response": "- One\n- Two"},
@@ -81,6 +82,16 @@ def test_an_answer_ends_in_one_token_and_padding_is_another_where_there_is_one(f
     assert tokenizer.eos_token == EXPECTED[name][2]
     assert tokenizer.encode(tokenizer.eos_token, add_special_tokens=False) == [tokenizer.eos_token_id]
     assert (tokenizer.pad_token_id == tokenizer.eos_token_id) is (name == "r1-distill-qwen")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_reasoning_is_counted_up_to_its_mark_in_however_many_tokens(form, name):
+    encode = functools.partial(form(name).encode, add_special_tokens=False)
+    reasoning, answer = encode("Okay, so hmm.\n</think>"), encode("\n\nGout.")
+    assert (len(encode("</think>")) == 1) is (name not in ("llama-3.2", "smollm2"))
+    assert count_reasoning(form(name), reasoning + answer) == len(reasoning)
+    assert count_reasoning(form(name), reasoning[:-1]) == len(reasoning) - 1
+    assert count_reasoning(form(name), []) == 0
 
 
 def test_the_end_token_is_the_templates_where_the_file_names_another(tmp_path):

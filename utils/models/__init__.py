@@ -20,6 +20,7 @@ _SURFACE = {  # name: module
     "guard_tokenizer": "tokenizer",
     "make_prompt_format": "tokenizer",
     "check_training_text": "tokenizer",
+    "count_reasoning": "tokenizer",
     "free_memory": "memory",
     "free_bytes": "memory",
     "is_out_of_memory": "memory",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.data.prompts import USER, find_format
@@ -204,6 +206,12 @@ def check_training_text(tokenizer, prompt: str, completion: str) -> None:
         raise ModelError(
             f"A completion holds {tail.count(end)} end tokens ({tokenizer.eos_token}), expected one, the last."
         )
+
+
+def count_reasoning(tokenizer, ids: Sequence[int]) -> int:
+    """How many tokens of a completion go up to and with `</think>`, of however many tokens that is; all without one."""
+    before = bisect_left(range(len(ids)), True, key=lambda i: "</think>" in tokenizer.decode(ids[: i + 1]))
+    return min(before + 1, len(ids))
 
 
 def _is_of_the_file(error: BaseException) -> bool:
