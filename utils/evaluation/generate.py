@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from utils.errors import HardwareError
-from utils.evaluation.answer_parsing import CLOSE
 from utils.evaluation.questions import Question, answer_key, matching_answers
 from utils.evaluation.sampling import question_stream, sampling_processors
 from utils.files import write_text
 from utils.models.memory import free_memory, is_out_of_memory, sequences_that_fit
+from utils.models.tokenizer import count_reasoning
 from utils.models.unsloth_patches import forget_cache
 from utils.progress import Progress
 from utils.schema import GenerateSection
@@ -210,7 +210,6 @@ class _Engine:
         return finished
 
     def _answer(self, one: Pending, stopped: bool) -> dict:
-        close = self.tokenizer.convert_tokens_to_ids(CLOSE)
         ids = one.generated
         return {
             "id": one.question.id,
@@ -218,7 +217,7 @@ class _Engine:
             "key": self.keys[one.question.id],
             "text": self.tokenizer.decode(ids, skip_special_tokens=False),
             "tokens": len(ids) + stopped,
-            "reasoning_tokens": ids.index(close) + 1 if close in ids else len(ids),
+            "reasoning_tokens": count_reasoning(self.tokenizer, ids),
             "finish_reason": "stop" if stopped else "length",
         }
 

@@ -43,7 +43,7 @@ def build_questions(
     config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame | None, anecdote: dict | None = None
 ) -> list[Question]:
     """The held-out questions (as many as evaluate.questions asks for), all benchmark items, and the anecdote if any."""
-    style = config.prompt.style
+    style = config.prompt
     rows = held_out if config.evaluate.questions is None else held_out.head(config.evaluate.questions)
     questions = [Question(row.id, "open", format_prompt(row.Question, style)) for row in rows.itertuples()]
     for item in benchmark.itertuples() if benchmark is not None else ():
