@@ -27,8 +27,9 @@ from utils.export.chat_template import (
     vllm_lines,
     write_modelfile,
 )
+from utils.models.prompt_format import make_prompt_format
 from utils.models.tiny import CHAT_TEMPLATE
-from utils.models.tokenizer import load_tokenizer, make_prompt_format
+from utils.models.tokenizer import load_tokenizer
 from utils.schema import GenerateSection
 
 QUESTIONS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=80)

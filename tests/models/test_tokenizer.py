@@ -11,7 +11,8 @@ import pytest
 from utils.config import load_config
 from utils.data.prompts import BOS, EOS, format_row
 from utils.errors import ModelError
-from utils.models.tokenizer import check_model, check_training_text, guard_tokenizer, load_tokenizer
+from utils.models.prompt_format import check_training_text
+from utils.models.tokenizer import check_model, guard_tokenizer, load_tokenizer
 from utils.project import NOTEBOOKS
 
 TEXT = "Hello world,\n\nthis is  a test."

@@ -14,7 +14,7 @@ from utils.evaluation.questions import Question, answer_key, matching_answers
 from utils.evaluation.sampling import question_stream, sampling_processors
 from utils.files import write_text
 from utils.models.memory import free_memory, is_out_of_memory, sequences_that_fit
-from utils.models.tokenizer import count_reasoning
+from utils.models.prompt_format import count_reasoning
 from utils.models.unsloth_patches import forget_cache
 from utils.progress import Progress
 from utils.schema import GenerateSection

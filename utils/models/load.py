@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from utils.errors import HardwareError, ModelError
+from utils.errors import HardwareError, ModelError, first_line
 from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
-from utils.models.tokenizer import first_line, load_tokenizer, model_source, require_safetensors
+from utils.models.tokenizer import load_tokenizer, model_source, require_safetensors
 from utils.models.unsloth_patches import patch_unsloth
 from utils.schema import Config, LoraSection
 from utils.secrets import share_hub_token

@@ -12,7 +12,8 @@ from utils.config import load_config
 from utils.data.prompts import NATIVE, find_format, format_prompt, format_row
 from utils.errors import ModelError, StageOrderError
 from utils.evaluation.answer_parsing import parse_completion
-from utils.models.tokenizer import check_training_text, count_reasoning, load_tokenizer, make_prompt_format
+from utils.models.prompt_format import check_training_text, count_reasoning, make_prompt_format
+from utils.models.tokenizer import load_tokenizer
 
 ROWS = [
     {"Question": "A man of 45 has a fever. Why?", "Complex_CoT": "Okay, so\n\nhmm.", "Response": "- One\n- Two"},
