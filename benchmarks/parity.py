@@ -54,7 +54,7 @@ def train_once(config, folder: Path, steps: int | None = None, resume: str | Non
 
     load_with_lora, make_trainer = notebook_functions()
     model, tokenizer = load_with_lora(config)
-    pairs = [format_row(row, config.prompt.style) for row in demo_data.tuning_rows("train", config.data.train_rows)]
+    pairs = [format_row(row, config.prompt) for row in demo_data.tuning_rows("train", config.data.train_rows)]
     rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
     rows["tokens"] = [len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs]
     (folder / "training").mkdir(parents=True, exist_ok=True)
@@ -88,12 +88,12 @@ def held_out(model, tokenizer, config) -> dict[str, np.ndarray]:
 
     rows = pd.DataFrame(demo_data.tuning_rows("test", config.data.eval_rows))
     rows["id"] = [f"q{i:04d}" for i in range(len(rows))]
-    pairs = [format_row(row, config.prompt.style) for row in rows.to_dict("records")]
+    pairs = [format_row(row, config.prompt) for row in rows.to_dict("records")]
     frame = pd.DataFrame({"id": rows["id"], "prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
     nll = completion_nll(model, tokenizer, frame, max_length=10**9).set_index("id")
     tokens = nll["reasoning_tokens"] + nll["response_tokens"]
     questions = [
-        Question(row.id, "open", format_prompt(row.Question, config.prompt.style)) for row in rows.itertuples()
+        Question(row.id, "open", format_prompt(row.Question, config.prompt)) for row in rows.itertuples()
     ]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "answers.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -233,9 +234,7 @@ def test_a_written_split_is_read_back_as_it_was(tmp_path):
 
 
 def test_every_hub_benchmark_gets_a_commit_and_the_list_is_pinned_whole(monkeypatch):
-    from utils.data import rows as data
-
-    monkeypatch.setattr(data, "_head", lambda name: f"head of {name}")
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name: SimpleNamespace(sha=f"head of {name}"))
     found = find_commits(load_config("full"))
     assert found["evaluate.benchmark.revision"] == "head of GBaker/MedQA-USMLE-4-options"
     pinned = load_config("full", found).evaluate
@@ -244,21 +243,17 @@ def test_every_hub_benchmark_gets_a_commit_and_the_list_is_pinned_whole(monkeypa
 
 
 def test_where_the_hub_is_out_of_reach_nothing_is_pinned(monkeypatch):
-    from utils.data import rows as data
-
-    monkeypatch.setattr(data, "_head", lambda name: 1 / 0)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name: 1 / 0)
     assert find_commits(load_config("full")) == {}
 
 
 def test_a_commit_that_cannot_be_found_costs_none_of_the_others(monkeypatch):
-    from utils.data import rows as data
-
     def head(name: str) -> str:
         if name == "openlifescienceai/medmcqa":
             raise ConnectionError("reset by peer")
-        return f"head of {name}"
+        return SimpleNamespace(sha=f"head of {name}")
 
-    monkeypatch.setattr(data, "_head", head)
+    monkeypatch.setattr("huggingface_hub.dataset_info", head)
     found = find_commits(load_config("full"))
     assert found["evaluate.benchmark.revision"] == "head of GBaker/MedQA-USMLE-4-options"
     assert [s["revision"] for s in found["evaluate.more_benchmarks"]] == [None, "head of qiaojin/PubMedQA"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,21 +72,9 @@ def describe_primary(config: Config) -> str:
 def _read(section: BenchmarkSection, key: str) -> tuple[pd.DataFrame, str]:
     """(the table as it is stored, what to call it in messages)."""
     if section.path is not None:
-        by_id = _read_json_by_id(section.path)
-        return (read_table(section.path, f"{key}.path", _MEDQA) if by_id is None else by_id), section.path.name
+        return read_table(section.path, f"{key}.path", _MEDQA), section.path.name
     name = str(section.name)
     return load_hub_table(name, section.subset, section.revision, section.split, f"{key}.path"), name
-
-
-def _read_json_by_id(path: Path) -> pd.DataFrame | None:
-    """PubMedQA's own file is one object, {id: item}; None for anything else."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8-sig")) if path.suffix.lower() == ".json" else None
-    except (OSError, ValueError):
-        return None  # read_table says what is wrong
-    if not isinstance(content, dict) or not content or not all(isinstance(item, dict) for item in content.values()):
-        return None
-    return pd.DataFrame([{"pubid": name, **item} for name, item in content.items()])
 
 
 def _convert(table: pd.DataFrame, source: str, split: str) -> pd.DataFrame:
@@ -97,7 +84,7 @@ def _convert(table: pd.DataFrame, source: str, split: str) -> pd.DataFrame:
     columns = set(table.columns)
     if columns >= set(_MEDMCQA):
         items = _from_medmcqa(table, source)
-    elif columns >= set(_PUBMEDQA) and columns & {"context", "pubid"}:
+    elif columns >= set(_PUBMEDQA) and columns & {"context", "pubid", "id"}:
         items = _from_pubmedqa(table)
     elif columns >= set(_MEDQA):
         options = [_options(cell) for cell in table["options"]]

@@ -62,10 +62,10 @@ def check_rows(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         )
     frame = frame.reset_index(drop=True).copy()
     for column in COLUMNS:
-        for index, cell in enumerate(frame[column]):
-            if not isinstance(cell, str) or not cell.strip():
+        for number, cell in enumerate(frame[column], start=1):
+            if _is_blank(cell) or not isinstance(cell, str):
                 what = "is empty" if _is_blank(cell) else f"holds a {type(cell).__name__}"
-                raise DataError(f"{source}, row {index + 1}: {column} {what}; every row needs text there.")
+                raise DataError(f"{source}, row {number}: {column} {what}; every row needs text there.")
         frame[column] = frame[column].str.strip()
     if "group" in frame.columns:
         frame["group"] = [None if _is_blank(group) else str(group) for group in frame["group"]]
@@ -129,16 +129,12 @@ def _find_commit(section: Any) -> str | None:
     """The commit that a Hub data set's main branch is at; None where nothing is to be pinned, or the Hub does not answer."""
     if section.path is not None or section.revision is not None or section.name in (None, EMBEDDED):
         return None
-    try:
-        return _head(section.name)
-    except Exception:  # offline or unknown: loading the rows says which
-        return None
-
-
-def _head(name: str) -> str:
     from huggingface_hub import dataset_info
 
-    return dataset_info(name).sha
+    try:
+        return dataset_info(section.name).sha
+    except Exception:  # offline or unknown: loading the rows says which
+        return None
 
 
 def write_split(
@@ -184,7 +180,10 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_json(path: Path) -> pd.DataFrame:
+    """A list of objects, or one object of them by their id, as PubMedQA's own file is."""
     rows = parse_json(path.read_text(encoding="utf-8-sig"))
+    if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
+        rows = [{"id": name, **row} for name, row in rows.items()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected a list of objects, one for each row")
     return pd.DataFrame(rows)

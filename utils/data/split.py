@@ -85,12 +85,11 @@ def ids_digest(frame: pd.DataFrame) -> str:
 
 def count_units(config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> int:
     """How many independent units the primary metric rests on: rows or items of one group count once."""
-    if config.evaluate.primary == "multiple_choice" and benchmark is not None:
+    asked = held_out
+    if config.evaluate.primary == "multiple_choice":
         asked = benchmark[benchmark["benchmark"] == benchmark["benchmark"].iloc[0]]
-    else:
-        asked = (
-            held_out if config.evaluate.primary == "nll" else held_out.head(config.evaluate.questions or len(held_out))
-        )
+    elif config.evaluate.primary == "accuracy":
+        asked = held_out.head(config.evaluate.questions or len(held_out))
     return asked["group" if "group" in asked else "id"].nunique()
 
 
