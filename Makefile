@@ -5,7 +5,7 @@ IN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test faults lint drift bundle bench address clean
+.PHONY: demo test faults lint drift bundle bench tables address clean
 
 demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
@@ -34,9 +34,11 @@ bench:  ## on a CUDA machine: the whole series with 8B shapes, training's speed,
 	python3 -m benchmarks.parity --out benchmarks/results/parity.json
 	python3 -m benchmarks.train growth $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/train.json
 	python3 -m benchmarks.several --out benchmarks/results/several.json
-	python3 -m benchmarks.train table benchmarks/results/train.json --readme README.md
 	python3 -m benchmarks.repeatability measure $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/repeatability.json
-	python3 -m benchmarks.repeatability sentence benchmarks/results/repeatability.json --readme README.md
+	python3 -m benchmarks.tables --draw
+
+tables: $(VENV)/installed  ## the tables in docs/, from benchmarks/results/, the stages and this file
+	$(IN) -m benchmarks.tables
 
 # Made anew only when a requirements file is newer than the last installation that worked.
 $(VENV)/installed: requirements.txt requirements-cpu.txt

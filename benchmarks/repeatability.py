@@ -2,11 +2,10 @@
 
     python -m benchmarks.standin /tmp/standin-8b
     python -m benchmarks.repeatability measure /tmp/standin-8b --out benchmarks/results/repeatability.json
-    python -m benchmarks.repeatability sentence benchmarks/results/repeatability.json --readme README.md
 
 About three minutes on an H200. Notebook 03's own functions train the stand-in through unsloth: 4-bit, fp16, packed, a T4's
 limits, the schedule left as if it went on. `--rows rows.jsonl` takes rows of the training data instead of the demo's. The
-first process finds the fit by trials and the others take it from file, as a run does that is continued. Exit 1 where a
+first process finds the step plan by trials and the others take it from file, as a run does that is continued. Exit 1 where a
 repeat failed, or where the losses after the last update lie further apart than the tolerance.
 Without a GPU it is a dry run in float32 on the plain backend (`--size tiny` for the stand-in, `--steps 3`).
 """
@@ -44,14 +43,14 @@ def once(standin: Path, rows: Path, run_dir: Path, out: Path, adapter: Path, ste
     from benchmarks.train_cases import prepare
     from utils.determinism import describe_determinism
     from utils.models.load import is_unsloth
-    from utils.training.step_plan import choose_fit, recompute_as
+    from utils.training.step_plan import choose_plan, recompute_as
 
     started = time.monotonic()
     run, model, tokenizer, frame, make_trainer = prepare("ours", standin, rows, run_dir, 500)
-    fit = choose_fit(run, model, tokenizer, frame, make_trainer)
+    plan = choose_plan(run, model, tokenizer, frame, make_trainer)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = make_trainer(model, tokenizer, run.config, frame, fit, scratch)
-        recompute_as(trainer, run.config, fit)
+        trainer = make_trainer(model, tokenizer, run.config, frame, plan, scratch)
+        recompute_as(trainer, run.config, plan)
         stop_after(trainer, steps)
         trainer.train()
     trained = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
@@ -62,7 +61,7 @@ def once(standin: Path, rows: Path, run_dir: Path, out: Path, adapter: Path, ste
         "adapter_sha256": sha256(adapter),
         "trained_weights": sum(value.numel() for value in trained.values()),
         "seed": run.config.train.seed,
-        "fit": asdict(fit),
+        "fit": asdict(plan),
         "packed": bool(run.config.train.packing and is_unsloth(model)),
         "backend": "unsloth" if is_unsloth(model) else "transformers",
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if torch.cuda.is_available() else None,
@@ -140,38 +139,6 @@ def measure(
     write_json(out, evidence)
     print(json.dumps({key: evidence[key] for key in (*shared, "same_conditions") if key != "loss_per_step_spread"}))
     raise typer.Exit(not (shared["within_tolerance"] and evidence["same_conditions"]))
-
-
-START, END = "<!-- benchmarks.repeatability -->", "<!-- end of it -->"
-
-
-def in_words(evidence: dict | None) -> str:
-    """The README's sentence: the tolerance, and what was measured; None where nothing was yet."""
-    held = (
-        f"On a CUDA GPU the loss after {STEPS} updates is to lie within {TOLERANCE:g} nats per token of another run's"
-    )
-    if evidence is None:
-        return f"{held}, which `python -m benchmarks.repeatability` measures."
-    same = "were the same to the bit" if evidence["adapters_bit_identical"] else "were not the same to the bit"
-    gpu = evidence["gpu"][0].removeprefix("NVIDIA ") if evidence["gpu"] else "CPU"
-    return (
-        f"{held}: over {evidence['repeats']} runs on one {gpu} (8B shapes, 4-bit, fp16, packed, a fresh process each) the largest "
-        f"difference was {evidence['max_loss_difference']:.5f} ({evidence['max_loss_difference_at_any_step']:.5f} at any update), and the adapters {same} "
-        "([`repeatability.json`](benchmarks/results/repeatability.json))."
-    )
-
-
-@app.command()
-def sentence(
-    evidence: Path, readme: Annotated[Path | None, typer.Option(help="Write it into this file.")] = None
-) -> None:
-    """Print what EVIDENCE shows in a sentence, and put it into a README between its two marks."""
-    text = in_words(json.loads(evidence.read_text(encoding="utf-8")) if evidence.exists() else None)
-    print(text)
-    if readme is not None:
-        before, _, rest = readme.read_text(encoding="utf-8").partition(START)
-        _, _, after = rest.partition(END)
-        readme.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def _demo_rows(path: Path) -> Path:

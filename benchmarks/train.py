@@ -4,7 +4,6 @@
     python -m benchmarks.train measure /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json [--quick]
     python -m benchmarks.train two-gpus /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json     # adds to it
     python -m benchmarks.train growth /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json       # adds to it
-    python -m benchmarks.train table train.json --readme README.md     # the table, and a plot beside the JSON
 
 Each configuration runs notebook 03's own functions in a fresh process: two updates to warm up, then windows of three, of
 which the median counts; two more under torch's profiler give the sum of kernel times, which says more about a T4, where
@@ -126,61 +125,6 @@ def growth(
     where = {"gpu": [gpu.name for gpu in gpus()], "date": datetime.now(UTC).date().isoformat()}
     add_to_file(out, {"growth": {**where, "by_rows": found}})
     print(json.dumps(found))
-
-
-START, END = "<!-- benchmarks.train table -->", "<!-- end of the table -->"
-
-
-def markdown_table(evidence: dict) -> str:
-    """The README's table: each configuration's tokens per second by wall time and by kernel time, its memory and fit."""
-    lines = ["| configuration | tokens/s | by kernel time | GiB reserved | micro-batch, layers that recompute |",
-             "|---|---|---|---|---|"]  # fmt: skip
-    for name, case in evidence["configurations"].items():
-        kernel = f"{case['kernels']['tokens_per_second']:,.0f}" if case.get("kernels") else ""
-        fit = case["fit"]
-        cut = f"{fit['per_device_train_batch_size']} x {fit['gradient_accumulation_steps']}, {fit['recompute_layers']}"
-        bold = "**" if name == "ours" else ""
-        speed = f"{bold}{case['tokens_per_second']:,.0f}{bold}"
-        lines.append(f"| {bold}{name}{bold}: {case['what']} | {speed} | {kernel} | {case['reserved_gib']} | {cut} |")
-    return "\n".join(lines)
-
-
-def draw(evidence: dict, path: Path) -> None:
-    """Bars of wall and kernel speed for each configuration, and where the GPU's time goes in ours."""
-    from matplotlib.figure import Figure
-
-    cases = evidence["configurations"]
-    figure = Figure(figsize=(10, 0.45 * len(cases) + 1.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    places = range(len(cases))
-    wall = [case["tokens_per_second"] for case in cases.values()]
-    kernel = [case.get("kernels", {}).get("tokens_per_second", 0) for case in cases.values()]
-    left.barh([p - 0.2 for p in places], wall, 0.38, label="wall time", color="#d1495b")
-    left.barh([p + 0.2 for p in places], kernel, 0.38, label="kernel time alone", color="#98a2b3")
-    left.set_yticks(list(places), list(cases))
-    left.invert_yaxis()
-    left.set(title="Training, tokens per second", xlabel="8B shapes, 4-bit, fp16, T4's limits")
-    share = cases["ours"]["kernels"]["share"] if cases.get("ours", {}).get("kernels") else {}
-    right.barh(list(share), [100 * part for part in share.values()], 0.6, color="#30638e")
-    right.invert_yaxis()
-    right.set(title="Ours: what the GPU does", xlabel="% of the sum of kernel times")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=2)
-    figure.savefig(path, dpi=150)
-
-
-@app.command()
-def table(evidence: Path, readme: Annotated[Path | None, typer.Option(help="Write it into this file.")] = None) -> None:
-    """Print the table of EVIDENCE, draw the plot beside it, and put the table into a README between its two marks."""
-    found = json.loads(evidence.read_text(encoding="utf-8"))
-    draw(found, evidence.with_suffix(".png"))
-    text = markdown_table(found)
-    print(text)
-    if readme is not None:
-        before, _, rest = readme.read_text(encoding="utf-8").partition(START)
-        _, _, after = rest.partition(END)
-        readme.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 @app.command()

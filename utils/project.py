@@ -32,6 +32,11 @@ def python_path() -> str:
     return os.pathsep.join([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 
 
+def cache_dir() -> Path:
+    """Where models built or fetched here are kept: below $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
+
+
 def runs_dir() -> Path:
     """Where run directories go by default: Kaggle saves only /kaggle/working."""
     working = KAGGLE / "working"

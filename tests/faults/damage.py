@@ -18,7 +18,7 @@ UNRECORDED = {
     "state.json": "sealed; a damaged one counts as none, and the next run writes it",
     "config.yaml": "never read back; written by every run",
     "report/": "never read back, but for the executed notebooks, of which a damaged one is left out; written anew after each stage",
-    "training/checkpoints/": "each has a sealed list of its files; a damaged one is passed over",
+    "training/checkpoints/": "one whose trainer_state.json is not whole is passed over, and the one before it resumed",
     "training/launch.log": "never read back",
     "tracking/": "never read back; `publish` hands it to wandb, which says what it cannot read",
 }

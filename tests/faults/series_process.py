@@ -28,7 +28,7 @@ SMALL = {
     "hardware.min_disk_gib": 0.01,
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}  # two chains share two cores
-KEPT = ("*/answers.jsonl", "*/answers.[0-9]*.jsonl", "training/checkpoints/*/checkpoint-*/files.json")
+KEPT = ("*/answers.jsonl", "*/answers.[0-9]*.jsonl", "training/checkpoints/*/checkpoint-*/trainer_state.json")
 RESULTS = ("comparison/metrics.json", "training/adapter/adapter_model.safetensors", "export/merged/model.safetensors")
 
 

@@ -100,7 +100,7 @@ def test_no_secret_is_in_the_error_that_a_training_process_leaves(tokens, traini
 
     monkeypatch.setattr(launch, "read_recipe", fail)
     with pytest.raises(TrainingError):
-        launch.take_part(str(run.path))
+        launch.run_worker(str(run.path))
     text = run.file("training/error.json").read_text(encoding="utf-8")
     record_fault("secrets in what is printed or raised", survived=int(not told(text)))
     assert told(text) == [] and text.count("***") == 4

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.series_process import SeriesProcess, results, stage_seconds
 
-CHECKPOINTS = "training/checkpoints/*/checkpoint-*/files.json"
+CHECKPOINTS = "training/checkpoints/*/checkpoint-*/trainer_state.json"
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
@@ -62,7 +62,7 @@ def test_asked_to_stop_it_keeps_what_it_has_says_how_to_go_on_and_ends_with_the_
         wrong = stopped_well(series, number)
         if stage == "03" and not wrong:
             said = re.search(r"Training stopped at step (\d+) of 16 with a checkpoint", series.output)
-            kept = said and path.glob(f"training/checkpoints/*/checkpoint-{said[1]}/files.json")
+            kept = said and path.glob(f"training/checkpoints/*/checkpoint-{said[1]}/trainer_state.json")
             wrong = "" if kept and list(kept) else f"no checkpoint of the last step:\n{series.output}"
         rows.append((series.place, number, wrong, series.lost(asked)))
     last = SeriesProcess(path)

@@ -16,7 +16,7 @@ from utils.project import ROOT, python_path
 
 # Every function of `utils` that writes files itself, by where this suite fills the disk under it.
 WRITERS = {
-    "03": {"checkpoints.on_save", "trial.choose_fit", "training.save_adapter", "training.save_log", "figures._save", "files.write_text"},
+    "03": {"training.save_adapter", "training.save_log", "figures._save", "files.write_text"},
     "05": {
         "export.copy_adapter", "export.save_tokenizer", "export.merge_adapter", "merge._merge_shard",
         "agreement.save", "card._write", "files.write_text",
@@ -36,12 +36,9 @@ ELSEWHERE = {
     "merge._write": "a thread of merge._merge_shard",
     "merge.merge_shards": "the index of a model in several shards: tests/test_disk.py",
     "generation._set_aside_torn_lines": "after a kill; through files.write_text",
-    "trial.fall_back": "out of GPU memory; through files.write_text",
     "progress._tell": "what it cannot write is left out: tests/test_progress.py",
     "launch.write_recipe": "several GPUs; through files.write_text",
-    "launch._run_to_the_end": "several GPUs: the launcher's log",
-    "training.leave_digest": "several GPUs; through files.write_text",
-    "launch.take_part": "several GPUs: the other processes' log",
+    "launch.run_worker": "several GPUs: the other processes' log",
     "workers._launch": "several GPUs: their logs",
     "probe.probe_letters": "evaluate.probe; through files.write_text",
     "export.write_ggufs": "needs llama.cpp: tests/test_disk.py",

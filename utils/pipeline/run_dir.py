@@ -75,7 +75,7 @@ class RunDir:
         """The settings that this stage's result rests on, local data and model named by their content."""
         values = self.config.sections(*stage.settings)
         # What changes no result must not make hours of work stale.
-        for section, keys in (("train", ("save_steps", "logging_steps", "fit")), ("generate", ("batch_size",))):
+        for section, keys in (("train", ("save_steps", "logging_steps", "step_plan")), ("generate", ("batch_size",))):
             for key in keys if section in values else ():
                 del values[section][key]
         if "data" in values:

@@ -88,7 +88,7 @@ STAGES = (
             "training/adapter",
             "training/log.csv",
             "training/loss.png",
-            "training/fit.json",
+            "training/step_plan.json",
             "training/summary.json",
         ),
         settings=(*_MODEL, "lora", "train"),

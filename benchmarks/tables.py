@@ -1,0 +1,288 @@
+"""The tables of docs/, written from benchmarks/results/, the Makefile and the table of stages: `make tables`.
+
+    python -m benchmarks.tables            # rewrite every marked block in docs/*.md
+    python -m benchmarks.tables --draw     # also redraw benchmarks/results/train.png
+
+A block begins with `<!-- table: NAME -->` and ends with `<!-- end -->`; NAME is a function of `TABLES`, and what stands
+between the two lines is replaced. tests/test_docs.py checks that nothing would change.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from utils.files import write_text
+from utils.pipeline.stages import STAGES
+from utils.project import ROOT
+
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+# <!-- table: training -->
+# | anything | that | was | here |
+# <!-- end -->
+BLOCK = re.compile(r"(?P<start><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
+# demo: $(VENV)/installed  ## the whole series on a CPU
+NOTHING = "–"
+CONFIGURATIONS = {
+    "tutorial": "the tutorial's recipe under unsloth",
+    "plain": "the same in plain TRL, PEFT and bitsandbytes",
+    "ours": "**profile `t4`: packed, step plan by trials**",
+    "ours, 1,024 tokens": "`t4`, packs of 1,024 tokens",
+    "ours, 512 tokens": "`t4`, packs of 512 tokens, longer rows cut",
+    "unsloth's attention": "`t4` with unsloth's own attention",
+}
+TARGET = re.compile(r"^(?P<name>[a-z][\w-]*):[^=\n]*?##\s*(?P<what>.+)$", re.MULTILINE)
+
+
+def evidence(name: str) -> dict:
+    """benchmarks/results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[object]], source: str = "") -> str:
+    """A Markdown table, its columns of numbers aligned to the right; `source` is the sentence below it."""
+    names, lines = list(header), [[str(cell) for cell in row] for row in rows]
+    rule = ["---:" if all(_is_number(line[i]) for line in lines) else "---" for i in range(len(names))]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in (names, rule, *lines))
+    return f"{text}\n\n{source}" if source else text
+
+
+def _is_number(cell: str) -> bool:
+    """`**11,351**`, `286 s`, `20 of 20`, or nothing."""
+    return cell in ("", NOTHING) or cell.lstrip("*")[0].isdigit()
+
+
+def measured(name: str, what: str) -> str:
+    """The line below a table: what was measured, on which GPU, when, and the file that holds it."""
+    found = evidence(name)
+    where = f"{found['gpu'][0]}, {found['date']}" if found.get("gpu") else found["date"]
+    return f"{what}. {where}: {link(name)}."
+
+
+def link(name: str) -> str:
+    return f"[{name}.json](../benchmarks/results/{name}.json)"
+
+
+def training() -> str:
+    rows = [
+        (CONFIGURATIONS.get(name, name), f"{case['tokens_per_second']:,.0f}", f"{case['kernels']['tokens_per_second']:,.0f}",
+         f"{case['reserved_gib']:.2f}", case["fit"]["recompute_layers"],
+         f"{case['fit']['per_device_train_batch_size']} × {case['fit']['gradient_accumulation_steps']}")
+        for name, case in evidence("train")["configurations"].items()
+    ]  # fmt: skip
+    header = ("configuration", "tokens/s", "by kernel time", "GiB reserved", "layers recomputed", "micro-batch × steps")
+    return markdown(header, rows, measured("train", "Padding not counted; 8B shapes, 4-bit, fp16, a T4's limits"))
+
+
+def training_ratios() -> str:
+    fast, slow = evidence("train"), evidence("train-quick")
+    rows = [
+        (f"`t4` against {peer}", f"{fast[f'ratio_vs_{key}']:.2f}", f"{fast[f'kernel_ratio_vs_{key}']:.2f}",
+         f"{slow[f'ratio_vs_{key}']:.2f}", f"{slow[f'kernel_ratio_vs_{key}']:.2f}")
+        for key, peer in (("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"))
+    ]  # fmt: skip
+    rows.append(("two GPUs against one", f"{fast['ratio_two_gpus']:.2f}", "", "", ""))
+    header = ("times as fast", "wall time", "kernel time", "wall time, slow host", "kernel time, slow host")
+    source = measured("train", f"`t4` reaches {fast['peak_share']:.0%} of the GPU's peak in matrix products")
+    return markdown(header, rows, f"{source} The slow host: {link('train-quick')}.")
+
+
+def training_rows() -> str:
+    rows = [
+        (f"{int(count):,}", f"{case['prepare_seconds']} s", f"{case['tokens_per_second']:,.0f}", case["host_rss_gib"])
+        for count, case in evidence("train")["growth"]["by_rows"].items()
+    ]
+    header = ("rows", "before the first update", "tokens/s", "GiB of main memory")
+    return markdown(header, rows, measured("train", "One window of three updates each, every layer recomputing"))
+
+
+def packing_parity() -> str:
+    found = evidence("parity")
+    runs, accuracy = found["runs"].items(), found["accuracy"]
+    rows = [
+        (name, *(f"{run['nll']:.4f}, {run['accuracy']:.1%}" for key, run in runs if key.startswith(prefix)))
+        for prefix, name in (("tutorial", "rows one by one"), ("ours", "packed"))
+    ]
+    low, high = (100 * value for value in accuracy["ci95"])
+    source = (f"Held-out loss (mean ratio {found['nll_ratio']:.3f}) and right answers (difference {low:+.1f} to {high:+.1f} "
+              f"points, 95 % interval, n = {accuracy['n']}); the demo's task")  # fmt: skip
+    return markdown(("training", "seed 1", "seed 2", "seed 3"), rows, measured("parity", source))
+
+
+def answering() -> str:
+    found = evidence("generation")
+    rows = [
+        (name, case["questions"], f"{case['decoding']['max_new_tokens']:,}", f"{sorted(case['one_at_a_time_windows'])[1]:.0f}",
+         f"{case['tokens_per_second']:,.0f}", f"{case['ratio']:.0f} x", f"{case['reserved_gib']:.2f}")
+        for name, case in found["cases"].items()
+    ]  # fmt: skip
+    header = ("questions", "n", "token limit", "one at a time, tokens/s", "batched, tokens/s", "ratio", "GiB reserved")
+    return markdown(header, rows, measured("generation", "8B shapes, 4-bit, fp16, a T4's limits"))
+
+
+def series() -> str:
+    found = evidence("series-8b")
+    stages = found["series"]["stages"]
+    rows = [
+        (f"`{name}`", f"{stage['seconds']:.0f} s", stage["peak_memory"].get("gpu_reserved_gib", NOTHING), stage["peak_memory"]["rss_gib"])
+        for name, stage in stages.items()
+    ]  # fmt: skip
+    rows.append(("all; peak memory", f"{sum(stage['seconds'] for stage in stages.values()):.0f} s",
+                 found["series"]["peak_gpu_reserved_gib"],
+                 max(stage["peak_memory"]["rss_gib"] for stage in stages.values())))  # fmt: skip
+    settings = found["settings"]
+    what = (f"Profile `t4` with 8B shapes, {settings['train.max_steps']} steps, {settings['data.eval_rows']} held-out rows, "
+            f"answers of {settings['generate.max_new_tokens']} tokens, a T4's limits")  # fmt: skip
+    return markdown(("stage", "time", "GiB of GPU memory", "GiB of main memory"), rows, measured("series-8b", what))
+
+
+def split() -> str:
+    found = evidence("split")
+    rows = [(
+        f"{found['questions']:,}", f"{found['items']:,}", f"{found['planted_found']} of {found['planted']}",
+        found["others_dropped"], f"{found['seconds']} s", found["peak_rss_gib"],
+    )]  # fmt: skip
+    header = ("questions", "benchmark questions", "planted rewordings found", "others dropped", "time", "GiB of memory")
+    return markdown(header, rows, measured("split", found["machine"]))
+
+
+def scorers() -> str:
+    found = evidence("extraction")
+    rows = [
+        ("strict: an explicit letter after the closed think block", f"{found['strict_accuracy']:.1%}"),
+        ("the last letter that stands anywhere", f"{found['any_letter_accuracy']:.1%}"),
+        ("the matcher that came with the completions", f"{found['published_scorer_accuracy']:.1%}"),
+    ]
+    source = (f"{found['completions']} completions of a reasoning model, {found['cut_off']:.1%} of them cut off "
+              f"({link('extraction')}).")  # fmt: skip
+    return markdown(("scorer", "accuracy"), rows, source)
+
+
+def merge() -> str:
+    found = evidence("merge")
+    copied = min(*found["seconds"]["front_to_back"], *found["seconds"]["threads"])
+    rows = [
+        (
+            found["gib"],
+            found["shards"],
+            f"{min(found['seconds']['merge'])} s",
+            f"{copied} s",
+            f"{found['peak_rss_gib']:.2f}",
+        )
+    ]
+    header = ("GiB of weights", "shards", "merging", "copying alone", "GiB of main memory")
+    return markdown(header, rows, measured("merge", f"8B shapes, {found['processors']} cores"))
+
+
+def gguf() -> str:
+    found = evidence("gguf")
+    rows = [
+        (f"`model-{kind}.gguf`", f"{case['identical']} of {case['prompts']}", f"{found['megabytes'][f'model-{kind}.gguf']} MB")
+        for kind, case in found["llama.cpp"].items()
+    ]  # fmt: skip
+    lora = found["lora_on_base"]
+    rows.append(("`adapter-f32.gguf` on the base", f"{lora['identical']} of {lora['prompts']}",
+                 f"{found['megabytes']['adapter-f32.gguf']} MB"))  # fmt: skip
+    source = measured("gguf", f"The demo's model in llama.cpp ({found['llama.cpp from']})")
+    return markdown(("file", "same greedy tokens as in transformers", "size"), rows, source)
+
+
+def repeatability() -> str:
+    found = evidence("repeatability")
+    rows = [
+        ("updates, repeats", f"{found['steps']}, {found['repeats']}"),
+        ("largest difference of the last loss, nats per token", f"{found['max_loss_difference']:.5f}"),
+        ("largest difference of the loss at any update", f"{found['max_loss_difference_at_any_step']:.5f}"),
+        ("largest difference of a trained weight", f"{found['max_weight_difference']:.5f}"),
+        ("tolerance for the last loss", f"{found['tolerance']:g}"),
+    ]
+    return markdown(("", "measured"), rows, measured("repeatability", "8B shapes, 4-bit, fp16, a fresh process each"))
+
+
+def killed() -> str:
+    found = evidence("several")
+    rows = [
+        (run["processes"], run["killed_after_checkpoint"], f"{run['last_loss_difference']:.5f}",
+         f"{run['largest_loss_difference']:.5f}", f"{run['largest_weight_difference']:.5f}")
+        for run in found["resumed"]
+    ]  # fmt: skip
+    header = ("GPUs", "killed after step", "last loss apart", "largest loss apart", "largest weight apart")
+    source = (f"A killed and resumed training against an undisturbed one, {found['resumed'][0]['gpu'][0]}, the demo's task; "
+              f"two GPUs gave {found['answers']['same']} of {found['answers']['questions']} answers as one did "
+              f"({link('several')}).")  # fmt: skip
+    return markdown(header, rows, source)
+
+
+def stages() -> str:
+    rows = [
+        (f"`{stage.name}`", " ".join(f"`{path}`" for path in (*stage.outputs, *stage.optional))) for stage in STAGES
+    ]
+    return markdown(("stage", "writes, below the run directory"), rows)
+
+
+def make_targets() -> str:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return markdown(("target", "does"), [(f"`make {name}`", what) for name, what in TARGET.findall(makefile)])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__.replace("_", "-"): table
+    for table in (
+        answering, gguf, killed, make_targets, merge, packing_parity, repeatability, scorers, series, split, stages,
+        training, training_ratios, training_rows,
+    )
+}  # fmt: skip
+
+
+def rewrite(text: str) -> str:
+    """A page's text with every marked block as it is now; raises KeyError for a name that `TABLES` lacks."""
+    return BLOCK.sub(lambda block: f"{block['start']}{TABLES[block['name']]()}\n{block['end']}", text)
+
+
+def draw(path: Path) -> None:
+    """Bars of each configuration's speed, and where the GPU's time goes in ours."""
+    from matplotlib.figure import Figure
+
+    cases = evidence("train")["configurations"]
+    figure = Figure(figsize=(10, 0.45 * len(cases) + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    places = range(len(cases))
+    wall = [case["tokens_per_second"] for case in cases.values()]
+    kernel = [case["kernels"]["tokens_per_second"] for case in cases.values()]
+    left.barh([p - 0.2 for p in places], wall, 0.38, label="wall time", color="#0b5fa5")
+    left.barh([p + 0.2 for p in places], kernel, 0.38, label="kernel time alone", color="#98a2b3")
+    left.set_yticks(list(places), list(cases))
+    left.invert_yaxis()
+    left.set(title="Training, tokens per second", xlabel="8B shapes, 4-bit, fp16, a T4's limits")
+    share = cases["ours"]["kernels"]["share"]
+    right.barh(list(share), [100 * part for part in share.values()], 0.6, color="#0b5fa5")
+    right.invert_yaxis()
+    right.set(title="Ours: what the GPU does", xlabel="% of the sum of kernel times")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def main(
+    redraw: Annotated[bool, typer.Option("--draw", help="Redraw the plot of training's speed too.")] = False,
+) -> None:
+    """Rewrite the marked blocks in docs/*.md."""
+    for page in sorted(DOCS.glob("*.md")):
+        before = page.read_text(encoding="utf-8")
+        after = rewrite(before)
+        if after != before:
+            write_text(page, after)
+            print(f"rewrote {page.relative_to(ROOT)}")
+    if redraw:
+        draw(RESULTS / "train.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
