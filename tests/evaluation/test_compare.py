@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -53,7 +54,7 @@ def arms(n: int = 60, open_rows: int = 10, gain: float = 0.3, seed: int = 0) -> 
         losses.append(nll_per_token(pd.DataFrame(
             {"id": held_out["id"], "reasoning_nll": sums, "response_nll": sums, "reasoning_tokens": 30, "response_tokens": 30}
         )))  # fmt: skip
-    return Arms(*frames, *losses, {i: i for i in held_out["id"]})
+    return Arms(*frames, *losses, {i: i for i in held_out["id"]}, benchmarks=("medqa", "pubmedqa"))
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_an_answer_that_was_cut_off_stays_in_n_and_counts_as_wrong(run):
 def test_held_out_rows_without_a_loss_are_counted(run):
     both = arms()
     assert compare(run, both)["nll_rows_left_out"] == 0
-    shorter = Arms(both.base, both.tuned, both.base_nll[3:], both.tuned_nll[3:], both.groups)
+    shorter = replace(both, base_nll=both.base_nll[3:], tuned_nll=both.tuned_nll[3:])
     metrics = compare(run, shorter)
     assert metrics["nll_rows_left_out"] == 3
     assert next(r["n"] for r in metrics["secondary"] if r["name"] == "nll") == 7
@@ -118,7 +119,7 @@ def test_a_primary_that_the_data_cannot_carry_is_a_sentence(run):
     with pytest.raises(StageOrderError, match=r"evaluate.primary is multiple_choice, but"):
         both = arms()
         only = both.base["kind"] == "open"
-        compare(run, Arms(both.base[only], both.tuned[only], both.base_nll, both.tuned_nll, both.groups))
+        compare(run, replace(both, base=both.base[only], tuned=both.tuned[only], benchmarks=()))
 
 
 def test_shuffled_labels_never_make_the_verdict_swing_one_way_only(run):
@@ -129,7 +130,7 @@ def test_shuffled_labels_never_make_the_verdict_swing_one_way_only(run):
         swap = rng.random(len(both.base)) < 0.5
         base = both.tuned.where(pd.Series(swap), both.base)
         tuned = both.base.where(pd.Series(swap), both.tuned)
-        verdicts.append(compare(run, Arms(base, tuned, both.base_nll, both.tuned_nll, both.groups))["verdict"])
+        verdicts.append(compare(run, replace(both, base=base, tuned=tuned))["verdict"])
     assert verdicts.count("cannot tell") >= 16
 
 
@@ -139,3 +140,11 @@ def test_the_table_has_the_primary_first_and_corrected_p_values_below(run):
     assert table["metric"].iloc[0] == "multiple-choice accuracy, strict" and len(table) == 1 + len(metrics["secondary"])
     assert list(table["p"][1:]) == [r["p_holm"] for r in metrics["secondary"]]
     assert json.loads(run.file("comparison/metrics.json").read_text()) == metrics
+
+
+def test_the_primary_metric_is_of_the_benchmark_that_is_named_first_whatever_its_ids_sort_like(run):
+    """Profile full registers MedQA; MedMCQA's ids sort first, and its figures stood under the registered name."""
+    metrics = compare(run, replace(arms(), benchmarks=("pubmedqa", "medqa")))
+    assert metrics["primary"]["name"] == "multiple_choice" and metrics["primary"]["n"] == 20
+    assert metrics["benchmarks"] == ["pubmedqa", "medqa"]
+    assert next(r["n"] for r in metrics["secondary"] if r["name"] == "multiple_choice:medqa") == 40

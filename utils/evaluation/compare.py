@@ -36,6 +36,7 @@ class Arms:
     tuned_nll: pd.DataFrame
     groups: dict[str, str]
     probe: tuple[pd.DataFrame, pd.DataFrame] | None = None
+    benchmarks: tuple[str, ...] = ()  # in the order of the configuration, evaluate.benchmark first
 
 
 def load_arms(run: RunDir) -> Arms:
@@ -62,7 +63,8 @@ def load_arms(run: RunDir) -> Arms:
     if list(losses["baseline"].index) != list(losses["tuned"].index):
         raise StageOrderError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
     groups = dict(zip(held_out["id"], held_out.get("group", held_out["id"]).fillna(held_out["id"]), strict=True))
-    return Arms(scored["baseline"], scored["tuned"], losses["baseline"], losses["tuned"], groups, paired_probe(run))
+    benchmarks = () if benchmark is None else tuple(dict.fromkeys(benchmark["benchmark"]))
+    return Arms(*scored.values(), *losses.values(), groups, paired_probe(run), benchmarks)
 
 
 def compare(run: RunDir, arms: Arms) -> dict:
@@ -80,6 +82,7 @@ def compare(run: RunDir, arms: Arms) -> dict:
     registration = _read(run, "data/registration.json")
     return Comparison(
         profile=run.config.profile,
+        benchmarks=list(arms.benchmarks),
         primary=_entry(primary, None),
         secondary=[_entry(result, corrected[result.name]) for result in secondary],
         form={arm: _form(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned)) if len(frame)},
@@ -120,8 +123,10 @@ def paired_results(run: RunDir, arms: Arms) -> list[PairedResult]:
     if checkable.any():
         results.append(pair_columns("accuracy", "correct", checkable))
     items = arms.base["kind"] == "choice"
-    for i, benchmark in enumerate(dict.fromkeys(arms.base["benchmark"][items])):
-        ending, mask = f":{benchmark}" * (i > 0), items & (arms.base["benchmark"] == benchmark)
+    for benchmark in arms.benchmarks:
+        # The first one named carries the registered name, whatever the others are called and their ids look like.
+        ending = "" if benchmark == arms.benchmarks[0] else f":{benchmark}"
+        mask = items & (arms.base["benchmark"] == benchmark)
         for name, column in (
             ("multiple_choice", "correct"),
             ("multiple_choice_forced", "forced"),

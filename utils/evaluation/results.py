@@ -82,6 +82,7 @@ class Comparison(_Part):
     """The whole file."""
 
     profile: str
+    benchmarks: list[str]  # in the order of the configuration: the first one's metrics carry no name after a colon
     primary: Result
     secondary: list[Result]
     form: dict[Literal["base", "tuned"], Form]
