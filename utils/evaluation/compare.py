@@ -13,8 +13,8 @@ from utils.evaluation.metrics import find_metric, nll_per_token, rouge_l, score_
 from utils.evaluation.probe_results import paired_probe
 from utils.evaluation.questions import arm_digest, current_answers, load_questions, read_forced
 from utils.evaluation.results import Comparison
-from utils.evaluation.statistics import PairedResult, compare_paired, verdict
-from utils.evaluation.verdict import headline, state_claims
+from utils.evaluation.statistics import PairedResult, compare_paired
+from utils.evaluation.verdict import decide, headline, state_claims
 from utils.files import atomic, write_json
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
@@ -91,7 +91,7 @@ def compare(run: RunDir, arms: Arms) -> dict:
         contamination=_read(run, "data/split.json").get("contamination", {}),
         registration=registration,
         claims=state_claims(results, corrected),
-        verdict=verdict(primary),
+        verdict=decide(name, results, corrected)[0],
         sentence=headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
     ).model_dump(mode="json")
 
