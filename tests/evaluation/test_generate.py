@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from utils.data.prompts import format_row
-from utils.errors import HardwareError
+from utils.errors import OutOfMemory
 from utils.evaluation import generate as generation
 from utils.evaluation.generate import answer_questions, share_path
 from utils.evaluation.questions import Question
@@ -116,7 +116,7 @@ def test_a_single_question_that_does_not_fit_is_a_sentence(tiny_model, tmp_path,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(generation, "generate_batch", no_memory)
-    with pytest.raises(HardwareError, match="max_new_tokens"):
+    with pytest.raises(OutOfMemory, match="max_new_tokens"):
         answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "a.jsonl", "arm")
 
 

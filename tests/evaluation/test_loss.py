@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils.data.prompts import format_row
-from utils.errors import HardwareError, ModelError
+from utils.errors import ModelError, OutOfMemory
 from utils.evaluation import loss as likelihood
 from utils.evaluation.loss import check_same_base, completion_nll, forced_letters, letter_logprobs, tokenize_row
 from utils.evaluation.questions import Question
@@ -79,7 +79,7 @@ def test_a_row_that_never_fits_is_a_sentence(tiny_model, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(likelihood, "_nll_of_batch", no_memory)
-    with pytest.raises(HardwareError, match="max_seq_length"):
+    with pytest.raises(OutOfMemory, match="max_seq_length"):
         completion_nll(*tiny_model, table(), 4096)
 
 
@@ -176,9 +176,7 @@ class Failing:
 
 
 def test_an_unfinished_answer_that_does_not_fit_is_a_sentence(tiny_model):
-    with pytest.raises(
-        HardwareError, match=r"unfinished answer does not fit into memory; lower generate.max_new_tokens"
-    ):
+    with pytest.raises(OutOfMemory, match=r"unfinished answer does not fit into memory; lower generate.max_new_tokens"):
         letter_logprobs(Failing(torch.OutOfMemoryError("CUDA out of memory")), tiny_model[1], "Hm", "AB")
     with pytest.raises(RuntimeError, match=r"^shape$"):  # anything else is no lack of memory
         letter_logprobs(Failing(RuntimeError("shape")), tiny_model[1], "Hm", "AB")

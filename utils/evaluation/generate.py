@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from utils.errors import HardwareError
+from utils.errors import OutOfMemory
 from utils.evaluation.answer_parsing import CLOSE
 from utils.evaluation.questions import Question, answer_key, matching_answers
 from utils.evaluation.sampling import question_stream, sampling_processors
@@ -62,7 +62,7 @@ def answer_questions(
     key, text, tokens (completion tokens, the end token counted), reasoning_tokens (those up to and with `</think>`, or
     all of them) and finish_reason (`stop`, or `length` at max_new_tokens).
 
-    Raises HardwareError where even a single question does not fit into memory.
+    Raises OutOfMemory where even a single question does not fit into memory.
     """
     keys = {q.id: answer_key(q, config, arm) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ class _Engine:
             outputs = None
         if outputs is None:  # outside the handler, whose traceback would keep the tensors alive
             if len(batch) == 1:
-                raise HardwareError("A single question does not fit into memory; lower generate.max_new_tokens.")
+                raise OutOfMemory("A single question does not fit into memory; lower generate.max_new_tokens.")
             self.share /= 2
             free_memory(self.model)
         return outputs

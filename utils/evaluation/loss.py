@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.errors import HardwareError, ModelError
+from utils.errors import ModelError, OutOfMemory
 from utils.evaluation.answer_parsing import CLOSE
 from utils.evaluation.metrics import needs_forcing
 from utils.evaluation.questions import Question, forced_key
@@ -38,7 +38,7 @@ def completion_nll(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.
 
     `rows` has id, prompt and completion. Returns id, reasoning_nll, reasoning_tokens, response_nll, response_tokens,
     sums over tokens. Rows longer than `max_length` tokens are left out, never cut.
-    Raises HardwareError where a single row does not fit into memory.
+    Raises OutOfMemory where a single row does not fit into memory.
     """
     import torch
 
@@ -52,7 +52,7 @@ def completion_nll(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.
             sums = _try_nll(model, tokenizer, [encoded[i] for i in waiting[:count]])
             if sums is None:
                 if count == 1:
-                    raise HardwareError("A single held-out row does not fit into memory; lower model.max_seq_length.")
+                    raise OutOfMemory("A single held-out row does not fit into memory; lower model.max_seq_length.")
                 limit //= 2
                 free_memory(model)
                 continue
@@ -158,7 +158,7 @@ def forced_letters(
 def letter_logprobs(model, tokenizer, text: str, letters: Mapping[str, str] | Sequence[str]) -> dict[str, float]:
     """log p(" X" | text) in nats for each letter X, from the logits of one forward pass over `text`.
 
-    Raises HardwareError where that does not fit into memory.
+    Raises OutOfMemory where that does not fit into memory.
     """
     import torch
 
@@ -170,7 +170,7 @@ def letter_logprobs(model, tokenizer, text: str, letters: Mapping[str, str] | Se
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise HardwareError(
+        raise OutOfMemory(
             "A single unfinished answer does not fit into memory; lower generate.max_new_tokens."
         ) from None
     logprobs = torch.log_softmax(logits.float(), dim=-1)
