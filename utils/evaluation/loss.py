@@ -17,7 +17,7 @@ from utils.progress import Progress, track
 from utils.sealed import read_lines, to_lines
 
 _NLL_TOKENS = 2048  # tokens in one forward pass; logits over 128k entries bound it
-_CUE = "The answer is"
+CUE = "The answer is"
 _SAME_BASE = 0.02
 
 
@@ -147,7 +147,7 @@ def forced_letters(
         row = known.get((answer["id"], keys[answer["id"]]))
         if row is None:
             text = prompts[answer["id"]] + answer["text"] + ("" if CLOSE in answer["text"] else f"\n{CLOSE}")
-            logprobs = letter_logprobs(model, tokenizer, f"{text}\n\n{_CUE}", options[answer["id"]])
+            logprobs = letter_logprobs(model, tokenizer, f"{text}\n\n{CUE}", options[answer["id"]])
             letter = max(logprobs, key=logprobs.get)
             row = {"id": answer["id"], "key": keys[answer["id"]], "letter": letter, "logprobs": logprobs}
         rows.append(row)

@@ -25,7 +25,6 @@ from utils.progress import VARIABLE
 from utils.project import ROOT, python_path
 from utils.redaction import hide_secrets
 
-_ADAPTER = "training/adapter"
 PARENT = "SERIES_PARENT"  # set where standard input is held open by the process that waits for us
 
 
@@ -86,14 +85,13 @@ def answer_share(run_dir: str, arm: str, number: int) -> None:
     """What a process does: load the model as the notebook did, and answer the questions listed for it."""
     import json
 
+    from utils.evaluation.evaluate import load_for_inference
     from utils.evaluation.generate import answer_questions, share_path
-    from utils.models.load import load_model, ready_for_inference
 
     run = open_run("auto", run_dir)
     listed = json.loads(run.file(f"workers/{arm}-{number}.json").read_text(encoding="utf-8"))
     questions = {question.id: question for question in load_questions(run)[0]}
-    model, tokenizer = load_model(run.config, adapter=run.file(_ADAPTER) if arm == "tuned" else None)
-    model = ready_for_inference(model)
+    model, tokenizer = load_for_inference(run, "tuned" if arm == "tuned" else "base")
     place = os.environ.get("CUDA_VISIBLE_DEVICES") if model.device.type == "cuda" else "cpu"
     print(f"{len(listed)} questions on device {place}", flush=True)
     path = share_path(run.file(f"{arm}/answers.jsonl"), number)
