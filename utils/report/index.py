@@ -57,6 +57,8 @@ def executed_dir(run: RunDir) -> Path:
 def write_report(run: RunDir) -> Path:
     """Render the report from what the run directory holds; stages that have not run are left out."""
     templates = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
+    # Cells are rendered here: nbconvert's exporters need templates from a data path, which not every image has.
+    templates.filters |= {"markdown": _show_markdown, "code": _show_code, "output": _show_output}
     chapters = _write_chapters(run, templates)
     metrics = _read_json(run, "comparison/metrics.json")
     table = run.file("comparison/table.csv")
@@ -84,13 +86,6 @@ def stale_comparison(run: RunDir) -> str | None:
 
 
 def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
-    from nbconvert import HTMLExporter
-
-    # The basic template is the notebook's body alone: no script, no style sheet from a network.
-    exporter = HTMLExporter(template_name="basic")
-    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    exporter.sanitize_html = True
-    exporter.register_filter("clean_html", clean_html)
     chapters = []
     for stage in STAGES:
         source, record = executed_dir(run) / f"{stage.name}.ipynb", run.record(stage)
@@ -99,34 +94,58 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
         if not source.exists() or (finished and source.stat().st_mtime < datetime.fromisoformat(finished).timestamp()):
             continue
         try:
-            body, _ = exporter.from_notebook_node(_for_report(nbformat.read(source, as_version=4)))
+            page = templates.get_template("notebook.html.j2").render(
+                title=f"{stage.number} {stage.title}",
+                cells=_for_report(nbformat.read(source, as_version=4)).cells,
+                profile=run.config.profile,
+            )
         except Exception as error:
-            # Damaged: nbformat and nbconvert have many types for it, and the results stand without it.
+            # Damaged: nbformat has many types for it, and the results stand without it.
             print(f"{source} cannot be read ({type(error).__name__}) and is left out of the report.")
             continue
+        write_text(run.file(f"report/{stage.name}.html"), page)
         peak = record.get("peak_memory", {})
         gpu = f", {peak['gpu_reserved_gib']} GiB GPU" if "gpu_reserved_gib" in peak else ""
-        chapters.append(
-            Chapter(
-                number=stage.number,
-                title=stage.title,
-                href=f"{stage.name}.html",
-                seconds=record.get("seconds", 0.0),
-                peak=f"{peak.get('rss_gib', 0)} GiB{gpu}",
-            )
-        )
-        page = templates.get_template("notebook.html.j2").render(
-            title=f"{stage.number} {stage.title}", body=Markup(body), profile=run.config.profile
-        )
-        write_text(run.file(f"report/{stage.name}.html"), page)
+        memory = f"{peak.get('rss_gib', 0)} GiB{gpu}"
+        chapters.append(Chapter(stage.number, stage.title, f"{stage.name}.html", record.get("seconds", 0.0), memory))
     return chapters
 
 
-def clean_html(element: str | bytes) -> str:
-    """What a cell shows as HTML or Markdown, without anything that runs: unknown tags become text.
+def _show_markdown(text: str) -> Markup:
+    from nbconvert.filters import markdown2html
 
-    nbconvert's own filter knows neither headings nor the parts of a table.
-    """
+    return Markup(clean_html(markdown2html(text)))
+
+
+def _show_code(source: str) -> Markup:
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    return Markup(highlight(source, PythonLexer(), HtmlFormatter()))
+
+
+def _show_output(output) -> Markup:
+    """The richest form of a cell's output that the page has a place for; scripts and widgets have none."""
+    from nbconvert.filters import ansi2html
+
+    data = output.get("data", {})
+    if output.output_type == "stream":
+        return Markup(f"<pre>{ansi2html(output.text)}</pre>")
+    if output.output_type == "error":
+        return Markup("<pre>{}</pre>").format(Markup(ansi2html("\n".join(output.traceback))))
+    if "text/html" in data:
+        return Markup(clean_html(data["text/html"]))
+    if "text/markdown" in data:
+        return _show_markdown(data["text/markdown"])
+    for kind in ("image/png", "image/jpeg"):
+        if kind in data:
+            return Markup('<img alt="" src="data:{};base64,{}">').format(kind, data[kind].replace("\n", ""))
+    return Markup(f"<pre>{ansi2html(data['text/plain'])}</pre>") if "text/plain" in data else Markup("")
+
+
+def clean_html(element: str | bytes) -> str:
+    """What a cell shows as HTML or Markdown, without anything that runs: unknown tags become text."""
     import bleach
     from bleach.css_sanitizer import CSSSanitizer
 
