@@ -67,5 +67,5 @@ def test_the_model_is_loaded_with_room_for_the_longest_prompt_an_answer_and_the_
 def test_a_worker_loads_with_the_same_room(run, unsloth, tiny_model, monkeypatch):
     monkeypatch.setattr(generation, "answer_questions", lambda *_, **__: None)
     write_json(run.file("workers/baseline-1.json"), ["q"])
-    answer_share(str(run.path), "baseline", 1)
+    answer_share(str(run.path), "base", 1)
     assert unsloth[0] >= needed(run, tiny_model[1])

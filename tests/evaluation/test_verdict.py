@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.statistics import PairedResult, compare_paired
-from utils.evaluation.verdict import decide, describe, headline, state_claims
+from utils.evaluation.verdict import decide, headline, state_claims
 
 
 def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) -> PairedResult:
@@ -22,6 +22,11 @@ def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) ->
         arms = [base + noise, tuned + noise + rng.normal(0, 0.01, size=n)]
     ids = [f"q{i:04d}" for i in range(n)]
     return compare_paired(name, *arms, ids, higher_is_better=metric.higher_is_better, resamples=1000)
+
+
+def describe(one: PairedResult, p: float | None = None) -> str:
+    """The headline of one metric alone."""
+    return headline(one.name, {one.name: one}, {} if p is None else {one.name: p})
 
 
 def claims(*results: PairedResult, **corrected: float) -> dict[str, object]:
@@ -165,6 +170,7 @@ def test_claim_and_headline_make_the_same_remark_on_the_same_metric(name, tuned)
     results = (result(name, 0.3, tuned), result("multiple_choice_forced", 0.6, 0.6), result("truncated", 0.6, 0.1))
     named = {r.name: r for r in results}
     corrected = dict.fromkeys(("multiple_choice_forced", "truncated"), 0.01)
-    remark = headline(name, named, corrected).removeprefix(describe(named[name])).strip()
+    remark = decide(name, named, corrected)[1]
+    assert headline(name, named, corrected).endswith(remark)
     (claim,) = (claim for claim in state_claims(named, corrected) if claim.metric == name)
     assert remark and claim.sentence.endswith(remark)

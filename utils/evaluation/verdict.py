@@ -27,11 +27,6 @@ _WORDS = {
 _CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their full length is unknown"}
 
 
-def describe(result: PairedResult, p_value: float | None = None) -> str:
-    """n, both models, difference, interval, p and what follows from them; `p_value` where it was corrected."""
-    return f"{_figures(result, p_value)} {_conclusion(result, verdict(result, p_value))}"
-
-
 def headline(name: str, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> str:
     """The primary metric's figures, the verdict, and what has to be said in the same breath."""
     found, remark = decide(name, results, corrected)

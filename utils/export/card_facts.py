@@ -15,7 +15,7 @@ _DATA = "FreedomIntelligence/medical-o1-reasoning-SFT"
 LLAMA = "https://www.llama.com/llama3_1/license/"
 # The Hub's name for each metric, of held-out rows and of benchmark items.
 _OF_ROWS = {"accuracy": "accuracy", "nll": "loss", "nll_reasoning": "loss", "nll_response": "loss", "rouge_l": "rouge"}
-_OF_ITEMS = {"multiple_choice": "accuracy", "multiple_choice_forced": "accuracy", "letter_probe": "accuracy"}
+_OF_ITEMS = {"multiple_choice": "accuracy", "multiple_choice_forced": "accuracy", "letter_logprobs": "accuracy"}
 _MEMORY = {"rss_gib": "main memory", "gpu_reserved_gib": "GPU memory"}
 _DEEPSEEK = """\
 @misc{deepseekai2025deepseekr1,

@@ -21,7 +21,7 @@ from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME, STAGES, ancestors
 
 _FIGURES = (
-    ("comparison/comparison.png", "Both arms on the same held-out questions"),
+    ("comparison/comparison.png", "Both models on the same held-out questions"),
     ("training/loss.png", "The training run"),
     ("data/lengths.png", "What the model was trained on"),
 )
