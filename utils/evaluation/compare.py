@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
@@ -66,7 +67,7 @@ def _read(run: RunDir, name: str) -> dict:
 
 def _entry(result: PairedResult, p_holm: float | None) -> dict:
     metric = find_metric(result.name)
-    return {**result.as_dict(), "label": metric.label, "unit": metric.unit, "p_holm": p_holm}
+    return {**asdict(result), "label": metric.label, "unit": metric.unit, "p_holm": p_holm}
 
 
 def pair_metrics(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[PairedResult]:
@@ -113,12 +114,9 @@ def _form(scored: pd.DataFrame) -> dict[str, float]:
 
 
 def _lengths(scored: pd.DataFrame) -> dict[str, float]:
-    return {
-        "reasoning_tokens_mean": float(scored["reasoning_tokens"].mean()),
-        "reasoning_tokens_median": float(scored["reasoning_tokens"].median()),
-        "answer_tokens_mean": float(scored["answer_tokens"].mean()),
-        "truncated": float(scored["truncated"].mean()),
-    }
+    means = {f"{name}_mean": float(scored[name].mean()) for name in ("reasoning_tokens", "answer_tokens")}
+    median = float(scored["reasoning_tokens"].median())
+    return {**means, "reasoning_tokens_median": median, "truncated": float(scored["truncated"].mean())}
 
 
 def write_comparison(run: RunDir, metrics: dict) -> pd.DataFrame:

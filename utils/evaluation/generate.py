@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -29,16 +28,6 @@ ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has fi
 _TIE = 0.1  # in standard deviations of the logits: rounding decides between tokens that are nearer to each other
 
 
-class Helpers(Protocol):
-    """Other processes that answer a share of the questions (see `workers`)."""
-
-    def start(self, questions: Sequence[Question]) -> Sequence[Question]:
-        """Give shares away and return what is left to do here."""
-
-    def wait(self) -> None:
-        """Until the others have written their answers beside ours, or have ended."""
-
-
 @dataclass
 class Pending:
     """A question on its way: the prompt's token ids, and those generated so far."""
@@ -53,18 +42,12 @@ class Pending:
 
 
 def answer_questions(
-    model,
-    tokenizer,
-    questions: Sequence[Question],
-    config: GenerateSection,
-    path: Path,
-    digest: str,
-    helpers: Helpers | None = None,
+    model, tokenizer, questions: Sequence[Question], config: GenerateSection, path: Path, digest: str, helpers=None
 ) -> list[dict]:
     """Answer every question and append each answer to `path` (JSONL) as soon as it is complete.
 
     An answer on file to the same prompt, by the same model (its `digest`) and decoding, is not generated again.
-    `helpers` take over shares; what they leave undone is done here. Returns the answers in the order of the questions:
+    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. Returns the answers in the order of the questions:
     dicts of id, kind, key, text, tokens (completion tokens, the end token counted), reasoning_tokens (those up to and
     with `</think>`, or all of them) and finish_reason (`stop`, or `length` at max_new_tokens).
 
@@ -177,8 +160,7 @@ class _Engine:
         return finished
 
     def _answer(self, one: Pending, stopped: bool) -> dict:
-        close = self.tokenizer.convert_tokens_to_ids(CLOSE)
-        ids = one.generated
+        close, ids = self.tokenizer.convert_tokens_to_ids(CLOSE), one.generated
         return {
             "id": one.question.id,
             "kind": one.question.kind,
@@ -209,9 +191,10 @@ def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, confi
     for i, one in enumerate(batch):
         ids[i, width - one.length :] = torch.tensor(one.prompt + one.generated)
         mask[i, width - one.length :] = 1
-    streams = [
-        question_stream(config.seed, one.question.id, len(one.generated) + steps)[len(one.generated) :] for one in batch
-    ]
+    streams = []
+    for one in batch:
+        done = len(one.generated)
+        streams.append(question_stream(config.seed, one.question.id, done + steps)[done:])
     with torch.inference_mode():
         output = model.generate(
             input_ids=ids.to(model.device),

@@ -53,7 +53,7 @@ def completion_loss(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd
     with Progress("scoring held-out rows", len(waiting), "row") as bar, torch.inference_mode():
         while waiting:
             count = _count_within(limit, [len(encoded[i]["input_ids"]) for i in waiting])
-            sums = _try_loss(model, tokenizer, [encoded[i] for i in waiting[:count]])
+            sums = _try(_loss_of_batch, model, tokenizer, [encoded[i] for i in waiting[:count]])
             if sums is None:
                 if count == 1:
                     raise OutOfMemory("A single held-out row does not fit into memory; lower model.max_seq_length.")
@@ -73,9 +73,10 @@ def _count_within(limit: int, lengths: Sequence[int]) -> int:
     return max([1, *(n for n, length in enumerate(lengths, start=1) if n * length <= limit)])
 
 
-def _try_loss(model, tokenizer, batch: list[dict]) -> list[dict] | None:
+def _try(action, *arguments):
+    """What `action` gives, or None where the device has no memory left for it."""
     try:
-        return _loss_of_batch(model, tokenizer, batch)
+        return action(*arguments)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -160,7 +161,9 @@ def letter_logprobs(model, tokenizer, text: str, letters: Iterable[str]) -> dict
     encoded = {letter: tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in letters}
     after = {}  # {all tokens of a letter but its last: log-probabilities from the end of the text on}
     for start in {tuple(tokens[:-1]) for tokens in encoded.values()}:
-        after[start] = _last_logprobs(model, [*ids, *start], len(start) + 1)
+        after[start] = _try(_last_logprobs, model, [*ids, *start], len(start) + 1)
+        if after[start] is None:
+            raise OutOfMemory("An unfinished answer does not fit into memory; lower generate.max_new_tokens.")
     found = {
         letter: sum(float(after[tuple(tokens[:-1])][i, token]) for i, token in enumerate(tokens))
         for letter, tokens in encoded.items()
@@ -174,13 +177,8 @@ def _last_logprobs(model, ids: list[int], count: int):
     """Log-probabilities of the next token (nats, over the vocabulary) at the last `count` places."""
     import torch
 
-    try:
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -count:]
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory("An unfinished answer does not fit into memory; lower generate.max_new_tokens.") from None
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -count:]
     return torch.log_softmax(logits.float(), dim=-1)
 
 

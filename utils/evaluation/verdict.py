@@ -18,10 +18,7 @@ _WORDS = {
     "knows more": ("It answers more questions rightly.", "It answers fewer questions rightly."),
     "reasons shorter": ("Its reasoning is shorter.", "Its reasoning is longer."),
     "keeps form": ("More of its answers are well formed.", "Fewer of its answers are well formed."),
-    "imitates the reference": (
-        "The references surprise it less: it writes more like them.",
-        "The references surprise it more.",
-    ),
+    "imitates the reference": ("The references surprise it less: it writes more like them.", "They surprise it more."),
 }
 # What an answer without its end means for a metric.
 _CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their full length is unknown"}
@@ -89,10 +86,8 @@ def state_claims(results: Mapping[str, PairedResult], corrected: Mapping[str, fl
 
     Where two metrics could decide, the primary one does: it is the one without a corrected p.
     """
-    return [
-        _state(claim, sorted(names, key=lambda name: name in corrected), results, corrected)
-        for claim, names in _CLAIMS.items()
-    ]
+    primary_first = {claim: sorted(names, key=lambda name: name in corrected) for claim, names in _CLAIMS.items()}
+    return [_state(claim, names, results, corrected) for claim, names in primary_first.items()]
 
 
 def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> Claim:

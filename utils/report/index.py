@@ -6,6 +6,7 @@ import base64
 import csv
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -58,7 +59,7 @@ def write_report(run: RunDir) -> Path:
     """Render the report from what the run directory holds; stages that have not run are left out."""
     templates = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
     # Cells are rendered here: nbconvert's exporters need templates from a data path, which not every image has.
-    templates.filters |= {"markdown": _show_markdown, "code": _show_code, "output": _show_output}
+    templates.filters |= _filters()
     chapters = _write_chapters(run, templates)
     metrics = _read_json(run, "comparison/metrics.json")
     table = run.file("comparison/table.csv")
@@ -111,37 +112,19 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
     return chapters
 
 
-def _show_markdown(text: str) -> Markup:
-    from nbconvert.filters import markdown2html
-
-    return Markup(clean_html(markdown2html(text)))
-
-
-def _show_code(source: str) -> Markup:
+def _filters() -> dict[str, Callable[[str], Markup]]:
+    """How the template shows a cell's parts: cleaned HTML, Markdown, code, and text with a terminal's colours."""
+    from nbconvert.filters import ansi2html, markdown2html
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    return Markup(highlight(source, PythonLexer(), HtmlFormatter()))
-
-
-def _show_output(output) -> Markup:
-    """The richest form of a cell's output that the page has a place for; scripts and widgets have none."""
-    from nbconvert.filters import ansi2html
-
-    data = output.get("data", {})
-    if output.output_type == "stream":
-        return Markup(f"<pre>{ansi2html(output.text)}</pre>")
-    if output.output_type == "error":
-        return Markup("<pre>{}</pre>").format(Markup(ansi2html("\n".join(output.traceback))))
-    if "text/html" in data:
-        return Markup(clean_html(data["text/html"]))
-    if "text/markdown" in data:
-        return _show_markdown(data["text/markdown"])
-    for kind in ("image/png", "image/jpeg"):
-        if kind in data:
-            return Markup('<img alt="" src="data:{};base64,{}">').format(kind, data[kind].replace("\n", ""))
-    return Markup(f"<pre>{ansi2html(data['text/plain'])}</pre>") if "text/plain" in data else Markup("")
+    return {
+        "clean": lambda text: Markup(clean_html(text)),
+        "markdown": lambda text: Markup(clean_html(markdown2html(text))),
+        "code": lambda text: Markup(highlight(text, PythonLexer(), HtmlFormatter())),
+        "ansi": lambda text: Markup(ansi2html(text)),
+    }
 
 
 def clean_html(element: str | bytes) -> str:
