@@ -7,7 +7,6 @@ import csv
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -37,17 +36,6 @@ _ATTRIBUTES = {
     "td": ["colspan", "rowspan"],
     "th": ["colspan", "rowspan"],
 }
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """One executed notebook in the report."""
-
-    number: str
-    title: str
-    href: str
-    seconds: float
-    peak: str
 
 
 def executed_dir(run: RunDir) -> Path:
@@ -86,7 +74,8 @@ def stale_comparison(run: RunDir) -> str | None:
     return f"{found[0].name} changed: {found[1]}" if found else None
 
 
-def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
+def _write_chapters(run: RunDir, templates: Environment) -> list[dict]:
+    """A page for each executed notebook; returns number, title, href, seconds and peak memory of each."""
     chapters = []
     for stage in STAGES:
         source, record = executed_dir(run) / f"{stage.name}.ipynb", run.record(stage)
@@ -107,8 +96,8 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
         write_text(run.file(f"report/{stage.name}.html"), page)
         peak = record.get("peak_memory", {})
         gpu = f", {peak['gpu_reserved_gib']} GiB GPU" if "gpu_reserved_gib" in peak else ""
-        memory = f"{peak.get('rss_gib', 0)} GiB{gpu}"
-        chapters.append(Chapter(stage.number, stage.title, f"{stage.name}.html", record.get("seconds", 0.0), memory))
+        about = {"number": stage.number, "title": stage.title, "href": f"{stage.name}.html"}
+        chapters.append(about | {"seconds": record.get("seconds", 0.0), "peak": f"{peak.get('rss_gib', 0)} GiB{gpu}"})
     return chapters
 
 
