@@ -9,12 +9,14 @@ import pandas as pd
 import pytest
 
 from utils.data.prompts import format_row
+from utils.errors import StageOrderError
 from utils.evaluation import generate as generation
-from utils.evaluation.evaluate import load_for_inference
+from utils.evaluation.evaluate import evaluate_model, load_for_inference, read_evaluation
 from utils.evaluation.workers import answer_share
-from utils.files import write_json
+from utils.files import write_json, write_lines
 from utils.models import load as models_load
 from utils.pipeline.run_dir import open_run
+from utils.pipeline.stages import BY_NAME
 
 LONG = "A man has " + "a dry cough and " * 400 + "a red rash. What is it?"
 
@@ -69,3 +71,30 @@ def test_a_worker_loads_with_the_same_room(run, unsloth, tiny_model, monkeypatch
     write_json(run.file("workers/baseline-1.json"), ["q"])
     answer_share(str(run.path), "base", 1)
     assert unsloth[0] >= needed(run, tiny_model[1])
+
+
+def test_what_was_evaluated_is_read_back_without_a_model_and_not_asked_again(run, tiny_model, monkeypatch):
+    stage = BY_NAME["01_baseline_inference"]
+    with pytest.raises(StageOrderError, match="01_baseline_inference has not run"):
+        read_evaluation(run, "base")
+    run.write_record(stage, settings=run.settings(stage), inputs={"data/eval.parquet": {"sha256": "0"}})
+    options = {"A": "one", "B": "two"}
+    items = [
+        {
+            "id": identifier,
+            "benchmark": name,
+            "question": "Which?",
+            "options": options,
+            "gold": "B",
+            "group": identifier,
+        }
+        for identifier, name in (("z1", "medqa"), ("a1", "medmcqa"))
+    ]
+    write_lines(run.file("data/benchmark.jsonl"), items)
+    found = evaluate_model(run, *tiny_model, "base")
+    assert set(found.answers) == {"q", "z1", "a1"} == set(found.scored["id"])
+    assert found.benchmarks == ("medqa", "medmcqa")  # as configured, not as the ids sort
+    assert found.left_out == 1 and len(found.loss) == 0  # the one row is longer than model.max_seq_length
+    monkeypatch.setattr(generation, "generate_batch", None)
+    again = evaluate_model(run, *tiny_model, "base")
+    pd.testing.assert_frame_equal(again.scored, found.scored)

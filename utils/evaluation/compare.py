@@ -79,20 +79,25 @@ def pair_metrics(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[Paire
         settings = {"resamples": evaluate.resamples, "seed": evaluate.seed}
         return compare_paired(name, before, after, list(groups), higher_is_better=better, **settings)
 
-    results = []
-    for name, column, rows in _columns_to_pair(base):
-        results.append(pair(name, base.scored[rows][column], tuned.scored[rows][column], base.scored[rows]["group"]))
+    def pair_rows(name: str, column: str, rows: pd.Series) -> PairedResult:
+        return pair(name, base.scored[rows][column], tuned.scored[rows][column], base.scored[rows]["group"])
+
+    results = [pair_rows(*chosen) for chosen in _choose_answers(base)]
     if base.letters is not None and tuned.letters is not None:
         before, after = base.letters["correct"].astype(float), tuned.letters["correct"].astype(float)
         results.append(pair("letter_logprobs", before, after, base.letters["id"]))
     if len(base.loss):
         for name, column in _OF_LOSS.items():
             results.append(pair(name, base.loss[column], tuned.loss[column], base.loss["group"]))
+    if len(base.scored):
+        results += [pair_rows(name, name, base.scored["id"].notna()) for name in _OF_ANSWERS]
+    if "rouge_l" in base.scored and (worded := base.scored["rouge_l"].notna()).any():
+        results.append(pair_rows("rouge_l", "rouge_l", worded))
     return results
 
 
-def _columns_to_pair(base: Evaluation) -> Iterator[tuple[str, str, pd.Series]]:
-    """(metric, column, rows) of the scored answers, in the order of the table; only what there is."""
+def _choose_answers(base: Evaluation) -> Iterator[tuple[str, str, pd.Series]]:
+    """(metric, column, rows) of the scored answers that are right or wrong."""
     scored = base.scored
     checkable = (scored["kind"] == "open") & scored["correct"].notna()
     if checkable.any():
@@ -102,11 +107,6 @@ def _columns_to_pair(base: Evaluation) -> Iterator[tuple[str, str, pd.Series]]:
         for name, column in _OF_CHOICES.items():
             # The first one named carries the registered name, whatever the others are called and their ids look like.
             yield name if benchmark == base.benchmarks[0] else f"{name}:{benchmark}", column, rows
-    if len(scored):
-        for name in _OF_ANSWERS:
-            yield name, name, scored["id"].notna()
-    if "rouge_l" in scored and scored["rouge_l"].notna().any():
-        yield "rouge_l", "rouge_l", scored["rouge_l"].notna()
 
 
 def _form(scored: pd.DataFrame) -> dict[str, float]:

@@ -163,7 +163,7 @@ def current_answers(path: Path, questions: Sequence[Question], config: GenerateS
     if len(answers) < len(keys):
         raise StageOrderError(
             f"{path.parent.name}/{path.name} holds {len(answers)} of {len(keys)} answers; run the notebook that "
-            "writes it again, it continues where it stopped."
+            "writes it again, it resumes where it stopped."
         )
     return answers
 
@@ -187,6 +187,6 @@ def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | 
     if len(known) < len(needed):
         raise StageOrderError(
             f"{path.parent.name}/{path.name} holds the letters of {len(known)} of {len(needed)} answers that were cut "
-            "off; run the notebook that writes it again, it continues where it stopped."
+            "off; run the notebook that writes it again, it resumes where it stopped."
         )
     return known
