@@ -80,7 +80,7 @@ def stop_after(trainer, steps: int) -> None:
 def held_out(model, tokenizer, config) -> dict[str, np.ndarray]:
     """Per held-out question: loss of the completion (nats per token) and whether the answer is right; and the groups."""
     from utils.evaluation.generate import answer_questions
-    from utils.evaluation.loss import completion_nll
+    from utils.evaluation.loss import completion_loss
     from utils.evaluation.metrics import score_answers
     from utils.models.load import ready_for_inference
 
@@ -88,7 +88,7 @@ def held_out(model, tokenizer, config) -> dict[str, np.ndarray]:
     rows["id"] = [f"q{i:04d}" for i in range(len(rows))]
     pairs = [format_row(row, config.prompt) for row in rows.to_dict("records")]
     frame = pd.DataFrame({"id": rows["id"], "prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
-    nll = completion_nll(model, tokenizer, frame, max_length=10**9).set_index("id")
+    nll = completion_loss(model, tokenizer, frame, max_length=10**9).set_index("id")
     tokens = nll["reasoning_tokens"] + nll["response_tokens"]
     questions = [
         Question(row.id, "open", format_prompt(row.Question, config.prompt)) for row in rows.itertuples()

@@ -150,7 +150,7 @@ class EvaluateSection(Section):
     questions: Positive | None = None  # held-out questions answered in words; None: all of them
     benchmark: BenchmarkSection = BenchmarkSection()
     more_benchmarks: list[BenchmarkSection] = []
-    probe: bool = False  # also the letters' likelihoods over the whole first benchmark; needs lm_eval
+    letter_logprobs: bool = False  # also the letters' log-probabilities over the whole first benchmark
     resamples: Annotated[int, Field(ge=1000, le=100_000)] = 10_000
     seed: NotNegative = 3407
 
@@ -246,8 +246,8 @@ class Config(Section):
         primary, benchmark = self.evaluate.primary, self.evaluate.benchmark
         if primary == "multiple_choice" and not benchmark.wanted:
             raise ValueError("evaluate.primary is multiple_choice, but no evaluate.benchmark is named")
-        if self.evaluate.probe and not benchmark.wanted:
-            raise ValueError("evaluate.probe is on, but no evaluate.benchmark is named")
+        if self.evaluate.letter_logprobs and not benchmark.wanted:
+            raise ValueError("evaluate.letter_logprobs is on, but no evaluate.benchmark is named")
         if primary == "accuracy" and not self.embedded_data and self.data.path is None:
             raise ValueError("evaluate.primary is accuracy, but a Hub data set has no answers that a rule can check")
         return self

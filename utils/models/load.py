@@ -65,12 +65,16 @@ def torch_dtype(config: Config):
     return getattr(torch, resolve_hardware(config.hardware)["dtype"])
 
 
-def load_model(config: Config, adapter: Path | None = None):
+def load_model(config: Config, adapter: Path | None = None, max_seq_length: int | None = None):
     """(model, tokenizer): the base model as configured, with a trained adapter on top where one is given.
 
     On unsloth the base is loaded through FastLanguageModel, elsewhere through AutoModelForCausalLM; in 4-bit it is
-    NF4 with double quantisation either way. Raises ModelError where the model cannot be loaded.
+    NF4 with double quantisation either way. unsloth cuts whatever is longer than `max_seq_length` (model.max_seq_length
+    where none is given). Raises ModelError where the model cannot be loaded.
     """
+    if max_seq_length is not None:
+        room = config.model.model_copy(update={"max_seq_length": max_seq_length})
+        config = config.model_copy(update={"model": room})
     load = _load_unsloth if start_backend(config) == "unsloth" else load_plain
     source = model_source(config)
     for folder, what in ((Path(source), "model"), (adapter, "adapter")):

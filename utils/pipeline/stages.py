@@ -53,7 +53,7 @@ STAGES = (
             "evaluate.primary",
             "evaluate.questions",
             "evaluate.benchmark",
-            "evaluate.probe",
+            "evaluate.letter_logprobs",
             "evaluate.more_benchmarks",
             "evaluate.seed",
             "generate",
@@ -68,7 +68,7 @@ STAGES = (
         needs=("00_setup",),
         inputs=("data/eval.parquet", "data/benchmark.jsonl", "data/anecdote.json", "data/probe_items.jsonl"),
         outputs=("baseline/answers.jsonl", "baseline/forced.jsonl", "baseline/nll.parquet"),
-        settings=(*_MODEL, "generate", "evaluate.questions", "evaluate.probe"),
+        settings=(*_MODEL, "generate", "evaluate.questions", "evaluate.letter_logprobs"),
         optional=("baseline/probe.jsonl",),
     ),
     Stage(
