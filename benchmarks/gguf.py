@@ -43,7 +43,7 @@ def measure(run_dir: Path, folder: Path) -> dict:
     run, tree = open_run("auto", run_dir), find_llama_cpp()
     if tree is None:
         raise HardwareError("LLAMA_CPP_DIR is not set; python -m utils.export.llama_cpp FOLDER builds a tree.")
-    folders, style = export_folders(run), run.config.prompt.style
+    folders, style = export_folders(run), run.config.prompt
     questions = list(pd.read_parquet(run.file("data/eval.parquet")).head(_PROMPTS)["Question"])
     prompts = [format_prompt(question, style) for question in questions]
     tokenizer = load_tokenizer(folders["merged"])
@@ -102,7 +102,7 @@ def lora_on_base(run: RunDir, folder: Path, tokenizer, prompts, reference) -> di
 
 def run_card_line(run: RunDir, folder: Path, tokenizer) -> dict:
     """The card's llama-completion line, run in the folder with its f16 file; and what transformers answers to it."""
-    served = Served("base", None, 16, run.config.prompt.style, run.config.generate, gguf=(file_name("f16"),))
+    served = Served("base", None, 16, run.config.prompt, run.config.generate, gguf=(file_name("f16"),))
     line = llama_cpp_lines(served).splitlines()[0]
     words = shlex.split(line)
     program = find_llama_cpp().program(words[0])
@@ -112,7 +112,7 @@ def run_card_line(run: RunDir, folder: Path, tokenizer) -> dict:
     )  # fmt: skip
     question = re.search(r"Which .*?\?", line).group(0)
     merged = load_plain(run.config, str(export_folders(run)["merged"]))
-    prompt = format_prompt(question, run.config.prompt.style)
+    prompt = format_prompt(question, run.config.prompt)
     ours = continue_greedily(merged, tokenizer, [prompt], "card").tokens[0]
     text = tokenizer.decode(ours, skip_special_tokens=True).strip()
     said = done.stdout.replace("[end of text]", "").strip()

@@ -113,23 +113,21 @@ def conclude(run: RunDir, worked: bool, seconds: float) -> None:
 @app.command()
 def score(run_dir: RunDirArgument) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
-    from utils.evaluation.compare import compare, load_arms, write_comparison
-    from utils.evaluation.statistics import show_p
+    from utils.evaluation import compare_models, read_evaluation, show_p, write_comparison
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
     from utils.pipeline.run_dir import require_recorded
     from utils.pipeline.stages import BY_NAME
-    from utils.report.answers_page import write_answers
-    from utils.report.figures import draw_comparison
+    from utils.report import draw_comparison, write_answers_page
 
     run, stage = _existing(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
     require_recorded(run.path, (*stage.inputs[:-1], "tuned"))  # all that is read here; the adapter is not
-    arms = load_arms(run)
-    metrics = compare(run, arms)
+    base, tuned = read_evaluation(run, "base"), read_evaluation(run, "tuned")
+    metrics = compare_models(run, base, tuned)
     table = write_comparison(run, metrics)
-    draw_comparison(arms, metrics, run.file("comparison/comparison.png"))
-    write_answers(run, arms)
+    draw_comparison(base, tuned, metrics, run.file("comparison/comparison.png"))
+    write_answers_page(run, base, tuned)
     outputs = record_files(run.path, (*stage.outputs, *stage.optional))
     run.write_record(stage, **{**run.record(stage), "outputs": outputs})
     _print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.chat_forms import FORMS, save_tokenizer
 from utils.data.prompts import EOS, STYLES, format_prompt
 from utils.export import chat_template as serving
 from utils.export.chat_template import (
@@ -26,7 +27,9 @@ from utils.export.chat_template import (
     vllm_lines,
     write_modelfile,
 )
+from utils.models.prompt_format import make_prompt_format
 from utils.models.tiny import CHAT_TEMPLATE
+from utils.models.tokenizer import load_tokenizer
 from utils.schema import GenerateSection
 
 QUESTIONS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=80)
@@ -84,6 +87,20 @@ def test_a_chat_template_that_is_right_is_kept_as_published_and_a_wrong_one_repl
     fit_chat_template(tokenizer, "native")
     assert chat_ids(tokenizer, "What?") == prompt_ids(tokenizer, "What?", "native")
     tokenizer.chat_template = CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_chat_model_is_served_with_its_training_prompt_and_end(form, tmp_path):
+    tokenizer = load_tokenizer(save_tokenizer(form, tmp_path))
+    prompt = make_prompt_format("auto", tokenizer)
+    fit_chat_template(tokenizer, prompt)
+    for question in ("What now?", "  A\tB\n\nC. "):
+        assert chat_ids(tokenizer, question.strip()) == prompt_ids(tokenizer, question.strip(), prompt)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nb"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False).rstrip().endswith(f"b{prompt.end}")
+    modelfile = read_modelfile(write_modelfile("x.gguf", prompt, SAMPLED, 2048))
+    assert render_modelfile(modelfile, "Why?") == format_prompt("Why?", prompt)
+    assert modelfile.parameters["stop"] == [tokenizer.eos_token]
 
 
 def test_ours_renders_a_conversation_as_deepseeks_does(tiny_model):

@@ -36,7 +36,7 @@ def hub_run(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path / "run")
     write_evidence(run)
     hub = {"evaluate.more_benchmarks": [{"name": "qiaojin/PubMedQA", "split": "train"}], "model.revision": "a" * 40}
-    run.config = load_config("t4", hub | {"evaluate.benchmark.revision": "e" * 40})
+    run.config = load_config("t4", hub | {"evaluate.benchmark.revision": "e" * 40, "prompt.style": "native"})
     return run
 
 
@@ -74,6 +74,22 @@ def test_every_figure_in_the_metadata_is_one_of_metrics_json_with_its_data_set(h
     assert (primary.dataset_type, primary.dataset_split) == ("GBaker/MedQA-USMLE-4-options", "test")
     assert primary.dataset_revision == "e" * 40 and primary.metric_args["primary"] is True
     assert second.dataset_type == "qiaojin/PubMedQA" and found["nll"].metric_type == "loss"
+
+
+def test_each_benchmarks_figures_name_their_own_data_set_in_whatever_order_they_stand(hub_run):
+    further = [
+        {"name": "openlifescienceai/medmcqa", "split": "validation"},
+        {"name": "qiaojin/PubMedQA", "split": "train"},
+    ]
+    hub_run.config = load_config("t4", {"evaluate.more_benchmarks": further})
+    named = [result(f"multiple_choice:{name}", 0.7, 0.71, -0.02, 0.04) for name in ("pubmedqa", "medmcqa")]
+    write_evidence(hub_run, secondary=named, benchmarks=["medqa", "medmcqa", "pubmedqa"])
+    found = {r.metric_args["metric"]: r.dataset_type for r in ModelCard(str(card_of(hub_run))).data.eval_results}
+    assert found == {
+        "multiple_choice": "GBaker/MedQA-USMLE-4-options",
+        "multiple_choice:medmcqa": "openlifescienceai/medmcqa",
+        "multiple_choice:pubmedqa": "qiaojin/PubMedQA",
+    }
 
 
 def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):

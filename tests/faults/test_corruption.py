@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from utils.sealed import read_lines
 
 from tests.conftest import run_command
 from tests.faults.damage import KINDS, UNRECORDED, damage, damaged
@@ -20,13 +21,11 @@ from utils.errors import HubError, RunDirError, StageOrderError
 from utils.export.hub import plan_uploads, read_verdict
 from utils.kaggle.bundle import build_kernel
 from utils.kaggle.collect import Verdict, judge
-from utils.models import tiny as demo
 from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
 from utils.pipeline.state import read_state
 from utils.report.index import write_report
-from utils.sealed import read_lines
 from utils.training.train import find_checkpoint
 
 OPENS = {"score": (*BY_NAME["04_comparison"].inputs[:-1], "tuned"), "publish": ("export/adapter",)}
@@ -160,24 +159,6 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over_and_named(work, kind,
                 assert f"{last.name} was not finished" in capsys.readouterr().out
             counts.survived += 1
         assert find_checkpoint(folder) == str(last)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_base_model_in_the_cache_is_built_again(
-    embedded_model, kind, tmp_path, monkeypatch, capsys, recording
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(demo, "build_model", lambda target: shutil.copytree(embedded_model, target))
-    folder = demo.ensure_model()
-    names = files_of(folder)
-    assert capsys.readouterr().out == "" and "model.safetensors" in names
-    with recording(f"the cached base model's file {kind}", tried=len(names)) as counts:
-        for name in names:
-            damage(folder / name, kind)
-            assert demo.ensure_model() == folder
-            assert "building it again" in capsys.readouterr().out
-            assert (folder / name).read_bytes() == (embedded_model / name).read_bytes()
-            counts.survived += 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,7 +23,7 @@ WRITERS = {
     },
     "04": {
         "generation._append", "likelihood.forced_letters", "data.write_frame", "comparison.write_comparison",
-        "figures._save", "answers_page.write_answers",
+        "figures._save", "answers_page.write_answers_page",
     },
     "01": {"generation._append", "likelihood.forced_letters", "data.write_frame"},
     "00": {"rundir.note", "data.write_split", "data.write_frame", "files.write_json", "lock._lock_file", "rundir.save"},
@@ -40,7 +40,6 @@ ELSEWHERE = {
     "launch.write_recipe": "several GPUs; through files.write_text",
     "launch.run_worker": "several GPUs: the other processes' log",
     "workers._launch": "several GPUs: their logs",
-    "probe.probe_letters": "evaluate.probe; through files.write_text",
     "export.write_ggufs": "needs llama.cpp: tests/test_disk.py",
     "loadback.answer_elsewhere": "the machine's scratch",
     "llama_cpp.build_llama_cpp": "the machine's cache",

@@ -90,7 +90,7 @@ def write_ggufs(run: RunDir, folders: Mapping[str, Path], merged: Merged) -> tup
     with _writable(target, size) as folder:
         finer = write_gguf(tree, folders["merged"], folders["adapter"], folder, kinds, merged.largest_weight)
         smallest = file_name(max(kinds, key=get_args(GgufType).index))
-        text = write_modelfile(smallest, config.prompt.style, config.generate, config.model.max_seq_length)
+        text = write_modelfile(smallest, config.prompt, config.generate, config.model.max_seq_length)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     return target, finer
 
@@ -101,7 +101,7 @@ def save_tokenizer(run: RunDir, folder: Path) -> None:
     Version 5 names the class TokenizersBackend, which version 4 and what rests on it do not know.
     """
     tokenizer = load_tokenizer(model_source(run.config), run.config.model.revision)
-    fit_chat_template(tokenizer, run.config.prompt.style)
+    fit_chat_template(tokenizer, run.config.prompt)
     tokenizer.save_pretrained(str(folder))
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in settings.items() if key not in _LOCAL_KEYS}

@@ -15,7 +15,7 @@ _DATA = "FreedomIntelligence/medical-o1-reasoning-SFT"
 LLAMA = "https://www.llama.com/llama3_1/license/"
 # The Hub's name for each metric, of held-out rows and of benchmark items.
 _OF_ROWS = {"accuracy": "accuracy", "nll": "loss", "nll_reasoning": "loss", "nll_response": "loss", "rouge_l": "rouge"}
-_OF_ITEMS = {"multiple_choice": "accuracy", "multiple_choice_forced": "accuracy", "letter_probe": "accuracy"}
+_OF_ITEMS = {"multiple_choice": "accuracy", "multiple_choice_forced": "accuracy", "letter_logprobs": "accuracy"}
 _MEMORY = {"rss_gib": "main memory", "gpu_reserved_gib": "GPU memory"}
 _DEEPSEEK = """\
 @misc{deepseekai2025deepseekr1,
@@ -49,14 +49,13 @@ def eval_results(run: RunDir, metrics: dict, split: dict) -> list[EvalResult]:
         "dataset_revision": split["revision"],
     }
     measured = [metrics["primary"], *metrics["secondary"]]
-    further = list(dict.fromkeys(result["name"].partition(":")[2] for result in measured if ":" in result["name"]))
+    found = dict.fromkeys(result["name"].partition(":")[2] for result in measured if ":" in result["name"])
+    names = metrics.get("benchmarks") or ["", *found]  # without: written before they were kept
     for result in measured:
         name, _, benchmark = result["name"].partition(":")
         if name not in {*_OF_ROWS, *_OF_ITEMS}:
             continue
-        section = (
-            config.evaluate.benchmarks[further.index(benchmark) + 1 if benchmark else 0] if name in _OF_ITEMS else None
-        )
+        section = config.evaluate.benchmarks[names.index(benchmark) if benchmark else 0] if name in _OF_ITEMS else None
         kept = ("n", "groups", "base", "difference", "ci95", "p_value", "p_holm")
         results.append(
             EvalResult(

@@ -10,31 +10,34 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from utils.data.prompts import EOS, format_prompt
-from utils.schema import GenerateSection
+from utils.data.prompts import find_format, format_prompt
+from utils.schema import GenerateSection, PromptFormat, PromptSection
+
+Prompt = PromptSection | PromptFormat | str
 
 _PROMPT, _RESPONSE = "{{ .Prompt }}", "{{ .Response }}"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
 
 
-def split_prompt(style: str) -> tuple[str, str, str]:
+def split_prompt(style: Prompt) -> tuple[str, str, str]:
     """What stands before the question, between question and reasoning, and the opened think block."""
     before, rest = format_prompt("\0", style).split("\0")
     think = rest.index("<think>")
     return before, rest[:think], rest[think:]
 
 
-def chat_template(style: str) -> str:
+def chat_template(style: Prompt, adds_bos: bool = True) -> str:
     """A Jinja chat template whose generation prompt is `format_prompt`; for `native` it renders as DeepSeek's own does.
 
-    Reasoning in earlier assistant turns is dropped, as in DeepSeek's.
+    Reasoning in earlier assistant turns is dropped, as in DeepSeek's. BOS stands first where the tokenizer adds it.
     """
-    before, between, think = (json.dumps(part, ensure_ascii=False) for part in split_prompt(style))
+    parts = (*split_prompt(style), find_format(style).end)
+    before, between, think, end = (json.dumps(part, ensure_ascii=False) for part in parts)
     return (
-        "{{ bos_token }}{% for message in messages %}"
+        f"{'{{ bos_token }}' if adds_bos else ''}{{% for message in messages %}}"
         f"{{% if message['role'] == 'user' %}}{{{{ {before} + message['content'] }}}}"
         "{% elif message['role'] == 'assistant' %}"
-        f"{{{{ {between} + message['content'].split('</think>')[-1] + {json.dumps(EOS, ensure_ascii=False)} }}}}"
+        f"{{{{ {between} + message['content'].split('</think>')[-1] + {end} }}}}"
         "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
         f"{{% if add_generation_prompt %}}{{{{ {between} + {think} }}}}{{% endif %}}"
     )
@@ -47,28 +50,34 @@ def chat_ids(tokenizer, question: str) -> list[int]:
     return tokenizer(rendered, add_special_tokens=False).input_ids
 
 
-def prompt_ids(tokenizer, question: str, style: str) -> list[int]:
+def prompt_ids(tokenizer, question: str, style: Prompt) -> list[int]:
     """What the model was trained on for one question, as token ids."""
     return tokenizer(format_prompt(question, style)).input_ids
 
 
-def fit_chat_template(tokenizer, style: str) -> None:
-    """Keep the tokenizer's chat template where it gives the training prompt to the token, else replace it."""
-    probe = "What now?\n\nA. This  or\tthat"
-    if tokenizer.chat_template is None or chat_ids(tokenizer, probe) != prompt_ids(tokenizer, probe, style):
-        tokenizer.chat_template = chat_template(style)
+def fit_chat_template(tokenizer, style: Prompt) -> None:
+    """Keep the tokenizer's chat template where it gives the training prompt to the token, or would with a think block opened
+    behind it; else replace it."""
+    probe, own = "What now?\n\nA. This  or\tthat", tokenizer.chat_template
+    opened = "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    for template in (own, f"{own}{opened}") if own else ():
+        tokenizer.chat_template = template
+        if chat_ids(tokenizer, probe) == prompt_ids(tokenizer, probe, style):
+            return
+    tokenizer.chat_template = chat_template(style, adds_bos=tokenizer("").input_ids == [tokenizer.bos_token_id])
 
 
-def write_modelfile(file: str, style: str, generate: GenerateSection, context: int) -> str:
+def write_modelfile(file: str, style: Prompt, generate: GenerateSection, context: int) -> str:
     """An Ollama Modelfile for the GGUF `file`: training prompt, end token, and the sampling that was measured.
 
     BOS is added by Ollama, as by the tokenizer. What follows .Response closes earlier turns; Ollama cuts there.
     """
     before, between, think = split_prompt(style)
+    end = find_format(style).end
     lines = [
         f"FROM ./{file}",
-        f'TEMPLATE """{before}{_PROMPT}{between}{think}{_RESPONSE}{EOS}"""',
-        f'PARAMETER stop "{EOS}"',
+        f'TEMPLATE """{before}{_PROMPT}{between}{think}{_RESPONSE}{end}"""',
+        f'PARAMETER stop "{end}"',
         f"PARAMETER temperature {generate.temperature if generate.do_sample else 0}",
         f"PARAMETER top_p {generate.top_p if generate.do_sample else 1.0}",
         f"PARAMETER num_predict {generate.max_new_tokens}",
@@ -108,7 +117,7 @@ class Served:
     base_id: str
     base_revision: str | None
     rank: int
-    style: str
+    style: Prompt
     generate: GenerateSection
     embedded: bool = False
     gguf: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from utils.data.prompts import EOS, format_prompt
+from utils.data.prompts import find_format, format_prompt
 from utils.evaluation.statistics import show_p
 from utils.export.base_model import Base
 from utils.export.card_facts import (
@@ -71,9 +71,9 @@ def make_card(
         split=split,
         holds=_HOLDS[kind],
         files=_gguf_list(folders[kind], figures) if kind == "gguf" else [],
-        prompt=format_prompt("QUESTION", config.prompt.style).removesuffix("\n"),
-        ends_in_newline=format_prompt("QUESTION", config.prompt.style).endswith("\n"),
-        eos=EOS,
+        prompt=format_prompt("QUESTION", config.prompt).removesuffix("\n"),
+        ends_in_newline=format_prompt("QUESTION", config.prompt).endswith("\n"),
+        eos=find_format(config.prompt).end,
         decoding=f"temperature {decoding['temperature']} and top-p {decoding['top_p']}"
         if decoding["do_sample"]
         else "greedy decoding",
@@ -175,7 +175,7 @@ def _served(run: RunDir, base: Base, folders: Mapping[str, Path]) -> Served:
         base_id=base.name,
         base_revision=base.revision,
         rank=run.config.lora.r,
-        style=run.config.prompt.style,
+        style=run.config.prompt,
         generate=run.config.generate,
         embedded=base.name == EMBEDDED,
         gguf=tuple(order),

@@ -76,7 +76,7 @@ class _Record(BaseModel):
 def export_prompts(run: RunDir) -> list[str]:
     """The held-out prompts that exports are compared on."""
     held_out = pd.read_parquet(run.file("data/eval.parquet")).head(run.config.export.prompts)
-    return [format_prompt(question, run.config.prompt.style) for question in held_out["Question"]]
+    return [format_prompt(question, run.config.prompt) for question in held_out["Question"]]
 
 
 def export_folders(run: RunDir) -> dict[str, Path]:
@@ -157,7 +157,7 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
             folders["gguf"],
             load_tokenizer(folders["adapter"]),
             list(held_out["Question"]),
-            config.prompt.style,
+            config.prompt,
             answers[against["merged"][0]],
             judged=against["merged"][1] != "four bit",
             against=_LEADERS[against["merged"][0]],
