@@ -216,12 +216,8 @@ def test_a_state_that_the_package_does_not_know_is_infrastructure(kaggle_server,
             "notebook was altered",
         ),
         ("ERROR", "HardwareError: The profile t4 needs a CUDA GPU\n", "INFRASTRUCTURE", "needs a CUDA GPU"),
-        (
-            "ERROR",
-            "pulling image\nYour notebook tried to allocate more memory\n",
-            "INFRASTRUCTURE",
-            "allocate more memory",
-        ),
+        ("ERROR", "OutOfMemory: One question does not fit into memory\n", "FAIL", "does not fit into memory"),
+        ("ERROR", "pulling image\nNo space left on device\n", "INFRASTRUCTURE", "No space left"),
         ("COMPLETE", "", "INFRASTRUCTURE", "saved and not run"),
         ("CANCEL_ACKNOWLEDGED", "", "INFRASTRUCTURE", "cancelled"),
     ],
@@ -229,6 +225,16 @@ def test_a_state_that_the_package_does_not_know_is_infrastructure(kaggle_server,
 def test_a_session_without_a_state_is_judged_by_its_log(tmp_path, status, log, verdict, said):
     collected = judge(status, "", tmp_path, log)
     assert collected.verdict.name == verdict and said in collected.sentence
+
+
+@pytest.mark.parametrize("state", ["running", None])
+def test_a_session_that_ran_out_of_memory_fails_since_another_one_would_too(tmp_path, state):
+    """Exit status 3 says "push again", and a user who does so burns quota for ever."""
+    run = write_run(tmp_path / "run", state) if state else tmp_path
+    told = "Your notebook tried to allocate more memory than is available. It has restarted."
+    for message, log in ((told, ""), ("", f"pulling image\n{told}\n")):
+        collected = judge("ERROR", message, run, log)
+        assert collected.verdict.name == "FAIL" and "memory" in collected.sentence
 
 
 def test_a_session_that_was_cut_off_in_the_middle_is_infrastructure(tmp_path):

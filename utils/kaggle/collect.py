@@ -30,6 +30,7 @@ _OF_THE_MACHINE = (
     "HardwareError",
     "PinError",
 )  # the session lacked what the run asks for; the run itself is not judged
+_NO_MEMORY = "tried to allocate more memory"  # Kaggle's words, for a session that it ended for that
 _CHUNK = 1 << 20
 
 
@@ -169,6 +170,9 @@ def judge(status: str, message: str, target: Path, log: str) -> Collected:
         return Collected(Verdict.INFRASTRUCTURE, f"the session was cancelled.{told}", state)
     if state is None and (target / STATE).exists():
         return Collected(Verdict.FAIL, f"{STATE} came home damaged, and says how the run ended; collect it again.")
+    if _NO_MEMORY in message + log and (state is None or state.state == "running"):
+        more = "memory ran out, and in another session of this machine it would again: take smaller settings"
+        return Collected(Verdict.FAIL, f"{more}.{told}", state)
     if state is None:
         return _judge_without_state(status, told, log)
     if state.state == "failed":
@@ -206,7 +210,7 @@ def judge(status: str, message: str, target: Path, log: str) -> Collected:
 
 def _judge_without_state(status: str, told: str, log: str) -> Collected:
     """The kernel never came to the series: a Python error of the notebook is its fault, anything else the platform's."""
-    errors = re.findall(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception|Stopped)): (.*)$", log)
+    errors = re.findall(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception|Stopped)|OutOfMemory): (.*)$", log)
     if errors and errors[-1][0] not in _OF_THE_MACHINE:
         kind, sentence = errors[-1]
         return Collected(Verdict.FAIL, f"the notebook stopped before the series began: {kind}: {sentence}")
