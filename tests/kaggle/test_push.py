@@ -10,11 +10,13 @@ import nbformat
 import pytest
 from rich.console import Console
 
+from tests import fake_tokens
 from tests.loopback import Answer, forget_kaggle, kaggle_cli, kaggle_environment, series_call, series_cli
 from utils.errors import ConfigError, InfrastructureError, KaggleError
 from utils.kaggle import push
 from utils.kaggle.push import check_text, kernel_text, read_metadata, reference_of, title_of
 from utils.project import ROOT
+from utils.secrets import _on_disk
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
 
@@ -323,7 +325,7 @@ def executed(**changes) -> str:
         (lambda: executed(metadata={"papermill": {}}), "executed by papermill"),
         (lambda: json.dumps({"cells": [], "metadata": {}}), "names no kernel"),
         (lambda: executed(source="#" + "x" * 900_000), "expected less than 900,000"),
-        (lambda: executed(source="HF = 'hf_" + "A" * 34 + "'"), "looks like a Hugging Face token"),
+        (lambda: executed(source="HF = 'hf_" + "A" * 34 + "'"), "take it out: a pushed version cannot be unpushed"),
     ],
     ids=["output", "count", "papermill", "kernel", "size", "token"],
 )
@@ -343,8 +345,27 @@ def test_injected_parameters_are_refused():
 
 def test_a_secret_at_hand_is_looked_for_in_what_would_travel(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "import base64, hashlib")
-    with pytest.raises(KaggleError, match="holds the value of WANDB_API_KEY"):
+    with pytest.raises(KaggleError, match="take it out: a pushed version cannot be unpushed"):
         kernel_text()
+
+
+@pytest.mark.parametrize("token", [fake_tokens.hugging_face("x"), fake_tokens.kaggle_token("x")], ids=["hf", "kaggle"])
+def test_what_looks_like_a_token_of_any_service_that_is_known_may_not_travel(token):
+    with pytest.raises(KaggleError, match="take it out: a pushed version cannot be unpushed") as refused:
+        kernel_text("t4", {"model.name": f"someone/{token}"})
+    assert token not in str(refused.value)
+
+
+def test_the_key_in_kaggle_json_may_not_travel(tmp_path, monkeypatch):
+    key = fake_tokens.kaggle_key("on disk")
+    (tmp_path / "kaggle.json").write_text(json.dumps({"username": "alice", "key": key}))
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    _on_disk.cache_clear()
+    try:
+        with pytest.raises(KaggleError, match="take it out: a pushed version cannot be unpushed"):
+            kernel_text("t4", {"model.name": f"someone/{key}"})
+    finally:
+        _on_disk.cache_clear()
 
 
 def test_a_wrong_setting_or_a_file_of_this_machine_is_told_before_anything_is_sent(tmp_path):

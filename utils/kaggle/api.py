@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -149,13 +150,13 @@ class Kaggle:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether it is worth another try: rate limits, 5xx, broken connections, and JSON that is none."""
+    """Whether it is worth another try: rate limits, 5xx, broken connections, and an answer that is no JSON."""
     import requests
 
     if status_of(error) is not None and isinstance(error, requests.HTTPError):
         return status_of(error) == 429 or status_of(error) >= 500
     broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, ConnectionError)
-    return isinstance(error, (*broken, ValueError))
+    return isinstance(error, (*broken, requests.exceptions.JSONDecodeError, json.JSONDecodeError))
 
 
 def was_not_taken(error: BaseException) -> bool:
@@ -186,6 +187,8 @@ def explain(error: Exception, what: str) -> KaggleError | InfrastructureError:
         )
     if status is not None:
         return KaggleError(f"Kaggle refused {what} ({told}).", status)
+    if isinstance(error, ValueError):
+        return KaggleError(f"Kaggle's client refused {what}: {error}")
     return InfrastructureError(
         f"Kaggle answered {what} with something that its package does not understand ({type(error).__name__}: {error})."
     )

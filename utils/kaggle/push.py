@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from utils.config import expand_home, load_config
 from utils.errors import InfrastructureError, KaggleError
 from utils.files import is_there, parse_json
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
-from utils.kaggle.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
+from utils.kaggle.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, bundled_files, check_kernel, with_parameters
 from utils.kaggle.kernel_schema import KernelMetadata, Notebook
 from utils.project import ROOT
-from utils.secrets import known_values
+from utils.redaction import redact
 
 METADATA = ROOT / "kernel-metadata.json"
 _GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports
@@ -140,14 +139,14 @@ def check_text(text: str) -> None:
             raise KaggleError(f"Cell {number} holds injected parameters; {remedy}")
         if cell.get("outputs") or cell.get("execution_count"):
             raise KaggleError(f"Cell {number} holds executed output; {remedy}")
-    for name, value in known_values().items():
-        if value in text:
+    for place, content in (
+        ("The notebook or a setting", text),
+        *((path.name, path.read_text(encoding="utf-8")) for path in bundled_files()),
+    ):
+        if redact(content) != content:
             raise KaggleError(
-                f"The notebook holds the value of {name}; take it out: a pushed version cannot be unpushed."
+                f"{place} holds a secret, or what looks like one; take it out: a pushed version cannot be unpushed."
             )
-    found = re.search(r"\bhf_[A-Za-z0-9]{20,}", text)
-    if found:
-        raise KaggleError("The notebook or a setting holds what looks like a Hugging Face token; take it out.")
 
 
 def build_request(
