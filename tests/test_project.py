@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from utils import project
-from utils.kaggle import kernel_cells
+from utils.kaggle import bundle
 from utils.project import ROOT
 
 
@@ -23,7 +23,7 @@ def test_no_process_is_started_with_a_path_of_its_own_making():
     files = [path for folder in ("utils", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
     named = 0
-    for name, source in {**sources, "the cell RUN": kernel_cells.RUN}.items():
+    for name, source in {**sources, "the cell RUN": bundle.RUN}.items():
         for node in ast.walk(ast.parse(source)):
             pairs = []
             if isinstance(node, ast.Dict):

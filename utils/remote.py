@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -36,9 +35,9 @@ def push(
     poll: PollOption = 30.0,
 ) -> None:
     """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
-    from utils.kaggle import api as kaggle_api
     from utils.kaggle import push as pushing
     from utils.kaggle import sessions as chain
+    from utils.kaggle.api import Kaggle
 
     if no_run and until_done:
         raise KaggleError("--no-run saves a version without a session, so --until-done would wait for none; drop one.")
@@ -46,34 +45,34 @@ def push(
     metadata = pushing.read_metadata()
     text = pushing.kernel_text(profile, overrides)
     named = bool(username) or not metadata["id"].startswith("OWNER/")
-    kaggle = None if dry_run and named and not continue_ else kaggle_api.Kaggle(_say)
+    kaggle = None if dry_run and named and not continue_ else Kaggle(_say)
     reference = pushing.reference_of(metadata, username or ("" if named or kaggle is None else kaggle.username), slug)
 
-    def build(manifest: dict | None = None):
+    def submission(manifest: dict | None = None) -> pushing.Submission:
         if manifest is None:
-            return pushing.build_request(
-                metadata, reference, text, not no_run, pushing.session_hours(profile, overrides)
-            )
-        known = {**manifest["overrides"], **overrides}
-        hours = pushing.session_hours(manifest["profile"], known)
-        return pushing.build_request(metadata, reference, text, not no_run, hours, (reference,))
+            hours = pushing.session_hours(profile, overrides)
+            return pushing.submission(metadata, reference, text, not no_run, hours)
+        hours = pushing.session_hours(manifest["profile"], {**manifest["overrides"], **overrides})
+        return pushing.submission(metadata, reference, text, not no_run, hours, (reference,))
 
-    request = build(chain.continuation(kaggle, reference) if continue_ else None)
+    first = submission(chain.read_unfinished(kaggle, reference) if continue_ else None)
     if dry_run:
-        _show(pushing.describe_request(request), pushing.body_of(request))
+        folder = Path(tempfile.mkdtemp(prefix=f"{NAME}-"))
+        first.write(folder)
+        _print(f"{first.describe()}\nall of it is in {folder}; nothing was sent")
         return
     if until_done:
-        state = chain.until_done(kaggle, request, build, console, sessions, poll)
+        state = chain.push_until_done(kaggle, first, submission, console, sessions, poll)
         _print(f"the last session ended as {state.state if state else 'unknown'}")
         collect(reference, poll=poll)
         return
-    pushed = pushing.push(kaggle, request)
+    pushed = pushing.push(kaggle, first)
     _print(f"version {pushed.version or '?'} of {reference} {'is saved' if no_run else 'runs'}: {pushed.url}")
     if no_run:
         _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
     elif wait:
         status, message = pushing.wait(kaggle, reference, console, poll, just_pushed=True)
-        _print(f"{reference}: {status.replace('_', ' ').lower()}{f': {message}' if message else ''}")
+        _print(f"{reference}: {pushing.readable(status)}{f': {message}' if message else ''}")
     if not no_run:
         _print(f"bring it home: {command()} collect {reference}")
     if wait and not no_run and status != "COMPLETE":
@@ -87,12 +86,12 @@ def collect(
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the session has ended.")] = False,
     poll: PollOption = 30.0,
 ) -> None:
-    """Fetch a kernel's log and output and judge them; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
-    from utils.kaggle import api as kaggle_api
+    """Fetch a kernel's log and output and classify how it ended; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
     from utils.kaggle import collect as collecting
     from utils.kaggle import push as pushing
+    from utils.kaggle.api import Kaggle
 
-    kaggle = kaggle_api.Kaggle(_say)
+    kaggle = Kaggle(_say)
     if not ref:
         metadata = pushing.read_metadata()
         named = not metadata["id"].startswith("OWNER/")
@@ -101,12 +100,12 @@ def collect(
         pushing.wait(kaggle, ref, console, poll)
     target = Path(run_dir).resolve() if run_dir else collecting.default_target(ref)
     collected = collecting.collect(kaggle, ref, target, console)
-    collecting.say(collected, ref, console)
-    if collected.verdict == collecting.Verdict.PASS:
+    collecting.show(collected, ref, console)
+    if collected.outcome == collecting.Outcome.PASS:
         _print(f"look at {target / 'report' / 'index.html'}; upload it: {command()} publish {target} --repo USER/NAME")
-    elif collected.verdict == collecting.Verdict.CONTINUE:
-        _print(f"go on: {command()} push --continue")
-    raise typer.Exit(int(collected.verdict))
+    elif collected.outcome == collecting.Outcome.CONTINUE:
+        _print(f"resume it: {command()} push --continue")
+    raise typer.Exit(int(collected.outcome))
 
 
 def publish(
@@ -149,13 +148,6 @@ def publish(
         publishing.sync_tracking(run_dir, key, _say)
     elif runs:
         _print(f"tracking stays here: there is no WANDB_API_KEY ({key.source})")
-
-
-def _show(description: str, body: dict) -> None:
-    """The request in readable lines, and its exact body in a file."""
-    file = Path(tempfile.mkdtemp(prefix=f"{NAME}-")) / "push.json"
-    file.write_text(json.dumps(body), encoding="utf-8")
-    _print(f"POST kernels.KernelsApiService/SaveKernel\n{description}\nthe exact body is in {file}; nothing was sent")
 
 
 def _print(text: str) -> None:
