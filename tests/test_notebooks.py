@@ -143,7 +143,7 @@ def test_papermill_from_another_folder_finds_the_checkout_around_the_notebook(tm
 def test_opened_alone_without_an_address_one_sentence_says_what_is_missing(tmp_path):
     done = bootstrap(tmp_path, "OWNER/deepseek-r1-medical-lora")
     assert done.returncode == 1 and not list(tmp_path.iterdir())  # OWNER may be somebody's name: nothing is cloned
-    assert done.stderr.splitlines()[-1].startswith("AssertionError: no utils/ near this notebook, nor from: git clone")
+    assert done.stderr.splitlines()[-1].startswith("AssertionError: no utils/ here, and none from: git clone")
 
 
 def test_opened_alone_it_clones_the_pinned_ref_and_imports_that(tmp_path, github):
@@ -164,7 +164,7 @@ def test_opened_alone_it_clones_the_pinned_ref_and_imports_that(tmp_path, github
 
 def test_a_clone_that_fails_is_a_sentence(tmp_path, github):
     done = bootstrap(tmp_path, "alice/series", **github)
-    assert done.returncode == 1 and "nor from: git clone" in done.stderr and "github.com/alice/series" in done.stderr
+    assert done.returncode == 1 and "none from: git clone" in done.stderr and "github.com/alice/series" in done.stderr
 
 
 def test_another_package_named_utils_is_told_from_ours(tmp_path, monkeypatch):

@@ -66,8 +66,8 @@ def push(
         _print(f"the last session ended as {state.state if state else 'unknown'}")
         collect(reference, poll=poll)
         return
-    pushed = pushing.push(kaggle, first)
-    _print(f"version {pushed.version or '?'} of {reference} {'is saved' if no_run else 'runs'}: {pushed.url}")
+    version, url = pushing.push(kaggle, first)
+    _print(f"version {version or '?'} of {reference} {'is saved' if no_run else 'runs'}: {url}")
     if no_run:
         _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
     elif wait:

@@ -66,10 +66,8 @@ class Scripted:
         monkeypatch.setattr("utils.kaggle.sessions.peek", self._peek)
 
     def _push(self, kaggle, request):
-        from utils.kaggle.push import Pushed
-
         self.pushed.append(request)
-        return Pushed(REFERENCE, len(self.pushed), "https://…")
+        return len(self.pushed), "https://…"
 
     def _peek(self, kaggle, reference):
         from utils.pipeline.state import SeriesState

@@ -21,6 +21,7 @@ from utils.files import relative_name
 Answer = TypeVar("Answer")
 ATTEMPTS = 6
 TIMEOUT_S = 120  # the package sets none: a connection that fell silent would be waited for without end
+_OWNER = "; check the kernel's name and its owner"
 SETTINGS = "https://www.kaggle.com/settings"
 FINISHED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 _growing = tenacity.wait_exponential_jitter(initial=1, max=60, jitter=1)
@@ -57,7 +58,7 @@ class Kaggle:
         self._api.run_it = run
         seconds = str(round(hours * 3600)) if hours else None
         try:
-            return self._call("the push", lambda: self._api.kernels_push(str(folder), seconds), is_rate_limit)
+            return self._call("the push", lambda: self._api.kernels_push(str(folder), seconds), _is_turned_away)
         except InfrastructureError as error:
             raise InfrastructureError(
                 f"{error} Whether the push arrived is not known: look at {page(reference)} before you push again."
@@ -198,9 +199,8 @@ def describe(error: BaseException | None) -> str:
     return f"{status}: {message}" if message else str(status)
 
 
-def is_rate_limit(error: BaseException) -> bool:
-    """Whether the server certainly did nothing, and will later."""
-    return status_of(error) == 429
+def _is_turned_away(error: BaseException) -> bool:
+    return status_of(error) == 429  # for its rate: the server certainly did nothing
 
 
 def passes(error: BaseException) -> bool:
@@ -208,7 +208,7 @@ def passes(error: BaseException) -> bool:
     import requests
 
     if status_of(error) is not None and isinstance(error, requests.HTTPError):
-        return status_of(error) == 429 or status_of(error) >= 500
+        return _is_turned_away(error) or status_of(error) >= 500
     broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, ConnectionError)
     return isinstance(error, (*broken, requests.exceptions.JSONDecodeError, json.JSONDecodeError))
 
@@ -220,15 +220,9 @@ def explain(error: BaseException, what: str) -> KaggleError | InfrastructureErro
     status, reason = status_of(error), describe(error)
     if passes(error):
         return InfrastructureError(f"Kaggle could not be reached for {what} ({reason}); try again later.")
-    if status == 401:
-        return KaggleError(
-            f"Kaggle does not accept the credentials ({reason}); make a new token at {SETTINGS}.", status
-        )
-    if status in (403, 404):
-        owner = "check the kernel's name and its owner"
-        return KaggleError(f"Kaggle lets nobody by these credentials do this: {what} ({reason}); {owner}.", status)
     if status is not None:
-        return KaggleError(f"Kaggle refused {what} ({reason}).", status)
+        hints = {401: f"; make a new token at {SETTINGS}", 403: _OWNER, 404: _OWNER}
+        return KaggleError(f"Kaggle refused {what} ({reason}){hints.get(status, '')}.", status)
     if isinstance(error, ValueError):
         return KaggleError(f"Kaggle's client refused {what}: {error}")
     return InfrastructureError(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,21 +55,10 @@ class Submission:
     def describe(self) -> str:
         """Every setting that would be sent; of the notebook size, digest and parameters."""
         lines = [f"{key}: {json.dumps(value)}" for key, value in self.metadata.items()]
-        lines += [f"session_timeout_hours: {self.hours:g}"] if self.hours else []
-        lines += [] if self.run else ["saved, and not run"]
+        lines += [f"hours: {self.hours or 'as Kaggle allows'}; {'run' if self.run else 'saved, and not run'}"]
         digest = hashlib.sha256(self.text.encode()).hexdigest()
-        lines.append(f"text: {len(self.text):,} of {MAXIMUM_BYTES:,} bytes, sha256 {digest}")
-        parameters = json.loads(self.text)["cells"][1]["source"]
-        return "\n".join([*lines, *(f"  {line}" for line in parameters.splitlines())])
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """A version that Kaggle took."""
-
-    reference: str
-    version: int | None
-    url: str
+        lines += [f"text: {len(self.text):,} of {MAXIMUM_BYTES:,} bytes, sha256 {digest}"]
+        return "\n".join([*lines, json.loads(self.text)["cells"][1]["source"]])
 
 
 def read_metadata() -> dict[str, Any]:
@@ -117,7 +106,7 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
     """
     overrides = dict(overrides or {})
     load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
-    for key, value in _leaves(overrides):
+    for key, value in overrides.items():
         if _is_local(key, value):
             raise KaggleError(
                 f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its path "
@@ -134,21 +123,16 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
 
 
 def _is_local(key: str, value: Any) -> bool:
-    if str(value).startswith("/kaggle/input/") or value is None:
+    if isinstance(value, list | dict):
+        return any(
+            _is_local(f"{key}.{name}", part)
+            for name, part in (value.items() if isinstance(value, dict) else enumerate(value))
+        )
+    if value is None or str(value).startswith("/kaggle/input/"):
         return False
     if key.endswith(".path") or key == "hardware.accelerate_config":
         return True
     return key in ("model.name", "export.base") and is_there(expand_home(str(value), key))
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value below `value`; a list's items are key.0, key.1, …"""
-    parts = dict(enumerate(value)) if isinstance(value, list) else value
-    if isinstance(parts, Mapping):
-        for name, part in parts.items():
-            yield from _leaves(part, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
 
 
 def submission(
@@ -177,8 +161,8 @@ def session_hours(profile: str, overrides: Mapping[str, Any]) -> float | None:
     return hours + _GRACE_HOURS if hours else None
 
 
-def push(kaggle: Kaggle, what: Submission) -> Pushed:
-    """Send it and read the answer; raises KaggleError where Kaggle took it in part or not at all."""
+def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
+    """(version, address) of what was sent; raises KaggleError where Kaggle took it in part or not at all."""
     with tempfile.TemporaryDirectory() as folder:
         what.write(Path(folder))
         answer = kaggle.push(Path(folder), what.reference, what.hours, what.run)
@@ -191,14 +175,14 @@ def push(kaggle: Kaggle, what: Submission) -> Pushed:
         "models": answer.invalid_model_sources,
         "tags": answer.invalid_tags,
     }
-    pushed = Pushed(what.reference, answer.version_number, answer.url or page(what.reference))
+    url = answer.url or page(what.reference)
     if any(refused.values()):
         names = "; ".join(f"{kind} {', '.join(values)}" for kind, values in refused.items() if values)
         raise KaggleError(
-            f"Kaggle made version {pushed.version} of {what.reference} without what was to be attached ({names}); stop it "
-            f"at {pushed.url}, check those names in {METADATA.name}, and push again."
+            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached ({names}); stop it "
+            f"at {url}, check those names in {METADATA.name}, and push again."
         )
-    return pushed
+    return answer.version_number, url
 
 
 def wait(
@@ -213,14 +197,13 @@ def wait(
     started, before, silent, ended, seen_at_work = time.monotonic(), "", 0, 0, False
     with console.status(reference) as live:
         while True:
+            state, message = "UNKNOWN", ""
             try:
                 state, message = kaggle.status(reference)
-                silent = 0
             except InfrastructureError:
-                silent += 1
                 if silent >= _UNKNOWN_STATES:
                     raise
-                state, message = "UNKNOWN", ""
+            silent = silent + 1 if state == "UNKNOWN" else 0
             passed = time.monotonic() - started
             line = f"{reference}: {readable(state)} after {passed / 60:.0f} min"
             live.update(line)

@@ -42,14 +42,14 @@ def push_until_done(
     """
     what, shown, before = first, _last_state(kaggle, first.reference), (-2, 0)
     for number in range(1, sessions + 1):
-        pushed = push(kaggle, what)
-        console.print(f"session {number}: version {pushed.version}, {pushed.url}", highlight=False, soft_wrap=True)
-        wait(kaggle, pushed.reference, console, interval_s, just_pushed=True)
-        state, manifest = peek(kaggle, pushed.reference)
+        version, url = push(kaggle, what)
+        console.print(f"session {number}: version {version}, {url}", highlight=False, soft_wrap=True)
+        wait(kaggle, first.reference, console, interval_s, just_pushed=True)
+        state, manifest = peek(kaggle, first.reference)
         if state is not None and state == shown:
             raise InfrastructureError(
-                f"The output of {pushed.reference} is still the one from before version {pushed.version}: Kaggle is slow, or "
-                f"that session did nothing; look at {page(pushed.reference)}, then push --continue --until-done."
+                f"The output of {first.reference} is still the one from before version {version}: Kaggle is slow, or "
+                f"that session did nothing; look at {page(first.reference)}, then push --continue --until-done."
             )
         shown = state
         if state is None or state.state != "continue":
