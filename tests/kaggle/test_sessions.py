@@ -12,7 +12,7 @@ from rich.console import Console
 from tests.conftest import run_command
 from tests.kaggle.test_collect import serve, write_run
 from tests.loopback import Answer, series_call
-from utils.errors import InfrastructureError, KaggleError
+from utils.errors import KaggleError
 from utils.kaggle.sessions import push_until_done
 from utils.pipeline.runner import checkpointed_steps
 from utils.pipeline.state import read_state
@@ -59,8 +59,8 @@ def test_a_source_that_kaggle_does_not_attach_stops_the_chain(kaggle_server, hom
 class Scripted:
     """A Kaggle whose sessions end as `ends` says: (stage, steps), or None for done."""
 
-    def __init__(self, ends: list, monkeypatch, earlier=None):
-        self.ends, self.pushed, self.earlier = iter(ends), [], earlier
+    def __init__(self, ends: list, monkeypatch):
+        self.ends, self.pushed = iter(ends), []
         monkeypatch.setattr("utils.kaggle.sessions.push", self._push)
         monkeypatch.setattr("utils.kaggle.sessions.wait", lambda *_, just_pushed: ("COMPLETE", ""))
         monkeypatch.setattr("utils.kaggle.sessions.peek", self._peek)
@@ -73,16 +73,14 @@ class Scripted:
         from utils.pipeline.state import SeriesState
 
         manifest = {"profile": "full", "overrides": {}}
-        if not self.pushed:
-            return self.earlier, manifest
         end, started = next(self.ends), float(len(self.pushed))
         if end is None:
             return SeriesState(state="done", started=started), manifest
         return SeriesState(state="continue", stage=end[0], steps=end[1], sentence="8 h", started=started), manifest
 
 
-def chain(ends, monkeypatch, sessions=6, earlier=None):
-    scripted = Scripted(ends, monkeypatch, earlier)
+def chain(ends, monkeypatch, sessions=6):
+    scripted = Scripted(ends, monkeypatch)
     first = SimpleNamespace(reference=REFERENCE, name="first")
     state = push_until_done(
         None,
@@ -105,18 +103,7 @@ def test_a_run_that_stands_still_is_not_pushed_a_third_time(monkeypatch):
         chain([("03_lora_training", 50)] * 9, monkeypatch)
 
 
-def test_the_output_from_before_the_push_is_not_taken_for_the_new_sessions(monkeypatch):
-    from utils.pipeline.state import SeriesState
-
-    with pytest.raises(InfrastructureError, match="still the one from before version 1"):
-        chain([None], monkeypatch, earlier=SeriesState(state="done", started=1.0))
-    state, _ = chain([None], monkeypatch, earlier=SeriesState(state="done", started=0.5))
-    assert state.state == "done"
-
-
-def test_a_kernel_that_does_not_exist_yet_has_no_earlier_output(kaggle_server, home, tmp_path):
-    denied = Answer({"code": 403, "message": "Permission 'kernels.get' was denied"}, 403)
-    kaggle_server.script["ListKernelSessionOutput"] = [denied]
+def test_a_series_that_one_session_does_is_collected_at_once(kaggle_server, home, tmp_path):
     serve(kaggle_server, write_run(tmp_path / "run", started=5.0))
     kaggle_server.statuses = [{"status": s} for s in ("queued", "running", "complete")]
     done = series_call(kaggle_server, home, "push", "--until-done", "--poll", "0.01")

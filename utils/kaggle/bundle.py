@@ -38,12 +38,12 @@ from utils.project import prepare
 prepare()  # on Kaggle and Colab only: what the pins ask for and the image lacks
 """
 SINGLE_RESUME = """
-from utils.kaggle.attach import resume_from_attached
+from utils.kaggle import resume_from_attached
 
 RUN_DIR = str(resume_from_attached(PROFILE, RUN_DIR))  # the earlier notebooks' output, where one is attached
 """
 SINGLE_END = """
-from utils.kaggle.attach import move_large_files
+from utils.kaggle import move_large_files
 
 move_large_files(RUN_DIR)  # on Kaggle only: light results stay in this notebook's output
 """

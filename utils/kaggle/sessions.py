@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from utils.errors import InfrastructureError, KaggleError, RunDirError
-from utils.kaggle.api import Kaggle, page
+from utils.errors import KaggleError
+from utils.kaggle.api import Kaggle
 from utils.kaggle.collect import peek
 from utils.kaggle.push import Submission, push, wait
 from utils.pipeline.stages import STAGES
@@ -38,20 +38,14 @@ def push_until_done(
 
     Ends when a session ends as anything but "continue". Raises KaggleError after `sessions` sessions, and where two in a
     row got no further, so that no quota is burnt on a run that stands still; InfrastructureError where Kaggle shows no
-    new session, or its output is still the one from before the push.
+    new session.
     """
-    what, shown, before = first, _last_state(kaggle, first.reference), (-2, 0)
+    what, before = first, (-2, 0)
     for number in range(1, sessions + 1):
         version, url = push(kaggle, what)
         console.print(f"session {number}: version {version}, {url}", highlight=False, soft_wrap=True)
         wait(kaggle, first.reference, console, interval_s, just_pushed=True)
         state, manifest = peek(kaggle, first.reference)
-        if state is not None and state == shown:
-            raise InfrastructureError(
-                f"The output of {first.reference} is still the one from before version {version}: Kaggle is slow, or "
-                f"that session did nothing; look at {page(first.reference)}, then push --continue --until-done."
-            )
-        shown = state
         if state is None or state.state != "continue":
             return state
         reached = (_ORDER.index(state.stage) if state.stage in _ORDER else -1, state.steps)
@@ -64,15 +58,3 @@ def push_until_done(
         console.print(f"  to be continued at {state.stage}, step {state.steps}", highlight=False, soft_wrap=True)
         what = following(manifest)
     raise KaggleError(f"The series is not done after {sessions} sessions; push --continue --until-done for more.")
-
-
-def _last_state(kaggle: Kaggle, reference: str) -> SeriesState | None:
-    """The state that Kaggle shows now; None for a kernel that does not exist yet or left none."""
-    try:
-        return peek(kaggle, reference)[0]
-    except RunDirError:
-        return None
-    except KaggleError as error:
-        if error.status in (403, 404):
-            return None
-        raise
