@@ -146,9 +146,6 @@ def test_the_rule_finds_what_breaks_it(rule, source):
 def test_every_source_is_looked_at():
     names = [name for name, _ in sources()]
     assert {"utils/models/load.py", "benchmarks/train.py"} <= set(names)
-    cells = {name.partition(":")[2] for name in names if name.startswith("utils/kaggle/kernel_cells.py:")}
-    written = {"PARAMETERS", "MATERIALISE", "PREPARE", "RUN", "SHOW", "SINGLE_PREPARE", "SINGLE_ADOPT", "SINGLE_END"}
-    assert cells == written  # and no prose
     assert sum(name.startswith("notebooks/") for name in names) > 50
 
 

@@ -1,6 +1,6 @@
 """Shared plumbing of the notebook series: measure a model, fine-tune it with LoRA, measure it again, export it.
 
-`utils` is a common name, so the notebooks' first cell asserts that the imported package carries `SERIES`.
+`utils` is a common name, so `utils.project.prepare` asserts that the imported package carries `SERIES`.
 """
 
 import os

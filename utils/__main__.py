@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -215,9 +214,9 @@ def push(
     poll: PollOption = 30.0,
 ) -> None:
     """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
-    from utils.kaggle import api
     from utils.kaggle import push as pushing
     from utils.kaggle import sessions as chain
+    from utils.kaggle.api import Kaggle
 
     if no_run and until_done:
         raise KaggleError("--no-run saves a version without a session, so --until-done would wait for none; drop one.")
@@ -225,52 +224,44 @@ def push(
     metadata = pushing.read_metadata()
     text = pushing.kernel_text(profile, overrides)
     named = bool(username) or not metadata["id"].startswith("OWNER/")
-    kaggle = None if dry_run and named and not continue_ else api.Kaggle(_log)
+    kaggle = None if dry_run and named and not continue_ else Kaggle(_log)
     reference = pushing.reference_of(metadata, username or ("" if named or kaggle is None else kaggle.username), slug)
 
-    def build(before: Config | None = None) -> Any:
-        """The request; `before` holds the settings of the session to resume."""
+    def submission(before: Config | None = None) -> pushing.Submission:
+        """What to send; `before` holds the settings of the session to resume."""
         if before is not None:
             config = edit_config(before, overrides)
         else:
             config = None if profile == "auto" else load_config(profile, overrides)
         hours = pushing.session_hours(config) if config else None
-        return pushing.build_request(metadata, reference, text, not no_run, hours, (reference,) if before else ())
+        return pushing.submission(metadata, reference, text, not no_run, hours, (reference,) if before else ())
 
-    request = build(chain.continuation(kaggle, reference) if continue_ else None)
+    first = submission(chain.read_unfinished(kaggle, reference) if continue_ else None)
     if dry_run:
-        _show_request(request)
+        folder = Path(tempfile.mkdtemp(prefix=f"{NAME}-"))
+        first.write(folder)
+        _print(f"{first.describe()}\nall of it is in {folder}; nothing was sent")
     elif until_done:
-        state = chain.until_done(kaggle, request, build, console, sessions, poll)
+        state = chain.push_until_done(kaggle, first, submission, console, sessions, poll)
         _print(f"the last session ended as {state.state if state else 'unknown'}")
         collect(reference, poll=poll)
     else:
-        _push_once(kaggle, request, reference, no_run, wait, poll)
+        _push_once(kaggle, first, no_run, wait, poll)
 
 
-def _show_request(request: Any) -> None:
-    """The request in readable lines, and its exact body in a file."""
+def _push_once(kaggle: Any, what: Any, no_run: bool, wait: bool, poll: float) -> None:
     from utils.kaggle import push as pushing
 
-    file = Path(tempfile.mkdtemp(prefix=f"{NAME}-")) / "push.json"
-    file.write_text(json.dumps(pushing.body_of(request)), encoding="utf-8")
-    _print(f"POST kernels.KernelsApiService/SaveKernel\n{pushing.describe_request(request)}")
-    _print(f"the exact body is in {file}; nothing was sent")
-
-
-def _push_once(kaggle: Any, request: Any, reference: str, no_run: bool, wait: bool, poll: float) -> None:
-    from utils.kaggle import push as pushing
-
-    pushed = pushing.push(kaggle, request)
-    _print(f"version {pushed.version or '?'} of {reference} {'is saved' if no_run else 'runs'}: {pushed.url}")
+    version, url = pushing.push(kaggle, what)
+    _print(f"version {version or '?'} of {what.reference} {'is saved' if no_run else 'runs'}: {url}")
     if no_run:
         _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
         return
     status = "COMPLETE"
     if wait:
-        status, message = pushing.wait(kaggle, reference, console, poll, just_pushed=True)
-        _print(f"{reference}: {status.replace('_', ' ').lower()}{f': {message}' if message else ''}")
-    _print(f"bring it home: {command()} collect {reference}")
+        status, message = pushing.wait(kaggle, what.reference, console, poll, just_pushed=True)
+        _print(f"{what.reference}: {pushing.readable(status)}{f': {message}' if message else ''}")
+    _print(f"bring it home: {command()} collect {what.reference}")
     if status != "COMPLETE":
         raise typer.Exit(1 if status == "ERROR" else 3)
 
@@ -283,12 +274,12 @@ def collect(
     wait: WaitOption = False,
     poll: PollOption = 30.0,
 ) -> None:
-    """Fetch a kernel's log and output and judge them; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
-    from utils.kaggle import api
+    """Fetch a kernel's log and output and classify how it ended; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
     from utils.kaggle import collect as collecting
     from utils.kaggle import push as pushing
+    from utils.kaggle.api import Kaggle
 
-    kaggle = api.Kaggle(_log)
+    kaggle = Kaggle(_log)
     if not ref:
         metadata = pushing.read_metadata()
         named = not metadata["id"].startswith("OWNER/")
@@ -297,12 +288,12 @@ def collect(
         pushing.wait(kaggle, ref, console, poll)
     target = Path(run_dir).resolve() if run_dir else collecting.default_target(ref)
     collected = collecting.collect(kaggle, ref, target, console)
-    collecting.say(collected, ref, console)
-    if collected.verdict == collecting.Verdict.PASS:
+    collecting.show(collected, ref, console)
+    if collected.outcome == collecting.Outcome.PASS:
         _print(f"look at {target / 'report' / 'index.html'}; upload it: {command()} publish {target} --repo USER/NAME")
-    elif collected.verdict == collecting.Verdict.CONTINUE:
-        _print(f"resume: {command()} push --continue")
-    raise typer.Exit(int(collected.verdict))
+    elif collected.outcome == collecting.Outcome.CONTINUE:
+        _print(f"resume it: {command()} push --continue")
+    raise typer.Exit(int(collected.outcome))
 
 
 @app.command()

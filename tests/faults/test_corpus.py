@@ -15,10 +15,10 @@ from utils.export.merge import read_lora
 from utils.export.shards import INDEX, find_shards
 from utils.export.verify import read_record
 from utils.kaggle import push
-from utils.kaggle.push import body_of, build_request, check_text, describe_request, read_metadata, reference_of
+from utils.kaggle.push import read_metadata, reference_of
 from utils.pipeline.run_dir import RunDir, read_manifest
 
-SOUND = ("kernel-metadata.json", "with-sources.json", "empty-cell.json")  # these say nothing wrong
+SOUND = ("kernel-metadata.json", "with-sources.json")  # these say nothing wrong
 
 
 def manifests(path: Path, folder: Path):
@@ -48,21 +48,13 @@ def metadata(path: Path, folder: Path):
     return reference_of(found, "alice")
 
 
-def notebooks(path: Path, folder: Path):
-    check_text(path.read_text(encoding="utf-8"))
-    push.METADATA = corpus("metadata", "kernel-metadata.json")[0]
-    request = build_request(read_metadata(), "alice/deepseek-r1-medical-lora", path.read_text(encoding="utf-8"))
-    return describe_request(request), body_of(request)
-
-
-READERS = (manifests, exports, indices, adapters, metadata, notebooks)
+READERS = (manifests, exports, indices, adapters, metadata)
 CASES = [(read, path) for read in READERS for path in corpus(read.__name__)]
 
 
 @pytest.mark.parametrize(("read", "path"), CASES, ids=[f"{read.__name__}/{path.name}" for read, path in CASES])
 def test_a_file_of_the_corpus_ends_in_a_sentence(read, path, tmp_path, monkeypatch, record_fault):
     monkeypatch.setattr(push, "METADATA", push.METADATA)  # put back afterwards
-    monkeypatch.setattr(push, "known_values", dict)
     found, sentence = survive(read, path, tmp_path)
     as_it_says = (sentence is None) == (path.name in SOUND) == (found is not None)
     record_fault(f"found before: {read.__name__}", survived=int(as_it_says))

@@ -20,7 +20,7 @@ from utils.__main__ import score
 from utils.errors import HubError, RunDirError, StageOrderError
 from utils.export.hub import plan_uploads, read_verdict
 from utils.kaggle.bundle import build_kernel
-from utils.kaggle.collect import Verdict, judge
+from utils.kaggle.collect import Outcome, classify
 from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
@@ -93,8 +93,8 @@ def _found_by_the_run(run: RunDir, name: str, maker: Stage) -> None:
 def _found_by_the_others(path: Path, name: str, maker: Stage) -> None:
     """verify, collect, score and publish name it; whoever does not read it is not stopped by it."""
     assert [line.split()[0] for line in altered_files(path)] == [name]
-    collected = judge("COMPLETE", "", path, "")
-    assert collected.verdict == Verdict.FAIL and name in collected.sentence
+    collected = classify("COMPLETE", "", path, "")
+    assert collected.outcome == Outcome.FAIL and name in collected.sentence
     check_sentence(collected.sentence)
     if is_below(name, OPENS["score"]):
         with pytest.raises(RunDirError) as error:

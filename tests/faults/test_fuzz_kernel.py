@@ -1,4 +1,4 @@
-"""What would travel to Kaggle: the kernel's metadata and its notebook, damaged or of another shape."""
+"""What would travel to Kaggle: the kernel's metadata, damaged or of another shape."""
 
 from __future__ import annotations
 
@@ -8,27 +8,10 @@ import pytest
 
 from tests.faults.fuzzing import corpus, mutated_bytes, mutated_values, survive, to_json
 from utils.kaggle import push
-from utils.kaggle.bundle import with_parameters
-from utils.kaggle.push import (
-    body_of,
-    build_request,
-    check_text,
-    describe_request,
-    read_metadata,
-    reference_of,
-    title_of,
-)
+from utils.kaggle.push import read_metadata, reference_of, submission, title_of
 
+KEPT = ("is_private", "enable_gpu", "enable_internet", "machine_shape")
 SEEDS = [corpus("metadata", name)[0].read_bytes() for name in ("kernel-metadata.json", "with-sources.json")]
-NOTEBOOK = {
-    "cells": [
-        {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# A"},
-        {"cell_type": "code", "id": "b", "metadata": {"tags": ["parameters"]}, "execution_count": None, "outputs": [],
-         "source": ["PROFILE = \"auto\"\n", "RUN_DIR = \"\"\n", "OVERRIDES = {}"]},
-    ],
-    "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
-    "nbformat": 4, "nbformat_minor": 5,
-}  # fmt: skip
 
 
 def check_metadata() -> None:
@@ -41,12 +24,11 @@ def check_metadata() -> None:
         survive(reference_of, metadata, owner, slug)
     survive(title_of, metadata, "another-name")
     if reference is not None:
-        request, _ = survive(build_request, metadata, reference, "{}")
-        if request is not None:
-            body = body_of(request)
-            assert json.loads(json.dumps(body)) == body
-            assert body["isPrivate"] == metadata["is_private"] and body["enableGpu"] == metadata["enable_gpu"]
-            assert body["slug"] == reference and reference.count("/") == 1
+        sent, _ = survive(submission, metadata, reference, "{}")
+        if sent is not None:
+            assert json.loads(json.dumps(sent.metadata)) == sent.metadata
+            assert {key: sent.metadata[key] for key in KEPT} == {key: metadata[key] for key in KEPT}
+            assert sent.reference == reference and reference.count("/") == 1
 
 
 @pytest.fixture
@@ -69,28 +51,3 @@ def test_metadata_of_another_shape_end_in_a_sentence_or_a_request(metadata, fuzz
         check_metadata()
 
     fuzz.run("kernel metadata: values", 1500, mutated_values([json.loads(seed) for seed in SEEDS]), check)
-
-
-def test_a_damaged_notebook_ends_in_a_sentence_or_may_travel(fuzz, monkeypatch):
-    monkeypatch.setattr(push, "known_values", dict)
-
-    def check(data: bytes) -> None:
-        survive(check_text, data.decode("utf-8", "replace"))
-
-    fuzz.run("notebooks: bytes", 500, mutated_bytes([to_json(NOTEBOOK)]), check)
-
-
-def test_a_notebook_of_another_shape_ends_in_a_sentence_or_may_travel(metadata, fuzz, monkeypatch):
-    monkeypatch.setattr(push, "known_values", dict)
-    metadata.write_bytes(SEEDS[0])
-    whole = read_metadata()
-
-    def check(value) -> None:
-        text = json.dumps(value)
-        _, refused = survive(check_text, text)
-        if refused is None:
-            request, _ = survive(build_request, whole, "alice/deepseek-r1-medical-lora", text)
-            survive(describe_request, request)
-            survive(with_parameters, json.loads(text), {"PROFILE": "t4"})
-
-    fuzz.run("notebooks: values", 1000, mutated_values([NOTEBOOK]), check)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from utils.sealed import read_lines, to_lines
 
 from tests.faults.fuzzing import VALUES, check_sentence, mutated_bytes, mutated_values, survive, to_json
 from tests.staged import complete
@@ -20,13 +21,11 @@ from utils.evaluation.results import read_sentence
 from utils.export.hub import plan_uploads
 from utils.export.verify import altered_exports, export_folders, read_record
 from utils.files import write_json
-from utils.kaggle.attach import find_attached
-from utils.kaggle.collect import Verdict, _judge_without_state, judge, readable_log
-from utils.kaggle.handover import leave_heavy
+from utils.kaggle.attach import find_attached, move_large_files
+from utils.kaggle.collect import Outcome, _classify_by_log, classify, readable_log
 from utils.pipeline.run_dir import altered_files, open_run, read_manifest, require_recorded
 from utils.pipeline.stages import BY_NAME, STAGES
 from utils.pipeline.state import SeriesState, read_state, write_state
-from utils.sealed import read_lines, to_lines
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def check_manifest(path: Path) -> None:
     survive(altered_files, path)
     survive(plan_uploads, path, "you/adapter")
     survive(require_recorded, path, ("data", "baseline"))
-    collected, _ = survive(judge, "COMPLETE", "", path, "")
+    collected, _ = survive(classify, "COMPLETE", "", path, "")
     check_sentence(collected.sentence)
     run, _ = survive(open_run, "auto", path)
     if run is not None:
@@ -97,10 +96,10 @@ def test_a_state_of_any_kind_is_none_or_is_told_in_a_sentence(here, fuzz):
         found, _ = survive(read_state, here)
         assert found is None or isinstance(found, SeriesState)
         for status in ("COMPLETE", "ERROR"):
-            collected, _ = survive(judge, status, "", here, "")
-            assert isinstance(collected.verdict, Verdict)
+            collected, _ = survive(classify, status, "", here, "")
+            assert isinstance(collected.outcome, Outcome)
         survive(altered_files, here)
-        survive(leave_heavy, here)
+        survive(move_large_files, here)
 
     fuzz.run("states: values", 500, mutated_values([state.model_dump(mode="json")]), check)
 
@@ -247,13 +246,13 @@ LOG = [
 ]
 
 
-def test_a_kernels_log_of_any_shape_is_read_as_text_and_judged(fuzz):
+def test_a_kernels_log_of_any_shape_is_read_as_text_and_classified(fuzz):
     def check(data: bytes) -> None:
         text, _ = survive(readable_log, data.decode("utf-8", "surrogateescape"))
         assert type(text) is str
         for status in ("COMPLETE", "ERROR"):
-            collected, _ = survive(_judge_without_state, status, "", text)
-            assert collected.verdict in tuple(Verdict)
+            collected, _ = survive(_classify_by_log, status, "", text)
+            assert collected.outcome in tuple(Outcome)
 
     fuzz.run(
         "kernels' logs: bytes", 500, mutated_bytes([to_json(LOG), b"Traceback\nkagglesdk.X.RunDirError: no\n"]), check

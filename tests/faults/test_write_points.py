@@ -45,12 +45,10 @@ ELSEWHERE = {
     "llama_cpp.build_llama_cpp": "the machine's cache",
     "demo.build_model": "the machine's cache",
     "install.install_missing": "the machine's scratch",
-    "handover.leave_heavy": "Kaggle's end of a session: tests/test_handover.py",
-    "inputs.adopt_attached": "before there is a run: tests/test_inputs.py",
-    "collect._download": "no run at work: tests/test_collect.py",
-    "collect.attempt": "no run at work: tests/test_collect.py",
-    "collect.collect": "no run at work: tests/test_collect.py",
-    "remote._show": "no run at work",
+    "attach.move_large_files": "Kaggle's end of a session: tests/kaggle/test_attach.py",
+    "attach.resume_from_attached": "before there is a run: tests/kaggle/test_attach.py",
+    "collect.collect": "no run at work: tests/kaggle/test_collect.py",
+    "push.write": "no run at work: tests/kaggle/test_push.py",
     "bundle._write": "no run at work",
 }
 METHODS = {"write_text", "write_bytes", "to_parquet", "to_csv", "savefig", "save_pretrained", "copyfile", "copytree", "move", "pwrite", "write_sealed"}  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from utils.errors import HubError, InfrastructureError
 from utils.evaluation.results import read_sentence
 from utils.files import sha256
-from utils.kaggle.retry import describe, repeat, status_of
+from utils.kaggle.api import describe, repeat, status_of
 from utils.pipeline.run_dir import open_run, read_manifest, require_recorded
 from utils.pipeline.stages import BY_NAME
 from utils.project import command
