@@ -26,6 +26,7 @@ from utils.export.verify import (
     write_reference,
 )
 from utils.files import write_json, write_text
+from utils.hardware import resolve_hardware
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stages import BY_NAME
 
@@ -70,6 +71,20 @@ def test_adapter_and_merged_model_agree_with_the_model_in_memory(exported):
         assert agreement[kind]["largest_logit_difference"] < 1e-4
     assert agreement["merged_weights"]["modules"] == 4
     assert export_folders(exported) == {kind: exported.file(f"export/{kind}") for kind in ("adapter", "merged", "gguf")}
+
+
+def test_a_float32_run_on_a_bfloat16_base_holds_the_merged_model_to_what_it_is_stored_in(tiny_folder, tmp_path):
+    """SmolLM2 on a CPU: "the same tokens for 7 of 8 prompts, expected all", though the merge was right."""
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    weights = {name: (4 * tensor).bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    run = make_run(base, tmp_path / "run", hardware__dtype="float32")
+    run.write_record(BY_NAME["05_export"], state="running", computed_on=resolve_hardware(run.config.hardware))
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run)[0]}
+    write_reference(run)
+    figures = verify_exports(run, folders)
+    assert figures["adapter"]["level"] == "exact" and figures["merged"]["level"] == "bfloat16"
+    assert figures["merged"]["largest_logit_difference"] > 1e-4
 
 
 def test_a_flipped_bit_is_found_in_whichever_file_it_is(copied):

@@ -115,15 +115,18 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
     """
     config, reference = run.config, Continuations.load(run.file(REFERENCE))
     four_bit, revision = config.model.load_in_4bit, config.model.revision
-    exact = not four_bit and torch_dtype(config).itemsize == 4 and _same_machine(run)
+    computed = str(torch_dtype(config)).removeprefix("torch.")
+    exact = not four_bit and computed == "float32" and _same_machine(run)
     tasks = {"adapter": _task(folders["adapter"], model_source(config), revision, four_bit)}
-    half: Level = "bfloat16" if str(torch_dtype(config)) == "torch.bfloat16" else "half"
+    half: Level = "bfloat16" if computed == "bfloat16" else "half"
     level = "exact" if exact else half
     against: dict[str, tuple[str, Level]] = {"adapter": ("reference", level)}
     if "merged" in folders:
         base = find_base(config)
         if not four_bit:
-            against["merged"] = ("reference", level)
+            stored = {tensor.dtype for shard in find_shards(folders["merged"]) for tensor in shard.tensors}
+            rounded: Level = "bfloat16" if "BF16" in stored else "half" if "F16" in stored else level
+            against["merged"] = ("reference", rounded if level == "exact" else level)
         elif _fits(run, folders["merged"]):
             tasks["adapter_on_16_bit"] = _task(folders["adapter"], str(base.folder), None, False, follows=None)
             against["merged"] = ("adapter_on_16_bit", half)
