@@ -6,9 +6,7 @@ Nothing of the notebook that wrote them is in memory here, and the tokenizer is 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,7 @@ from utils.files import write_json
 from utils.models.load import load_plain, prepare_device
 from utils.models.memory import free_memory
 from utils.models.tokenizer import guard_tokenizer
-from utils.project import ROOT, python_path
+from utils.processes import Child
 from utils.redaction import hide_secrets
 from utils.schema import Config
 
@@ -39,12 +37,12 @@ def answer_elsewhere(
         task = Path(scratch) / "task.json"
         shutil.copy(reference, task.with_name("reference.safetensors"))
         write_json(task, {"config": config.model_dump(mode="json"), "exports": dict(exports), "prompts": list(prompts)})
-        command = [sys.executable, "-m", "utils.export.loadback", str(task)]
-        environment = {**os.environ, "PYTHONPATH": python_path()}
-        answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            last = (answer.stderr.strip().splitlines() or ["no message"])[-1][:300]
-            raise ModelError(f"An export could not be loaded in a fresh process ({last}); run 05 again.")
+        command = [sys.executable, "-m", "utils.export.loadback", task]
+        with Child(command, task.with_name("log"), {"PYTHONUNBUFFERED": "1"}) as child:
+            if child.wait():
+                raise ModelError(
+                    f"An export could not be loaded in a fresh process ({child.last_words()}); run 05 again."
+                )
         return {name: Continuations.load(task.with_name(f"{name}.safetensors")) for name in exports}
 
 
