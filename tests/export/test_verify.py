@@ -22,6 +22,7 @@ from utils.export.verify import (
     altered_exports,
     check_merged_weights,
     export_folders,
+    plan_checks,
     read_record,
     verify_exports,
     write_record,
@@ -41,13 +42,13 @@ def exported(tiny_folder, tmp_path_factory):
     write_evidence(run)
     computed_on = {"device": "cpu", "backend": "transformers", "dtype": "float32"}
     run.write_record(BY_NAME["05_export"], state="running", computed_on=computed_on)
-    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run)[0]}
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run).folder}
     write_reference(run)
     figures = verify_exports(run, folders)
     folders["gguf"] = run.file("export/gguf")  # what llama.cpp would write: here only its digests are looked at
     for name in ("model-f16.gguf", "model-q4_k_m.gguf", "adapter-f32.gguf", "Modelfile"):
         write_text(folders["gguf"] / name, f"GGUF {name}")
-    write_cards(run, find_base(run.config), folders, figures)
+    write_cards(run, folders, figures)
     write_record(run, folders, figures)
     return run
 
@@ -83,10 +84,10 @@ def test_a_float32_run_on_a_bfloat16_base_holds_the_merged_model_to_what_it_is_s
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     run = make_run(base, tmp_path / "run", hardware__dtype="float32")
     run.write_record(BY_NAME["05_export"], state="running", computed_on=resolve_hardware(run.config.hardware))
-    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run)[0]}
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run).folder}
     write_reference(run)
     figures = verify_exports(run, folders)
-    assert figures["adapter"]["level"] == "exact" and figures["merged"]["level"] == "bfloat16"
+    assert figures["adapter"]["level"] == "exact" and figures["merged"]["level"] == "rounded to bfloat16"
     assert figures["merged"]["largest_logit_difference"] > 1e-4
 
 
@@ -116,7 +117,7 @@ def test_a_weight_that_changed_is_found_by_loading_even_where_no_digest_is_asked
 
 
 def test_merged_weights_are_checked_against_base_plus_adapter(copied):
-    folders, base = export_folders(copied), find_base(copied.config)
+    folders, (base, _) = export_folders(copied), find_base(copied.config)
     assert check_merged_weights(folders, base)["largest_rounding_units"] < 4
     for change in (1e-4, float("nan")):
         change_a_weight(folders["merged"] / "model.safetensors", change)
@@ -130,49 +131,32 @@ def test_an_export_that_cannot_be_loaded_ends_in_a_sentence(copied):
         verify_exports(copied, {"adapter": copied.file("export/adapter")})
 
 
-def test_on_another_machine_float32_is_held_to_the_wider_tolerance(copied, monkeypatch):
-    from utils.export import verify as verification
-
+def test_on_another_machine_float32_is_held_to_the_wider_tolerance(copied):
     elsewhere = {"device": "cuda", "backend": "unsloth", "dtype": "float16"}
     copied.write_record(BY_NAME["05_export"], state="done", computed_on=elsewhere)
-    asked = {}
-
-    def answers(config, exports, prompts, reference):
-        asked.update(exports)
-        return {name: Continuations.load(reference) for name in exports}
-
-    monkeypatch.setattr(verification, "answer_elsewhere", answers)
-    figures = verify_exports(copied, {"adapter": copied.file("export/adapter")})
-    assert figures["adapter"]["level"] == "half" and asked["adapter"]["follows"] == "reference"
+    (check,) = plan_checks(copied, {"adapter": copied.file("export/adapter")})
+    assert (check.reference, check.tolerance) == ("reference", "float16")
     coarse = copied.config.hardware.model_copy(update={"dtype": "bfloat16"})
     copied.config = copied.config.model_copy(update={"hardware": coarse})
-    assert verify_exports(copied, {"adapter": copied.file("export/adapter")})["adapter"]["level"] == "bfloat16"
+    (check,) = plan_checks(copied, {"adapter": copied.file("export/adapter")})
+    assert check.tolerance == "bfloat16"
 
 
 @pytest.mark.parametrize(
-    ("fits", "leader", "level"), [(True, "adapter_on_16_bit", "half"), (False, "reference", "four bit")]
+    ("fits", "leader", "tolerance"), [(True, "adapter_on_16_bit", "exact"), (False, "reference", "4-bit")]
 )
 def test_a_four_bit_run_holds_merged_weights_against_the_sixteen_bit_base_where_it_fits(
-    copied, monkeypatch, fits, leader, level
+    copied, monkeypatch, fits, leader, tolerance
 ):
-    from utils.export import verify as verification
+    from utils.export import verify
 
     section = copied.config.model.model_copy(update={"load_in_4bit": True})
     copied.config = copied.config.model_copy(update={"model": section})
-    asked = {}
-
-    def answers(config, exports, prompts, reference):
-        asked.update(exports)
-        return {name: Continuations.load(reference) for name in exports}
-
-    monkeypatch.setattr(verification, "answer_elsewhere", answers)
-    monkeypatch.setattr(verification, "_fits", lambda *_: fits)
-    figures = verify_exports(copied, folders_of(copied))
-    assert figures["merged"]["level"] == level and asked["merged"]["follows"] == leader
-    assert asked["adapter"]["four_bit"] and asked["merged"]["four_bit"] == (not fits)
-    if fits:
-        assert list(asked).index("adapter_on_16_bit") < list(asked).index("merged")
-        assert asked["adapter_on_16_bit"]["follows"] is None and not asked["adapter_on_16_bit"]["four_bit"]
+    monkeypatch.setattr(verify, "_fits", lambda *_: fits)
+    adapter, *between, merged = plan_checks(copied, folders_of(copied))
+    assert (merged.reference, merged.tolerance) == (leader, tolerance)  # base and sums of this run are float32
+    assert adapter.model.four_bit and merged.model.four_bit == (not fits)
+    assert [(check.name, check.reference, check.model.four_bit) for check in between] == [(leader, None, False)] * fits
 
 
 def test_an_export_that_lay_in_scratch_and_is_gone_is_no_fault_of_the_rest(copied, tmp_path):
@@ -215,8 +199,8 @@ from pathlib import Path
 from utils.export import verify
 from utils.pipeline.run_dir import open_run
 run = open_run("auto", {str(exported.path)!r})
-task = {{"folder": {str(adapter)!r}, "base": {base!r}, "revision": None, "four_bit": False, "follows": None}}
-verify.answer_elsewhere(run.config, {{"adapter": task}}, verify.export_prompts(run) * 9999, run.file(verify.REFERENCE))
+check = verify.Check("adapter", verify.Model({str(adapter)!r}, {base!r}))
+verify.answer_elsewhere(run.config, [check], verify.export_prompts(run) * 9999, run.file(verify.REFERENCE))
 """
     parent = psutil.Popen([sys.executable, "-c", code], cwd=ROOT)
     started = time.monotonic()
