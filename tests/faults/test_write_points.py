@@ -19,7 +19,7 @@ WRITERS = {
     "03": {"checkpoints.on_save", "trial.choose_fit", "training.save_adapter", "training.save_log", "figures._save", "files.write_text"},
     "05": {
         "adapter.copy_adapter", "adapter.save_tokenizer", "adapter.merge_adapter", "merge._merge_shard",
-        "compare_logits.save", "model_card._write", "files.write_text",
+        "compare_logits.save", "files.write_text",
     },
     "04": {
         "generation._append", "likelihood.forced_letters", "data.write_frame", "comparison.write_comparison",

@@ -71,16 +71,10 @@ def continue_greedily(model, tokenizer, prompts: Sequence[str], description: str
     for length, group in track(sorted(groups.items()), description, unit="batch"):
         with torch.inference_mode():
             answer = model.generate(
-                torch.tensor([encoded[i] for i in group], device=model.device),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+                torch.tensor([encoded[i] for i in group], device=model.device), max_new_tokens=NEW_TOKENS,
+                do_sample=False, temperature=None, top_p=None, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id, output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
         steps = torch.stack([step.float().cpu() for step in answer.logits], dim=1)
         for row, i in enumerate(group):
             ids = answer.sequences[row, length:].tolist()

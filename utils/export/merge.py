@@ -22,7 +22,7 @@ _PREFIX = "base_model.model."
 # Settings of peft's that change the sum. What they leave out is found again when the merged model is loaded back.
 _UNKNOWN_HERE = (
     "use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
-    "trainable_token_indices",
+    "trainable_token_indices", "bias",
 )  # fmt: skip
 
 
@@ -72,12 +72,10 @@ def _read_settings(file: Path) -> dict[str, Any]:
             raise ValueError(f"r is {r!r} and lora_alpha {alpha!r}")
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ModelError(f"{file} holds no settings of a LoRA ({error}); run 03_lora_training again.") from None
-    found = {key: settings[key] for key in _UNKNOWN_HERE if settings.get(key)}
-    if settings.get("bias", "none") != "none":
-        found["bias"] = settings["bias"]
+    odd = {key: settings[key] for key in _UNKNOWN_HERE if settings.get(key) not in (None, False, {}, [], "none")}
     if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):  # others change the base's weights too
-        found["init_lora_weights"] = settings["init_lora_weights"]
-    for key, value in found.items():
+        odd["init_lora_weights"] = settings["init_lora_weights"]
+    for key, value in odd.items():
         raise ModelError(
             f"The adapter has {key}={value!r}, which this merge would get wrong; merge it with peft's merge_and_unload."
         )

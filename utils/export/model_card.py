@@ -42,16 +42,13 @@ _QUESTION = "Which vitamin does the skin make in sunlight?"
 def write_cards(run: RunDir, folders: Mapping[str, Path], figures: Mapping[str, dict]) -> None:
     """README.md in every exported folder, each a repository's card, and export/README.md, which names them."""
     for kind, folder in folders.items():
-        _write(folder / "README.md", str(make_card(run, kind, folders, figures)))
+        with writing(folder / "README.md"):
+            write_text(folder / "README.md", str(make_card(run, kind, folders, figures)))
     lines = [f"# {_title(run)}", "", _read(run, "comparison/metrics.json")["sentence"], ""]
     lines += [f"- `{kind}/`: {HOLDS[kind]}; a repository of its own, with its card" for kind in folders]
     lines += ["", "For research and education only. No medical advice."]
-    _write(run.file("export/README.md"), "\n".join(lines) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with writing(path):
-        write_text(path, text)
+    with writing(run.file("export/README.md")):
+        write_text(run.file("export/README.md"), "\n".join(lines) + "\n")
 
 
 def make_card(run: RunDir, kind: str, folders: Mapping[str, Path], figures: Mapping[str, dict]) -> ModelCard:
@@ -62,8 +59,6 @@ def make_card(run: RunDir, kind: str, folders: Mapping[str, Path], figures: Mapp
     checks = {name: found for name, found in figures.items() if "identical" in found}
     own_checks = [found for name, found in checks.items() if name == kind or name.startswith(f"{kind}_")]
     prompt = format_prompt("QUESTION", config.prompt.style)
-    base_name, base_revision = merged_into(config)
-    trained_name, trained_revision = trained_on(config)
     return ModelCard.from_template(
         _metadata(run, kind, metrics, split, known_data),
         template_str=(files("utils.report") / "templates" / "card.md.j2").read_text(encoding="utf-8"),
@@ -76,12 +71,10 @@ def make_card(run: RunDir, kind: str, folders: Mapping[str, Path], figures: Mapp
         trained=trained,
         machine=_read(run, "environment.json")["machine"],
         seconds=sum(stage.get("seconds", 0) for stage in stages.values()),
-        base_name=base_name,
-        base_revision=base_revision,
-        trained_name=trained_name,
-        trained_revision=trained_revision,
+        base=merged_into(config),
+        trained_on=trained_on(config),
         stored_in="4-bit NF4" if config.model.load_in_4bit else trained["computed_on"]["dtype"],
-        embedded=base_name == EMBEDDED,
+        embedded=merged_into(config)[0] == EMBEDDED,
         known_base=_known_base(run),
         known_data=known_data,
         prompt=prompt.removesuffix("\n"),

@@ -179,8 +179,7 @@ def answer(task: Path) -> None:
     prepare_device(config)
     for check in wanted["checks"]:
         model, tokenizer = load_export(config, Model(**check["model"]))
-        asked = (model, tokenizer, wanted["prompts"])
-        description = f"loaded back: {check['name']}"
+        asked, description = (model, tokenizer, wanted["prompts"]), f"loaded back: {check['name']}"
         if check["reference"]:
             leader = Continuations.load(task.with_name(f"{check['reference']}.safetensors"))
             answers = follow(*asked, leader, description)
