@@ -109,7 +109,7 @@ def score(run_dir: RunDirArgument) -> None:
 @app.command()
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
-    from utils.export.verify import altered_exports, export_folders, verify_exports
+    from utils.export.verify import export_folders, verify_exports
     from utils.pipeline.manifest import altered_files, stale_on_record
     from utils.pipeline.stage import require_hardware
     from utils.pipeline.stages import BY_NAME
@@ -117,9 +117,6 @@ def verify(run_dir: RunDirArgument) -> None:
 
     run = _existing(run_dir)
     altered = altered_files(run.path)
-    known = {line.split()[0] for line in altered}
-    if "export/verify.json" not in known:
-        altered += [line for line in altered_exports(run) if line.split()[0] not in known]
     for line in altered:
         console.print(f"[red]✗[/red] {escape(line)}", highlight=False, soft_wrap=True)
     if altered:

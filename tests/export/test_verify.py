@@ -19,7 +19,6 @@ from utils.export.compare_logits import Continuations
 from utils.export.model_card import write_cards
 from utils.export.verify import (
     REFERENCE,
-    altered_exports,
     check_merged_weights,
     export_folders,
     plan_checks,
@@ -28,7 +27,7 @@ from utils.export.verify import (
     write_record,
     write_reference,
 )
-from utils.files import write_json, write_text
+from utils.files import write_text
 from utils.hardware import resolve_hardware
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stages import BY_NAME
@@ -91,25 +90,6 @@ def test_a_float32_run_on_a_bfloat16_base_holds_the_merged_model_to_what_it_is_s
     assert figures["merged"]["largest_logit_difference"] > 1e-4
 
 
-def test_a_flipped_bit_is_found_in_whichever_file_it_is(copied):
-    assert altered_exports(copied) == []
-    exported_files = [
-        path for path in copied.file("export").rglob("*") if path.is_file() and path.name != "verify.json"
-    ]
-    assert len(exported_files) == 20
-    for path in exported_files:
-        whole = path.read_bytes()
-        damaged = bytearray(whole)
-        damaged[len(damaged) // 2] ^= 1
-        path.write_bytes(damaged)
-        name = path.relative_to(copied.path).as_posix()
-        assert altered_exports(copied) == [f"{name} differs from what was verified"]
-        path.write_bytes(whole)
-    assert altered_exports(copied) == []
-    exported_files[0].unlink()
-    assert len(altered_exports(copied)) == 1 and "is missing" in altered_exports(copied)[0]
-
-
 def test_a_weight_that_changed_is_found_by_loading_even_where_no_digest_is_asked(copied):
     change_a_weight(copied.file("export/merged/model.safetensors"), 1.0)
     with pytest.raises(ModelError, match=r"exported merged, loaded back, gives .*(logits differ|the same tokens)"):
@@ -162,12 +142,10 @@ def test_a_four_bit_run_holds_merged_weights_against_the_sixteen_bit_base_where_
 def test_an_export_that_lay_in_scratch_and_is_gone_is_no_fault_of_the_rest(copied, tmp_path):
     elsewhere = shutil.move(copied.file("export/merged"), tmp_path / "merged")
     folders = {"adapter": copied.file("export/adapter"), "merged": tmp_path / "merged"}
-    write_record(copied, folders, read_record(copied)["agreement"])
-    assert read_record(copied)["folders"]["merged"] == str(elsewhere) and altered_exports(copied) == []
-    (tmp_path / "merged" / "config.json").write_text("{}")
-    assert altered_exports(copied) == ["export/merged/config.json differs from what was verified"]
+    write_record(copied, folders, {})
+    assert export_folders(copied)["merged"] == elsewhere
     shutil.rmtree(elsewhere)
-    assert altered_exports(copied) == [] and set(export_folders(copied)) == {"adapter", "gguf"}
+    assert set(export_folders(copied)) == {"adapter", "gguf"}
 
 
 def test_the_reference_says_what_the_trained_model_says(exported):
@@ -179,16 +157,6 @@ def test_a_record_that_cannot_be_read_is_a_sentence(copied):
     copied.file("export/verify.json").write_text("{")
     with pytest.raises(RunDirError, match=r"verify\.json cannot be read .*run 05 again"):
         export_folders(copied)
-
-
-@pytest.mark.parametrize(
-    "name", ["data/a", "export", "export/../a", "/export/a", "export/..\\a", "export/\n", "export//a"]
-)
-def test_a_record_with_a_name_that_is_none_below_export_is_refused(tmp_path, name):
-    run = open_run("demo", tmp_path)
-    write_json(run.file("export/verify.json"), {"folders": {}, "files": {name: "0"}})
-    with pytest.raises(RunDirError, match=r"verify.json cannot be read \(its values are not those"):
-        read_record(run)
 
 
 def test_a_stage_that_is_killed_leaves_no_load_back_process_behind(exported):

@@ -14,11 +14,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import psutil
-from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from utils.data.prompts import format_prompt
 from utils.disk import writing
@@ -37,14 +36,13 @@ from utils.export.compare_logits import (
 )
 from utils.export.gguf import check_folder
 from utils.export.merge import find_shards, list_tensors, read_lora, read_tensor
-from utils.files import digests, is_folder, is_there, parse_json, record_files, relative_name, sha256, write_json
+from utils.files import is_folder, parse_json, write_json
 from utils.hardware import gpus, resolve_hardware
 from utils.models.load import device, load_plain, prepare_device, torch_dtype
 from utils.models.memory import free_memory
 from utils.models.tokenizer import guard_tokenizer, load_tokenizer, model_source
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
-from utils.pipeline.state import read_state
 from utils.processes import Child
 from utils.redaction import hide_secrets
 from utils.schema import Config
@@ -238,16 +236,8 @@ def _fits(run: RunDir, merged: Path) -> bool:
     return (_T4_GIB if run.config.hardware.emulate_t4 else gpus()[0].memory_gib) > needed
 
 
-def _exported(name: str) -> str:
-    path = relative_name(name)
-    if path is None or len(path.parts) < 2 or path.parts[0] != "export":
-        raise ValueError(f"{name!r} is no file below export/")
-    return name
-
-
 class _Record(BaseModel):
     folders: dict[str, str]
-    files: dict[Annotated[str, AfterValidator(_exported)], str]
 
 
 def read_record(run: RunDir) -> dict:
@@ -265,12 +255,12 @@ def read_record(run: RunDir) -> dict:
 
 
 def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, dict]) -> None:
-    """export/verify.json: where the exports are, what was compared, the tolerances, and the digest of every file."""
-    files, places = digests(record_files(run.path, (REFERENCE, "export/README.md"))), {}
-    for kind, folder in folders.items():
-        files |= {f"export/{name}": value for name, value in digests(record_files(folder.parent, (kind,))).items()}
-        places[kind] = str(folder.relative_to(run.path) if folder.is_relative_to(run.path) else folder)
-    record = {"folders": places, "tolerances": {"exact": EXACT, **ROUNDED}, "agreement": figures, "files": files}
+    """export/verify.json: where the exports are, what was compared, and the tolerances."""
+    places = {
+        kind: str(folder.relative_to(run.path) if folder.is_relative_to(run.path) else folder)
+        for kind, folder in folders.items()
+    }
+    record = {"folders": places, "tolerances": {"exact": EXACT, **ROUNDED}, "agreement": figures}
     with writing(run.file("export/verify.json")):
         write_json(run.file("export/verify.json"), record)
 
@@ -280,25 +270,6 @@ def export_folders(run: RunDir) -> dict[str, Path]:
     recorded = read_record(run).get("folders", {})
     places = {kind: run.path / recorded.get(kind, f"export/{kind}") for kind in KINDS}
     return {kind: folder for kind, folder in places.items() if is_folder(folder)}
-
-
-def altered_exports(run: RunDir) -> list[str]:
-    """Rehash every file in export/verify.json and name those that are missing or differ.
-
-    An export that was written to scratch, or moved there, and went with it is left out: nothing that is here is wrong.
-    """
-    record, altered, state = read_record(run), [], read_state(run.path)
-    for name, digest in record.get("files", {}).items():
-        _, kind, *rest = name.split("/")
-        folder = record["folders"].get(kind)
-        path = run.path / (Path(folder, *rest) if folder else name)
-        if not (is_there(path) and path.is_file()):
-            elsewhere = folder and Path(folder).is_absolute() and not is_folder(folder)
-            if not elsewhere and (state is None or not state.left(name)):
-                altered.append(f"{name} is missing")
-        elif sha256(path) != digest:
-            altered.append(f"{name} differs from what was verified")
-    return altered
 
 
 if __name__ == "__main__":
