@@ -34,9 +34,8 @@ HUB = {
 }
 LOCAL = {  # (file, call): it takes a folder of ours and asks no hub
     ("utils/models/load.py", "PeftModel.from_pretrained"),
-    ("utils/export/loadback.py", "PeftModel.from_pretrained"),
-    ("utils/export/loadback.py", "AutoTokenizer.from_pretrained"),
     ("utils/export/verify.py", "PeftModel.from_pretrained"),
+    ("utils/export/verify.py", "AutoTokenizer.from_pretrained"),
 }
 
 

@@ -165,13 +165,9 @@ def verify(run_dir: RunDirArgument) -> None:
 
 
 def _require_unaltered(run: RunDir, run_dir: Path) -> None:
-    from utils.export.verify import altered_exports
     from utils.pipeline.run_dir import altered_files
 
     altered = altered_files(run.path)
-    known = {line.split()[0] for line in altered}
-    if "export/verify.json" not in known:
-        altered += [line for line in altered_exports(run) if line.split()[0] not in known]
     for line in altered:
         _print(f"[red]✗[/red] {escape(line)}", markup=True)
     if altered:

@@ -11,8 +11,7 @@ from tests.faults.fuzzing import corpus, survive, to_json
 from tests.faults.test_fuzz_models import SETTINGS
 from utils import secrets as credentials
 from utils.config import load_config
-from utils.export.merge import read_lora
-from utils.export.shards import INDEX, find_shards
+from utils.export.merge import INDEX, find_shards, read_lora
 from utils.export.verify import read_record
 from utils.kaggle import push
 from utils.kaggle.push import read_metadata, reference_of

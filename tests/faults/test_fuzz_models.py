@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.fuzzing import mutated_bytes, mutated_values, survive, to_json
-from utils.export.merge import read_lora
-from utils.export.shards import BYTES, INDEX, SINGLE, find_shards, read_shard
+from utils.export.merge import INDEX, SINGLE, find_shards, list_tensors, read_lora
 from utils.models.tokenizer import load_tokenizer
 
 HEADER = {
@@ -28,12 +27,9 @@ def shard_bytes(header: bytes, data: bytes = bytes(range(32))) -> bytes:
 
 
 def check_shard(path: Path) -> None:
-    shard, _ = survive(read_shard, path)
-    if shard is not None:
-        assert shard.size == path.stat().st_size
-        for tensor in shard.tensors:
-            assert len(shard.head) <= tensor.start <= tensor.stop <= shard.size
-            assert tensor.stop - tensor.start == BYTES[tensor.dtype] * math.prod(tensor.shape)
+    found, _ = survive(list_tensors, [path])
+    for place, _, shape in (found or {}).values():
+        assert place == path and all(number >= 0 for number in shape)
 
 
 def test_a_damaged_shard_ends_in_a_sentence_or_its_tensors(tmp_path, fuzz):
@@ -66,7 +62,7 @@ def test_an_index_of_another_shape_ends_in_a_sentence_or_its_shards(tmp_path, fu
         (tmp_path / INDEX).write_bytes(to_json(value))
         shards, _ = survive(find_shards, tmp_path)
         for shard in shards or ():
-            assert shard.path.resolve().parent == tmp_path.resolve()
+            assert shard.resolve().parent == tmp_path.resolve()
 
     fuzz.run("shards: indices", 700, mutated_values([index]), check)
 

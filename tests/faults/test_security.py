@@ -141,9 +141,9 @@ def test_code_that_a_model_folder_brings_is_not_run_even_if_somebody_says_yes(
 from utils.config import load_config
 from utils.errors import ModelError
 from utils.models.load import load_model
-from utils.export.loadback import load_export
+from utils.export.verify import Model, load_export
 config = load_config("demo", {{"model.name": {str(folder)!r}}})
-for load in (lambda: load_model(config), lambda: load_export(config, __import__("pathlib").Path({str(folder)!r}), None, None, False)):
+for load in (lambda: load_model(config), lambda: load_export(config, Model({str(folder)!r}))):
     try:
         load()
         print("loaded")
@@ -231,7 +231,7 @@ def hostile_tars(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_source_of_llama_cpp_is_refused_where_a_member_leaves_its_folder(tmp_path, monkeypatch, record_fault):
-    from utils.export import llama_cpp
+    from utils.export import gguf
 
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -244,8 +244,8 @@ def test_the_source_of_llama_cpp_is_refused_where_a_member_leaves_its_folder(tmp
                 (place / "llama_cpp_python-0.tar.gz").write_bytes(content)
             return subprocess.CompletedProcess(command, 0, "", "")
 
-        monkeypatch.setattr(llama_cpp.subprocess, "run", download)
-        kind_of_end, error = outcome(lambda kind=kind: llama_cpp.build_llama_cpp(tmp_path / "home" / kind))
+        monkeypatch.setattr(gguf.subprocess, "run", download)
+        kind_of_end, error = outcome(lambda kind=kind: gguf.build_llama_cpp(tmp_path / "home" / kind))
         told[kind] = (kind_of_end, str(error))
     planted = [path for path in tmp_path.rglob("planted")]
     kinds = {kind: ended for kind, (ended, _) in told.items()}
@@ -262,12 +262,12 @@ def test_the_source_of_llama_cpp_is_refused_where_a_member_leaves_its_folder(tmp
 def test_a_python_that_cannot_unpack_safely_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
     """Found by CI on Python 3.11.2, whose tarfile knows no filters: a TypeError after the download."""
     from utils.errors import HardwareError
-    from utils.export import llama_cpp
+    from utils.export import gguf
 
     monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    monkeypatch.setattr(llama_cpp.subprocess, "run", lambda *a, **k: pytest.fail("fetched"))
+    monkeypatch.setattr(gguf.subprocess, "run", lambda *a, **k: pytest.fail("fetched"))
     with pytest.raises(HardwareError, match=r"3\.11\.4 and newer"):
-        llama_cpp.build_llama_cpp(tmp_path / "home")
+        gguf.build_llama_cpp(tmp_path / "home")
 
 
 BAD_NAMES = [

@@ -18,8 +18,8 @@ from utils.project import ROOT, python_path
 WRITERS = {
     "03": {"training.save_adapter", "training.save_log", "figures._save", "files.write_text"},
     "05": {
-        "export.copy_adapter", "export.save_tokenizer", "export.merge_adapter", "merge._merge_shard",
-        "agreement.save", "card._write", "files.write_text",
+        "adapter.copy_adapter", "adapter.save_tokenizer", "adapter.merge_adapter", "merge._merge_shard",
+        "compare_logits.save", "files.write_text",
     },
     "04": {
         "generation._append", "likelihood.forced_letters", "data.write_frame", "comparison.write_comparison",
@@ -33,16 +33,16 @@ WRITERS = {
 # And those that write at other times, each with the reason why it is not filled up here.
 ELSEWHERE = {
     "lock._sign": "what it cannot write is left out: tests/test_lock.py",
-    "merge._write": "a thread of merge._merge_shard",
     "merge.merge_shards": "the index of a model in several shards: tests/test_disk.py",
     "generation._set_aside_torn_lines": "after a kill; through files.write_text",
     "progress._tell": "what it cannot write is left out: tests/test_progress.py",
     "launch.write_recipe": "several GPUs; through files.write_text",
     "launch.run_worker": "several GPUs: the other processes' log",
     "workers._launch": "several GPUs: their logs",
-    "export.write_ggufs": "needs llama.cpp: tests/test_disk.py",
-    "loadback.answer_elsewhere": "the machine's scratch",
-    "llama_cpp.build_llama_cpp": "the machine's cache",
+    "probe.probe_letters": "evaluate.probe; through files.write_text",
+    "gguf.write_gguf": "needs llama.cpp: tests/test_disk.py",
+    "verify.answer_elsewhere": "the machine's scratch",
+    "gguf.build_llama_cpp": "the machine's cache",
     "demo.build_model": "the machine's cache",
     "install.install_missing": "the machine's scratch",
     "attach.move_large_files": "Kaggle's end of a session: tests/kaggle/test_attach.py",
