@@ -70,7 +70,7 @@ def pushed(tmp_path_factory, embedded_model):
     assert done.returncode == 0, done.stderr
 
     machine = Machine(root, embedded_model, IN_SECRETS | {
-        "KAGGLE_USER_SECRETS_TOKEN": "a-session-token", "KAGGLE_URL_BASE": secrets.address,
+        "KAGGLE_USER_SECRETS_TOKEN": "a-session-token", "KAGGLE_URL_BASE": secrets.address,  # pragma: allowlist secret
     })  # fmt: skip
     (machine.empty / ".env").write_text(dotenv)
     session = machine.execute(kaggle.versions[0]["text"])
