@@ -81,10 +81,12 @@ $(TOOLS)/installed: Makefile
 	$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1
 	@touch $@
 
-address:  ## make address REPOSITORY=you/fork: put your repository into badges and bootstrap cells
+address: $(VENV)/installed  ## make address REPOSITORY=you/fork: put your repository into badges and bootstrap cells
 	@test -n "$(REPOSITORY)" || { echo "Say which: make address REPOSITORY=you/fork"; exit 1; }
 	@old=$$(sed -n 's/^REPOSITORY = "\(.*\)"/\1/p' utils/project.py); \
-	git grep -lF "$$old" -- notebooks README.md utils | xargs sed -i "s#$$old#$(REPOSITORY)#g"
+	for file in $$(git grep -lF "$$old" -- notebooks README.md utils); do \
+	  sed "s#$$old#$(REPOSITORY)#g" "$$file" > $(VENV)/edited && cp $(VENV)/edited "$$file" || exit 1; \
+	done  # no sed -i: macOS wants a suffix after it
 	$(MAKE) bundle
 	@echo "Badges and bootstrap cells point to $(REPOSITORY); put your Kaggle user name into id in kernel-metadata.json, commit, and tag as REF in utils/project.py says: notebooks opened alone clone that tag."
 

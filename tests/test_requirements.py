@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 from packaging.utils import canonicalize_name
@@ -86,3 +90,30 @@ def test_the_table_of_what_colabs_image_loses_is_of_these_pins_and_within_its_li
     replaced = table["after"]
     assert len(replaced) <= MOST_REPLACED and not NEVER_REPLACED & set(replaced)
     assert len(table["before"]) > len(replaced)
+
+
+def test_make_address_does_without_what_only_gnu_sed_has(tmp_path):
+    """macOS's `sed -i` takes the next word for a suffix."""
+    for name in ("README.md", "utils/project.py", "notebooks/a.ipynb"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('REPOSITORY = "OWNER/x"\nhttps://github.com/OWNER/x\n')
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements-cpu.lock").touch()
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "installed").touch()
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "-A"], cwd=tmp_path, check=True)
+    bsd = tmp_path / "bin" / "sed"
+    bsd.parent.mkdir()
+    bsd.write_text(
+        f'#!/bin/sh\ncase "$1" in -i) echo "sed: 1: invalid command code" >&2; exit 1;; esac\nexec {shutil.which("sed")} "$@"\n'
+    )
+    bsd.chmod(0o755)
+    path = f"{bsd.parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["make", "address", "REPOSITORY=me/fork", "VENV=venv", "MAKE=true"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("README.md", "utils/project.py", "notebooks/a.ipynb"):
+        assert Path(tmp_path / name).read_text() == 'REPOSITORY = "me/fork"\nhttps://github.com/me/fork\n'
