@@ -38,6 +38,8 @@ class IpcKernelManager(AsyncKernelManager):
         if not self.shutting_down:
             await super()._async_interrupt_kernel()
 
+    interrupt_kernel = _async_interrupt_kernel  # what jupyter_client 7, which the images have, asks for
+
 
 class Kernels:
     """Executes notebooks one after the other; Ctrl-C and SIGTERM go to the kernel at work, and to nobody else.
