@@ -27,7 +27,7 @@ def test_the_series_goes_through_with_every_form_of_chat_model(form, tmp_path):
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(len(tokenizer), **shape, **special)).save_pretrained(tmp_path / "model")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **special)).save_pretrained(tmp_path / "model")
     settings = [word for key, value in FEW.items() for word in ("--set", f"{key}={value}")]
     command = ("run", "--profile", "demo", "--run-dir", tmp_path / "run", "--set", f"model.name={tmp_path / 'model'}")
     done = run_command(*command, *settings)
