@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import papermill
 import psutil
-import traitlets
-from jupyter_client import AsyncKernelManager
 
 from utils.errors import Interrupted
 from utils.pipeline.signals import StopRequest
 
-
-class _KernelManager(AsyncKernelManager):
-    """Socket files of this user instead of an open port, about which ipykernel warns once a stage (it is not encrypted)."""
-
-    transport = traitlets.CaselessStrEnum(["tcp", "ipc"], default_value="ipc", config=True)
-
-    @traitlets.default("ip")
-    def _socket(self) -> str:
-        return f"/tmp/kernel-{uuid.uuid4().hex}"  # noqa: S108 - not TMPDIR: zmq takes 107 characters, 103 on macOS
-
-    async def _async_interrupt_kernel(self) -> None:
-        """Not at a notebook's end: jupyter_client interrupts a kernel before it asks it to shut down, and where that hits
-        the last reply, "KeyboardInterrupt caught in kernel" is printed below a run that went well."""
-        if not self.shutting_down:
-            await super()._async_interrupt_kernel()
-
-    interrupt_kernel = _async_interrupt_kernel  # what jupyter_client 7, which the images have, asks for
+# ipykernel warns once a stage that its port is not encrypted, and tells of the interrupt that comes before each shutdown.
+_QUIET = ["--log-level=CRITICAL"]
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], stop: StopRequest) -> None:
@@ -45,13 +27,11 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], stop: Stop
             parameters=parameters,
             kernel_name="python3",
             progress_bar=False,
-            kernel_manager_class=_KernelManager,
+            extra_arguments=_QUIET,
             on_cell_execute=lambda **_: check(stop),
         )
-    finally:
-        signal_kernels(
-            signal.SIGKILL
-        )  # nbclient leaves one behind that hangs, or that was interrupted before it was ready
+    finally:  # nbclient leaves a kernel behind that hangs, or that was interrupted before it was ready
+        signal_kernels(signal.SIGKILL)
 
 
 def check(stop: StopRequest) -> None:
