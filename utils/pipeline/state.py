@@ -1,4 +1,4 @@
-"""How a run stands, in one small file: `state.json`, read by whoever brings the run home or resumes it."""
+"""How a run stands, in `state.json`: read by whoever brings the run home or resumes it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SeriesState(BaseModel):
 
 
 def write_state(run_dir: Path, state: SeriesState) -> None:
-    """Write `state.json` atomically; nothing where there is no run directory."""
+    """Nothing where there is no run directory."""
     if run_dir.is_dir():
         write_json(run_dir / FILE, state.model_dump(mode="json"))
 
