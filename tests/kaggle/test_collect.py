@@ -171,6 +171,7 @@ def test_what_stayed_in_scratch_is_not_missed(kaggle_server, home, tmp_path):
 def test_a_name_that_points_outside_is_refused_and_nothing_is_kept(kaggle_server, home, tmp_path):
     serve(kaggle_server, write_run(tmp_path / "run"))
     kaggle_server.files["../../evil.txt"] = b"evil"
+    kaggle_server.script["/files/evil.txt"] = kaggle_server.script["/evil.txt"] = [Answer(b"evil")]
     done = collect(kaggle_server, home)
     assert done.returncode == 3 and "points outside" in done.stderr
     assert not list(tmp_path.rglob("evil.txt")) and list((home / "collected").iterdir()) == []

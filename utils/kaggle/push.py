@@ -29,7 +29,6 @@ _EXPECTED = {
     str: ("id", "title", "code_file", "language", "kernel_type", "machine_shape"),
     list: ("dataset_sources", "kernel_sources", "competition_sources", "model_sources"),
 }
-_GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports
 _UNKNOWN_STATES = 10  # in a row, before waiting is given up
 _START_S = 600.0  # after a push, until its session has to be seen queued or running
 
@@ -45,7 +44,6 @@ class Submission:
 
     @property
     def reference(self) -> str:
-        """OWNER/SLUG."""
         return self.metadata["id"]
 
     def write(self, folder: Path) -> None:
@@ -55,30 +53,26 @@ class Submission:
 
     def describe(self) -> str:
         """Every setting that would be sent; of the notebook size, digest and parameters."""
-        lines = [f"{key}: {json.dumps(value)}" for key, value in self.metadata.items()]
-        lines += [f"hours: {self.hours or 'as Kaggle allows'}; {'run' if self.run else 'saved, and not run'}"]
         digest = hashlib.sha256(self.text.encode()).hexdigest()
-        lines += [f"text: {len(self.text):,} of {MAXIMUM_BYTES:,} bytes, sha256 {digest}"]
-        return "\n".join([*lines, json.loads(self.text)["cells"][1]["source"]])
+        lines = [
+            *(f"{key}: {json.dumps(value)}" for key, value in self.metadata.items()),
+            f"hours: {self.hours or 'as Kaggle allows'}; {'run' if self.run else 'saved, and not run'}",
+            f"text: {len(self.text):,} of {MAXIMUM_BYTES:,} bytes, sha256 {digest}",
+            json.loads(self.text)["cells"][1]["source"],
+        ]
+        return "\n".join(lines)
 
 
 def read_metadata() -> dict[str, Any]:
     """kernel-metadata.json; raises KaggleError where a setting is not written out, or is none."""
     try:
-        metadata = parse_json(METADATA.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KaggleError(f"{METADATA} cannot be read ({error}); take it back from git.") from None
-    found = metadata if isinstance(metadata, dict) else {}
-    wrong = [key for kind, keys in _EXPECTED.items() for key in keys if not _is_setting(found.get(key), kind)]
+        found = parse_json(METADATA.read_text(encoding="utf-8"))
+        wrong = [key for kind, keys in _EXPECTED.items() for key in keys if not isinstance(found[key], kind)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KaggleError(f"{METADATA} cannot be read ({error!r}); take it back from git.") from None
     if wrong:
         raise KaggleError(f"{METADATA.name} has to write out {', '.join(wrong)}; take it back from git.")
-    return metadata
-
-
-def _is_setting(value: Any, kind: type) -> bool:
-    if kind is list:
-        return isinstance(value, list) and all(_is_setting(item, str) for item in value)
-    return isinstance(value, kind) and (kind is bool or (bool(value) and value.isprintable()))
+    return found
 
 
 def reference_of(metadata: Mapping[str, Any], username: str = "", slug: str = "") -> str:
@@ -106,9 +100,9 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
     Raises ConfigError for a wrong setting, KaggleError for what must not travel, BundleError where it is too large.
     """
     overrides = dict(overrides or {})
-    load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
-    for key, value in overrides.items():
-        if _is_local(key, value):
+    config = load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
+    for key, value in _local_files(config):
+        if not str(value).startswith("/kaggle/input/"):
             raise KaggleError(
                 f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its path "
                 "below /kaggle/input."
@@ -123,17 +117,17 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
     return text
 
 
-def _is_local(key: str, value: Any) -> bool:
-    if isinstance(value, list | dict):
-        return any(
-            _is_local(f"{key}.{name}", part)
-            for name, part in (value.items() if isinstance(value, dict) else enumerate(value))
-        )
-    if value is None or str(value).startswith("/kaggle/input/"):
-        return False
-    if key.endswith(".path") or key == "hardware.accelerate_config":
-        return True
-    return key in ("model.name", "export.base") and is_there(expand_home(str(value), key))
+def _local_files(config: Config) -> list[tuple[str, Any]]:
+    """(setting, value) of every setting that names a file or folder."""
+    evaluate, names = config.evaluate, {"model.name": config.model.name, "export.base": config.export.base}
+    paths = [
+        ("data.path", config.data.path),
+        ("evaluate.benchmark", evaluate.benchmark.path),
+        *(("evaluate.more_benchmarks", benchmark.path) for benchmark in evaluate.more_benchmarks),
+        ("hardware.accelerate_config", config.hardware.accelerate_config),
+        *((key, name) for key, name in names.items() if name and is_there(expand_home(str(name), key))),
+    ]
+    return [(key, path) for key, path in paths if path]
 
 
 def submission(
@@ -155,9 +149,9 @@ def submission(
 
 
 def session_hours(config: Config) -> float | None:
-    """When Kaggle shall end the session: an hour after the run would end itself; None leaves it to Kaggle."""
+    """When Kaggle shall end the session: an hour after the run would end itself (saving, exports); None leaves it to Kaggle."""
     hours = config.hardware.max_hours
-    return hours + _GRACE_HOURS if hours else None
+    return hours + 1.0 if hours else None
 
 
 def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
@@ -196,20 +190,18 @@ def wait(
     started, before, silent, ended, seen_at_work = time.monotonic(), "", 0, 0, False
     with console.status(reference) as live:
         while True:
-            state, message = "UNKNOWN", ""
             try:
-                state, message = kaggle.status(reference)
+                (state, message), silent = kaggle.status(reference), 0
             except InfrastructureError:
-                if silent >= _UNKNOWN_STATES:
+                state, message, silent = "UNKNOWN", "", silent + 1
+                if silent > _UNKNOWN_STATES:
                     raise
-            silent = silent + 1 if state == "UNKNOWN" else 0
             passed = time.monotonic() - started
             line = f"{reference}: {readable(state)} after {passed / 60:.0f} min"
             live.update(line)
             if state != before:
                 console.print(line, highlight=False, soft_wrap=True)
-            before = state
-            ended = ended + 1 if state in FINISHED else 0
+            before, ended = state, ended + 1 if state in FINISHED else 0
             seen_at_work = seen_at_work or state in ("QUEUED", "RUNNING")
             if ended and (seen_at_work or (ended >= 3 and not just_pushed)):
                 return state, message
