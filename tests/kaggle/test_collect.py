@@ -124,7 +124,7 @@ def test_a_session_that_ended_itself_in_time_is_to_be_continued(kaggle_server, h
 def test_a_file_that_broke_off_is_fetched_again(kaggle_server, home, tmp_path):
     serve(kaggle_server, write_run(tmp_path / "run"))
     kaggle_server.script["/files/runs/t4/data/train.parquet"] = [
-        Answer(b"x" * 5000, cut=100), Answer({}, 500, {"Retry-After": "0"}),
+        Answer(b"x" * 5000, cut=100), Answer({}, 500),
     ]  # fmt: skip
     done = collect(kaggle_server, home)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -193,9 +193,7 @@ def test_a_kernel_of_somebody_else_is_a_sentence(kaggle_server, home):
 
 
 def test_kaggle_that_cannot_be_reached_is_infrastructure(kaggle_server, home):
-    kaggle_server.script["GetKernelSessionStatus"] = [
-        Answer(b"<html>", 503, {"Retry-After": "0", "Content-Type": "text/html"})
-    ] * 6
+    kaggle_server.script["GetKernelSessionStatus"] = [Answer(b"<html>", 503, {"Content-Type": "text/html"})] * 6
     done = collect(kaggle_server, home)
     assert done.returncode == 3 and "Kaggle could not be reached" in done.stderr
 

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,6 @@ SETTINGS = "https://www.kaggle.com/settings"
 FINISHED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 _OWNER = "; check the kernel's name and its owner"
 _HINTS = {401: f"; make a new token at {SETTINGS}", 403: _OWNER, 404: _OWNER}
-_growing = tenacity.wait_exponential_jitter(initial=1, max=60, jitter=1)
 
 
 class Kaggle:
@@ -35,14 +35,9 @@ class Kaggle:
 
     def __init__(self, log: Callable[[str], None] = print):
         self.log, self.username = log, ""
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # a page of help where it cannot sign in
-                self._api = repeat(_sign_in, "signing in", log)
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):  # and a page of help
+            self._api = repeat("signing in", _sign_in, log)
             self.username = self._api.get_config_value("username") or ""
-        except ModuleNotFoundError:
-            raise KaggleError("The package kaggle is not installed; pip install -r requirements-cpu.txt.") from None
-        except SystemExit:
-            pass
         if not self.username:
             raise KaggleError(
                 f"There are no Kaggle credentials, or they are no longer valid; make a token at {SETTINGS} and put it "
@@ -58,13 +53,12 @@ class Kaggle:
         from kagglesdk.kernels.types.kernels_enums import KernelExecutionType
 
         request, seconds = ApiSaveKernelRequest(), str(round(hours * 3600)) if hours else None
+        action = partial(self._api.kernels_push, str(folder), seconds)
         if not run:  # kaggle 2.2.5 has a parameter for that
             request.kernel_execution_type = KernelExecutionType.QUICK_SAVE
         try:
             with patch("kaggle.api.kaggle_api_extended.ApiSaveKernelRequest", lambda: request):
-                return repeat(
-                    lambda: self._api.kernels_push(str(folder), seconds), "the push", self.log, _is_turned_away
-                )
+                return repeat("the push", action, self.log, _is_turned_away)
         except InfrastructureError as error:
             raise InfrastructureError(
                 f"{error} Whether the push arrived is not known: look at {page(reference)} before you push again."
@@ -72,7 +66,7 @@ class Kaggle:
 
     def status(self, reference: str) -> tuple[str, str]:
         """(state, message) of a kernel's last session: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_ACKNOWLEDGED, …"""
-        answer = repeat(lambda: self._api.kernels_status(reference), "get kernel session status", self.log)
+        answer = repeat("get kernel session status", partial(self._api.kernels_status, reference), self.log)
         return answer.status.name, answer.failure_message or ""
 
     def output(self, reference: str, folder: Path, pattern: str | None = None) -> None:
@@ -85,9 +79,9 @@ class Kaggle:
             require_names_below([file.removeprefix(f"{folder}/")])
             return True
 
-        fetch = self._api.kernels_output
         with patch.object(self._api, "download_needed", is_wanted):
-            repeat(lambda: fetch(reference, str(folder), pattern, page_size=100), "fetching the output", self.log)
+            action = partial(self._api.kernels_output, reference, str(folder), pattern, page_size=100)
+            repeat("fetching the output", action, self.log)
 
 
 def _sign_in() -> Any:
@@ -107,8 +101,27 @@ def require_names_below(names: Iterable[str]) -> None:
             )
 
 
-def repeat(action: Callable[[], Any], what: str, log: Callable[[str], None], again: Callable | None = None) -> Any:
-    """The result of `action`, tried up to ATTEMPTS times while `again` (by default `passes`) holds for its exception.
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that an exception carries, None without an answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_turned_away(error: BaseException) -> bool:
+    return status_of(error) == 429  # for its rate: the server certainly did nothing
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether it is worth another try: rate limits, 5xx, broken connections, and an answer that is no JSON."""
+    import requests
+
+    if status := status_of(error):
+        return _is_turned_away(error) or status >= 500
+    broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, ConnectionError)
+    return isinstance(error, (*broken, json.JSONDecodeError))
+
+
+def repeat(what: str, action: Callable[[], Any], log: Callable[[str], None], again: Callable = passes) -> Any:
+    """The result of `action`, tried up to ATTEMPTS times while `again` holds for its exception.
 
     Raises KaggleError or InfrastructureError for what the package raised.
     """
@@ -119,15 +132,15 @@ def repeat(action: Callable[[], Any], what: str, log: Callable[[str], None], aga
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=_pause,
-        retry=tenacity.retry_if_exception(again or passes),
+        wait=tenacity.wait_exponential_jitter(initial=1, max=60, jitter=1),
+        retry=tenacity.retry_if_exception(again),
         before_sleep=announce,
         reraise=True,
     )
     try:
         with _strict_requests():
             return retrying(action)
-    except (UserError, ModuleNotFoundError):
+    except UserError:
         raise
     except Exception as error:
         raise _explain(error, what) from None
@@ -149,18 +162,6 @@ def _strict_requests() -> Iterator[None]:
         yield
 
 
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds: what the server asks for, up to two minutes, or growing from one second."""
-    response = getattr(state.outcome.exception(), "response", None)
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(float(asked), 120.0) if asked.isdigit() else _growing(state)
-
-
-def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status that an exception carries, None without an answer."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
 def describe(error: BaseException | None) -> str:
     """Status and the server's own message, which the package hides where it is nested."""
     status, message = status_of(error), None
@@ -170,20 +171,6 @@ def describe(error: BaseException | None) -> str:
         body = error.response.json()
         message = body.get("message") or body["error"]["message"]
     return f"{status}: {message}" if message else str(status)
-
-
-def _is_turned_away(error: BaseException) -> bool:
-    return status_of(error) == 429  # for its rate: the server certainly did nothing
-
-
-def passes(error: BaseException) -> bool:
-    """Whether it is worth another try: rate limits, 5xx, broken connections, and an answer that is no JSON."""
-    import requests
-
-    if status := status_of(error):
-        return _is_turned_away(error) or status >= 500
-    broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, ConnectionError)
-    return isinstance(error, (*broken, json.JSONDecodeError))
 
 
 def _explain(error: BaseException, what: str) -> UserError:

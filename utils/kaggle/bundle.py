@@ -31,21 +31,10 @@ _PATTERNS = ("utils/**/*.py", "utils/report/templates/*", "notebooks/*.ipynb", "
              "requirements.txt")  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed date: the same files give the same archive
 TEMPLATE = Path(__file__).with_name("kernel.ipynb")  # the kernel's cells; what stands between two @ is filled in
-SINGLE_PREPARE = """
-from utils.project import prepare
-
-prepare()  # on Kaggle and Colab only: what the pins ask for and the image lacks
-"""
-SINGLE_RESUME = """
-from utils.kaggle import resume_from_attached
-
-RUN_DIR = str(resume_from_attached(PROFILE, RUN_DIR))  # the earlier notebooks' output, where one is attached
-"""
-SINGLE_END = """
-from utils.kaggle import move_large_files
-
-move_large_files(RUN_DIR)  # on Kaggle only: light results stay in this notebook's output
-"""
+# Cells of a single notebook: on Kaggle and Colab, what the image lacks; an earlier output; light results stay in this one.
+SINGLE_PREPARE = "from utils.project import prepare\n\nprepare()"
+SINGLE_RESUME = "from utils.kaggle import resume_from_attached\n\nRUN_DIR = str(resume_from_attached(PROFILE, RUN_DIR))"
+SINGLE_END = "from utils.kaggle import move_large_files\n\nmove_large_files(RUN_DIR)"
 
 
 class BundleError(UserError):
@@ -82,9 +71,9 @@ def build_single(number: str) -> nbformat.NotebookNode:
     notebook, template = (nbformat.read(path, as_version=4) for path in (stage.notebook, TEMPLATE))
     cells = notebook.cells
     bootstrap, parameters = [cell for cell in cells if cell.cell_type == "code"][:2]
-    bootstrap.source = f"{_materialise(template.cells[2].source)}\n{SINGLE_PREPARE.rstrip()}"
+    bootstrap.source = f"{_materialise(template.cells[2].source)}\n\n{SINGLE_PREPARE}"
     attached, output = (
-        nbformat.v4.new_code_cell(source.strip(), id=f"{stage.number}-{name}")
+        nbformat.v4.new_code_cell(source, id=f"{stage.number}-{name}")
         for name, source in (("attached", SINGLE_RESUME), ("output", SINGLE_END))
     )
     cells.insert(cells.index(parameters) + 1, attached)

@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,11 +28,8 @@ from utils.secrets import redact
 
 _OF_THE_MACHINE = ("HardwareError", "PinError")  # the session lacked what the run asks for; the run is not judged
 _NO_MEMORY = "tried to allocate more memory"  # Kaggle's words, for a session that it ended for that
-_ERROR = re.compile(
-    r"""(?mx) ^(?:[\w.]+\.)?                                  # torch.cuda.
-        (\w*(?:Error|Exception)|OutOfMemory|SeriesStopped)    # ValueError
-        :\ (.*)$                                              # : what it says"""
-)
+# torch.cuda.OutOfMemoryError: what it says
+_ERROR = re.compile(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception)|OutOfMemory|SeriesStopped): (.*)$")
 
 
 class Outcome(IntEnum):
@@ -44,8 +41,7 @@ class Outcome(IntEnum):
     CONTINUE = 4
 
 
-@dataclass(frozen=True)
-class Collected:
+class Collected(NamedTuple):
     """How a kernel's last session ended, in one word and one sentence."""
 
     outcome: Outcome

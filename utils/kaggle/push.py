@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -52,15 +51,11 @@ class Submission:
         write_text(folder / self.metadata["code_file"], self.text)
 
     def describe(self) -> str:
-        """Every setting that would be sent; of the notebook size, digest and parameters."""
-        digest = hashlib.sha256(self.text.encode()).hexdigest()
-        lines = [
-            *(f"{key}: {json.dumps(value)}" for key, value in self.metadata.items()),
-            f"hours: {self.hours or 'as Kaggle allows'}; {'run' if self.run else 'saved, and not run'}",
-            f"text: {len(self.text):,} of {MAXIMUM_BYTES:,} bytes, sha256 {digest}",
-            json.loads(self.text)["cells"][1]["source"],
-        ]
-        return "\n".join(lines)
+        """Every setting that would be sent; of the notebook size and parameters."""
+        settings = [f"{key}: {json.dumps(value)}" for key, value in self.metadata.items()]
+        hours = f"hours: {self.hours or 'as Kaggle allows'}; {'run' if self.run else 'saved, and not run'}"
+        size = f"text: {len(self.text):,} of {MAXIMUM_BYTES:,} bytes"
+        return "\n".join([*settings, hours, size, json.loads(self.text)["cells"][1]["source"]])
 
 
 def read_metadata() -> dict[str, Any]:
@@ -131,12 +126,7 @@ def _local_files(config: Config) -> list[tuple[str, Any]]:
 
 
 def submission(
-    metadata: Mapping[str, Any],
-    reference: str,
-    text: str,
-    run: bool = True,
-    hours: float | None = None,
-    sources: tuple[str, ...] = (),
+    metadata: dict, reference: str, text: str, run: bool = True, hours: float | None = None, sources: tuple = ()
 ) -> Submission:
     """What to push as `reference`; `run` False only saves, `sources` are kernels whose output is attached too."""
     filled = {
@@ -161,13 +151,8 @@ def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
         answer = kaggle.push(Path(folder), what.reference, what.hours, what.run)
     if answer.error:
         raise KaggleError(f"Kaggle did not take the push: {answer.error}")
-    refused = {
-        "data sets": answer.invalid_dataset_sources,
-        "kernels": answer.invalid_kernel_sources,
-        "competitions": answer.invalid_competition_sources,
-        "models": answer.invalid_model_sources,
-        "tags": answer.invalid_tags,
-    }
+    kinds = {"dataset": "data sets", "kernel": "kernels", "competition": "competitions", "model": "models"}
+    refused = {word: getattr(answer, f"invalid_{kind}_sources") for kind, word in kinds.items()}
     url = answer.url or page(what.reference)
     if any(refused.values()):
         names = "; ".join(f"{kind} {', '.join(values)}" for kind, values in refused.items() if values)

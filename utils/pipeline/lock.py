@@ -54,7 +54,7 @@ def take_lock(run_dir: Path, owner: str, wait_s: float | None = None) -> None:
 
 
 def _lockable(run_dir: Path) -> Path:
-    """`.lock` there or, where that file system knows no locks (Drive, some network disks), a file in the temporary folder."""
+    """`.lock` there or, where that file system knows no locks (Drive, some network disks), one in the temporary folder."""
     file = run_dir / FILE
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -78,10 +78,6 @@ def _signature(lock: FileLock) -> Path:
 def release_lock(run_dir: Path, owner: str) -> None:
     """Let others in; nothing where `owner` has no lock."""
     _notebook.pop(run_dir, None)
-    _let_in(run_dir, owner)
-
-
-def _let_in(run_dir: Path, owner: str) -> None:
     lock, holder = _held.get(run_dir, (None, None))
     if holder == owner:
         del _held[run_dir]
@@ -98,8 +94,9 @@ def follow_cells(run_dir: Path, owner: str) -> None:
 
 
 def _after_cell(result: Any) -> None:
-    for run_dir, owner in _notebook.items() if not result.success else ():
-        _let_in(run_dir, owner)
+    for run_dir, owner in [] if result.success else list(_notebook.items()):
+        release_lock(run_dir, owner)
+        _notebook[run_dir] = owner  # who is at work still: the next cell asks again
 
 
 def _before_cell(_: Any) -> None:

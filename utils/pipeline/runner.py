@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from utils.config import differing_settings, read_config
-from utils.errors import Interrupted, SessionOver, UserError
+from utils.errors import HardwareError, Interrupted, SessionOver, UserError
 from utils.files import disk_error
 from utils.pipeline.console import LiveLine, show
 from utils.pipeline.jupyter import check, execute, signal_kernels
@@ -137,11 +137,8 @@ def _run_unless_current(
 
 
 def run_stage(run: RunDir, stage: Stage, console: Console, stop: StopRequest) -> None:
-    """Execute one notebook into report/notebooks/; raises StageEnded where the machine cannot, and what papermill raises."""
-    try:
-        require_hardware(run, stage)
-    except UserError as error:
-        raise StageEnded(type(error).__name__, str(error)) from None
+    """Execute one notebook into report/notebooks/; raises HardwareError where the machine cannot, and what papermill raises."""
+    require_hardware(run, stage)  # before anything of a profile is written that needs another machine
     run.save()
     output = run.file(f"report/notebooks/{stage.name}.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +160,7 @@ def _ended_by(error: BaseException, run: RunDir, stage: Stage, stop: StopRequest
         ended = StageEnded(Interrupted.__name__, sentence, 128 + (stop.number or signal.SIGINT))
     elif kind == SessionOver.__name__:
         ended = StageEnded(kind, sentence, 4)
-    elif isinstance(error, PapermillExecutionError):
+    elif isinstance(error, PapermillExecutionError | HardwareError):
         if kind not in {known.__name__ for known in UserError.__subclasses__()}:
             sentence = f"{kind}: {sentence} (the executed notebook shows where)"
         ended = StageEnded(kind, sentence)

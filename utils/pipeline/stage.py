@@ -33,13 +33,11 @@ class StageRun(RunDir):
     started: float = field(default_factory=time.monotonic)
 
     def save(self) -> None:
-        """As a RunDir's, with the lock."""
         take_lock(self.path, self.stage.name)
         super().save()
 
     def note(self, key: str, value: Any) -> None:
-        """As a RunDir's, with the lock; `write_record` goes this way too."""
-        take_lock(self.path, self.stage.name)
+        take_lock(self.path, self.stage.name)  # `write_record` goes this way too
         super().note(key, value)
 
     def pin(self, key: str, value: str | list | None) -> None:
@@ -65,7 +63,7 @@ class StageRun(RunDir):
         seconds, outputs = time.monotonic() - self.started, (*self.stage.outputs, *self.stage.optional)
         record = self.record(self.stage) | {
             "state": "done",
-            "finished": _now(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "peak_memory": hardware.peak_memory() | (peak or {}),
             "figures": figures,
@@ -118,7 +116,7 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
     opened.write_record(
         stage,
         state="running",
-        started=_now(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
         settings=run.settings(stage),
         notebook=notebook_digest(stage),
         sources=source_digest(),
@@ -151,7 +149,3 @@ def require_hardware(run: RunDir, stage: Stage) -> None:
         hardware.require_disk(run.path, wanted.min_disk_gib, f"The profile {profile}")
         if run.config.model.name != EMBEDDED and not is_folder(run.config.model.name):
             hardware.require_disk(hardware.hub_cache(), wanted.min_cache_gib, "The base model's download")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
