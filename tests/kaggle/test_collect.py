@@ -241,13 +241,6 @@ def test_a_session_that_was_cut_off_in_the_middle_is_infrastructure(tmp_path):
     assert collected.outcome.name == "INFRASTRUCTURE" and "time limit" in collected.sentence
 
 
-def test_a_run_of_the_bundle_before_seals_passes(tmp_path):
-    run = write_run(tmp_path / "run")
-    write_json(run / "state.json", SeriesState(state="done").model_dump(mode="json", exclude={"started"}))
-    found = classify("COMPLETE", "", run, "")
-    assert (found.outcome, found.sentence) == (0, SENTENCE), found
-
-
 def test_a_notebook_that_stops_after_the_series_fails(tmp_path):
     run = write_run(tmp_path / "run")
     collected = classify("ERROR", "", run, "…\nKeyError: 'verdict'\n")

@@ -70,7 +70,7 @@ class Kaggle:
         return answer.status.name, answer.failure_message or ""
 
     def output(self, reference: str, folder: Path, pattern: str | None = None) -> None:
-        """Fetch the output of a kernel's last session, and its log as SLUG.log; of the files those that match `pattern`.
+        """Fetch the files of a kernel's last session that match `pattern`, and its log as SLUG.log.
 
         Raises InfrastructureError for a file whose name points out of `folder`, before it is written.
         """
@@ -148,7 +148,7 @@ def repeat(what: str, action: Callable[[], Any], log: Callable[[str], None], aga
 
 @contextlib.contextmanager
 def _strict_requests() -> Iterator[None]:
-    """Within it every request ends in time, and an error page is an error: kaggle 2.2.4 keeps it as the file asked for."""
+    """Every request ends in time, and an error page is an error: kaggle 2.2.4 keeps it as the file asked for."""
     from requests.adapters import HTTPAdapter
 
     send = HTTPAdapter.send

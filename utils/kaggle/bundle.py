@@ -31,7 +31,7 @@ _PATTERNS = ("utils/**/*.py", "utils/report/templates/*", "notebooks/*.ipynb", "
              "requirements.txt")  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed date: the same files give the same archive
 TEMPLATE = Path(__file__).with_name("kernel.ipynb")  # the kernel's cells; what stands between two @ is filled in
-# Cells of a single notebook: on Kaggle and Colab, what the image lacks; an earlier output; light results stay in this one.
+# A single notebook's cells: install what the image lacks, resume an earlier output, keep large files out of its own.
 SINGLE_PREPARE = "from utils.project import prepare\n\nprepare()"
 SINGLE_RESUME = "from utils.kaggle import resume_from_attached\n\nRUN_DIR = str(resume_from_attached(PROFILE, RUN_DIR))"
 SINGLE_END = "from utils.kaggle import move_large_files\n\nmove_large_files(RUN_DIR)"
@@ -107,7 +107,7 @@ def _checked(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def write_bundle(number: str = "") -> Path:
-    """Write kaggle_kernel.ipynb, or bundles/NN_….ipynb of one notebook; raises BundleError where Kaggle would not take it."""
+    """Write kaggle_kernel.ipynb, or bundles/NN_….ipynb; raises BundleError where Kaggle would not take it."""
     notebook = build_single(number) if number else build_kernel()
     path = SINGLES / f"{find_stage(number).name}.ipynb" if number else KERNEL
     write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")

@@ -99,8 +99,8 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
     for key, value in _local_files(config):
         if not str(value).startswith("/kaggle/input/"):
             raise KaggleError(
-                f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its path "
-                "below /kaggle/input."
+                f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its "
+                "path below /kaggle/input."
             )
     text = json.dumps(build_kernel(profile, overrides))
     files = ((path.name, path.read_text(encoding="utf-8")) for path in bundled_files())  # base64 hides them in `text`
@@ -139,7 +139,7 @@ def submission(
 
 
 def session_hours(config: Config) -> float | None:
-    """When Kaggle shall end the session: an hour after the run would end itself (saving, exports); None leaves it to Kaggle."""
+    """When Kaggle shall end the session: an hour after the run would end itself; None leaves it to Kaggle."""
     hours = config.hardware.max_hours
     return hours + 1.0 if hours else None
 
@@ -157,8 +157,8 @@ def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
     if any(refused.values()):
         names = "; ".join(f"{kind} {', '.join(values)}" for kind, values in refused.items() if values)
         raise KaggleError(
-            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached ({names}); stop it "
-            f"at {url}, check those names in {METADATA.name}, and push again."
+            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached ({names}); "
+            f"stop it at {url}, check those names in {METADATA.name}, and push again."
         )
     return answer.version_number, url
 

@@ -33,8 +33,8 @@ def push_until_done(
 ) -> SeriesState | None:
     """Push `first`, then what `following` makes of each session's settings; returns the last session's state.
 
-    Ends when a session ends as anything but "continue". Raises KaggleError after `sessions` sessions, and where two in a
-    row got no further, so that no quota is burnt on a run that stands still.
+    Ends when a session ends as anything but "continue". Raises KaggleError after `sessions` sessions, and where two in
+    a row got no further, so that no quota is burnt on a run that stands still.
     """
     what, before = first, ("", -1)
     for number in range(1, sessions + 1):
@@ -47,8 +47,8 @@ def push_until_done(
         reached = (state.stage, state.steps)  # their names are in order
         if reached <= before:
             raise KaggleError(
-                f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}; give a session more time "
-                "(hardware.max_hours), or let checkpoints come closer together (train.save_steps)."
+                f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}; give a session more "
+                "time (hardware.max_hours), or let checkpoints come closer together (train.save_steps)."
             )
         before = reached
         console.print(f"  to be continued at {state.stage}, step {state.steps}", highlight=False, soft_wrap=True)

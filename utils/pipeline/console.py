@@ -23,7 +23,7 @@ _RESULTS = {
 
 
 class LiveLine:
-    """How long a stage has been at work, and how far its kernel says it is: redrawn on a terminal, else now and then."""
+    """How long a stage has been at work, and how far it is: redrawn on a terminal, else now and then."""
 
     def __init__(self, console: Console, stage: Stage, run: RunDir):
         self.console, self.stage, self.file = console, stage, run.file(FILE)
@@ -67,7 +67,7 @@ def show(console: Console, markup: str) -> None:
 
 
 def summarise(run: RunDir, console: Console, seconds: float, sentence: str = "", stale: str | None = None) -> None:
-    """What was written, what it showed (the verdict's `sentence`), and what to do next; `stale` is why it is out of date."""
+    """What was written, the verdict's `sentence`, and what to do next; `stale` is why it is out of date."""
     series = f"{command()} run --run-dir {run.path}"
     console.print()
     if stale:

@@ -43,8 +43,8 @@ def take_lock(run_dir: Path, owner: str, wait_s: float | None = None) -> None:
         lock.acquire(timeout=_WAIT_S if wait_s is None else wait_s)
     except Timeout:
         raise RunDirError(
-            f"{run_dir} is in use by {signed.get('who', 'another process')}; wait for it or end it (a notebook's kernel: "
-            "shut it down), or name another RUN_DIR."
+            f"{run_dir} is in use by {signed.get('who', 'another process')}; wait for it or end it (a notebook's "
+            "kernel: shut it down), or name another RUN_DIR."
         ) from None
     me = psutil.Process()
     who = f"{owner} (process {me.pid}, since {datetime.now():%H:%M})"
@@ -54,7 +54,7 @@ def take_lock(run_dir: Path, owner: str, wait_s: float | None = None) -> None:
 
 
 def _lockable(run_dir: Path) -> Path:
-    """`.lock` there or, where that file system knows no locks (Drive, some network disks), one in the temporary folder."""
+    """`.lock` there, or in the temporary folder where that file system knows no locks (Drive, some network disks)."""
     file = run_dir / FILE
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

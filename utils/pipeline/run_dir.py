@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,12 +46,10 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
-            try:
-                unchanged = read_config(self.file(CONFIG)) == self.config  # it stays as somebody may have written it
-            except ConfigError:
-                unchanged = False
-            if not unchanged:
-                files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
+            with suppress(ConfigError):
+                if read_config(self.file(CONFIG)) == self.config:
+                    return  # it stays as somebody may have written it
+            files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
         except OSError as error:
             raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 
@@ -81,7 +80,7 @@ class RunDir:
         files.write_json(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
 
     def settings(self, stage: Stage) -> dict[str, Any]:
-        """The settings that this stage's result rests on; local data and model by their content, where they are here."""
+        """The settings that this stage's result rests on; local data and model by their content."""
         values = self.config.sections(*stage.settings)
         for section in _NO_RESULT.keys() & values.keys():
             values[section] = {key: value for key, value in values[section].items() if key not in _NO_RESULT[section]}
@@ -170,7 +169,7 @@ def open_run(
 
 
 def _somebody_elses(path: Path) -> str | None:
-    """A file in `path` that a run would write over, where neither state.json nor the settings' head says that one wrote it."""
+    """A file in `path` that a run would write over; None where state.json or the settings' head says that one wrote it."""
     settings = path / CONFIG
     if (path / STATE).exists() or (settings.is_file() and settings.read_bytes().startswith(_HEAD.encode())):
         return None
@@ -205,7 +204,7 @@ class _Manifest(BaseModel, extra="allow"):
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the run directory `path`, empty where there is none yet; raises RunDirError where it cannot be read."""
+    """The manifest of a run directory, empty where there is none yet; raises RunDirError where it cannot be read."""
     file = path / "manifest.json"
     try:
         if not file.exists():
@@ -234,7 +233,7 @@ def altered_files(path: Path) -> list[str]:
 
 
 def require_recorded(path: Path, names: tuple[str, ...]) -> None:
-    """Raise RunDirError for the first file among `names` (or below a folder there) that is not what its stage put on record.
+    """Raise RunDirError for the first file among `names` (or below a folder there) that is not as its stage left it.
 
     What no stage has on record is not judged.
     """
@@ -244,7 +243,7 @@ def require_recorded(path: Path, names: tuple[str, ...]) -> None:
 
 
 def _altered(path: Path, below: tuple[str, ...] = ("",)) -> Iterator[tuple[str, str, str]]:
-    """(stage, output, what became of it) of the outputs on record, below those names, that are not as they were written."""
+    """(stage, output, what became of it) of the outputs on record below those names that changed since."""
     for stage, record in read_manifest(path).get("stages", {}).items():
         for name, entry in record.get("outputs", {}).items():
             if not any(given in ("", name) or name.startswith(f"{given}/") for given in below):

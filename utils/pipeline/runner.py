@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import papermill
+import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
@@ -20,22 +22,24 @@ from utils.config import differing_settings, read_config
 from utils.errors import HardwareError, Interrupted, SessionOver, UserError
 from utils.files import disk_error
 from utils.pipeline.console import LiveLine, show
-from utils.pipeline.jupyter import check, execute, signal_kernels
 from utils.pipeline.lock import release_lock, take_lock
 from utils.pipeline.run_dir import CONFIG, RunDir, open_run
 from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import require_ancestors, require_hardware
 from utils.pipeline.stages import STAGES, Stage, find_stage
 from utils.pipeline.state import SeriesState, write_state
-from utils.pipeline.time_limit import Deadline, session_started
+from utils.pipeline.time_limit import Deadline
 from utils.project import ROOT, command
 from utils.secrets import redact
 
 _OWNER = "python -m utils run"
+# ipykernel warns that its port is not encrypted, and tells of the interrupt that comes before each shutdown.
+_QUIET = ["--log-level=CRITICAL"]
 _ANSWERS = tuple(
     f"{folder}/{name}" for folder in ("baseline", "tuned") for name in ("answers.jsonl", "forced.jsonl", "probe.jsonl")
 )
-_SAVED_ON_THE_WAY = {  # by stage: what it would resume from. With the registration go all answers that were given under it
+# By stage what it would resume from; with the registration go all answers that were given under it.
+_SAVED_ON_THE_WAY = {
     "00": ("data/registration.json", *_ANSWERS),
     "01": _ANSWERS[:3],
     "03": ("training/checkpoints",),
@@ -73,7 +77,7 @@ def run_series(
     early; what finished stays. Raises RunDirError where another process is at work in `run_dir`.
     """
     console = console or Console(force_terminal=sys.stdout.isatty())
-    run, session = open_run(profile, run_dir, overrides, fresh), SeriesState(state="running", started=session_started())
+    run = open_run(profile, run_dir, overrides, fresh)
     stages = STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]
     stage, worked = stages[0], False
     take_lock(run.path, _OWNER)
@@ -81,25 +85,22 @@ def run_series(
         with StopRequest(signal_kernels) as stop:
             try:
                 _begin(run, stages, fresh, console)
-                write_state(run.path, session)
+                write_state(run.path, SeriesState(state="running"))
                 for stage in stages:
                     check(stop)
                     worked |= _run_unless_current(run, stage, fresh, worked, console, stop)
                 check(stop)
                 run.save()  # a changed setting on which no stage rests
                 conclude(run, worked)
-                write_state(run.path, session.model_copy(update={"state": "done"}))
+                write_state(run.path, SeriesState(state="done"))
             except (Exception, KeyboardInterrupt) as error:
                 ended = _ended_by(error, run, stage, stop)
                 if ended is None:
                     raise
-                about = {"stage": stage.name, "kind": ended.kind, "sentence": str(ended)}
-                about |= {
-                    "state": "failed" if ended.exit_code == 1 else "continue",
-                    "steps": checkpointed_steps(run.path),
-                }
+                state, steps = "failed" if ended.exit_code == 1 else "continue", checkpointed_steps(run.path)
+                about = {"stage": stage.name, "kind": ended.kind, "sentence": str(ended), "steps": steps}
                 with suppress(OSError):  # on a full disk the failure itself is what has to be told
-                    write_state(run.path, session.model_copy(update=about))
+                    write_state(run.path, SeriesState(state=state, **about))
                 raise ended from None
     finally:
         release_lock(run.path, _OWNER)
@@ -137,7 +138,7 @@ def _run_unless_current(
 
 
 def run_stage(run: RunDir, stage: Stage, console: Console, stop: StopRequest) -> None:
-    """Execute one notebook into report/notebooks/; raises HardwareError where the machine cannot, and what papermill raises."""
+    """Execute one notebook into report/notebooks/; raises HardwareError where the machine cannot, and as `execute`."""
     require_hardware(run, stage)  # before anything of a profile is written that needs another machine
     run.save()
     output = run.file(f"report/notebooks/{stage.name}.ipynb")
@@ -146,6 +147,36 @@ def run_stage(run: RunDir, stage: Stage, console: Console, stop: StopRequest) ->
     parameters = {"PROFILE": run.config.profile, "RUN_DIR": str(run.path), "OVERRIDES": {}}
     with LiveLine(console, stage, run):
         execute(stage.notebook, output, parameters, stop)
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any], stop: StopRequest) -> None:
+    """Run `notebook` and save it with its outputs; raises what papermill does, and Interrupted before the next cell."""
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(output),
+            parameters=parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            extra_arguments=_QUIET,
+            on_cell_execute=lambda **_: check(stop),
+        )
+    finally:  # nbclient leaves a kernel behind that hangs, or that was interrupted before it was ready
+        signal_kernels(signal.SIGKILL)
+
+
+def check(stop: StopRequest) -> None:
+    """Raise Interrupted where somebody asked to stop."""
+    if stop.asked:
+        raise Interrupted(f"stopped by {stop.name}; what was saved stays")
+
+
+def signal_kernels(number: int = signal.SIGINT) -> None:
+    """A signal for every kernel that this process started; SIGINT is what Jupyter's stop button sends."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error, OSError):
+            if os.getpgid(child.pid) == child.pid:
+                os.killpg(child.pid, number)
 
 
 def _ended_by(error: BaseException, run: RunDir, stage: Stage, stop: StopRequest) -> StageEnded | None:

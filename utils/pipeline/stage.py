@@ -41,7 +41,7 @@ class StageRun(RunDir):
         super().note(key, value)
 
     def pin(self, key: str, value: str | list | None) -> None:
-        """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml, for every later stage."""
+        """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml for later stages."""
         if value is not None:
             self.config = read_config(self.file(CONFIG), {key: value})
             self.save()
@@ -105,8 +105,8 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
     before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on", {})
     if stage.name == "04_comparison" and before != computed_on:  # it would be compared as fine-tuning
         raise StageOrderError(
-            f"The baseline was answered on {', '.join(before.values())}, this is {', '.join(computed_on.values())}; run "
-            "01_baseline_inference here again, so that both models answer under the same conditions."
+            f"The baseline was answered on {', '.join(before.values())}, this is {', '.join(computed_on.values())}; "
+            "run 01_baseline_inference here again, so that both models answer under the same conditions."
         )
     take_lock(run.path, stage.name)  # which makes the folder: only now that nothing stands against it
     sweep_scratch(run.path)

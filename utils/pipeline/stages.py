@@ -31,12 +31,15 @@ class Stage:
 
 _MODEL = ("model", "prompt", "hardware.dtype", "hardware.backend", "hardware.device")
 _WHAT_IS_ASKED = ("data/eval.parquet", "data/benchmark.jsonl", "data/anecdote.json", "data/probe_items.jsonl")
-_MEASURED = ("primary", "questions", "benchmark", "letter_logprobs", "more_benchmarks", "seed")
+_MEASURED = tuple(
+    f"evaluate.{key}" for key in ("primary", "questions", "benchmark", "letter_logprobs", "more_benchmarks", "seed")
+)
 STAGES = (
     Stage(
         "00_setup", "Setup and frozen split", needs=(), inputs=(),
-        outputs=("environment.json", "data/train.parquet", "data/split.json", "data/registration.json", *_WHAT_IS_ASKED[:3]),
-        settings=("data", "generate", "prompt", "model.name", "model.revision", *(f"evaluate.{key}" for key in _MEASURED)),
+        outputs=("environment.json", *_WHAT_IS_ASKED[:3],
+                 *(f"data/{name}" for name in ("train.parquet", "split.json", "registration.json"))),
+        settings=("data", "generate", "prompt", "model.name", "model.revision", *_MEASURED),
         optional=("data/probe_items.jsonl",),
     ),
     Stage(
@@ -52,7 +55,8 @@ STAGES = (
     ),
     Stage(
         "03_lora_training", "LoRA training", needs=("02_dataset_formatting",), inputs=("data/formatted",),
-        outputs=tuple(f"training/{name}" for name in ("adapter", "log.csv", "loss.png", "step_plan.json", "summary.json")),
+        outputs=("training/adapter", "training/log.csv", "training/loss.png", "training/step_plan.json",
+                 "training/summary.json"),
         settings=(*_MODEL, "lora", "train"),
     ),
     Stage(
@@ -64,7 +68,8 @@ STAGES = (
         optional=("tuned/probe.jsonl",),
     ),
     Stage(
-        "05_export", "Export, loaded back", needs=("04_comparison",), inputs=("training/adapter", "comparison/metrics.json"),
+        "05_export", "Export, loaded back", needs=("04_comparison",),
+        inputs=("training/adapter", "comparison/metrics.json"),
         outputs=("export/adapter", "export/README.md", "export/reference.safetensors", "export/verify.json"),
         settings=(*_MODEL, "export"),
         optional=("export/merged", "export/gguf"),

@@ -19,7 +19,6 @@ class SeriesState(BaseModel):
     stage: str = ""  # the one that failed or is to be resumed
     kind: str = ""  # the failure's type
     sentence: str = ""
-    started: float = 0.0  # the session, in seconds since 1970: no two sessions have the same state
     steps: int = 0  # checkpointed so far: two sessions in a row with the same number made no progress
     left_in_scratch: dict[str, int] = Field(default_factory=dict)  # {folder below the run directory: bytes}
 

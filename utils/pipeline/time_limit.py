@@ -16,8 +16,8 @@ RESERVE_S = 600.0  # for the last checkpoint, the report, and the platform's own
 def session_started() -> float:
     """When this session began, in seconds since 1970.
 
-    On Kaggle and Colab with the machine's first process, since their limits count from there; elsewhere with the driver,
-    or with this process where a notebook was opened by hand.
+    On Kaggle and Colab with the machine's first process, since their limits count from there; elsewhere with the
+    driver, or with this process where a notebook was opened by hand.
     """
     own = psutil.Process()
     first = find_driver() if where() == "local" else (own.parents() or [own])[-1]

@@ -14,7 +14,7 @@ from jupyter_client import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
 from utils.errors import Interrupted
-from utils.pipeline.jupyter import check, execute, signal_kernels
+from utils.pipeline.runner import check, execute, signal_kernels
 from utils.pipeline.signals import StopRequest
 
 
@@ -88,7 +88,7 @@ def test_a_kernel_that_was_not_ready_yet_is_not_left_behind(tmp_path, monkeypatc
         started.append(manager.provisioner.process)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("utils.pipeline.jupyter.papermill.execute_notebook", interrupted_while_it_starts)
+    monkeypatch.setattr("utils.pipeline.runner.papermill.execute_notebook", interrupted_while_it_starts)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "1")
     assert started[0].wait(10) == -signal.SIGKILL
