@@ -45,8 +45,8 @@ def find_attached(profile: str = "auto", root: Path | None = None) -> Path | Non
     if len(found) > 1:
         places = ", ".join(str(path.relative_to(root)) for path in found.values())
         raise RunDirError(
-            f"{len(found)} different runs are attached ({places}); detach all but the one to resume, or name its copy in "
-            "RUN_DIR."
+            f"{len(found)} different runs are attached ({places}); detach all but the one to resume, or name its "
+            "copy in RUN_DIR."
         )
     return next(iter(found.values()), None)
 

@@ -154,7 +154,7 @@ def _compare_with_manifest(target: Path, state: SeriesState) -> Collected:
 
 
 def _classify_by_log(status: str, remark: str, log: str) -> Collected:
-    """Of a kernel that never came to the series: a Python error is the notebook's fault, anything else the platform's."""
+    """A kernel that never came to the series: a Python error is the notebook's fault, all else the platform's."""
     if errors := _ERROR.findall(log):
         kind, sentence = errors[-1]
         if kind in _OF_THE_MACHINE:

@@ -157,8 +157,8 @@ def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
     if any(refused.values()):
         names = "; ".join(f"{kind} {', '.join(values)}" for kind, values in refused.items() if values)
         raise KaggleError(
-            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached ({names}); "
-            f"stop it at {url}, check those names in {METADATA.name}, and push again."
+            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached "
+            f"({names}); stop it at {url}, check those names in {METADATA.name}, and push again."
         )
     return answer.version_number, url
 
@@ -168,11 +168,10 @@ def wait(
 ) -> tuple[str, str]:
     """(state, message) once the kernel's session has ended; a live line until then.
 
-    A session that was never seen at work is believed to have ended only at the third answer, and with `just_pushed`
-    never: after a push, Kaggle can show the version before for minutes. Raises InfrastructureError where Kaggle stays
-    silent, or shows no new session.
+    With `just_pushed` a session has to be seen at work first: Kaggle can show the version before for minutes. Raises
+    InfrastructureError where Kaggle stays silent, or shows no new session.
     """
-    started, before, silent, ended, seen_at_work = time.monotonic(), "", 0, 0, False
+    started, before, silent, seen_at_work = time.monotonic(), "", 0, not just_pushed
     with console.status(reference) as live:
         while True:
             try:
@@ -186,11 +185,10 @@ def wait(
             live.update(line)
             if state != before:
                 console.print(line, highlight=False, soft_wrap=True)
-            before, ended = state, ended + 1 if state in FINISHED else 0
-            seen_at_work = seen_at_work or state in ("QUEUED", "RUNNING")
-            if ended and (seen_at_work or (ended >= 3 and not just_pushed)):
+            before, seen_at_work = state, seen_at_work or state in ("QUEUED", "RUNNING")
+            if seen_at_work and state in FINISHED:
                 return state, message
-            if just_pushed and not seen_at_work and passed > _START_S:
+            if not seen_at_work and passed > _START_S:
                 raise InfrastructureError(
                     f"Kaggle took the push, but shows no queued or running session of {reference} after "
                     f"{_START_S / 60:.0f} min (the last state: {readable(state)}); look at {page(reference)}."

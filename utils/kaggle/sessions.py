@@ -47,8 +47,8 @@ def push_until_done(
         reached = (state.stage, state.steps)  # their names are in order
         if reached <= before:
             raise KaggleError(
-                f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}; give a session more "
-                "time (hardware.max_hours), or let checkpoints come closer together (train.save_steps)."
+                f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}; give a session "
+                "more time (hardware.max_hours), or let checkpoints come closer together (train.save_steps)."
             )
         before = reached
         console.print(f"  to be continued at {state.stage}, step {state.steps}", highlight=False, soft_wrap=True)

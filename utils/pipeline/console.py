@@ -81,7 +81,5 @@ def summarise(run: RunDir, console: Console, seconds: float, sentence: str = "",
     if run.file("export/adapter").exists() and not stale:
         upload = f"{command()} publish {run.path} --repo USER/NAME"
         show(console, f"[dim]To upload it, where your tokens are:\n  {escape(upload)}[/dim]")
-    text = (
-        f"{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {series} --set KEY=VALUE"
-    )
+    text = f"{seconds:.0f} s. Next: change a setting; only what depends on it runs again:\n  {series} --set KEY=VALUE"
     show(console, f"[dim]{escape(text)}[/dim]")

@@ -54,7 +54,6 @@ class RunDir:
             raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 
     def file(self, relative: str) -> Path:
-        """The path of `relative` below the run directory."""
         return self.path / relative
 
     @property
@@ -62,7 +61,6 @@ class RunDir:
         return self.file("manifest.json")
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest as it is on disk now."""
         return read_manifest(self.path)
 
     def record(self, stage: Stage) -> dict[str, Any]:
@@ -169,7 +167,7 @@ def open_run(
 
 
 def _somebody_elses(path: Path) -> str | None:
-    """A file in `path` that a run would write over; None where state.json or the settings' head says that one wrote it."""
+    """A file in `path` that a run would write over; None where state.json or the settings' head says one wrote it."""
     settings = path / CONFIG
     if (path / STATE).exists() or (settings.is_file() and settings.read_bytes().startswith(_HEAD.encode())):
         return None

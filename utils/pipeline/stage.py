@@ -41,7 +41,7 @@ class StageRun(RunDir):
         super().note(key, value)
 
     def pin(self, key: str, value: str | list | None) -> None:
-        """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml for later stages."""
+        """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml."""
         if value is not None:
             self.config = read_config(self.file(CONFIG), {key: value})
             self.save()
