@@ -183,13 +183,13 @@ def bundle(
     notebook: Annotated[str, typer.Option(help="Make this one notebook self-contained instead, such as 03.")] = "",
 ) -> None:
     """Write kaggle_kernel.ipynb, the whole series in one self-contained notebook."""
-    from utils.kaggle.bundle import check_kernel, write_kernel, write_single
+    from utils.kaggle.bundle import check_kernel, write_bundle
 
     if check:
         check_kernel()
         _print("kaggle_kernel.ipynb is up to date")
     else:
-        path = write_single(notebook) if notebook else write_kernel()
+        path = write_bundle(notebook)
         _print(f"{path} ({path.stat().st_size / 1000:.0f} kB)")
 
 

@@ -289,4 +289,4 @@ def test_an_output_that_kaggle_lists_with_such_a_name_is_fetched_from_nowhere(na
 
     ended, error = outcome(lambda: require_names_below(["runs/t4/manifest.json", name]))
     record_fault("output names that point outside", survived=int(ended == "sentence"))
-    assert isinstance(error, InfrastructureError) and "nothing was fetched" in str(error), error
+    assert isinstance(error, InfrastructureError) and "nothing was kept" in str(error), error

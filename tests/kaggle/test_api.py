@@ -19,7 +19,7 @@ def test_what_the_client_itself_refuses_is_not_tried_again(monkeypatch):
         raise ValueError("Title must be at least five characters")
 
     with pytest.raises(KaggleError, match="Title must be at least five characters"):
-        api.repeat(refuse, api.passes, api.explain, "the push", lambda _: None)
+        api.repeat("the push", refuse, lambda _: None)
     assert len(tried) == 1
 
 

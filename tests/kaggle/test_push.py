@@ -132,9 +132,9 @@ def test_a_message_that_the_package_hides_is_shown(kaggle_server, home):
 
 
 def test_a_rate_limit_is_waited_for_and_the_push_arrives_once(kaggle_server, home):
-    kaggle_server.script["SaveKernel"] = [Answer({"code": 429, "message": "slow down"}, 429, {"Retry-After": "0"})] * 2
+    kaggle_server.script["SaveKernel"] = [Answer({"code": 429, "message": "slow down"}, 429)] * 2
     done = series_call(kaggle_server, home, "push")
-    assert done.returncode == 0 and done.stderr.count("429: slow down; trying again in 0 s") == 2
+    assert done.returncode == 0 and done.stderr.count("429: slow down; trying again in ") == 2
     assert len(kaggle_server.versions) == 1
 
 
@@ -225,7 +225,7 @@ def test_after_a_push_an_end_counts_only_once_a_session_was_seen(monkeypatch):
 
 
 def test_an_outage_in_the_middle_of_waiting_is_waited_out(kaggle_server, home):
-    down = Answer({}, 503, {"Retry-After": "0"})
+    down = Answer({}, 503)
     kaggle_server.statuses = [{"status": "running"}, {"status": "complete"}]
     kaggle_server.script["GetKernelSessionStatus"] = [down] * 7
     done = series_call(kaggle_server, home, "push", "--wait", "--poll", "0.01")

@@ -10,9 +10,7 @@ from utils.pipeline.state import FILE, SeriesState, read_state, write_state
 
 
 def test_what_was_written_is_read(tmp_path):
-    state = SeriesState(
-        state="continue", stage="03_lora_training", kind="SessionOver", sentence="8 h", started=1.5, steps=150
-    )
+    state = SeriesState(state="continue", stage="03_lora_training", kind="SessionOver", sentence="8 h", steps=150)
     write_state(tmp_path, state)
     assert read_state(tmp_path) == state
 

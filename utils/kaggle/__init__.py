@@ -1,4 +1,4 @@
-"""Kaggle: push the series there, bring its runs home (the command line), and both ends of a session (a kernel's cells)."""
+"""Kaggle: push the series there and bring its runs home (the command line), and both ends of a session (a kernel)."""
 
 from importlib import import_module
 

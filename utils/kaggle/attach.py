@@ -1,8 +1,7 @@
 """Both ends of a session on Kaggle: resume what an earlier one left, and leave what the next one can resume.
 
-Kaggle saves /kaggle/working (20 GB at most) and nothing else; attached outputs are read-only. They are mounted at
-/kaggle/input/notebooks/OWNER/SLUG/… (or datasets/OWNER/SLUG/…) and, in the older layout, at /kaggle/input/SLUG/…, so the
-manifest is searched for and no path is taken for granted.
+Kaggle saves /kaggle/working (20 GB at most) and nothing else. Attached outputs are mounted, read-only, in one of two
+layouts: the manifest is searched for, and no path is taken for granted.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from utils.errors import RunDirError, UserError
 from utils.files import atomic_folder, sha256
@@ -35,37 +34,31 @@ def find_attached(profile: str = "auto", root: Path | None = None) -> Path | Non
 
     Raises RunDirError where there are several different ones, or a damaged one.
     """
-    root = root or KAGGLE / "input"
-    found: dict[str, Path] = {}
-    for run in _run_directories(root):
-        if profile in ("auto", read_manifest(run)["profile"]):
+    root, found = root or KAGGLE / "input", {}
+    for folder, below, files in os.walk(root):
+        run = Path(folder)
+        manifest = _read_ours(run) if "manifest.json" in files else {}
+        if manifest and profile in ("auto", manifest["profile"]):
             found.setdefault(sha256(run / "manifest.json"), run)  # one output can be mounted twice
+        if manifest or len(files) > WIDTH or len(run.relative_to(root).parts) == DEPTH:
+            below.clear()
     if len(found) > 1:
         places = ", ".join(str(path.relative_to(root)) for path in found.values())
         raise RunDirError(
-            f"{len(found)} different runs are attached ({places}); detach all but the one to resume, or name its copy in RUN_DIR."
+            f"{len(found)} different runs are attached ({places}); detach all but the one to resume, or name its "
+            "copy in RUN_DIR."
         )
     return next(iter(found.values()), None)
 
 
-def _run_directories(root: Path) -> Iterator[Path]:
-    for folder, below, files in os.walk(root):
-        path = Path(folder)
-        ours = "manifest.json" in files and _is_ours(path)
-        if ours:
-            yield path
-        below[:] = (
-            sorted(below) if not ours and len(files) <= WIDTH and len(path.relative_to(root).parts) < DEPTH else []
-        )
-
-
-def _is_ours(run: Path) -> bool:
+def _read_ours(run: Path) -> dict[str, Any]:
+    """The manifest of a run; empty where it is somebody else's manifest.json."""
     try:
-        return bool(read_manifest(run))
+        return read_manifest(run)
     except RunDirError:
         if all(word in (run / "manifest.json").read_bytes() for word in (b'"profile"', b'"stages"')):
             raise  # ours, and damaged: to start anew would throw an earlier session's work away
-        return False  # somebody else's manifest.json
+        return {}
 
 
 def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: Path | None = None) -> Path:
@@ -96,8 +89,9 @@ def finish_session(run_dir: str | Path, limit_gib: float = KEPT_GIB) -> SeriesSt
     """
     run_dir = Path(run_dir)
     began = (run_dir / "manifest.json").exists()
-    unknown = SeriesState(state="running" if began else "failed", sentence="it never began; the lines above say why.")
-    state = read_state(run_dir) or unknown
+    state = read_state(run_dir) or SeriesState(
+        state="running" if began else "failed", sentence="it never began; the lines above say why."
+    )
     if state.state == "running":
         died = "its process died, most often because memory ran out."
         state = state.model_copy(update={"state": "failed", "kind": "killed", "sentence": died})
@@ -118,12 +112,12 @@ def move_large_files(run_dir: str | Path, done: bool = False, limit_gib: float =
     run_dir = Path(run_dir)
     if where() != "kaggle" or not run_dir.resolve().is_relative_to((KAGGLE / "working").resolve()):
         return {}
-    exports = [path for path in sorted((run_dir / "export").glob("*")) if path.is_dir() and path.name != "adapter"]
-    large = {path: size for path in exports if (size := _size(path)) > limit_gib * GIB}
-    checkpoints = run_dir / "training" / "checkpoints"
+    exports, checkpoints = sorted((run_dir / "export").glob("*/")), run_dir / "training" / "checkpoints"
+    sizes = {path: _size(path) for path in exports if path.is_dir() and path.name != "adapter"}
+    sizes = {path: size for path, size in sizes.items() if size > limit_gib * GIB}
     if done and checkpoints.is_dir():
-        large[checkpoints] = _size(checkpoints)
-    moved = {path.relative_to(run_dir).as_posix(): size for path, size in large.items()}
+        sizes[checkpoints] = _size(checkpoints)
+    moved = {path.relative_to(run_dir).as_posix(): size for path, size in sizes.items()}
     for name, size in moved.items():
         target = KAGGLE / "temp" / NAME / run_dir.name / name
         shutil.rmtree(target, ignore_errors=True)

@@ -1,8 +1,7 @@
 """The series in one self-contained notebook, for Kaggle's push (which carries one file) and for Colab.
 
-The package, the notebooks and the pins travel as a zip inside one cell; the notebook checks the digest, unpacks them
-into scratch, installs what is missing, and runs the series in fresh processes. `build_single` makes one numbered
-notebook self-contained in the same way.
+The package, the notebooks and the pins travel as a zip inside one cell; `build_single` makes one numbered notebook
+self-contained in the same way.
 """
 
 from __future__ import annotations
@@ -32,21 +31,10 @@ _PATTERNS = ("utils/**/*.py", "utils/report/templates/*", "notebooks/*.ipynb", "
              "requirements.txt")  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed date: the same files give the same archive
 TEMPLATE = Path(__file__).with_name("kernel.ipynb")  # the kernel's cells; what stands between two @ is filled in
-SINGLE_PREPARE = """
-from utils.project import prepare
-
-prepare()  # on Kaggle and Colab only: what the pins ask for and the image lacks
-"""
-SINGLE_RESUME = """
-from utils.kaggle import resume_from_attached
-
-RUN_DIR = str(resume_from_attached(PROFILE, RUN_DIR))  # the earlier notebooks' output, where one is attached
-"""
-SINGLE_END = """
-from utils.kaggle import move_large_files
-
-move_large_files(RUN_DIR)  # on Kaggle only: light results stay in this notebook's output
-"""
+# A single notebook's cells: install what the image lacks, resume an earlier output, keep large files out of its own.
+SINGLE_PREPARE = "from utils.project import prepare\n\nprepare()"
+SINGLE_RESUME = "from utils.kaggle import resume_from_attached\n\nRUN_DIR = str(resume_from_attached(PROFILE, RUN_DIR))"
+SINGLE_END = "from utils.kaggle import move_large_files\n\nmove_large_files(RUN_DIR)"
 
 
 class BundleError(UserError):
@@ -62,11 +50,11 @@ def build_kernel(profile: str = "auto", overrides: Mapping[str, Any] | None = No
     """The kernel notebook, the same for the same files; raises BundleError where Kaggle would not take it."""
     notebook = nbformat.read(TEMPLATE, as_version=4)
     _, parameters, materialise, *_ = notebook.cells
-    for name, value in (("PROFILE", profile), ("OVERRIDES", dict(overrides or {}))):
-        if value not in ("auto", {}):
-            parameters.source = re.sub(
-                rf"(?m)^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", parameters.source
-            )
+    if profile != "auto":
+        parameters.source = re.sub("(?m)^PROFILE = .*$", f"PROFILE = {profile!r}", parameters.source)
+    if overrides:
+        line = f"OVERRIDES = {dict(overrides)!r}"
+        parameters.source = re.sub("(?m)^OVERRIDES = .*$", lambda _: line, parameters.source)
     materialise.source = _materialise(materialise.source)
     return _checked(notebook)
 
@@ -80,16 +68,16 @@ def build_single(number: str) -> nbformat.NotebookNode:
         stage = find_stage(number)
     except (KeyError, ValueError):
         raise BundleError(f"There is no notebook {number!r}; there are 00 to 05.") from None
-    notebook, cells = nbformat.read(stage.notebook, as_version=4), []
-    template = nbformat.read(TEMPLATE, as_version=4).cells[2].source
-    bootstrap, parameters = [cell for cell in notebook.cells if cell.cell_type == "code"][:2]
-    bootstrap.source = f"{_materialise(template)}\n{SINGLE_PREPARE.rstrip()}"
-    for cell in notebook.cells:
-        if cell is notebook.cells[-1]:
-            cells.append(nbformat.v4.new_code_cell(SINGLE_END.strip(), id=f"{stage.number}-output"))
-        cells.append(cell)
-        if cell is parameters:
-            cells.append(nbformat.v4.new_code_cell(SINGLE_RESUME.strip(), id=f"{stage.number}-attached"))
+    notebook, template = (nbformat.read(path, as_version=4) for path in (stage.notebook, TEMPLATE))
+    cells = notebook.cells
+    bootstrap, parameters = [cell for cell in cells if cell.cell_type == "code"][:2]
+    bootstrap.source = f"{_materialise(template.cells[2].source)}\n\n{SINGLE_PREPARE}"
+    attached, output = (
+        nbformat.v4.new_code_cell(source, id=f"{stage.number}-{name}")
+        for name, source in (("attached", SINGLE_RESUME), ("output", SINGLE_END))
+    )
+    cells.insert(cells.index(parameters) + 1, attached)
+    cells.insert(-1, output)
     return _checked(nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata))
 
 
@@ -118,17 +106,10 @@ def _checked(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def write_kernel() -> Path:
-    """Write kaggle_kernel.ipynb; raises BundleError where Kaggle would not take it."""
-    return _write(build_kernel(), KERNEL)
-
-
-def write_single(number: str) -> Path:
-    """Write bundles/NN_….ipynb; raises BundleError."""
-    return _write(build_single(number), SINGLES / f"{find_stage(number).name}.ipynb")
-
-
-def _write(notebook: nbformat.NotebookNode, path: Path) -> Path:
+def write_bundle(number: str = "") -> Path:
+    """Write kaggle_kernel.ipynb, or bundles/NN_….ipynb; raises BundleError where Kaggle would not take it."""
+    notebook = build_single(number) if number else build_kernel()
+    path = SINGLES / f"{find_stage(number).name}.ipynb" if number else KERNEL
     write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     return path
 

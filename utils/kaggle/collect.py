@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +21,6 @@ from utils.files import list_files, parse_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.kaggle.push import readable
 from utils.pipeline.run_dir import CONFIG, altered_files, read_manifest
-from utils.pipeline.stages import STAGES
 from utils.pipeline.state import FILE as STATE
 from utils.pipeline.state import SeriesState, read_state
 from utils.schema import Config
@@ -29,11 +28,8 @@ from utils.secrets import redact
 
 _OF_THE_MACHINE = ("HardwareError", "PinError")  # the session lacked what the run asks for; the run is not judged
 _NO_MEMORY = "tried to allocate more memory"  # Kaggle's words, for a session that it ended for that
-_ERROR = re.compile(
-    r"""(?mx) ^(?:[\w.]+\.)?                                  # torch.cuda.
-        (\w*(?:Error|Exception)|OutOfMemory|SeriesStopped)    # ValueError
-        :\ (.*)$                                              # : what it says"""
-)
+# torch.cuda.OutOfMemoryError: what it says
+_ERROR = re.compile(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception)|OutOfMemory|SeriesStopped): (.*)$")
 
 
 class Outcome(IntEnum):
@@ -45,8 +41,7 @@ class Outcome(IntEnum):
     CONTINUE = 4
 
 
-@dataclass(frozen=True)
-class Collected:
+class Collected(NamedTuple):
     """How a kernel's last session ended, in one word and one sentence."""
 
     outcome: Outcome
@@ -71,9 +66,10 @@ def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> C
         (target / STATE).unlink(missing_ok=True)  # an earlier session's would be taken for this one's
         files = list_files(folder, ".")
         for path in files:
-            in_run = run is not None and path.is_relative_to(run)
-            beside = target if path == log_file else target / "kernel"
-            place = target / path.relative_to(run) if in_run else beside / path.relative_to(folder)
+            if run is not None and path.is_relative_to(run):
+                place = target / path.relative_to(run)
+            else:
+                place = target / ("" if path == log_file else "kernel") / path.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, place)
     console.print(f"{len(files)} file(s) are in {target}", highlight=False, soft_wrap=True, markup=False)
@@ -121,11 +117,11 @@ def classify(status: str, message: str, target: Path, log: str) -> Collected:
     remark = f" Kaggle says: {message}" if message else ""
     if status == "CANCEL_ACKNOWLEDGED":
         return Collected(Outcome.INFRASTRUCTURE, f"the session was cancelled.{remark}")
-    if state is None and (target / STATE).exists():
-        return Collected(Outcome.FAIL, f"{STATE} came home damaged, and says how the run ended; collect it again.")
     if _NO_MEMORY in message + log and (state is None or state.state == "running"):
         again = "memory ran out, and in another session of this machine it would again: take smaller settings"
         return Collected(Outcome.FAIL, f"{again}.{remark}")
+    if state is None and (target / STATE).exists():
+        return Collected(Outcome.FAIL, f"{STATE} came home damaged, and says how the run ended; collect it again.")
     if state is None:
         return _classify_by_log(status, remark, log)
     if state.state == "failed":
@@ -134,10 +130,8 @@ def classify(status: str, message: str, target: Path, log: str) -> Collected:
     if state.state == "done" and status == "ERROR":
         return Collected(Outcome.FAIL, f"the series is done, but the notebook stopped after it: {_last_line(log)}")
     if state.state == "running" or status == "ERROR":
-        sentence = (
-            f"the session ended in the middle of the work, by its time limit or by a fault of the machine.{remark}"
-        )
-        return Collected(Outcome.INFRASTRUCTURE, sentence)
+        cut_off = "the session ended in the middle of the work, by its time limit or by a fault of the machine"
+        return Collected(Outcome.INFRASTRUCTURE, f"{cut_off}.{remark}")
     try:
         return _compare_with_manifest(target, state)
     except RunDirError as error:
@@ -152,25 +146,24 @@ def _compare_with_manifest(target: Path, state: SeriesState) -> Collected:
     if state.state == "continue":
         return Collected(Outcome.CONTINUE, f"to be continued at {state.stage}: {state.sentence}.")
     stages = read_manifest(target).get("stages", {})
-    undone = [stage.name for stage in STAGES if stages.get(stage.name, {}).get("state", "done") != "done"]
+    undone = [name for name, record in stages.items() if record.get("state") != "done"]
     if undone or not stages:
         return Collected(Outcome.FAIL, f"the run calls itself done, but {', '.join(undone) or 'no stage'} is not.")
-    if "04_comparison" in stages and (target / "comparison" / "metrics.json").exists():
-        return Collected(Outcome.PASS, read_sentence(target))
-    return Collected(Outcome.PASS, f"{', '.join(stages)} done.")
+    compared = "04_comparison" in stages and (target / "comparison" / "metrics.json").exists()
+    return Collected(Outcome.PASS, read_sentence(target) if compared else f"{', '.join(stages)} done.")
 
 
 def _classify_by_log(status: str, remark: str, log: str) -> Collected:
-    """The kernel never came to the series: a Python error of the notebook is its fault, anything else the platform's."""
-    errors = _ERROR.findall(log)
-    if errors and errors[-1][0] not in _OF_THE_MACHINE:
-        return Collected(Outcome.FAIL, f"the notebook stopped before the series began: {': '.join(errors[-1])}")
-    if errors:
-        return Collected(Outcome.INFRASTRUCTURE, errors[-1][1])
-    if status == "COMPLETE":
-        return Collected(Outcome.INFRASTRUCTURE, f"the kernel was saved and not run, or kept no output.{remark}")
-    ended = f"the session ended before the series began.{remark} Its log ends with: {_last_line(log)}"
-    return Collected(Outcome.INFRASTRUCTURE, ended)
+    """A kernel that never came to the series: a Python error is the notebook's fault, all else the platform's."""
+    if errors := _ERROR.findall(log):
+        kind, sentence = errors[-1]
+        if kind in _OF_THE_MACHINE:
+            return Collected(Outcome.INFRASTRUCTURE, sentence)
+        return Collected(Outcome.FAIL, f"the notebook stopped before the series began: {kind}: {sentence}")
+    ended = "the kernel was saved and not run, or kept no output."
+    if status != "COMPLETE":
+        ended = f"the session ended before the series began. Its log ends with: {_last_line(log)}"
+    return Collected(Outcome.INFRASTRUCTURE, f"{ended}{remark}")
 
 
 def _last_line(log: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -29,7 +28,6 @@ _EXPECTED = {
     str: ("id", "title", "code_file", "language", "kernel_type", "machine_shape"),
     list: ("dataset_sources", "kernel_sources", "competition_sources", "model_sources"),
 }
-_GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports
 _UNKNOWN_STATES = 10  # in a row, before waiting is given up
 _START_S = 600.0  # after a push, until its session has to be seen queued or running
 
@@ -45,7 +43,6 @@ class Submission:
 
     @property
     def reference(self) -> str:
-        """OWNER/SLUG."""
         return self.metadata["id"]
 
     def write(self, folder: Path) -> None:
@@ -54,31 +51,23 @@ class Submission:
         write_text(folder / self.metadata["code_file"], self.text)
 
     def describe(self) -> str:
-        """Every setting that would be sent; of the notebook size, digest and parameters."""
-        lines = [f"{key}: {json.dumps(value)}" for key, value in self.metadata.items()]
-        lines += [f"hours: {self.hours or 'as Kaggle allows'}; {'run' if self.run else 'saved, and not run'}"]
-        digest = hashlib.sha256(self.text.encode()).hexdigest()
-        lines += [f"text: {len(self.text):,} of {MAXIMUM_BYTES:,} bytes, sha256 {digest}"]
-        return "\n".join([*lines, json.loads(self.text)["cells"][1]["source"]])
+        """Every setting that would be sent; of the notebook size and parameters."""
+        settings = [f"{key}: {json.dumps(value)}" for key, value in self.metadata.items()]
+        hours = f"hours: {self.hours or 'as Kaggle allows'}; {'run' if self.run else 'saved, and not run'}"
+        size = f"text: {len(self.text):,} of {MAXIMUM_BYTES:,} bytes"
+        return "\n".join([*settings, hours, size, json.loads(self.text)["cells"][1]["source"]])
 
 
 def read_metadata() -> dict[str, Any]:
     """kernel-metadata.json; raises KaggleError where a setting is not written out, or is none."""
     try:
-        metadata = parse_json(METADATA.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KaggleError(f"{METADATA} cannot be read ({error}); take it back from git.") from None
-    found = metadata if isinstance(metadata, dict) else {}
-    wrong = [key for kind, keys in _EXPECTED.items() for key in keys if not _is_setting(found.get(key), kind)]
+        found = parse_json(METADATA.read_text(encoding="utf-8"))
+        wrong = [key for kind, keys in _EXPECTED.items() for key in keys if not isinstance(found[key], kind)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KaggleError(f"{METADATA} cannot be read ({error!r}); take it back from git.") from None
     if wrong:
         raise KaggleError(f"{METADATA.name} has to write out {', '.join(wrong)}; take it back from git.")
-    return metadata
-
-
-def _is_setting(value: Any, kind: type) -> bool:
-    if kind is list:
-        return isinstance(value, list) and all(_is_setting(item, str) for item in value)
-    return isinstance(value, kind) and (kind is bool or (bool(value) and value.isprintable()))
+    return found
 
 
 def reference_of(metadata: Mapping[str, Any], username: str = "", slug: str = "") -> str:
@@ -106,12 +95,12 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
     Raises ConfigError for a wrong setting, KaggleError for what must not travel, BundleError where it is too large.
     """
     overrides = dict(overrides or {})
-    load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
-    for key, value in overrides.items():
-        if _is_local(key, value):
+    config = load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
+    for key, value in _local_files(config):
+        if not str(value).startswith("/kaggle/input/"):
             raise KaggleError(
-                f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its path "
-                "below /kaggle/input."
+                f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its "
+                "path below /kaggle/input."
             )
     text = json.dumps(build_kernel(profile, overrides))
     files = ((path.name, path.read_text(encoding="utf-8")) for path in bundled_files())  # base64 hides them in `text`
@@ -123,26 +112,21 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
     return text
 
 
-def _is_local(key: str, value: Any) -> bool:
-    if isinstance(value, list | dict):
-        return any(
-            _is_local(f"{key}.{name}", part)
-            for name, part in (value.items() if isinstance(value, dict) else enumerate(value))
-        )
-    if value is None or str(value).startswith("/kaggle/input/"):
-        return False
-    if key.endswith(".path") or key == "hardware.accelerate_config":
-        return True
-    return key in ("model.name", "export.base") and is_there(expand_home(str(value), key))
+def _local_files(config: Config) -> list[tuple[str, Any]]:
+    """(setting, value) of every setting that names a file or folder."""
+    evaluate, names = config.evaluate, {"model.name": config.model.name, "export.base": config.export.base}
+    paths = [
+        ("data.path", config.data.path),
+        ("evaluate.benchmark", evaluate.benchmark.path),
+        *(("evaluate.more_benchmarks", benchmark.path) for benchmark in evaluate.more_benchmarks),
+        ("hardware.accelerate_config", config.hardware.accelerate_config),
+        *((key, name) for key, name in names.items() if name and is_there(expand_home(str(name), key))),
+    ]
+    return [(key, path) for key, path in paths if path]
 
 
 def submission(
-    metadata: Mapping[str, Any],
-    reference: str,
-    text: str,
-    run: bool = True,
-    hours: float | None = None,
-    sources: tuple[str, ...] = (),
+    metadata: dict, reference: str, text: str, run: bool = True, hours: float | None = None, sources: tuple = ()
 ) -> Submission:
     """What to push as `reference`; `run` False only saves, `sources` are kernels whose output is attached too."""
     filled = {
@@ -157,7 +141,7 @@ def submission(
 def session_hours(config: Config) -> float | None:
     """When Kaggle shall end the session: an hour after the run would end itself; None leaves it to Kaggle."""
     hours = config.hardware.max_hours
-    return hours + _GRACE_HOURS if hours else None
+    return hours + 1.0 if hours else None
 
 
 def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
@@ -167,19 +151,14 @@ def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
         answer = kaggle.push(Path(folder), what.reference, what.hours, what.run)
     if answer.error:
         raise KaggleError(f"Kaggle did not take the push: {answer.error}")
-    refused = {
-        "data sets": answer.invalid_dataset_sources,
-        "kernels": answer.invalid_kernel_sources,
-        "competitions": answer.invalid_competition_sources,
-        "models": answer.invalid_model_sources,
-        "tags": answer.invalid_tags,
-    }
+    kinds = {"dataset": "data sets", "kernel": "kernels", "competition": "competitions", "model": "models"}
+    refused = {word: getattr(answer, f"invalid_{kind}_sources") for kind, word in kinds.items()}
     url = answer.url or page(what.reference)
     if any(refused.values()):
         names = "; ".join(f"{kind} {', '.join(values)}" for kind, values in refused.items() if values)
         raise KaggleError(
-            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached ({names}); stop it "
-            f"at {url}, check those names in {METADATA.name}, and push again."
+            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached "
+            f"({names}); stop it at {url}, check those names in {METADATA.name}, and push again."
         )
     return answer.version_number, url
 
@@ -189,31 +168,27 @@ def wait(
 ) -> tuple[str, str]:
     """(state, message) once the kernel's session has ended; a live line until then.
 
-    A session that was never seen at work is believed to have ended only at the third answer, and with `just_pushed`
-    never: after a push, Kaggle can show the version before for minutes. Raises InfrastructureError where Kaggle stays
-    silent, or shows no new session.
+    With `just_pushed` a session has to be seen at work first: Kaggle can show the version before for minutes. Raises
+    InfrastructureError where Kaggle stays silent, or shows no new session.
     """
-    started, before, silent, ended, seen_at_work = time.monotonic(), "", 0, 0, False
+    started, before, silent, seen_at_work = time.monotonic(), "", 0, not just_pushed
     with console.status(reference) as live:
         while True:
-            state, message = "UNKNOWN", ""
             try:
-                state, message = kaggle.status(reference)
+                (state, message), silent = kaggle.status(reference), 0
             except InfrastructureError:
-                if silent >= _UNKNOWN_STATES:
+                state, message, silent = "UNKNOWN", "", silent + 1
+                if silent > _UNKNOWN_STATES:
                     raise
-            silent = silent + 1 if state == "UNKNOWN" else 0
             passed = time.monotonic() - started
             line = f"{reference}: {readable(state)} after {passed / 60:.0f} min"
             live.update(line)
             if state != before:
                 console.print(line, highlight=False, soft_wrap=True)
-            before = state
-            ended = ended + 1 if state in FINISHED else 0
-            seen_at_work = seen_at_work or state in ("QUEUED", "RUNNING")
-            if ended and (seen_at_work or (ended >= 3 and not just_pushed)):
+            before, seen_at_work = state, seen_at_work or state in ("QUEUED", "RUNNING")
+            if seen_at_work and state in FINISHED:
                 return state, message
-            if just_pushed and not seen_at_work and passed > _START_S:
+            if not seen_at_work and passed > _START_S:
                 raise InfrastructureError(
                     f"Kaggle took the push, but shows no queued or running session of {reference} after "
                     f"{_START_S / 60:.0f} min (the last state: {readable(state)}); look at {page(reference)}."

@@ -10,11 +10,8 @@ from utils.errors import KaggleError
 from utils.kaggle.api import Kaggle
 from utils.kaggle.collect import peek
 from utils.kaggle.push import Submission, push, wait
-from utils.pipeline.stages import STAGES
 from utils.pipeline.state import SeriesState
 from utils.schema import Config
-
-_ORDER = [stage.name for stage in STAGES]
 
 
 def read_unfinished(kaggle: Kaggle, reference: str) -> Config:
@@ -36,11 +33,10 @@ def push_until_done(
 ) -> SeriesState | None:
     """Push `first`, then what `following` makes of each session's settings; returns the last session's state.
 
-    Ends when a session ends as anything but "continue". Raises KaggleError after `sessions` sessions, and where two in a
-    row got no further, so that no quota is burnt on a run that stands still; InfrastructureError where Kaggle shows no
-    new session.
+    Ends when a session ends as anything but "continue". Raises KaggleError after `sessions` sessions, and where two in
+    a row got no further, so that no quota is burnt on a run that stands still.
     """
-    what, before = first, (-2, 0)
+    what, before = first, ("", -1)
     for number in range(1, sessions + 1):
         version, url = push(kaggle, what)
         console.print(f"session {number}: version {version}, {url}", highlight=False, soft_wrap=True)
@@ -48,11 +44,11 @@ def push_until_done(
         state, config = peek(kaggle, first.reference)
         if state is None or config is None or state.state != "continue":
             return state
-        reached = (_ORDER.index(state.stage) if state.stage in _ORDER else -1, state.steps)
+        reached = (state.stage, state.steps)  # their names are in order
         if reached <= before:
             raise KaggleError(
-                f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}; give a session more time "
-                "(hardware.max_hours), or let checkpoints come closer together (train.save_steps)."
+                f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}; give a session "
+                "more time (hardware.max_hours), or let checkpoints come closer together (train.save_steps)."
             )
         before = reached
         console.print(f"  to be continued at {state.stage}, step {state.steps}", highlight=False, soft_wrap=True)

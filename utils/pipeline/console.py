@@ -14,36 +14,30 @@ from utils.pipeline.stages import Stage
 from utils.progress import FILE
 from utils.project import command
 
-_RESULTS = (
-    ("report", "report/index.html", "open it in a browser; it needs no network"),
-    ("figures", "comparison/metrics.json", "the numbers behind it"),
-    ("adapter", "export/adapter", "load it with peft on the base model"),
-    ("merged", "export/merged", "load it with transformers"),
-)
+_RESULTS = {
+    "report/index.html": "open it in a browser; it needs no network",
+    "comparison/metrics.json": "the numbers behind it",
+    "export/adapter": "load it with peft on the base model",
+    "export/merged": "load it with transformers",
+}
 
 
 class LiveLine:
-    """How long a stage has been at work, and how far its kernel says it is: redrawn on a terminal, else now and then."""
+    """How long a stage has been at work, and how far it is: redrawn on a terminal, else now and then."""
 
     def __init__(self, console: Console, stage: Stage, run: RunDir):
         self.console, self.stage, self.file = console, stage, run.file(FILE)
-        self._stop = threading.Event()
+        self.started, self._stop = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> LiveLine:
-        self.started = time.monotonic()
         self.file.write_text("{}")  # the kernel writes where this lies
-        self._status = self.console.status(self._text()) if self.console.is_terminal else None
-        if self._status:
-            self._status.start()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, kind, *_) -> None:
         self._stop.set()
         self._thread.join()
-        if self._status:
-            self._status.stop()
         self.file.unlink(missing_ok=True)
         show(self.console, f"{'[red]✗[/red]' if kind else '[green]✓[/green]'} {self._heading()}")
 
@@ -59,13 +53,12 @@ class LiveLine:
             return self._heading()
 
     def _watch(self) -> None:
-        last = time.monotonic()
-        while not self._stop.wait(0.25):
-            if self._status:
-                self._status.update(self._text())
-            elif time.monotonic() - last > 30:  # a log file gets a line every half minute, not a spinner
-                last = time.monotonic()
-                show(self.console, "  " + self._text())
+        if self.console.is_terminal:
+            with self.console.status(self._text()) as status:
+                while not self._stop.wait(0.25):
+                    status.update(self._text())
+        while not self._stop.wait(30):  # a log file gets a line every half minute, not a spinner
+            show(self.console, "  " + self._text())
 
 
 def show(console: Console, markup: str) -> None:
@@ -74,20 +67,19 @@ def show(console: Console, markup: str) -> None:
 
 
 def summarise(run: RunDir, console: Console, seconds: float, sentence: str = "", stale: str | None = None) -> None:
-    """What was written, what it showed (the verdict's `sentence`), and what to do next; `stale` is why it is out of date."""
+    """What was written, the verdict's `sentence`, and what to do next; `stale` is why it is out of date."""
+    series = f"{command()} run --run-dir {run.path}"
     console.print()
     if stale:
-        again = f"{command()} run --run-dir {run.path}"
-        text = f"The verdict on file is of an earlier run ({stale}); {again} brings it up to date. It was:"
+        text = f"The verdict on file is of an earlier run ({stale}); {series} brings it up to date. It was:"
         show(console, f"[yellow]{escape(text)}[/yellow]")
     if sentence:
         console.print(sentence, style=None if stale else "bold", highlight=False, markup=False)
-    for name, path, hint in _RESULTS:
-        if run.file(path).exists():
-            show(console, f"  {name:<8} {escape(str(run.file(path)))}  [dim]{hint}[/dim]")
+    for name, hint in _RESULTS.items():
+        if run.file(name).exists():
+            show(console, f"  {escape(str(run.file(name)))}  [dim]{hint}[/dim]")
     if run.file("export/adapter").exists() and not stale:
         upload = f"{command()} publish {run.path} --repo USER/NAME"
         show(console, f"[dim]To upload it, where your tokens are:\n  {escape(upload)}[/dim]")
-    again = f"{command()} run --profile {run.config.profile} --run-dir {run.path} --set KEY=VALUE"
-    text = f"{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {again}"
+    text = f"{seconds:.0f} s. Next: change a setting; only what depends on it runs again:\n  {series} --set KEY=VALUE"
     show(console, f"[dim]{escape(text)}[/dim]")

@@ -1,9 +1,7 @@
 """The run directory: one folder that every notebook reads and writes.
 
-`config.yaml` holds the settings in force: made of profile and overrides when the run begins, edited by a later --set or
-OVERRIDES, by what a stage pins, and by hand. `manifest.json` holds the profile's name and for each stage its state
-(running, done, failed), the settings it rests on, seconds, peak memory, versions, and the sha256 of inputs and outputs.
-A stage is current, and need not run again, while its settings, inputs, outputs and notebook are those on record.
+`config.yaml` holds the settings in force, `manifest.json` what each stage rests on and wrote. A stage is current, and
+need not run again, while its settings, inputs, outputs and notebook are those on record.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,18 +21,17 @@ from utils.config import absolute_overrides, expand_home, load_config, read_conf
 from utils.errors import ConfigError, RunDirError
 from utils.hardware import default_profile, require_disk
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
-from utils.pipeline.state import read_state
+from utils.pipeline.state import FILE as STATE
+from utils.pipeline.state import SeriesState, read_state
 from utils.project import command, embedded_fingerprint, runs_dir
 from utils.schema import EMBEDDED, Config
 
 CONFIG = "config.yaml"
-_HEADER = "# Written by the series: the settings in force. Edit one here, or pass --set / OVERRIDES: what rests on it runs again.\n"
-_KNOWN_HEADER = b"# Written by the series: the settings in force."
-_MISSING = "is missing"
-_NO_RESULT = {
-    "train": ("save_steps", "logging_steps", "step_plan"),
-    "generate": ("batch_size",),
-}  # changes none: hours of work stay
+_HEAD = "# Written by the series: the settings in force."
+_HEADER = f"{_HEAD} Edit one here, or pass --set / OVERRIDES: what rests on it runs again.\n"
+_MISSING, _DIFFERS = "is missing", "differs from what was written"
+# These change no result: hours of work stay.
+_NO_RESULT = {"train": ("save_steps", "logging_steps", "step_plan"), "generate": ("batch_size",)}
 
 
 @dataclass
@@ -48,23 +46,14 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
-            if self._stored() != self.config:  # else it stays as somebody may have written it
-                files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
+            with suppress(ConfigError):
+                if read_config(self.file(CONFIG)) == self.config:
+                    return  # it stays as somebody may have written it
+            files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
         except OSError as error:
             raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 
-    def reload(self) -> None:
-        """Take the settings as they are on file now."""
-        self.config = read_config(self.file(CONFIG))
-
-    def _stored(self) -> Config | None:
-        try:
-            return read_config(self.file(CONFIG))
-        except ConfigError:
-            return None
-
     def file(self, relative: str) -> Path:
-        """The absolute path of `relative` below the run directory."""
         return self.path / relative
 
     @property
@@ -72,7 +61,6 @@ class RunDir:
         return self.file("manifest.json")
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest as it is on disk now."""
         return read_manifest(self.path)
 
     def record(self, stage: Stage) -> dict[str, Any]:
@@ -90,24 +78,20 @@ class RunDir:
         files.write_json(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
 
     def settings(self, stage: Stage) -> dict[str, Any]:
-        """The settings that this stage's result rests on; local data and model are named by their content, where they are here."""
+        """The settings that this stage's result rests on; local data and model by their content."""
         values = self.config.sections(*stage.settings)
         for section in _NO_RESULT.keys() & values.keys():
             values[section] = {key: value for key, value in values[section].items() if key not in _NO_RESULT[section]}
-        evaluate, name = self.config.evaluate, self.config.model.name
-        local = []
+        local = {}
         if "data" in values:
-            local = [("data", self.config.data.path), ("benchmark", evaluate.benchmark.path)]
-            local += [(f"benchmark {i}", other.path) for i, other in enumerate(evaluate.more_benchmarks, start=2)]
-        values |= {
-            f"{label} file": files.fingerprint(path)
-            for label, path in local
-            if path is not None and files.is_there(path)
-        }
-        if "model" in values and name == EMBEDDED:
+            benchmarks = (self.config.evaluate.benchmark, *self.config.evaluate.more_benchmarks)
+            local = {f"benchmark {number} file": each.path for number, each in enumerate(benchmarks, start=1)}
+            local["data file"] = self.config.data.path
+        if "model" in values:
+            local["model files"] = Path(self.config.model.name)
+        values |= {label: files.fingerprint(path) for label, path in local.items() if path and files.is_there(path)}
+        if "model" in values and self.config.model.name == EMBEDDED:
             values["model files"] = embedded_fingerprint()
-        elif "model" in values and files.is_folder(name):
-            values["model files"] = files.fingerprint(Path(name))
         return values
 
     def stale_because(self, stage: Stage, with_notebook: bool = True, with_outputs: bool = True) -> str | None:
@@ -123,14 +107,17 @@ class RunDir:
             return f"its settings changed ({', '.join(changed)})"
         if with_notebook and record.get("notebook") != notebook_digest(stage):
             return "its notebook changed"
-        state, kinds = read_state(self.path), {"input": stage.inputs, "output": (*stage.outputs, *stage.optional)}
-        for kind, relatives in list(kinds.items())[: 1 + with_outputs]:
-            known = record.get(f"{kind}s", {})
-            found = files.record_files(self.path, relatives, known)
-            if state:
+        relatives = {"input": stage.inputs, "output": (*stage.outputs, *stage.optional) if with_outputs else ()}
+        for kind, names in relatives.items():
+            known = record.get(f"{kind}s", {}) if names else {}
+            found = files.record_files(self.path, names, known)
+            if state := read_state(self.path):
                 found |= {name: entry for name, entry in known.items() if name not in found and state.left(name)}
-            if changes := describe_changes(files.digests(known), files.digests(found)):
-                return f"one of its {kind}s changed ({changes})"
+            before, now = files.digests(known), files.digests(found)
+            if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+                word = "was added" if changed[0] not in before else _DIFFERS if changed[0] in now else _MISSING
+                more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+                return f"one of its {kind}s changed ({changed[0]} {word}{more})"
         return None
 
     def first_stale(self, stages: Iterable[Stage]) -> tuple[Stage, str] | None:
@@ -142,10 +129,7 @@ class RunDir:
         return next(((stage, reason) for stage, reason in reasons if reason), None)
 
     def out_of_date(self, stage: Stage) -> str | None:
-        """Why what `stage` wrote is not this run's last word, by itself or by a stage before it; None where it is.
-
-        Its outputs themselves are the caller's to look at.
-        """
+        """Why what `stage` wrote is not this run's last word; its outputs themselves are the caller's to look at."""
         found = self.first_stale(ancestors(stage))
         if found is None and (reason := self.stale_because(stage, with_notebook=False, with_outputs=False)):
             found = stage, reason
@@ -157,9 +141,8 @@ def open_run(
 ) -> RunDir:
     """The run directory with its settings in force: config.yaml, or the profile where the run begins, with `overrides`.
 
-    `profile` "auto" is the run directory's own, or demo without a CUDA GPU and t4 with one. `run_dir` "" is
-    runs/<profile> in the checkout (/kaggle/working/runs on Kaggle). `fresh` reads the profile again. Nothing is written:
-    `save` does that. Raises ConfigError and RunDirError.
+    `profile` "auto" is the run directory's own, or demo without a CUDA GPU and t4 with one. `fresh` reads the profile
+    again. Nothing is written: `save` does that. Raises ConfigError and RunDirError.
     """
     if not run_dir:
         profile = default_profile() if profile == "auto" else profile
@@ -184,27 +167,12 @@ def open_run(
 
 
 def _somebody_elses(path: Path) -> str | None:
-    """A file or folder in `path` that a run would write over, where nothing says that a run wrote it; None otherwise.
-
-    A run whose manifest was deleted is known by its state.json, or by the head of its config.yaml.
-    """
+    """A file in `path` that a run would write over; None where state.json or the settings' head says one wrote it."""
     settings = path / CONFIG
-    if files.is_there(path / "state.json"):
-        return None
-    if files.is_there(settings) and settings.is_file() and settings.read_bytes().startswith(_KNOWN_HEADER):
+    if (path / STATE).exists() or (settings.is_file() and settings.read_bytes().startswith(_HEAD.encode())):
         return None
     outputs = (name for stage in STAGES for name in (*stage.outputs, *stage.optional))
-    return next((name for name in (CONFIG, *outputs, "report/index.html") if files.is_there(path / name)), None)
-
-
-def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The first file whose digest is another one, in words, and how many more there are; empty where none is."""
-    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if not names:
-        return ""
-    first = names[0]
-    word = "is missing" if first not in now else "differs from what was written" if first in before else "was added"
-    return f"{first} {word}" + (f", and {len(names) - 1} more" if len(names) > 1 else "")
+    return next((name for name in (CONFIG, *outputs, "report/index.html") if (path / name).exists()), None)
 
 
 def _below(name: str) -> str:
@@ -216,8 +184,6 @@ def _below(name: str) -> str:
 
 class _File(BaseModel, extra="allow"):
     sha256: StrictStr
-    bytes: int = 0
-    mtime_ns: int = 0
 
 
 _Files = dict[Annotated[str, AfterValidator(_below)], _File]
@@ -228,37 +194,22 @@ class _Record(BaseModel, extra="allow"):
     settings: dict[str, Any] = {}
     inputs: _Files = {}
     outputs: _Files = {}
-    seconds: float = 0.0
-    peak_memory: dict[str, float] = {}
-    figures: dict[str, Any] = {}
-    versions: dict[str, str | None] = {}
-    computed_on: dict[str, str] = {}
-
-
-class _Registered(BaseModel, extra="allow"):
-    changed_after_answers: bool
 
 
 class _Manifest(BaseModel, extra="allow"):
     profile: StrictStr
     stages: dict[Literal[tuple(BY_NAME)], _Record] = {}
-    registered: _Registered | None = None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the run directory `path`; empty where there is none yet.
-
-    Raises RunDirError where the file is there and cannot be read.
-    """
+    """The manifest of a run directory, empty where there is none yet; raises RunDirError where it cannot be read."""
     file = path / "manifest.json"
     try:
         if not file.exists():
             return {}
         manifest = files.parse_json(file.read_text(encoding="utf-8"))
-        json.dumps(manifest, allow_nan=False)  # what could not be written again is none of ours
         _Manifest.model_validate(manifest)
-        # What was kept there before config.yaml was the truth, and before files were hashed alone.
-        return {key: value for key, value in manifest.items() if key not in ("overrides", "seal")}
+        return manifest
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].removeprefix('Value error, ')}"
@@ -275,13 +226,12 @@ def altered_files(path: Path) -> list[str]:
 
     What state.json says stayed in a session's scratch is not missed.
     """
-    state = read_state(path)
-    left = state.left if state else lambda name: False
-    return [f"{name} {word}" for _, name, word in _altered(path) if word != _MISSING or not left(name)]
+    state = read_state(path) or SeriesState(state="done")
+    return [f"{name} {word}" for _, name, word in _altered(path) if word != _MISSING or not state.left(name)]
 
 
 def require_recorded(path: Path, names: tuple[str, ...]) -> None:
-    """Raise RunDirError for the first file among `names` (or below a folder there) that is not what its stage put on record.
+    """Raise RunDirError for the first file among `names` (or below a folder there) that is not as its stage left it.
 
     What no stage has on record is not judged.
     """
@@ -291,7 +241,7 @@ def require_recorded(path: Path, names: tuple[str, ...]) -> None:
 
 
 def _altered(path: Path, below: tuple[str, ...] = ("",)) -> Iterator[tuple[str, str, str]]:
-    """(stage, output, what became of it) of the outputs on record, below those names, that are not as they were written."""
+    """(stage, output, what became of it) of the outputs on record below those names that changed since."""
     for stage, record in read_manifest(path).get("stages", {}).items():
         for name, entry in record.get("outputs", {}).items():
             if not any(given in ("", name) or name.startswith(f"{given}/") for given in below):
@@ -299,7 +249,7 @@ def _altered(path: Path, below: tuple[str, ...] = ("",)) -> Iterator[tuple[str, 
             if not (path / name).is_file():
                 yield stage, name, _MISSING
             elif files.sha256(path / name) != entry["sha256"]:
-                yield stage, name, "differs from what was written"
+                yield stage, name, _DIFFERS
 
 
 def notebook_digest(stage: Stage) -> str:

@@ -11,22 +11,19 @@ import threading
 import time
 from collections.abc import Callable
 
-PATIENCE_S = 3.0  # the same wish can arrive twice, through the terminal and through a parent; later ones mean: at once
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class StopRequest:
     """While entered, SIGINT and SIGTERM set `asked` and call `forward`; a second one raises KeyboardInterrupt.
 
+    The same wish can arrive twice, through the terminal and through a parent: the second one counts after `patience_s`.
     Only the main thread can listen; elsewhere, and for a signal that is ignored (nohup), nothing changes.
     """
 
-    def __init__(self, forward: Callable[[], None] | None = None, patience_s: float = PATIENCE_S):
+    def __init__(self, forward: Callable[[], None] = lambda: None, patience_s: float = 3.0):
         self.number, self._forward, self._patience_s = 0, forward, patience_s
 
     @property
     def asked(self) -> bool:
-        """Whether to stop."""
         return bool(self.number)
 
     @property
@@ -36,8 +33,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         main = threading.current_thread() is threading.main_thread()
-        wanted = [s for s in _SIGNALS if main and signal.getsignal(s) is not signal.SIG_IGN]
-        self._before = {s: signal.signal(s, self._ask) for s in wanted}
+        heard = [s for s in (signal.SIGINT, signal.SIGTERM) if main and signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *_) -> None:
@@ -47,7 +44,6 @@ class StopRequest:
     def _ask(self, number: int, _frame) -> None:
         if not self.asked:
             self.number, self._since = number, time.monotonic()
-            if self._forward is not None:
-                self._forward()
+            self._forward()
         elif time.monotonic() - self._since >= self._patience_s:
             raise KeyboardInterrupt

@@ -25,25 +25,23 @@ from utils.secrets import hide_secrets
 class StageRun(RunDir):
     """A stage at work: opened by a notebook's first cells, finished by its last.
 
-    It writes settings and manifest with the lock: after a failed cell, which let it go, that raises RunDirError where
-    another process is at work there by now. Processes that a stage starts write neither.
+    It writes with the lock: after a failed cell, which let it go, that raises RunDirError where another process is at
+    work there by now. Processes that a stage starts write nothing of it.
     """
 
     stage: Stage
     started: float = field(default_factory=time.monotonic)
 
     def save(self) -> None:
-        """As a RunDir's, with the lock."""
         take_lock(self.path, self.stage.name)
         super().save()
 
     def note(self, key: str, value: Any) -> None:
-        """As a RunDir's, with the lock; `write_record` goes this way too."""
-        take_lock(self.path, self.stage.name)
+        take_lock(self.path, self.stage.name)  # `write_record` goes this way too
         super().note(key, value)
 
     def pin(self, key: str, value: str | list | dict | None) -> None:
-        """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml, for every later stage."""
+        """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml."""
         if value is not None:
             self.config = read_config(self.file(CONFIG), {key: value})
             self.save()
@@ -62,18 +60,19 @@ class StageRun(RunDir):
         take_lock(self.path, self.stage.name)  # refused before anything is hashed
         settings = flatten(self.config.model_dump(mode="json"))
         seeds = {key: value for key, value in settings.items() if key.endswith(".seed")}
+        seconds, outputs = time.monotonic() - self.started, (*self.stage.outputs, *self.stage.optional)
         record = self.record(self.stage) | {
             "state": "done",
-            "finished": _now(),
-            "seconds": round(time.monotonic() - self.started, 1),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 1),
             "peak_memory": hardware.peak_memory() | (peak or {}),
             "figures": figures,
             "provenance": {"seeds": seeds, **hardware.describe_determinism()},
-            "outputs": record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
+            "outputs": record_files(self.path, outputs),
         }
         self.write_record(self.stage, **record)
         release_lock(self.path, self.stage.name)
-        print(f"{self.stage.name} done in {record['seconds']:.0f} s; written to {self.path}:")
+        print(f"{self.stage.name} done in {seconds:.0f} s; written to {self.path}:")
         for name, entry in record["outputs"].items():
             print(f"  {name}  ({entry['bytes'] / 1024:,.1f} KiB)")
 
@@ -103,8 +102,12 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
     require_ancestors(run, stage)
     require_hardware(run, stage)
     computed_on = hardware.resolve_hardware(run.config.hardware)
-    if stage.name == "04_comparison":
-        _require_same_conditions(run, computed_on)
+    before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on", {})
+    if stage.name == "04_comparison" and before != computed_on:  # it would be compared as fine-tuning
+        raise StageOrderError(
+            f"The baseline was answered on {', '.join(before.values())}, this is {', '.join(computed_on.values())}; "
+            "run 01_baseline_inference here again, so that both models answer under the same conditions."
+        )
     take_lock(run.path, stage.name)  # which makes the folder: only now that nothing stands against it
     sweep_scratch(run.path)
     run.save()
@@ -113,7 +116,7 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
     opened.write_record(
         stage,
         state="running",
-        started=_now(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
         settings=run.settings(stage),
         notebook=notebook_digest(stage),
         sources=source_digest(),
@@ -146,17 +149,3 @@ def require_hardware(run: RunDir, stage: Stage) -> None:
         hardware.require_disk(run.path, wanted.min_disk_gib, f"The profile {profile}")
         if run.config.model.name != EMBEDDED and not is_folder(run.config.model.name):
             hardware.require_disk(hardware.hub_cache(), wanted.min_cache_gib, "The base model's download")
-
-
-def _require_same_conditions(run: RunDir, now: dict[str, str]) -> None:
-    """Another backend or dtype in 04 than in 01 would be compared as fine-tuning."""
-    before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on", {})
-    if before != now:
-        raise StageOrderError(
-            f"The baseline was answered on {', '.join(before.values())}, this is {', '.join(now.values())}; run "
-            "01_baseline_inference here again, so that both models answer under the same conditions."
-        )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

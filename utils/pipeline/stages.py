@@ -22,57 +22,45 @@ class Stage:
 
     @property
     def number(self) -> str:
-        """`03` of `03_lora_training`."""
         return self.name[:2]
 
     @property
     def notebook(self) -> Path:
-        """The notebook's source."""
         return NOTEBOOKS / f"{self.name}.ipynb"
 
 
 _MODEL = ("model", "prompt", "hardware.dtype", "hardware.backend", "hardware.device")
 _WHAT_IS_ASKED = ("data/eval.parquet", "data/benchmark.jsonl", "data/anecdote.json", "data/probe_items.jsonl")
-_MEASURED = ("primary", "questions", "benchmark", "letter_logprobs", "more_benchmarks", "seed")
+_MEASURED = tuple(
+    f"evaluate.{key}" for key in ("primary", "questions", "benchmark", "letter_logprobs", "more_benchmarks", "seed")
+)
 STAGES = (
     Stage(
-        name="00_setup",
-        title="Setup and frozen split",
-        needs=(),
-        inputs=(),
-        outputs=("environment.json", "data/train.parquet", "data/split.json", "data/registration.json", *_WHAT_IS_ASKED[:3]),
-        settings=("data", "generate", "prompt", "model.name", "model.revision", *(f"evaluate.{key}" for key in _MEASURED)),
+        "00_setup", "Setup and frozen split", needs=(), inputs=(),
+        outputs=("environment.json", *_WHAT_IS_ASKED[:3],
+                 *(f"data/{name}" for name in ("train.parquet", "split.json", "registration.json"))),
+        settings=("data", "generate", "prompt", "model.name", "model.revision", *_MEASURED),
         optional=("data/probe_items.jsonl",),
     ),
     Stage(
-        name="01_baseline_inference",
-        title="Baseline answers",
-        needs=("00_setup",),
-        inputs=_WHAT_IS_ASKED,
+        "01_baseline_inference", "Baseline answers", needs=("00_setup",), inputs=_WHAT_IS_ASKED,
         outputs=("baseline/answers.jsonl", "baseline/forced.jsonl", "baseline/nll.parquet"),
         settings=(*_MODEL, "generate", "evaluate.questions", "evaluate.letter_logprobs"),
         optional=("baseline/probe.jsonl",),
     ),
     Stage(
-        name="02_dataset_formatting",
-        title="From row to tokens",
-        needs=("00_setup",),
-        inputs=("data/train.parquet",),
+        "02_dataset_formatting", "From row to tokens", needs=("00_setup",), inputs=("data/train.parquet",),
         outputs=("data/formatted", "data/lengths.png"),
         settings=("model", "prompt", "train.loss_on"),
     ),
     Stage(
-        name="03_lora_training",
-        title="LoRA training",
-        needs=("02_dataset_formatting",),
-        inputs=("data/formatted",),
-        outputs=tuple(f"training/{name}" for name in ("adapter", "log.csv", "loss.png", "step_plan.json", "summary.json")),
+        "03_lora_training", "LoRA training", needs=("02_dataset_formatting",), inputs=("data/formatted",),
+        outputs=("training/adapter", "training/log.csv", "training/loss.png", "training/step_plan.json",
+                 "training/summary.json"),
         settings=(*_MODEL, "lora", "train"),
     ),
     Stage(
-        name="04_comparison",
-        title="Comparison and verdict",
-        needs=("01_baseline_inference", "03_lora_training"),
+        "04_comparison", "Comparison and verdict", needs=("01_baseline_inference", "03_lora_training"),
         # The adapter last: all before it is read when scores are recomputed.
         inputs=(*_WHAT_IS_ASKED, "data/registration.json", "data/split.json", "baseline", "training/adapter"),
         outputs=("tuned/answers.jsonl", "tuned/forced.jsonl", "tuned/nll.parquet", "comparison"),
@@ -80,9 +68,7 @@ STAGES = (
         optional=("tuned/probe.jsonl",),
     ),
     Stage(
-        name="05_export",
-        title="Export, loaded back",
-        needs=("04_comparison",),
+        "05_export", "Export, loaded back", needs=("04_comparison",),
         inputs=("training/adapter", "comparison/metrics.json"),
         outputs=("export/adapter", "export/README.md", "export/reference.safetensors", "export/verify.json"),
         settings=(*_MODEL, "export"),
@@ -94,14 +80,12 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 def ancestors(stage: Stage) -> list[Stage]:
     """Every stage that `stage` rests on, directly or not, in the order of the series."""
-    needed: set[str] = set(stage.needs)
-    for name in stage.needs:
-        needed |= {earlier.name for earlier in ancestors(BY_NAME[name])}
+    needed = {name for earlier in stage.needs for name in (earlier, *(s.name for s in ancestors(BY_NAME[earlier])))}
     return [other for other in STAGES if other.name in needed]
 
 
 def find_stage(number_or_name: str) -> Stage:
-    """The stage called `03` or `03_lora_training`; raises KeyError otherwise."""
+    """The stage called `3`, `03` or `03_lora_training`; raises KeyError otherwise."""
     for stage in STAGES:
         if number_or_name in (stage.number, stage.name, str(int(stage.number))):
             return stage

@@ -1,4 +1,4 @@
-"""How a run stands, in one small file: `state.json`, read by whoever brings the run home or resumes it."""
+"""How a run stands, in `state.json`: read by whoever brings the run home or resumes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ class SeriesState(BaseModel):
     stage: str = ""  # the one that failed or is to be resumed
     kind: str = ""  # the failure's type
     sentence: str = ""
-    started: float = 0.0  # the session, in seconds since 1970: no two sessions have the same state
     steps: int = 0  # checkpointed so far: two sessions in a row with the same number made no progress
     left_in_scratch: dict[str, int] = Field(default_factory=dict)  # {folder below the run directory: bytes}
 
@@ -29,7 +28,7 @@ class SeriesState(BaseModel):
 
 
 def write_state(run_dir: Path, state: SeriesState) -> None:
-    """Write `state.json` atomically; nothing where there is no run directory."""
+    """Nothing where there is no run directory."""
     if run_dir.is_dir():
         write_json(run_dir / FILE, state.model_dump(mode="json"))
 

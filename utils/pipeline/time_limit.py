@@ -1,8 +1,4 @@
-"""When a session has to end: plain arithmetic, by which a long run stops itself before its platform does.
-
-deadline = Deadline.of(config.hardware.max_hours)
-if deadline.is_due(next_s=seconds_for_one_more_step): save, and stop
-"""
+"""When a session has to end: plain arithmetic, by which a long run stops itself before its platform does."""
 
 from __future__ import annotations
 
@@ -20,8 +16,8 @@ RESERVE_S = 600.0  # for the last checkpoint, the report, and the platform's own
 def session_started() -> float:
     """When this session began, in seconds since 1970.
 
-    On Kaggle and Colab with the machine's first process, since their limits count from there; elsewhere with the driver,
-    or with this process where a notebook was opened by hand.
+    On Kaggle and Colab with the machine's first process, since their limits count from there; elsewhere with the
+    driver, or with this process where a notebook was opened by hand.
     """
     own = psutil.Process()
     first = find_driver() if where() == "local" else (own.parents() or [own])[-1]
@@ -38,21 +34,19 @@ class Deadline:
 
     @classmethod
     def of(cls, max_hours: float | None) -> Deadline:
-        """This session's. Of a very short session a tenth is kept in reserve, so that tests and trials can be short."""
-        return cls(session_started(), max_hours, min(RESERVE_S, 360.0 * max_hours) if max_hours else RESERVE_S)
+        """This session's; of a very short session a tenth is kept in reserve, so that trials can be short."""
+        return cls(session_started(), max_hours, min(RESERVE_S, 360.0 * (max_hours or 24)))
 
     def seconds_left(self, now: float | None = None) -> float:
         """Seconds of work that are left, the reserve taken off; infinite without a limit, never negative."""
         if self.max_hours is None:
             return float("inf")
-        now = time.time() if now is None else now
-        return max(0.0, self.started + 3600 * self.max_hours - self.reserve_s - now)
+        return max(0.0, self.started + 3600 * self.max_hours - self.reserve_s - (time.time() if now is None else now))
 
     def is_due(self, now: float | None = None, next_s: float = 0.0) -> bool:
         """Whether to stop now, because another `next_s` seconds of work would not fit."""
         return self.seconds_left(now) <= next_s
 
     def sentence(self, now: float | None = None) -> str:
-        """Why it stops, with numbers."""
         spent = ((time.time() if now is None else now) - self.started) / 3600
         return f"this session is {spent:.1f} h old and hardware.max_hours is {self.max_hours:g}"
