@@ -33,7 +33,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{assignment!r} is not KEY=VALUE; write for example --set train.max_steps=10.")
         try:
             overrides[key.strip()] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # ValueError: an impossible date, 2024-99-99
+        except Exception:  # not YAMLError alone: ValueError for 2024-99-99, IndexError for !!int ''
             overrides[key.strip()] = value
     return overrides
 
@@ -61,7 +61,7 @@ def edit_config(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def differing_settings(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of what is not as the profile on file has it, by overrides or because the profile was changed."""
+    """{dotted key: value} of what is not as the profile on file has it."""
     try:
         profile = flatten(load_config(config.profile).model_dump(mode="json"))
     except ConfigError:
@@ -82,7 +82,9 @@ def _read_yaml(file: Path, remedy: str) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}); {remedy}.") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, or no UTF-8
+    except (
+        Exception
+    ) as error:  # YAMLError, ValueError for an impossible date or no UTF-8, and what PyYAML stumbles over
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place else ""
         raise ConfigError(f"{file.name} is not YAML{line}; mend it or {remedy}.") from None

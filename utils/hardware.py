@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -69,7 +70,7 @@ def gpus() -> tuple[Gpu, ...]:
     found = []
     for line in answer.stdout.splitlines():
         name, memory, capability = (part.strip() for part in line.rsplit(",", 2))
-        gib = round(float(memory) / 1024, 1) if memory.isdigit() else 0.0  # "[N/A]" on some virtual cards
+        gib = round(float(memory) / 1024, 1) if memory.isdigit() else 0.0  # "[N/A]" on some cards
         found.append(Gpu(name, gib, capability))
     if visible and all(part.strip().isdigit() for part in visible.split(",")):
         found = [found[int(part)] for part in visible.split(",") if int(part) < len(found)]
@@ -130,7 +131,7 @@ def memory_gib() -> float:
 
 
 def hub_cache() -> Path:
-    """The folder that huggingface_hub downloads into."""
+    """huggingface_hub's folder, for downloads and the token."""
     return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
 
 
@@ -148,10 +149,8 @@ def require_disk(path: Path, needed_gib: float, purpose: str) -> None:
     """Raise HardwareError with both numbers where less than `needed_gib` is free for `purpose`."""
     free = free_disk_gib(path)
     if free < needed_gib:
-        raise HardwareError(
-            f"{purpose} needs {needed_gib:.1f} GiB of free disk at {path}; found {free:.1f} GiB. "
-            "Free some space or choose another --run-dir."
-        )
+        found = f"at {path}; found {free:.1f} GiB. Free some space or choose another --run-dir."
+        raise HardwareError(f"{purpose} needs {needed_gib:.1f} GiB of free disk {found}")
 
 
 def require_gpu(profile: str, needed_gib: float) -> Gpu:
@@ -259,10 +258,13 @@ def threads(count: int) -> Iterator[None]:
 
 def describe_determinism() -> dict[str, object]:
     """What can move a figure by a rounding: Python, packages, processor, GPUs, environment and, where it is loaded, torch."""
+    processor = platform.processor()
+    with contextlib.suppress(OSError, TypeError):  # another one may take other vector instructions
+        processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
     described: dict[str, object] = {
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in ("tokenizers", "numpy", "scipy", "scikit-learn")},
-        "processor": _processor(),
+        "processor": processor,
         "gpus": [asdict(gpu) for gpu in gpus()],
         "environment": {name: os.environ.get(name) for name in ("PYTHONHASHSEED", "OMP_NUM_THREADS")},
     }
@@ -275,12 +277,3 @@ def describe_determinism() -> dict[str, object]:
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         }
     return described
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it: another one may take other vector instructions."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

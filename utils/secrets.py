@@ -56,8 +56,7 @@ class Secret:
 def find_secret(name: str) -> Secret:
     """Look a secret up by its name in `NAMES` and the aliases there.
 
-    Never raises: a run pushed through Kaggle's API has no secrets and must succeed all the same. A store that cannot be
-    reached does not hide the next one, and `source` says so.
+    Never raises: a run pushed through Kaggle's API has no secrets and must succeed all the same.
     """
     remarks = []
     for source, value in _ask_stores(name):
@@ -175,10 +174,7 @@ class _Redacting:
 
 
 def hide_secrets() -> None:
-    """From here on this process shows no secret: what it prints, its tracebacks, and in a notebook all that cells send.
-
-    Calling it again changes nothing.
-    """
+    """From here on this process shows no secret: what it prints, its tracebacks, and in a notebook all that cells send."""
     if hasattr(shell := notebook_shell(), "kernel"):
         _hide_in(shell.kernel.session)
         return
@@ -209,6 +205,4 @@ def _clean(content: Any) -> Any:
         return redact(content)
     if isinstance(content, dict):
         return {key: value if str(key).startswith("image/") else _clean(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_clean(value) for value in content]
-    return content
+    return [_clean(value) for value in content] if isinstance(content, list | tuple) else content

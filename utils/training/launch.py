@@ -84,7 +84,7 @@ def _processes_in(path: Path) -> int:
     """num_processes of accelerate's configuration file, those of all machines; raises ConfigError where it names none."""
     try:
         count = int(yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+    except Exception:  # PyYAML stumbles over more than it names
         count = 0
     if count < 1:
         raise ConfigError(
