@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from utils import hardware as platforms
 from utils.errors import HardwareError, PinError
-from utils.hardware import Gpu, check_pins, default_profile, free_disk_gib, gpus, read_pins, require_disk, require_gpu
+from utils.hardware import (
+    Gpu,
+    check_pins,
+    default_profile,
+    describe_determinism,
+    free_disk_gib,
+    gpus,
+    read_pins,
+    require_disk,
+    require_gpu,
+    threads,
+)
+from utils.project import ROOT
 
 
 @pytest.fixture
@@ -187,3 +202,40 @@ def test_the_kernel_that_the_platform_brings_is_not_held_against_the_run(monkeyp
     have(monkeypatch, ipykernel="6.16.0")
     rows = {row["package"]: row for row in platforms.check_pins(cuda=False)}
     assert rows["ipykernel"]["holds"] is False
+
+
+def test_provenance_has_the_switches_of_the_torch_that_is_loaded():
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        on = json.loads(json.dumps(describe_determinism()))
+        torch.use_deterministic_algorithms(False)
+        off = describe_determinism()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert on["torch"]["deterministic_algorithms"] and not off["torch"]["deterministic_algorithms"]
+    assert on["torch"]["threads"] == torch.get_num_threads() and on["torch"]["version"] == torch.__version__
+    assert on["torch"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+
+
+def test_provenance_has_what_the_environment_says_and_loads_no_torch():
+    code = "import json; from utils.hardware import describe_determinism as d; print(json.dumps(d()))"
+    variables = {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "3", "PATH": ""}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+    )
+    told = json.loads(answer.stdout)
+    assert told["environment"]["PYTHONHASHSEED"] == "7" and told["environment"]["OMP_NUM_THREADS"] == "3"
+    assert "torch" not in told and told["processor"]
+
+
+def test_threads_are_as_many_as_asked_for_and_as_many_as_before_afterwards_even_after_an_error():
+    import torch
+
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError), threads(before + 3):
+        assert torch.get_num_threads() == before + 3
+        raise RuntimeError
+    assert torch.get_num_threads() == before

@@ -1,4 +1,4 @@
-"""Secrets: found by name in a fixed order of stores; every exception of a platform is one of three words; never shown."""
+"""Secrets: found by name in a fixed order of stores; every exception of a platform has its meaning; never shown."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from tests import kaggle_secrets_standin
 from tests.loopback import Answer, SecretsServer
 from utils import secrets as credentials
-from utils.secrets import NAMES, Secret, find_secret, known_values, share_hub_token, share_secrets
+from utils.secrets import NAMES, Secret, find_secret, share_secrets
 
 VALUE = "hf_a-secret-of-ours"
 
 
 def found(name: str, source: str, value: str = VALUE) -> Secret:
-    return Secret(name, source, value, "found")
+    return Secret(name, source, value)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def log_in(tmp_path, monkeypatch, value: str = VALUE) -> None:
 @pytest.mark.parametrize("name", list(NAMES))
 def test_without_any_store_a_secret_is_absent_and_false(name):
     secret = find_secret(name)
-    assert secret == Secret(name, "absent") and not secret and secret.value is None and secret.state == "absent"
+    assert secret == Secret(name, "absent") and not secret and secret.value is None
 
 
 def test_the_stores_are_asked_in_order_kaggle_colab_environment_dotenv_cached_login(kaggle, monkeypatch, tmp_path):
@@ -100,15 +100,14 @@ def test_the_stores_are_asked_in_order_kaggle_colab_environment_dotenv_cached_lo
     assert kaggle.received[-1].json == {"Label": "HF_TOKEN", "JWE": "a-session-token"}
 
 
-def test_a_pushed_run_has_no_secrets_attached_which_is_absent_and_told(kaggle):
-    secret = find_secret("HF_TOKEN")
-    assert (secret.state, secret.source) == ("absent", "Kaggle Secrets: none attached (a pushed run has none)")
+def test_a_pushed_run_has_no_secrets_attached_which_is_told(kaggle):
+    source = find_secret("HF_TOKEN").source
+    assert source == "Kaggle Secrets: none attached (a pushed run has none), or a failure of Kaggle's"
 
 
-def test_a_kaggle_session_without_a_token_is_absent(kaggle, monkeypatch):
+def test_a_kaggle_session_without_a_token_has_no_secrets(kaggle, monkeypatch):
     monkeypatch.delenv("KAGGLE_USER_SECRETS_TOKEN")
-    secret = find_secret("HF_TOKEN")
-    assert (secret.state, secret.source) == ("absent", "Kaggle Secrets: this session has no access to secrets")
+    assert find_secret("HF_TOKEN").source == "Kaggle Secrets: this session has no access to secrets"
     assert not kaggle.received
 
 
@@ -118,20 +117,20 @@ def test_a_kaggle_session_without_a_token_is_absent(kaggle, monkeypatch):
         (Answer({}, 401), "no connection"),  # the handlers' order makes every HTTP error a ConnectionError
         (Answer({}, 403), "no connection"),
         (Answer({}, 500), "no connection"),
-        (Answer({"wasSuccessful": False, "error": {"code": 13}}), "an answer that it does not understand"),
-        (Answer({"wasSuccessful": True, "result": {}}), "an answer that it does not understand"),
+        (Answer({"wasSuccessful": False, "error": {"code": 13}}), "or a failure of Kaggle's"),
+        (Answer({"wasSuccessful": True, "result": {}}), "or a failure of Kaggle's"),
         (Answer(b"<html>"), "JSONDecodeError"),
         (Answer(cut=0), "RemoteDisconnected"),
     ],
     ids=["401", "403", "500", "code 13", "no secret", "no JSON", "cut"],
 )
-def test_what_kaggle_answers_otherwise_is_unreachable_and_the_run_goes_on(kaggle, answer, said):
+def test_what_kaggle_answers_otherwise_is_told_and_the_run_goes_on(kaggle, answer, said):
     kaggle.script["/requests/"] = [answer] * 2
     secret = find_secret("HF_TOKEN")
-    assert secret.state == "unreachable" and secret.source.startswith("Kaggle Secrets: ") and said in secret.source
+    assert not secret and secret.source.startswith("Kaggle Secrets: ") and said in secret.source
 
 
-def test_kaggle_without_internet_and_kaggle_too_slow_are_unreachable(kaggle, monkeypatch):
+def test_kaggle_without_internet_and_kaggle_too_slow_are_told(kaggle, monkeypatch):
     kaggle.close()
     assert find_secret("HF_TOKEN").source == "Kaggle Secrets: no connection; is the internet switched on?"
 
@@ -139,46 +138,40 @@ def test_kaggle_without_internet_and_kaggle_too_slow_are_unreachable(kaggle, mon
         raise ConnectionError("Timeout error trying to communicate with service.")
 
     monkeypatch.setattr(kaggle_secrets_standin.UserSecretsClient, "get_secret", late)
-    assert find_secret("HF_TOKEN").state == "unreachable"
-
-
-def test_an_empty_label_is_not_what_happens_but_is_classified(kaggle, monkeypatch):
-    monkeypatch.setitem(NAMES, "HF_TOKEN", ("",))
-    assert find_secret("HF_TOKEN").source == "Kaggle Secrets: an empty label"
+    assert find_secret("HF_TOKEN").source == "Kaggle Secrets: no connection; is the internet switched on?"
 
 
 @pytest.mark.parametrize(
-    ("kind", "state", "said"),
+    ("kind", "said"),
     [
-        ("SecretNotFoundError", "absent", "none of that name"),
-        ("NotebookAccessError", "unreachable", "its switch for this notebook is off"),
-        ("TimeoutException", "unreachable", "only where the notebook is open in Colab"),
+        ("SecretNotFoundError", "none of that name"),
+        ("NotebookAccessError", "its switch for this notebook is off"),
+        ("TimeoutException", "only where the notebook is open in Colab"),
     ],
 )
-def test_each_of_colabs_exceptions_has_its_meaning(monkeypatch, kind, state, said):
+def test_each_of_colabs_exceptions_has_its_meaning(monkeypatch, kind, said):
     def get(userdata, name):
         raise getattr(userdata, kind)(f"{name} {VALUE}")
 
     colab(monkeypatch, get)
     secret = find_secret("HF_TOKEN")
-    assert secret.state == state and said in secret.source and VALUE not in secret.source
+    assert not secret and said in secret.source and VALUE not in secret.source
 
 
-def test_an_older_colab_without_timeoutexception_and_a_process_without_a_kernel_are_unreachable(monkeypatch):
+def test_an_older_colab_without_timeoutexception_and_a_process_without_a_kernel_are_told(monkeypatch):
     def get(userdata, name):
         assert not hasattr(userdata, "TimeoutException")
         return None.kernel  # what a process meets that no notebook is open for
 
     colab(monkeypatch, get, old=True)
-    secret = find_secret("WANDB_API_KEY")
-    assert (secret.state, secret.source) == ("unreachable", "Colab secrets: no notebook is open in Colab here")
+    assert find_secret("WANDB_API_KEY").source == "Colab secrets: no notebook is open in Colab here"
 
 
 def test_a_store_that_cannot_be_reached_does_not_hide_the_next_one(kaggle, monkeypatch):
     kaggle.close()
     on_colab(monkeypatch, {})
     source = "Kaggle Secrets: no connection; is the internet switched on?; Colab secrets: none of that name"
-    assert find_secret("HF_TOKEN") == Secret("HF_TOKEN", source, state="unreachable")
+    assert find_secret("HF_TOKEN") == Secret("HF_TOKEN", source)
     monkeypatch.setenv("HF_TOKEN", VALUE)
     assert find_secret("HF_TOKEN") == found("HF_TOKEN", "environment (HF_TOKEN)")
 
@@ -251,13 +244,13 @@ def test_a_value_is_in_no_representation():
 def test_a_value_is_in_no_remark_about_a_store_that_failed(kaggle):
     kaggle.script["/requests/"] = [Answer({"wasSuccessful": True, "result": {"token": VALUE}})] * 2
     secret = find_secret("HF_TOKEN")
-    assert "does not understand" in secret.source and VALUE not in secret.source
+    assert "or a failure of Kaggle's" in secret.source and VALUE not in secret.source
 
 
 def test_the_hub_token_is_shared_through_the_environment_and_nothing_is_set_without_one(monkeypatch):
-    assert not share_hub_token() and "HF_TOKEN" not in os.environ
+    assert share_secrets("HF_TOKEN") == [Secret("HF_TOKEN", "absent")] and "HF_TOKEN" not in os.environ
     monkeypatch.setenv("HUGGINGFACE_TOKEN", VALUE)
-    assert share_hub_token().source == "environment (HUGGINGFACE_TOKEN)"
+    assert share_secrets("HF_TOKEN")[0].source == "environment (HUGGINGFACE_TOKEN)"
     assert os.environ["HF_TOKEN"] == VALUE
 
 
@@ -266,18 +259,9 @@ def test_the_notebook_that_is_open_asks_once_and_its_processes_do_not_ask_again(
     monkeypatch.setenv("HF_TOKEN", "")  # put back afterwards
     monkeypatch.setenv("WANDB_API_KEY", "")
     kaggle.secrets["HUGGINGFACE_TOKEN"] = VALUE
-    assert [(secret.name, secret.state) for secret in share_secrets()] == [
-        ("HF_TOKEN", "found"),
-        ("WANDB_API_KEY", "absent"),
-    ]
+    assert [(secret.name, bool(secret)) for secret in share_secrets()] == [("HF_TOKEN", True), ("WANDB_API_KEY", False)]
     asked = len(kaggle.received)
     monkeypatch.setattr(credentials, "find_driver", lambda: "the process that asked")
     assert find_secret("HF_TOKEN") == found("HF_TOKEN", "environment (HF_TOKEN)")
     assert find_secret("WANDB_API_KEY") == Secret("WANDB_API_KEY", "absent")
     assert len(kaggle.received) == asked
-
-
-def test_the_values_at_hand_are_known_to_whoever_checks_what_leaves(monkeypatch, tmp_path):
-    monkeypatch.setenv("KAGGLE_KEY", "a-kaggle-key")
-    (tmp_path / ".env").write_text(f"HF_TOKEN={VALUE}\nKAGGLE_API_TOKEN=KGAT_of-ours\nWANDB_API_KEY=short\n")
-    assert known_values() == {"HF_TOKEN": VALUE, "KAGGLE_KEY": "a-kaggle-key", "KAGGLE_API_TOKEN": "KGAT_of-ours"}

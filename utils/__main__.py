@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 try:
     import typer
     from rich.console import Console
-    from rich.markup import escape
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"{error.name} is not installed for {sys.executable}; run make demo, then .venv/bin/python -m utils."
@@ -24,6 +23,7 @@ from utils.secrets import find_secret, hide_secrets, share_secrets
 
 if TYPE_CHECKING:
     from utils.pipeline.run_dir import RunDir
+    from utils.pipeline.stages import Stage
     from utils.schema import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -53,8 +53,13 @@ def run(
     and 143 when it was stopped by Ctrl-C or SIGTERM.
     """
     from utils.pipeline.runner import StageEnded, run_series
+    from utils.pipeline.stages import STAGES
 
-    _check_span(from_, to)
+    numbers = [stage.number for stage in STAGES]
+    if unknown := {from_, to}.difference(numbers):
+        raise UserError(f"There is no stage {unknown.pop()!r}; there are {numbers[0]} to {numbers[-1]}.")
+    if from_ > to:
+        raise UserError(f"--from {from_} comes after --to {to}; swap them.")
     share_secrets()  # the notebooks' processes could not ask Colab
     started = time.monotonic()
     try:
@@ -64,48 +69,27 @@ def run(
         )  # fmt: skip
     except StageEnded as ended:
         failed = ended.exit_code == 1
-        head = f"[red]{ended.stage.name} failed:[/red]" if failed else f"[yellow]to be continued at {ended.stage.name}:[/yellow]"  # fmt: skip
-        _print(f"{head} {escape(str(ended))}", markup=True)
+        head = f"{ended.stage.name} failed" if failed else f"to be continued at {ended.stage.name}"
+        _print(f"{head}: {ended}", style="red" if failed else "yellow")
         _print(f"To resume{', once that is mended' if failed else ''}: {ended.resume}")
         raise typer.Exit(ended.exit_code) from None
 
 
-def _check_span(first: str, last: str) -> None:
-    from utils.pipeline.stages import STAGES, find_stage
-
-    for name in (first, last):
-        try:
-            find_stage(name)
-        except (KeyError, ValueError):
-            raise UserError(
-                f"There is no stage {name!r}; there are {STAGES[0].number} to {STAGES[-1].number}."
-            ) from None
-    if find_stage(first).number > find_stage(last).number:
-        raise UserError(f"--from {first} comes after --to {last}; swap them.")
-
-
 def conclude(run: RunDir, worked: bool, seconds: float) -> None:
-    """Write the report and say what came of the run; stages that passed have passed, whether the report can be written or not."""
+    """Write the report and say what came of the run; stages that passed have passed, whatever becomes of the report."""
     from utils.evaluation.results import read_sentence
     from utils.pipeline.console import summarise
     from utils.report.index import stale_comparison, write_report
 
-    if worked or not run.file("report/index.html").exists():
-        try:
-            write_report(run)
-        except Exception as error:
-            _print(
-                f"The report could not be written ({type(error).__name__}: {error}); the results stand without it, and "
-                f"{command()} run --run-dir {run.path} tries again once report/index.html is removed.",
-                style="yellow",
-            )
     sentence, stale = "", None
-    if run.file("comparison/metrics.json").exists():
-        stale = stale_comparison(run)
-        try:
-            sentence = read_sentence(run.path)
-        except RunDirError as error:  # of a stage that was not asked for
-            _print(str(error), style="yellow")
+    try:
+        if worked or not run.file("report/index.html").exists():
+            write_report(run)
+        if run.file("comparison/metrics.json").exists():
+            sentence, stale = read_sentence(run.path), stale_comparison(run)
+    except Exception as error:
+        again = f"{command()} run --run-dir {run.path} tries again once report/index.html is removed"
+        _print(f"The report could not be written ({type(error).__name__}: {error}); {again}.", style="yellow")
     summarise(run, console, seconds, sentence, stale)
 
 
@@ -119,7 +103,7 @@ def score(run_dir: RunDirArgument) -> None:
     from utils.pipeline.stages import BY_NAME
     from utils.report import draw_comparison, write_answers_page
 
-    run, stage = _existing(run_dir), BY_NAME["04_comparison"]
+    run, stage = _open(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
     require_recorded(run.path, (*stage.inputs[:-1], "tuned"))  # all that is read here; the adapter is not
     base, tuned = read_evaluation(run, "base"), read_evaluation(run, "tuned")
@@ -130,9 +114,7 @@ def score(run_dir: RunDirArgument) -> None:
     outputs = record_files(run.path, (*stage.outputs, *stage.optional))
     run.write_record(stage, **{**run.record(stage), "outputs": outputs})
     _print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
-    if stale := run.out_of_date(stage):
-        again = f"{command()} run --run-dir {run_dir} gives new ones"
-        _print(f"{stale}; these figures are of the answers from before, and {again}.", style="yellow")
+    _warn_if_stale(run, stage)
     _print(metrics["sentence"], style="bold")
 
 
@@ -141,14 +123,19 @@ def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
     from utils.export.verify import export_folders, verify_exports
     from utils.models.load import prepare_device
+    from utils.pipeline.run_dir import altered_files
     from utils.pipeline.stage import require_hardware
     from utils.pipeline.stages import BY_NAME
 
-    run, stage = _existing(run_dir), BY_NAME["05_export"]
-    _require_unaltered(run, run_dir)
-    if stale := run.out_of_date(stage):
-        again = f"{command()} run --run-dir {run_dir} makes new ones"
-        _print(f"{stale}; the exports are of the training before, and {again}.", style="yellow")
+    run, stage = _open(run_dir), BY_NAME["05_export"]
+    if altered := altered_files(run.path):
+        for line in altered:
+            _print(f"✗ {line}", style="red")
+        again = f"{command()} run --run-dir {run_dir} makes them again, or fetch the run again"
+        _print(f"nothing is loaded from files that changed; {again}")
+        raise typer.Exit(1)
+    _print("✓ every recorded file is as it was written", style="green")
+    _warn_if_stale(run, stage)
     if run.record(stage).get("state") != "done":
         _print("there is no export to load back yet: 05_export has not run")
         return
@@ -157,24 +144,11 @@ def verify(run_dir: RunDirArgument) -> None:
         prepare_device(run.config)
         figures = verify_exports(run, export_folders(run))
     except UserError as error:
-        _print(f"[red]✗[/red] {escape(str(error))}", markup=True)
+        _print(f"✗ {error}", style="red")
         raise typer.Exit(1) from None
     for name, values in figures.items():
-        text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
-        _print(f"[green]✓[/green] {name.replace('_', ' ')}: {escape(text)}", markup=True)
-
-
-def _require_unaltered(run: RunDir, run_dir: Path) -> None:
-    from utils.pipeline.run_dir import altered_files
-
-    altered = altered_files(run.path)
-    for line in altered:
-        _print(f"[red]✗[/red] {escape(line)}", markup=True)
-    if altered:
-        again = f"{command()} run --run-dir {run_dir} makes them again, or fetch the run again"
-        _print(f"nothing is loaded from files that changed; {again}")
-        raise typer.Exit(1)
-    _print("[green]✓[/green] every recorded file is as it was written", markup=True)
+        text = ", ".join(f"{key} {value}" for key, value in values.items())
+        _print(f"✓ {name}: {text}".replace("_", " "), style="green")
 
 
 @app.command()
@@ -199,9 +173,7 @@ def push(
     set_: SetOption = None,
     username: UserOption = "",
     slug: Annotated[str, typer.Option(help="Another name for the kernel.")] = "",
-    no_run: Annotated[
-        bool, typer.Option("--no-run", help="Save it only: attach secrets in the editor, run there.")
-    ] = False,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Save only, to attach secrets and run there.")] = False,
     wait: WaitOption = False,
     dry_run: DryRunOption = False,
     continue_: Annotated[bool, typer.Option("--continue", help="Resume from the last session's output.")] = False,
@@ -215,7 +187,7 @@ def push(
     from utils.kaggle.api import Kaggle
 
     if no_run and until_done:
-        raise KaggleError("--no-run saves a version without a session, so --until-done would wait for none; drop one.")
+        raise KaggleError("--no-run starts no session that --until-done could wait for; drop one.")
     overrides = parse_overrides(set_ or [])
     metadata = pushing.read_metadata()
     text = pushing.kernel_text(profile, overrides)
@@ -225,10 +197,8 @@ def push(
 
     def submission(before: Config | None = None) -> pushing.Submission:
         """What to send; `before` holds the settings of the session to resume."""
-        if before is not None:
-            config = edit_config(before, overrides)
-        else:
-            config = None if profile == "auto" else load_config(profile, overrides)
+        new = None if profile == "auto" else load_config(profile, overrides)
+        config = edit_config(before, overrides) if before else new
         hours = pushing.session_hours(config) if config else None
         return pushing.submission(metadata, reference, text, not no_run, hours, (reference,) if before else ())
 
@@ -253,13 +223,11 @@ def _push_once(kaggle: Any, what: Any, no_run: bool, wait: bool, poll: float) ->
     if no_run:
         _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
         return
-    status = "COMPLETE"
+    _print(f"bring it home: {command()} collect {what.reference}")
     if wait:
         status, message = pushing.wait(kaggle, what.reference, console, poll, just_pushed=True)
         _print(f"{what.reference}: {pushing.readable(status)}{f': {message}' if message else ''}")
-    _print(f"bring it home: {command()} collect {what.reference}")
-    if status != "COMPLETE":
-        raise typer.Exit(1 if status == "ERROR" else 3)
+        raise typer.Exit({"COMPLETE": 0, "ERROR": 1}.get(status, 3))
 
 
 @app.command()
@@ -305,7 +273,7 @@ def publish(
     """Upload a run to the Hub and its offline tracking to wandb, from where the tokens are."""
     from utils.export import hub
 
-    run_dir = _existing(run_dir).path
+    run_dir = _open(run_dir).path
     key = find_secret("WANDB_API_KEY")
     runs = hub.offline_runs(run_dir) if wandb else []
     if not repo and not runs:
@@ -315,7 +283,7 @@ def publish(
     _print(hub.describe_uploads(uploads, private, len(runs)))
     if not (dry_run or yes or sys.stdin.isatty()):
         raise HubError(
-            "Nobody can be asked here whether to upload this (no terminal); say --yes, or look by --dry-run."
+            "Nobody can be asked here (no terminal) whether to upload this; say --yes, or look by --dry-run."
         )
     if dry_run or (not yes and not typer.confirm("Upload this?")):
         _print("nothing was uploaded")
@@ -329,7 +297,13 @@ def publish(
         _print(f"tracking stays here: there is no WANDB_API_KEY ({key.source})")
 
 
-def _existing(run_dir: Path) -> RunDir:
+def _warn_if_stale(run: RunDir, stage: Stage) -> None:
+    if stale := run.out_of_date(stage):
+        again = f"{command()} run --run-dir {run.path} makes them anew"
+        _print(f"{stale}; the results here are those from before, and {again}.", style="yellow")
+
+
+def _open(run_dir: Path) -> RunDir:
     from utils.pipeline.run_dir import open_run, read_manifest
 
     if not read_manifest(run_dir.resolve()):
@@ -338,7 +312,7 @@ def _existing(run_dir: Path) -> RunDir:
 
 
 def _print(text: str, **options: Any) -> None:
-    console.print(text, **{"highlight": False, "soft_wrap": True, "markup": False} | options)
+    console.print(text, highlight=False, soft_wrap=True, markup=False, **options)
 
 
 def _log(text: str) -> None:

@@ -1,13 +1,8 @@
 """What can go wrong for a user, one type per kind; each message is one sentence: found, expected, what to do."""
 
-_LONGEST = 1000  # characters: what was found can be a cell of 10 MB
-
 
 class UserError(Exception):
-    """A mistake or a lack that the user can mend; a notebook shows its sentence instead of a stack.
-
-    Whatever the sentence quotes, it stays one printable line.
-    """
+    """A mistake or a lack that the user can mend; a notebook shows its sentence, one printable line, and no stack."""
 
     def __init__(self, message: object = ""):
         super().__init__(one_line(str(message)))
@@ -78,19 +73,13 @@ class Interrupted(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, cut to what fits into a sentence; its type where it says nothing."""
+    """The first line of an exception's text, for a sentence; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def one_line(text: str) -> str:
-    """`text` on one line that any terminal and log can show: controls and halves of characters escaped, its middle left
-    out where it is too long, so that what to do, at its end, is still read."""
-    text = _shorten(text)
+    """`text` on one line that any terminal shows, controls escaped, the middle of a long one left out."""
     if not text.isprintable():
         text = " ".join(text.split())
-        text = _shorten("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
-    return text
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]} … {text[-_LONGEST // 3 :]}"
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 1000 else f"{text[:660]} … {text[-340:]}"

@@ -6,10 +6,9 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,8 +17,7 @@ from utils.hardware import free_disk_gib
 from utils.progress import notebook_shell
 
 _READ_AGAIN = 2**30
-_LONGEST_NAME, _LONGEST_PATH = 255, 1024  # bytes of one name; characters of a path, so that a folder may come before it
-_SURROGATE = r"\\u[dD][89a-fA-F]"
+is_there, is_folder = os.path.exists, os.path.isdir  # pathlib's raise where a folder on the way may not be read
 
 
 @contextmanager
@@ -74,38 +72,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that `text` holds.
-
-    Raises ValueError for whatever is no JSON, for nesting without end, and for half of a character (a lone surrogate such
-    as \\ud800), which no file could be written with again.
-    """
+    """The value that `text` holds; raises ValueError for whatever is no JSON."""
     try:
-        value = json.loads(text)
-        if re.search(_SURROGATE if isinstance(text, str) else _SURROGATE.encode(), text):
-            json.dumps(value, ensure_ascii=False).encode()
+        return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a character; save the file as UTF-8") from None
-    return value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file; none where there is no file. A line that a kill cut off is passed over."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        try:
-            row = parse_json(line) if line else None
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        with suppress(ValueError):
+            rows.append(parse_json(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """`rows` as JSONL, written atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, _to_lines(rows))
 
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -115,9 +100,13 @@ def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":
                 stream.write(b"\n")
-        stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        stream.write(_to_lines(rows).encode())
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _to_lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def sha256(path: Path) -> str:
@@ -127,28 +116,10 @@ def sha256(path: Path) -> str:
 
 
 def relative_name(text: str) -> PurePosixPath | None:
-    """`text` as the name of something below a folder.
-
-    None where it points out of it, where two systems read it differently, and where it is longer than file systems take.
-    """
+    """`text` as the name of something below a folder; None where it points out of it or two systems read it differently."""
     path = PurePosixPath(text)
     odd = path.as_posix() != text or not path.name or "\\" in text or not text.isprintable()
-    if odd or path.is_absolute() or ".." in path.parts or len(text) > _LONGEST_PATH:
-        return None
-    return None if any(len(part.encode()) > _LONGEST_NAME for part in path.parts) else path
-
-
-def is_there(path: Path) -> bool:
-    """Whether `path` exists; a name that no file system takes does not."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: str | Path) -> bool:
-    """Whether `path` is a folder that exists; a name that no file system takes is none."""
-    return is_there(Path(path)) and Path(path).is_dir()
+    return None if odd or path.is_absolute() or ".." in path.parts else path
 
 
 def list_files(root: Path, relative: str) -> list[Path]:
@@ -163,7 +134,7 @@ def record_files(root: Path, relatives: tuple[str, ...], known: dict[str, dict] 
     """{relative path: {sha256, bytes, mtime_ns}} of all files below `relatives`.
 
     A file above _READ_AGAIN bytes whose size and time are those in `known` keeps the digest recorded there: 16 GB are not
-    read again. Smaller ones are: a bit can turn over, and a copy can bring another file, with the time left as it was.
+    read again.
     """
     records = {}
     for relative in relatives:
@@ -171,11 +142,9 @@ def record_files(root: Path, relatives: tuple[str, ...], known: dict[str, dict] 
             if path.suffix == ".old":
                 continue  # kept for people; no stage writes or reads it
             name, stat = path.relative_to(root).as_posix(), path.stat()
-            before = (known or {}).get(name)
-            large = before and stat.st_size > _READ_AGAIN
-            same = large and (before.get("bytes"), before.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
-            digest = before["sha256"] if same else sha256(path)
-            records[name] = {"sha256": digest, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            record, before = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}, (known or {}).get(name, {})
+            same = stat.st_size > _READ_AGAIN and before.items() >= record.items()
+            records[name] = {"sha256": before["sha256"] if same else sha256(path), **record}
     return records
 
 
@@ -187,8 +156,8 @@ def digests(records: dict[str, dict]) -> dict[str, str]:
 def fingerprint(path: Path) -> str:
     """A digest of a data file's bytes, or of a model folder's file names, sizes and small files.
 
-    Not of times: a folder that is mounted anew in the next session is the same model. Not of what lies in folders below:
-    no model does, and a home directory named by mistake would be read for minutes.
+    Not of times: a folder that is mounted anew is the same model. Not of what lies in folders below: a home directory
+    named by mistake would be read for minutes.
     """
     if path.is_file():
         return sha256(path)
@@ -208,42 +177,37 @@ _FULL_IN_WORDS = (
     "rrno 28]",
     "os error 28",
     "PytorchStreamWriter",
-    "inline_container.cc",
+    "inline_container",
     "iostream error",
 )
 
 
+def disk_error(error: BaseException, place: Path, needed_gib: float = 0.0) -> UserError | None:
+    """The user's error where `error`, of whatever library, says that a disk refused to be written; None elsewhere."""
+    number, text = getattr(error, "errno", None), str(error)
+    if isinstance(error, UserError):
+        return None
+    if isinstance(named := getattr(error, "filename", None), str):
+        place = Path(named)
+    if number in _FULL or any(words in text for words in _FULL_IN_WORDS):
+        needed = f", and {needed_gib:.1f} GiB are needed" if needed_gib else ""
+        return HardwareError(
+            f"The disk is full ({os.strerror(number) if number else text[:100]}): {free_disk_gib(place):.2f} GiB are free at "
+            f"{place}{needed}; free some space and run the same again, it resumes from what was saved."
+        )
+    if number == errno.EROFS or "Read-only file system" in text:
+        return RunDirError(f"{place} cannot be written (Read-only file system); resume a copy of the run elsewhere.")
+    return None
+
+
 @contextmanager
-def writing(target: Path, needed_gib: float = 0.1) -> Iterator[None]:
-    """Around what writes `target`, of `needed_gib`: raises HardwareError where the disk is full, else RunDirError."""
+def writing(target: Path, needed_gib: float = 0.0) -> Iterator[None]:
+    """Around what writes `target`, of `needed_gib`: a refused write is raised as its sentence, by `disk_error`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise HardwareError(
-                f"The disk filled up: {target.name} needs {needed_gib:.1f} GiB at {target.parent}, and "
-                f"{free_disk_gib(target):.1f} GiB are free now; free some space and run 05 again."
-            ) from None
-        raise RunDirError(
-            f"{target} could not be written ({error.strerror or error}); choose a --run-dir that can be."
-        ) from None
-
-
-def disk_error(error: BaseException, run_dir: Path) -> UserError | None:
-    """The user's error where `error`, of whatever library, says that a disk refused to be written; None elsewhere."""
-    if isinstance(error, UserError):
-        return None
-    number, text = getattr(error, "errno", None), str(error)
-    named = getattr(error, "filename", None)
-    place = Path(named) if isinstance(named, str) else run_dir
-    if number in _FULL or any(words in text for words in _FULL_IN_WORDS):
-        return HardwareError(
-            f"The disk is full ({os.strerror(number) if number else text[:100]}): {free_disk_gib(place):.2f} GiB are free at "
-            f"{place}; free some space and run the same again, it resumes from what was saved."
-        )
-    if number == errno.EROFS or "Read-only file system" in text:
-        return RunDirError(f"{place} cannot be written (Read-only file system); resume a copy of {run_dir} elsewhere.")
-    return None
+        refused = f"{target} could not be written ({error.strerror or error}); choose a --run-dir that can be."
+        raise disk_error(error, target, needed_gib) or RunDirError(refused) from None
 
 
 def tell_disk_errors(run_dir: Path) -> None:

@@ -1,6 +1,6 @@
 """The machine under the run: Kaggle, Colab or local; GPU, memory, disk; installed packages against the pins.
 
-Nothing heavy is imported here: the GPU is asked through nvidia-smi, so a process that only checks stays light.
+Nothing heavy is imported here: a process that only checks stays light.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from utils.schema import HardwareSection  # pydantic: not before it is installed
 
 GIB = 1024**3
-# Which of the pins a run rests on: these change numbers or break cells when they move.
+# These change numbers or break cells when they move.
 STACK = ("transformers", "trl", "peft", "datasets", "accelerate")
 CUDA_STACK = ("bitsandbytes", "unsloth", "unsloth_zoo")
 
@@ -69,10 +70,10 @@ def gpus() -> tuple[Gpu, ...]:
     found = []
     for line in answer.stdout.splitlines():
         name, memory, capability = (part.strip() for part in line.rsplit(",", 2))
-        gib = round(float(memory) / 1024, 1) if memory.isdigit() else 0.0  # "[N/A]" on some virtual cards
+        gib = round(float(memory) / 1024, 1) if memory.isdigit() else 0.0  # "[N/A]" on some cards
         found.append(Gpu(name, gib, capability))
     if visible and all(part.strip().isdigit() for part in visible.split(",")):
-        return tuple(found[int(part)] for part in visible.split(",") if int(part) < len(found))
+        found = [found[int(part)] for part in visible.split(",") if int(part) < len(found)]
     return tuple(found)
 
 
@@ -92,12 +93,12 @@ def processes(hardware: HardwareSection) -> int:
 
 
 def local_rank() -> int:
-    """Which of this machine's training processes this is, as `accelerate launch` numbers them; 0 where there is one."""
+    """Which of this machine's training processes this is, as `accelerate launch` numbers them."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def global_rank() -> int:
-    """Which of all machines' training processes this is; the first one writes what is left."""
+    """Which of all machines' training processes this is."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -112,17 +113,14 @@ def default_profile() -> str:
 
 
 def resolve_hardware(hardware: HardwareSection) -> dict[str, str]:
-    """What `auto` comes to on this machine: device, backend, dtype, as plain words.
-
-    unsloth where it is installed and a CUDA GPU is there; bfloat16 from compute capability 8.0 on (a T4 has 7.5).
-    """
+    """What `auto` comes to on this machine: device, backend, dtype, as plain words."""
     device, backend, dtype = hardware.device, hardware.backend, hardware.dtype
     if device == "auto":
         device = "cuda" if gpus() else "cpu"
     if backend == "auto":
         backend = "unsloth" if device == "cuda" and importlib.util.find_spec("unsloth") else "transformers"
     if dtype == "auto":
-        modern = bool(gpus()) and float(gpus()[0].capability or 0) >= 8.0
+        modern = bool(gpus()) and float(gpus()[0].capability or 0) >= 8.0  # a T4 has 7.5, and no bfloat16
         dtype = "float32" if device == "cpu" else "bfloat16" if modern else "float16"
     return {"device": device, "backend": backend, "dtype": dtype}
 
@@ -133,30 +131,26 @@ def memory_gib() -> float:
 
 
 def hub_cache() -> Path:
-    """The folder that huggingface_hub downloads into."""
+    """huggingface_hub's folder, for downloads and the token."""
     return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
 
 
 def free_disk_gib(path: Path) -> float:
-    """Free space in GiB on the file system that will hold `path`; raises RunDirError for a name that none can hold."""
+    """Free space in GiB on the file system that will hold `path`; raises RunDirError where it may not be looked at."""
     try:
         while not path.exists():
             path = path.parent
         return shutil.disk_usage(path).free / GIB
-    except (OSError, ValueError) as error:
-        raise RunDirError(
-            f"{path} cannot be used ({getattr(error, 'strerror', None) or error}); choose another path."
-        ) from None
+    except OSError as error:
+        raise RunDirError(f"{path} cannot be used ({error.strerror}); choose another path.") from None
 
 
 def require_disk(path: Path, needed_gib: float, purpose: str) -> None:
     """Raise HardwareError with both numbers where less than `needed_gib` is free for `purpose`."""
     free = free_disk_gib(path)
     if free < needed_gib:
-        raise HardwareError(
-            f"{purpose} needs {needed_gib:.1f} GiB of free disk at {path}; found {free:.1f} GiB. "
-            "Free some space or choose another --run-dir."
-        )
+        found = f"at {path}; found {free:.1f} GiB. Free some space or choose another --run-dir."
+        raise HardwareError(f"{purpose} needs {needed_gib:.1f} GiB of free disk {found}")
 
 
 def require_gpu(profile: str, needed_gib: float) -> Gpu:
@@ -194,42 +188,34 @@ def installed(package: str) -> str | None:
         return None
 
 
-def read_pins(path: Path | None = None) -> dict[str, Requirement]:
+def read_pins(path: Path = ROOT / "requirements.txt") -> dict[str, Requirement]:
     """requirements.txt as {normalised name: Requirement}; raises PinError where the file is missing."""
-    path = path or ROOT / "requirements.txt"
     if not path.exists():
         raise PinError(f"{path} is missing; take it back from git, the versions are checked against it.")
-    pins = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        line = line.split("#")[0].strip()
-        if line and not line.startswith("-"):
-            requirement = Requirement(line)
-            pins[canonicalize_name(requirement.name)] = requirement
-    return pins
+    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    pins = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    return {canonicalize_name(pin.name): pin for pin in pins}
 
 
 def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | None]]:
-    """Compare every pin with what is installed: rows of package, pinned, found, holds.
+    """Compare every pin with what is installed: rows of package, pinned, found, holds, needed here.
 
     Raises PinError for the first package that is installed in another version, or that a run needs and is missing.
     A package that this machine does without (unsloth without a CUDA GPU, say) is reported and not enforced.
     """
-    pins = read_pins()
-    rows = []
-    for name, requirement in pins.items():
-        found = installed(name)
-        holds = found is not None and requirement.specifier.contains(found, prereleases=True)
-        rows.append({"package": name, "pinned": str(requirement.specifier), "found": found, "holds": holds})
     needed = {canonicalize_name(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
-    for row in rows:
-        row["needed here"] = row["package"] in needed
-    for row in rows if enforce else ():
-        installed_otherwise = row["found"] is not None and row["package"] not in left_to_the_platform()
-        if not row["holds"] and (installed_otherwise or row["needed here"]):
+    rows = []
+    for name, pin in read_pins().items():
+        found = installed(name)
+        holds = found is not None and pin.specifier.contains(found, prereleases=True)
+        enforced = name in needed or (found is not None and name not in left_to_the_platform())
+        if enforce and enforced and not holds:
             raise PinError(
-                f"{row['package']} is {row['found'] or 'not installed'}, but requirements.txt asks for "
-                f"{row['package']}{row['pinned']}; run `pip install -r requirements.txt` and restart the kernel."
+                f"{name} is {found or 'not installed'}, but requirements.txt asks for {name}{pin.specifier}; "
+                "run `pip install -r requirements.txt` and restart the kernel."
             )
+        row = {"package": name, "pinned": str(pin.specifier), "found": found, "holds": holds}
+        rows.append(row | {"needed here": name in needed})
     return rows
 
 
@@ -240,11 +226,7 @@ def quiet_libraries() -> None:
 
 
 def left_to_the_platform() -> set[str]:
-    """Packages whose version is not ours to choose here.
-
-    A kernel cannot replace the ipykernel that it runs on, without a GPU nothing can use the CUDA stack, and nobody
-    pushes to Kaggle from Kaggle.
-    """
+    """Packages whose version is not ours to choose here: the running kernel's, and what nothing here can use."""
     without_gpu = set() if gpus() else {canonicalize_name(name) for name in (*CUDA_STACK, "torchao")}
     return {"ipykernel"} | without_gpu | (set() if where() == "local" else {"kaggle"})
 
@@ -261,16 +243,9 @@ def describe() -> dict[str, object]:
     }
 
 
-_PACKAGES = "tokenizers safetensors numpy pandas pyarrow scipy scikit-learn sparse_dot_topn statsmodels"
-_ENVIRONMENT = (
-    "PYTHONHASHSEED OMP_NUM_THREADS MKL_NUM_THREADS GOMP_SPINCOUNT TOKENIZERS_PARALLELISM CUBLAS_WORKSPACE_CONFIG "
-    "CUDA_VISIBLE_DEVICES NVIDIA_TF32_OVERRIDE"
-)
-
-
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many threads for torch inside, and as many as before after it: the order of a sum can depend on their number."""
+    """So many threads for torch inside: the order of a sum can depend on their number."""
     import torch
 
     before = torch.get_num_threads()
@@ -282,48 +257,23 @@ def threads(count: int) -> Iterator[None]:
 
 
 def describe_determinism() -> dict[str, object]:
-    """Python, packages, hardware, environment variables (None where unset) and, where torch is loaded, its threads and switches."""
+    """What can move a figure by a rounding: Python, packages, processor, GPUs, environment and, where it is loaded, torch."""
+    processor = platform.processor()
+    with contextlib.suppress(OSError, TypeError):  # another one may take other vector instructions
+        processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
     described: dict[str, object] = {
         "python": platform.python_version(),
-        "packages": {name: installed(name) for name in _PACKAGES.split()},
-        "machine": platform.machine(),
-        "processor": _processor(),
+        "packages": {name: installed(name) for name in ("tokenizers", "numpy", "scipy", "scikit-learn")},
+        "processor": processor,
         "gpus": [asdict(gpu) for gpu in gpus()],
-        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT.split()},
-        "hash_randomisation": bool(sys.flags.hash_randomization),
+        "environment": {name: os.environ.get(name) for name in ("PYTHONHASHSEED", "OMP_NUM_THREADS")},
     }
-    torch = sys.modules.get("torch")
-    return described | ({"torch": _switches(torch)} if torch is not None else {})
-
-
-def _switches(torch) -> dict[str, object]:
-    """Of a loaded torch: what decides in which order it adds up, and by which kernels."""
-    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
-    found = {
-        "version": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "interop_threads": torch.get_num_interop_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-    if torch.cuda.is_available():
-        found |= {
+    if torch := sys.modules.get("torch"):
+        described["torch"] = {
+            "version": torch.__version__,
             "cuda": torch.version.cuda,
-            "cudnn": cudnn.version(),
-            "cudnn_benchmark": cudnn.benchmark,
-            "cudnn_deterministic": cudnn.deterministic,
-            "flash_attention": cuda.flash_sdp_enabled(),
-            "cudnn_attention": cuda.cudnn_sdp_enabled(),
-            "fp16_reduced_precision_reduction": cuda.matmul.allow_fp16_reduced_precision_reduction,
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         }
-    return found
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it: another one may take other vector instructions."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+    return described

@@ -1,12 +1,8 @@
-"""On Kaggle and Colab: install what the pins ask for and the image lacks, around the image's own torch.
-
-Nothing that is installed here is imported by this module or by those that it imports.
-"""
+"""On Kaggle and Colab: install what the pins ask for and the image lacks; nothing of that is imported here."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +10,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from utils.errors import PinError
 from utils.hardware import gpus, installed, left_to_the_platform, read_pins, where
@@ -25,12 +22,13 @@ IMAGES_OWN = ("torch", "torchvision", "torchaudio", "triton", "jupyter-core", "t
 def install_missing(restart: bool = True) -> None:
     """On Kaggle and Colab, install what the pins ask for and the image lacks; elsewhere do nothing.
 
-    What the image has and the pins allow is held still by a constraints file, its torch above all. Raises PinError with
-    pip's last line where the installation fails and, with `restart`, where this kernel had already loaded what was replaced.
+    Raises PinError with pip's last line where that fails and, with `restart`, where this kernel had loaded what was replaced.
     """
     if where() == "local":
         return
-    _warn_without_gpu()
+    if not gpus():
+        menu = "Runtime > Change runtime type > T4 GPU" if where() == "colab" else "Settings > Accelerator > GPU T4 x2"
+        print(f'This runtime has no GPU: only PROFILE = "demo" runs here. For the real model choose {menu}.')
     missing = [str(requirement) for requirement in read_pins().values() if not _kept(requirement)]
     if missing:
         before = _loaded()
@@ -43,7 +41,9 @@ def install_missing(restart: bool = True) -> None:
             last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
             raise PinError(f"pip could not install {', '.join(missing)}: {last} Check that the internet is on.")
         print(f"installed {', '.join(missing)}")
-    _drop_old_torchao()
+    version = installed("torchao")
+    if version and Version(version) < Version("0.16"):  # peft refuses it (unslothai/notebooks issues 258 and 262)
+        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "-y", "torchao"], check=True)
     if missing and restart:
         _require_restart(before)
 
@@ -79,20 +79,3 @@ def _require_restart(before: dict[str, str | None]) -> None:
             f"The pinned {', '.join(changed)} are installed, but this kernel had loaded other versions; "
             f"restart it ({menu}) and run all cells again: the second time nothing is installed."
         )
-
-
-def _warn_without_gpu() -> None:
-    if not gpus():
-        menu = "Runtime > Change runtime type > T4 GPU" if where() == "colab" else "Settings > Accelerator > GPU T4 x2"
-        print(f'This runtime has no GPU: only PROFILE = "demo" runs here. For the real model choose {menu}.')
-
-
-def _drop_old_torchao() -> None:
-    """peft refuses torchao below 0.16, which Kaggle and Colab ship (unslothai/notebooks issues 258 and 262)."""
-    version = installed("torchao")
-    if version and _numbers(version) < (0, 16):
-        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "-y", "torchao"], check=True)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -1,11 +1,7 @@
 """The one way in which the series starts a process of its own: output in a log, its end tied to ours.
 
-    with Child([sys.executable, "-m", "utils.evaluation.workers", run_dir], log=run.file("workers/1.log")) as child:
-        status = child.wait()
-
-The command runs below a watcher (this module, run as a program) whose standard input the parent holds open. When it
-closes, however the parent ended, the watcher ends the command and everything that the command started. That works for
-any program, a server in C++ too, and is how nothing of a killed notebook keeps memory or a GPU.
+It runs below a watcher (this module as a program), whose standard input the parent holds open. When that closes, however
+the parent ended, the watcher ends the command and all that it started: nothing of a killed notebook keeps a GPU.
 """
 
 from __future__ import annotations
@@ -84,33 +80,28 @@ def find_driver() -> psutil.Process | None:
     return None
 
 
-def _family(process: subprocess.Popen) -> list[psutil.Process]:
-    """The process and all that it started; torch's launcher puts its workers into sessions of their own."""
+def _end(process: subprocess.Popen, kill: bool) -> None:
+    """SIGTERM to the process and all that it started, sessions of their own too; with `kill` SIGKILL to what stays."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
-
-
-def _signal(family: list[psutil.Process], number: int) -> None:
-    for member in family:
-        with contextlib.suppress(psutil.Error):
-            member.send_signal(number)
+        family = [parent, *parent.children(recursive=True)]
+        for number in (signal.SIGTERM, signal.SIGKILL) if kill else (signal.SIGTERM,):
+            for member in family:
+                with contextlib.suppress(psutil.Error):
+                    member.send_signal(number)
+            family = psutil.wait_procs(family, timeout=_GRACE_S)[1] if kill else []
 
 
 def _watch(process: subprocess.Popen) -> None:
     while os.read(0, 1):  # not sys.stdin, whose lock a daemon thread would still hold at the interpreter's end
-        _signal(_family(process), signal.SIGTERM)
-    family = _family(process)
-    _signal(family, signal.SIGTERM)
-    _signal(psutil.wait_procs(family, timeout=_GRACE_S)[1], signal.SIGKILL)
+        _end(process, kill=False)
+    _end(process, kill=True)
 
 
 def main(command: Sequence[str]) -> int:
     """Run `command` until it ends or our standard input closes; returns its exit status."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    watcher = threading.Thread(target=_watch, args=(process,), daemon=True)
-    watcher.start()
+    threading.Thread(target=_watch, args=(process,), daemon=True).start()
     status = process.wait()
     return status if status >= 0 else 128 - status
 

@@ -1,7 +1,4 @@
-"""Progress for everything that takes longer than two seconds: a bar in the notebook, one live line in `run`.
-
-Where a driver watches, the run directory holds the file FILE; the stage at work writes its current step there.
-"""
+"""Progress for everything that takes longer than two seconds: a bar in the notebook, one live line in `run`."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
-FILE = ".progress.json"
+FILE = ".progress.json"  # in the run directory where a driver watches; the stage at work writes its step there
 _INTERVAL_S = 0.5
 _file: Path | None = None
 
@@ -28,7 +25,7 @@ def report_to(run_dir: Path) -> None:
 
 
 class Progress:
-    """A bar of `total` units, told by `update`; close it, or use it as a context manager."""
+    """A bar of `total` units, as a context manager; `update` moves it."""
 
     def __init__(self, description: str, total: int, unit: str = "it"):
         self.description, self.total, self.done, self.note = description, total, 0, ""
@@ -43,16 +40,12 @@ class Progress:
             self.note = note
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(step)
-        self._report(force=self.done >= self.total)
-
-    def _report(self, force: bool = False) -> None:
-        now = time.monotonic()
-        if _file is None or (now - self._last < _INTERVAL_S and not force):
+        if _file is None or (time.monotonic() - self._last < _INTERVAL_S and self.done < self.total):
             return
-        self._last = now
+        self._last = time.monotonic()
         state = {"description": self.description, "done": self.done, "total": self.total, "note": self.note}
         scratch = _file.with_suffix(".tmp")
-        with suppress(OSError):  # a full disk, or a driver that is gone: no reason to stop what is at work
+        with suppress(OSError):  # a full disk is no reason to stop what is at work
             scratch.write_text(json.dumps(state))
             scratch.replace(_file)
 

@@ -21,10 +21,7 @@ REF = "v0.2.0"
 
 
 def prepare(restart: bool = True) -> None:
-    """What a notebook's bootstrap cell calls: installs, on Kaggle and Colab, what the pins ask for and the image lacks.
-
-    Raises ImportError where the package that is loaded as `utils` is another one, PinError as `install_missing` does.
-    """
+    """What a notebook's bootstrap cell calls: ImportError where `utils` is another package, else `install_missing`."""
     import utils
 
     if getattr(utils, "SERIES", None) != NAME:

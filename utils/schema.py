@@ -1,8 +1,4 @@
-"""Every setting of a run: its name, its type, its range.
-
-Field names are those of the libraries they reach (LoraConfig, SFTConfig, generate), so that a reader can look them up
-there. `config` reads them from a profile and explains what is wrong with a value.
-"""
+"""Every setting of a run: its name, its type, its range. Names are those of the libraries that they reach."""
 
 from __future__ import annotations
 
@@ -48,9 +44,7 @@ class DataSection(Section):
     train_rows: Positive | None = None
     eval_rows: Positive = 200
     shuffle: bool = True
-    duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = (
-        0.5  # from here on two questions are one; 1: exact duplicates only
-    )
+    duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5  # two questions are one; 1: exact duplicates only
     shuffle_answers: bool = False  # a control: every training question gets another row's answer
     seed: NotNegative = 3407
 
@@ -72,7 +66,7 @@ class BenchmarkSection(Section):
 
 
 class PromptFormat(Section):
-    """The text around a question and its answer, as 00 finds it by the tokenizer: see `utils.data.prompts`."""
+    """The text around a question and its answer, as 00 finds it by the tokenizer."""
 
     style: Literal["native", "chat", "tutorial"]
     before: str  # the question
@@ -83,8 +77,7 @@ class PromptFormat(Section):
 
 
 class PromptSection(Section):
-    """`native` is DeepSeek's chat format, `chat` the model's own template, `tutorial` the published instruction template;
-    `auto` is native where the tokenizer has DeepSeek's tokens, else chat."""
+    """`native` is DeepSeek's format, `chat` the model's own template, `tutorial` the published one; `auto` picks of the first two."""
 
     style: Literal["auto", "native", "chat", "tutorial"] = "auto"
     format: PromptFormat | None = None  # found out by 00
@@ -170,9 +163,7 @@ class ExportSection(Section):
     """What 05 writes and how thoroughly it compares."""
 
     merged: bool = True
-    base: str | None = (
-        None  # the 16-bit model to merge into: a Hub id or a folder; None: the trained one, or its sibling
-    )
+    base: str | None = None  # the 16-bit model to merge into, an id or a folder; None: the trained one, or its sibling
     base_revision: str | None = None
     gguf: list[GgufType] = list(get_args(GgufType))  # written where llama.cpp is found; []: none
     install_llama_cpp: bool = False  # fetch or build llama.cpp where none is found
@@ -197,9 +188,7 @@ class HardwareSection(Section):
     min_gpu_memory_gib: Annotated[float, Field(ge=0)] = 0.0
     min_disk_gib: Annotated[float, Field(ge=0)] = 1.0  # for the run directory
     min_cache_gib: Annotated[float, Field(ge=0)] = 0.0  # for what is downloaded from the Hub
-    max_hours: Annotated[float, Field(gt=0)] | None = (
-        None  # a session older than this ends itself; the next one goes on
-    )
+    max_hours: Annotated[float, Field(gt=0)] | None = None  # an older session ends itself; the next one resumes
     emulate_t4: bool = False  # on a larger GPU: no flash or cuDNN attention, at most 14 GiB (benchmarks use it)
     pins: Literal["enforce", "report"] = "enforce"
 
@@ -223,22 +212,20 @@ class Config(Section):
     @classmethod
     def _register_primary(cls, values: Any) -> Any:
         """Replace `primary: auto` by what the data can carry, so that the run directory names it before any score."""
-        if not isinstance(values, Mapping):
-            return values
-        evaluate, data = values.get("evaluate") or {}, values.get("data") or {}
-        if not isinstance(evaluate, Mapping):
+        evaluate, data = (values.get(name) or {} for name in ("evaluate", "data"))
+        if (
+            not (isinstance(evaluate, Mapping) and isinstance(data, Mapping))
+            or evaluate.get("primary", "auto") != "auto"
+        ):
             return values  # validation says it better
-        evaluate = dict(evaluate)
-        if evaluate.get("primary", "auto") == "auto" and isinstance(data, Mapping):
-            benchmark = evaluate.get("benchmark") or {}
-            embedded = data.get("name", EMBEDDED) == EMBEDDED and not data.get("path")
-            if embedded:
-                evaluate["primary"] = "accuracy"
-            elif isinstance(benchmark, Mapping) and (benchmark.get("name") or benchmark.get("path")):
-                evaluate["primary"] = "multiple_choice"
-            else:
-                evaluate["primary"] = "nll"
-        return {**values, "evaluate": evaluate}
+        benchmark = evaluate.get("benchmark") or {}
+        if data.get("name", EMBEDDED) == EMBEDDED and not data.get("path"):
+            primary = "accuracy"
+        elif isinstance(benchmark, Mapping) and (benchmark.get("name") or benchmark.get("path")):
+            primary = "multiple_choice"
+        else:
+            primary = "nll"
+        return {**values, "evaluate": {**evaluate, "primary": primary}}
 
     @model_validator(mode="after")
     def _can_carry_primary(self) -> Config:
@@ -259,8 +246,7 @@ class Config(Section):
 
     def sections(self, *names: str) -> dict[str, Any]:
         """The named sections (or `section.key`) as plain JSON values."""
-        dumped = self.model_dump(mode="json")
-        picked = {}
+        dumped, picked = self.model_dump(mode="json"), {}
         for name in names:
             section, _, key = name.partition(".")
             picked[name] = dumped[section][key] if key else dumped[section]

@@ -123,7 +123,9 @@ def test_a_disk_that_fills_up_is_told_with_numbers_and_the_earlier_export_stays(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(HardwareError, match=r"merged needs 0\.0 GiB at .*, and \d+\.\d GiB are free now"):
+    with pytest.raises(
+        HardwareError, match=r"The disk is full .*\d+\.\d\d GiB are free at .*/merged, and 0\.0 GiB are needed"
+    ):
         merge_adapter(merged_run)
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
 
@@ -148,7 +150,7 @@ def test_a_target_that_cannot_be_written_is_a_sentence(trained_run, monkeypatch)
         return make(self, *arguments, **options)
 
     monkeypatch.setattr(export.Path, "mkdir", read_only)
-    with pytest.raises(RunDirError, match=r"export/merged could not be written \(Read-only file system\)"):
+    with pytest.raises(RunDirError, match=r"export/merged cannot be written \(Read-only file system\)"):
         merge_adapter(trained_run)
     assert not trained_run.file("export/merged").exists()
 

@@ -92,7 +92,11 @@ def test_no_run_saves_a_version_and_says_what_to_do_in_the_editor(kaggle_server,
 
 def test_no_run_and_until_done_exclude_each_other(kaggle_server, home):
     done = series_call(kaggle_server, home, "push", "--no-run", "--until-done", "--poll", "0.01")
-    assert done.returncode == 1 and "--until-done would wait for none" in done.stderr and not kaggle_server.received
+    assert (
+        done.returncode == 1
+        and "starts no session that --until-done could wait for" in done.stderr
+        and not kaggle_server.received
+    )
 
 
 def test_a_dry_run_shows_what_would_be_sent_and_leaves_it_as_the_command_line_takes_it(kaggle_server, home, tmp_path):

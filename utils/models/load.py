@@ -15,7 +15,7 @@ from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
 from utils.models.tokenizer import load_tokenizer, model_source, require_safetensors
 from utils.models.unsloth_patches import patch_unsloth
 from utils.schema import Config, LoraSection
-from utils.secrets import share_hub_token
+from utils.secrets import share_secrets
 
 _T4_GIB = 14.0
 
@@ -43,7 +43,7 @@ def start_backend(config: Config) -> str:
 def prepare_device(config: Config) -> None:
     """What both backends need before torch starts: the Hub token, one visible GPU, a T4's limits if asked for."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    share_hub_token()
+    share_secrets("HF_TOKEN")
     if device(config) == "cpu":
         return
     if len(gpu_ids()) > 1 and "LOCAL_RANK" not in os.environ:

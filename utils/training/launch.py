@@ -25,7 +25,6 @@ import pandas as pd
 import yaml
 
 from utils import errors
-from utils.config import parse_yaml
 from utils.errors import ConfigError, Interrupted, TrainingError, UserError
 from utils.files import write_json, write_text
 from utils.hardware import global_rank, gpu_ids, local_rank, processes, resolve_hardware
@@ -84,8 +83,8 @@ def processes_that_divide(run: StageRun) -> int:
 def _processes_in(path: Path) -> int:
     """num_processes of accelerate's configuration file, those of all machines; raises ConfigError where it names none."""
     try:
-        count = int(parse_yaml(path.read_text(encoding="utf-8"))["num_processes"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        count = int(yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"])
+    except Exception:  # PyYAML stumbles over more than it names
         count = 0
     if count < 1:
         raise ConfigError(
