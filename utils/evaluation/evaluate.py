@@ -28,7 +28,6 @@ from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
 
 _SPARE_TOKENS = 32  # an answer's text, tokenised again, can take a few tokens more than were generated
-_STAGES = {"base": "01_baseline_inference", "tuned": "04_comparison"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,11 @@ def load_for_inference(run: RunDir, which: Model):
 
     start_backend(run.config)  # before the tokenizer, which imports transformers
     adapter = run.file("training/adapter") if which == "tuned" else None
-    model, tokenizer = load_model(run.config, adapter=adapter, max_seq_length=longest_input(run))
+    model, tokenizer = load_model(run.config, adapter=adapter, max_seq_length=_longest_input(run))
     return ready_for_inference(model), tokenizer
 
 
-def longest_input(run: RunDir) -> int:
+def _longest_input(run: RunDir) -> int:
     """Tokens of the longest text that the model is given while it is measured; at least model.max_seq_length."""
     from utils.models.tokenizer import load_tokenizer, model_source
 
@@ -87,7 +86,7 @@ def evaluate_model(run: RunDir, model, tokenizer, which: Model) -> Evaluation:
     config, folder, digest = run.config, run.file(FOLDERS[which]), model_digest(run, which)
     questions, held_out, benchmark = load_questions(run)
     pairs = [format_row(row, config.prompt) for row in held_out.to_dict("records")]
-    rows = pd.DataFrame({"id": held_out["id"], "prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
+    rows = pd.DataFrame(pairs, columns=["prompt", "completion"]).assign(id=held_out["id"].to_numpy())
     if which == "tuned":
         deviation = check_same_base(model, tokenizer, rows, pd.read_parquet(run.file("baseline/nll.parquet")))
         print(f"adapter switched off: at most {deviation:.4%} from the base's losses")
@@ -106,9 +105,10 @@ def read_evaluation(run: RunDir, which: Model) -> Evaluation:
 
     Raises StageOrderError where the model has not been evaluated, or answers, letters or losses are missing.
     """
-    if not run.record(BY_NAME[_STAGES[which]]).get("inputs"):
+    stage = "04_comparison" if which == "tuned" else "01_baseline_inference"
+    if not run.record(BY_NAME[stage]).get("inputs"):
         raise StageOrderError(
-            f"{run.path} has no answers of both models yet: {_STAGES[which]} has not run; run the series to 04."
+            f"{run.path} has no answers of both models yet: {stage} has not run; run the series to 04."
         )
     folder, digest = run.file(FOLDERS[which]), model_digest(run, which)
     questions, held_out, benchmark = load_questions(run)
@@ -124,6 +124,6 @@ def read_evaluation(run: RunDir, which: Model) -> Evaluation:
         scored=scored.assign(rouge_l=scored["id"].map(rouge_l(answers, held_out))),
         loss=loss.assign(group=groups.reindex(loss.index)),
         left_out=len(held_out) - len(loss),
-        benchmarks=() if benchmark is None else tuple(dict.fromkeys(benchmark["benchmark"])),
+        benchmarks=() if benchmark is None else tuple(benchmark["benchmark"].unique()),
         letters=read_letters(load_letter_items(run), folder / "probe.jsonl", digest) if asked else None,
     )

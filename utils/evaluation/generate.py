@@ -1,8 +1,7 @@
 """Answers from a loaded model: batched, resumable answer by answer, on every GPU, and the same for both models.
 
-`generate` would draw from one stream of random numbers for the whole batch: another batch size, an interruption or a
-second GPU would give other answers. Here every question has a stream of its own, and both models draw from the same one,
-which also takes noise out of the paired comparison (common random numbers).
+`generate` would draw from one stream of random numbers for the whole batch, and another batch size would give other
+answers. Here every question has its own stream, the same for both models (common random numbers: less noise in the pairs).
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import ModelError, OutOfMemory
-from utils.evaluation.questions import Question, answer_key, matching_answers
+from utils.evaluation.questions import Question, answer_key, matching_rows
 from utils.files import append_lines, read_lines
 from utils.models.memory import free_memory, is_out_of_memory, sequences_that_fit
 from utils.models.prompt_format import count_reasoning
@@ -47,23 +47,26 @@ def answer_questions(
     """Answer every question and append each answer to `path` (JSONL) as soon as it is complete.
 
     An answer on file to the same prompt, by the same model (its `digest`) and decoding, is not generated again.
-    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. Returns the answers in the order of the questions:
-    dicts of id, kind, key, text, tokens (completion tokens, the end token counted), reasoning_tokens (those up to and
-    with `</think>`, or all of them) and finish_reason (`stop`, or `length` at max_new_tokens).
-
+    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. Returns the answers in the order
+    of the questions: dicts of id, kind, key, text, tokens (completion tokens, the end token counted), reasoning_tokens
+    (those up to and with `</think>`, or all of them) and finish_reason (`stop`, or `length` at max_new_tokens).
     Raises OutOfMemory where even a single question does not fit.
     """
     keys = {q.id: answer_key(q, config, digest) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
-    while missing := _unanswered(path, questions, keys):
+    while True:
+        for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):  # of an interrupted run too
+            append_lines(path, read_lines(share))
+            share.unlink()
+        answers = matching_rows(path, keys)
+        missing = [q for q in questions if q.id not in answers]
+        if not missing:
+            return [answers[q.id] for q in questions]
         mine = helpers.start(missing) if helpers else missing
-        engine = _Engine(model, tokenizer, config, keys, path)
-        engine.run(mine, already=len(questions) - len(missing), total=len(questions) - len(missing) + len(mine))
+        _generate(model, tokenizer, mine, config, keys, path)
         if helpers:
             helpers.wait()
             helpers = None  # a second pass, if there is one, is ours alone
-    answers = matching_answers(path, keys)
-    return [answers[q.id] for q in questions]
 
 
 def share_path(path: Path, number: int) -> Path:
@@ -71,111 +74,82 @@ def share_path(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number}.jsonl")
 
 
-def _unanswered(path: Path, questions: Sequence[Question], keys: dict[str, str]) -> list[Question]:
-    """What is still to be answered, after the helpers' answers (those of an interrupted run too) were joined with ours."""
-    for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):
-        append_lines(path, read_lines(share))
-        share.unlink()
-    done = matching_answers(path, keys)
-    return [q for q in questions if q.id not in done]
-
-
-class _Engine:
+def _generate(
+    model, tokenizer, questions: Sequence[Question], config: GenerateSection, keys: dict[str, str], path: Path
+) -> None:
     """One process's loop: batches as large as memory allows, in rounds of ROUND_TOKENS.
 
     After a round the finished answers are on file and their places are taken by others, so that no answer waits for
     the longest one; the rest is prefilled again, which costs far less than decoding it did.
     """
-
-    def __init__(self, model, tokenizer, config: GenerateSection, keys: dict[str, str], path: Path):
-        self.model, self.tokenizer, self.config, self.keys, self.path = model, tokenizer, config, keys, path
-        self.share = 1.0  # of what should fit or was asked for; halved whenever it did not
-        self.tokens = 0
-
-    def run(self, questions: Sequence[Question], already: int, total: int) -> None:
-        """Answer `questions`; `already` and `total` are for the progress bar."""
-        pending = [Pending(q, self.tokenizer(q.prompt)["input_ids"]) for q in questions]
-        started = time.monotonic()
-        with Progress("answering", total, "question") as bar:
-            bar.update(already)
-            while pending:
-                batch, steps = self._choose(pending)
-                outputs = self._try_generate(batch, steps)
-                if outputs is None:
-                    continue
-                finished = self._finish(batch, outputs)
-                append_lines(self.path, finished)
-                gone = {answer["id"] for answer in finished}
-                pending = [p for p in pending if p.question.id not in gone]
-                speed = self.tokens / (time.monotonic() - started)
-                bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
-        forget_cache(self.model)
-
-    def _choose(self, pending: list[Pending]) -> tuple[list[Pending], int]:
-        """The next batch and how many tokens to add: rows of one round, longest prompt first.
-
-        The furthest round that can fill a whole batch goes first, so that answers come to an end; while none can,
-        the earliest does, which fills the later ones.
-        """
-        rounds: dict[int, list[Pending]] = {}
-        for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
-            rounds.setdefault(len(one.generated) // ROUND_TOKENS, []).append(one)
-        for number in sorted(rounds, reverse=True):
-            rows = rounds[number]
-            steps = min(ROUND_TOKENS, self.config.max_new_tokens - len(rows[0].generated))
-            size = self._size(rows[0].length, steps)
-            if len(rows) >= size or number == min(rounds):
-                break
-        return rows[:size], steps
-
-    def _size(self, prompt_tokens: int, steps: int) -> int:
-        size = self.config.batch_size
-        if size == "auto":
-            size = sequences_that_fit(self.model, prompt_tokens, steps)
-        return max(1, int(size * self.share))
-
-    def _try_generate(self, batch: list[Pending], steps: int) -> list[list[int]] | None:
-        """New token ids of each row, or None after running out of memory, with the next batch halved."""
-        try:
-            return generate_batch(self.model, self.tokenizer, batch, steps, self.config)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the handler, whose traceback would keep the tensors alive.
-        if len(batch) == 1:
-            raise OutOfMemory("A single question does not fit into memory; lower generate.max_new_tokens.")
-        self.share /= 2
-        free_memory(self.model)
-        return None
-
-    def _finish(self, batch: list[Pending], outputs: list[list[int]]) -> list[dict]:
-        """Extend the pending answers and return those that are complete."""
-        finished = []
-        for one, ids in zip(batch, outputs, strict=True):
-            ids, stopped = _cut_at_end(ids, self.tokenizer)
-            one.generated += ids
-            self.tokens += len(ids) + stopped
-            if stopped or len(one.generated) >= self.config.max_new_tokens:
-                finished.append(self._answer(one, stopped))
-        return finished
-
-    def _answer(self, one: Pending, stopped: bool) -> dict:
-        ids = one.generated
-        return {
-            "id": one.question.id,
-            "kind": one.question.kind,
-            "key": self.keys[one.question.id],
-            "text": self.tokenizer.decode(ids, skip_special_tokens=False),
-            "tokens": len(ids) + stopped,
-            "reasoning_tokens": count_reasoning(self.tokenizer, ids),
-            "finish_reason": "stop" if stopped else "length",
-        }
+    pending = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions]
+    share, tokens, started = 1.0, 0, time.monotonic()  # share of what should fit, halved whenever it did not
+    with Progress("answering", len(pending), "question") as bar:
+        while pending:
+            batch, steps = _choose_batch(model, pending, config, share)
+            outputs = or_none(generate_batch, model, tokenizer, batch, steps, config)
+            if outputs is None:
+                if len(batch) == 1:
+                    raise OutOfMemory("A single question does not fit into memory; lower generate.max_new_tokens.")
+                share /= 2
+                free_memory(model)
+                continue
+            finished = {}
+            for one, output in zip(batch, outputs, strict=True):
+                ids = _up_to_end(output, tokenizer)
+                stopped = ids[-1] == tokenizer.eos_token_id
+                one.generated += ids[:-1] if stopped else ids
+                tokens += len(ids)
+                if stopped or len(one.generated) >= config.max_new_tokens:
+                    finished[one.question.id] = {
+                        "id": one.question.id,
+                        "kind": one.question.kind,
+                        "key": keys[one.question.id],
+                        "text": tokenizer.decode(one.generated, skip_special_tokens=False),
+                        "tokens": len(one.generated) + stopped,
+                        "reasoning_tokens": count_reasoning(tokenizer, one.generated),
+                        "finish_reason": "stop" if stopped else "length",
+                    }
+            append_lines(path, finished.values())
+            pending = [one for one in pending if one.question.id not in finished]
+            speed = tokens / (time.monotonic() - started)
+            bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
+    forget_cache(model)
 
 
-def _cut_at_end(ids: list[int], tokenizer) -> tuple[list[int], bool]:
-    """The ids before the end token, and whether there was one."""
-    stopped = tokenizer.eos_token_id in ids
-    return (ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids), stopped
+def _choose_batch(model, pending: list[Pending], config: GenerateSection, share: float) -> tuple[list[Pending], int]:
+    """The next batch and how many tokens to add: rows of one round, longest prompt first.
+
+    The furthest round that can fill a whole batch goes first, so that answers come to an end; while none can,
+    the earliest does, which fills the later ones.
+    """
+    rounds: dict[int, list[Pending]] = {}
+    for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
+        rounds.setdefault(len(one.generated) // ROUND_TOKENS, []).append(one)
+    for number in sorted(rounds, reverse=True):
+        rows = rounds[number]
+        steps = min(ROUND_TOKENS, config.max_new_tokens - len(rows[0].generated))
+        fit = sequences_that_fit(model, rows[0].length, steps) if config.batch_size == "auto" else config.batch_size
+        size = max(1, int(fit * share))
+        if len(rows) >= size:
+            break
+    return rows[:size], steps
+
+
+def or_none(action, *arguments):
+    """What `action` gives, or None where the device has no memory left for it."""
+    try:
+        return action(*arguments)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None  # outside the handler, whose traceback would keep the tensors alive
+
+
+def _up_to_end(ids: list[int], tokenizer) -> list[int]:
+    """The ids up to and with the first end token; all of them where there is none."""
+    end = tokenizer.eos_token_id
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection) -> list[list[int]]:
@@ -188,11 +162,10 @@ def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, confi
     width = max(one.length for one in batch)
     ids = torch.full((len(batch), width), tokenizer.pad_token_id)
     mask = torch.zeros((len(batch), width), dtype=torch.long)
+    streams = []
     for i, one in enumerate(batch):
         ids[i, width - one.length :] = torch.tensor(one.prompt + one.generated)
         mask[i, width - one.length :] = 1
-    streams = []
-    for one in batch:
         done = len(one.generated)
         streams.append(question_stream(config.seed, one.question.id, done + steps)[done:])
     with torch.inference_mode():
@@ -217,26 +190,14 @@ def question_stream(seed: int, question_id: str, count: int) -> np.ndarray:
 def sampling_processors(config: GenerateSection, streams: Sequence[np.ndarray], start: int, device):
     """Logits processors for `generate(do_sample=False)`: temperature, top-p, then each row's own draw.
 
-    `streams` holds for each row the numbers of the tokens to come; `start` is the padded prompt's length. An empty
-    list where the decoding is greedy.
+    `streams` holds for each row the numbers of the tokens to come; `start` is the padded prompt's length. A draw leaves
+    one token a row: the inverse of the distribution function at the row's number. Greedy decoding needs no processor.
     """
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-
-    processors = LogitsProcessorList()
-    if config.do_sample:
-        if config.temperature != 1:
-            processors.append(TemperatureLogitsWarper(config.temperature))
-        if config.top_p < 1:
-            processors.append(TopPLogitsWarper(config.top_p))
-        processors.append(_draw_by_stream(streams, start, device))
-    return processors
-
-
-def _draw_by_stream(streams: Sequence[np.ndarray], start: int, device):
-    """A logits processor that leaves one token a row: the inverse of the distribution function at the row's number."""
     import torch
-    from transformers import LogitsProcessor
+    from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+    if not config.do_sample:
+        return LogitsProcessorList()
     numbers = torch.tensor(np.stack(streams), dtype=torch.float64, device=device)
 
     class DrawByStream(LogitsProcessor):
@@ -249,7 +210,8 @@ def _draw_by_stream(streams: Sequence[np.ndarray], start: int, device):
             chosen = torch.searchsorted(cumulative, target, right=True)
             return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
-    return DrawByStream()
+    top_p = [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+    return LogitsProcessorList([TemperatureLogitsWarper(config.temperature), *top_p, DrawByStream()])
 
 
 def check_batching(model, tokenizer, questions: Sequence[Question], count: int = 4, tokens: int = 32) -> dict:
@@ -268,24 +230,17 @@ def check_batching(model, tokenizer, questions: Sequence[Question], count: int =
     near_ties = 0
     for row, together in zip(rows, batched, strict=True):
         (alone,) = generate_batch(model, tokenizer, [row], tokens, greedy)
-        near_ties += _part_at_tie(model, row, _with_end(together, tokenizer), _with_end(alone, tokenizer))
+        one, other = _up_to_end(together, tokenizer), _up_to_end(alone, tokenizer)
+        near_ties += one != other and _is_near_tie(model, row, one, other)
     return {"prompts": count, "identical": count - near_ties, "near_ties": near_ties}
 
 
-def _with_end(ids: list[int], tokenizer) -> list[int]:
-    kept, stopped = _cut_at_end(ids, tokenizer)
-    return [*kept, tokenizer.eos_token_id] if stopped else kept
-
-
-def _part_at_tie(model, row: Pending, together: list[int], alone: list[int]) -> bool:
-    """Whether the two part at a near tie; False where they are the same. Raises ModelError otherwise."""
-    if together == alone:
-        return False
-    place = next((i for i, pair in enumerate(zip(together, alone, strict=False)) if pair[0] != pair[1]), None)
-    if place is None:  # one is the other's beginning: impossible unless the end token was lost
-        place, how = min(len(together), len(alone)), "ends elsewhere"
-    else:
-        logits = _next_logits(model, row.prompt + alone[:place])
+def _is_near_tie(model, row: Pending, together: list[int], alone: list[int]) -> bool:
+    """True where the two part at a near tie; raises ModelError where they part otherwise."""
+    place = next(i for i, (one, other) in enumerate(zip_longest(together, alone)) if one != other)
+    how = "ends elsewhere"  # one is the other's beginning: impossible unless the end token was lost
+    if place < min(len(together), len(alone)):
+        logits = last_logits(model, row.prompt + alone[:place])[0]
         gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
         if gap <= _TIE:
             return True
@@ -296,8 +251,9 @@ def _part_at_tie(model, row: Pending, together: list[int], alone: list[int]) -> 
     )
 
 
-def _next_logits(model, ids: list[int]):
+def last_logits(model, ids: list[int], count: int = 1):
+    """The logits of the next token at the last `count` places of one sequence, as float32 (count, vocabulary)."""
     import torch
 
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
+        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -count:].float()

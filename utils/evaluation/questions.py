@@ -16,7 +16,7 @@ from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.data.rows import read_benchmark
 from utils.errors import DataError, StageOrderError
 from utils.evaluation.metrics import needs_forcing
-from utils.files import digests, parse_json, read_lines, write_json
+from utils.files import digests, read_lines, write_json
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
 from utils.schema import Config, GenerateSection
@@ -45,18 +45,15 @@ def build_questions(
     config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame | None, tutorial_question: dict | None = None
 ) -> list[Question]:
     """The held-out questions (as many as evaluate.questions), the benchmarks' items, and the tutorials' question if any."""
-    style = config.prompt
-    rows = held_out if config.evaluate.questions is None else held_out.head(config.evaluate.questions)
-    questions = [Question(row.id, "open", format_prompt(row.Question, style)) for row in rows.itertuples()]
+    asked = [(row.id, "open", row.Question) for row in held_out[: config.evaluate.questions].itertuples()]
     for item in benchmark.itertuples() if benchmark is not None else ():
-        text = format_multiple_choice(item.question, item.options)
-        questions.append(Question(str(item.id), "choice", format_prompt(text, style)))
+        asked.append((str(item.id), "choice", format_multiple_choice(item.question, item.options)))
     if tutorial_question:
-        questions.append(Question(TUTORIAL, TUTORIAL, format_prompt(tutorial_question["Question"], style)))
-    twice = [i for i, count in Counter(question.id for question in questions).items() if count > 1]
-    if twice:
+        asked.append((TUTORIAL, TUTORIAL, tutorial_question["Question"]))
+    counts = Counter(identifier for identifier, *_ in asked)
+    if twice := [identifier for identifier, count in counts.items() if count > 1]:
         raise DataError(f"The id {twice[0]} belongs to two questions; every row and item needs an id of its own.")
-    return questions
+    return [Question(identifier, kind, format_prompt(text, config.prompt)) for identifier, kind, text in asked]
 
 
 def load_questions(run: RunDir) -> tuple[list[Question], pd.DataFrame, pd.DataFrame | None]:
@@ -73,11 +70,10 @@ def load_tutorial_question(run: RunDir) -> dict:
 
 def collect_references(held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> list[str]:
     """What answers and losses are held against, as JSON texts: the held-out rows and the right letters, each by id."""
-    known = ((held_out, _REFERENCES), (benchmark, _RIGHT_LETTERS))
+    known = [(held_out, _REFERENCES)] + ([(benchmark, _RIGHT_LETTERS)] if benchmark is not None else [])
     return [
         frame[[column for column in columns if column in frame]].sort_values("id").to_json(orient="records")
         for frame, columns in known
-        if frame is not None
     ]
 
 
@@ -85,8 +81,8 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
     """data/registration.json: primary metric, n, the very questions with their references, decoding and seed, fixed
     before any answer exists; `references` as `collect_references` gives them.
 
-    Where answers are there already and any of it changes, or what is on file cannot be read, `changed_after_answers`
-    becomes true and stays so. The manifest keeps a copy: to lose or change one of the two is no way around that.
+    Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so. The
+    manifest keeps a copy: to lose or change one of the two is no way around that.
     """
     config, path = run.config, run.file("data/registration.json")
     planned = {
@@ -99,25 +95,15 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
     }
     # Of answers without a registration nothing is known.
     changed = answered = run.file("baseline/answers.jsonl").exists()
-    if before := run.manifest().get("registered") or _read_registration(path):
-        changed = before.pop("changed_after_answers")
-        changed |= before != planned and answered
+    before = run.manifest().get("registered")
+    if not before and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+    if before:
+        changed = before.pop("changed_after_answers") or (answered and before != planned)
     planned["changed_after_answers"] = changed
     run.note("registered", planned)
     write_json(path, planned)
     return planned
-
-
-def _read_registration(path: Path) -> dict:
-    """What is on file; empty where nothing is. One that cannot be read equals none of today's."""
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        found = None
-    readable = isinstance(found, dict) and isinstance(found.get("changed_after_answers"), bool)
-    return found if readable else {"changed_after_answers": False}
 
 
 def _digest(value: Any) -> str:
@@ -146,47 +132,42 @@ def answer_key(question: Question, config: GenerateSection, model: str) -> str:
     return _digest([model, question.prompt, decoding])[:16]
 
 
-def matching_answers(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
-    """{question id: answer}, the last of each, for what is on file under exactly these keys ({question id: key})."""
-    texts = ("id", "key", "text")
-    found = [a for a in read_lines(path) if all(isinstance(a.get(name), str) for name in texts)]
-    return {a["id"]: a for a in found if a["key"] == keys.get(a["id"])}
+def matching_rows(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
+    """{id: row}, the last of each, for what is on file (JSONL) under exactly these keys ({id: key})."""
+    return {row["id"]: row for row in read_lines(path) if "key" in row and row["key"] == keys.get(row.get("id"))}
+
+
+def require_rows(path: Path, keys: Mapping[str, str], what: str) -> dict[str, dict]:
+    """`matching_rows`; raises StageOrderError where one is missing, with the count: n is never silently smaller."""
+    rows = matching_rows(path, keys)
+    if len(rows) < len(keys):
+        raise StageOrderError(
+            f"{path.parent.name}/{path.name} holds {len(rows)} of {len(keys)} {what}; run the notebook that writes it "
+            "again, it resumes where it stopped."
+        )
+    return rows
 
 
 def current_answers(path: Path, questions: Sequence[Question], config: GenerateSection, model: str) -> dict[str, dict]:
-    """{question id: answer} for exactly these questions, this decoding and this model (its digest).
+    """{question id: answer} for exactly these questions, this decoding and this model (its digest), or StageOrderError."""
+    return require_rows(path, {question.id: answer_key(question, config, model) for question in questions}, "answers")
 
-    Raises StageOrderError where an answer is missing, with the count: n is never silently smaller.
+
+def find_cut_off(answers: Mapping[str, dict], benchmark: pd.DataFrame | None) -> dict[str, tuple[str, dict]]:
+    """{id: (key, options)} of the multiple-choice answers whose letter has to be forced.
+
+    The key is a digest of an answer's key and text: another text under the same key needs another forced letter.
     """
-    keys = {question.id: answer_key(question, config, model) for question in questions}
-    answers = matching_answers(path, keys)
-    if len(answers) < len(keys):
-        raise StageOrderError(
-            f"{path.parent.name}/{path.name} holds {len(answers)} of {len(keys)} answers; run the notebook that "
-            "writes it again, it resumes where it stopped."
-        )
-    return answers
+    options = {} if benchmark is None else dict(zip(benchmark["id"].astype(str), benchmark["options"], strict=True))
+    return {
+        name: (_digest([answer["key"], answer["text"]])[:16], options[name])
+        for name, answer in answers.items()
+        if answer["kind"] == "choice" and needs_forcing(answer, options[name])
+    }
 
 
-def forced_key(answer: dict) -> str:
-    """A digest of an answer's key and text: another text under the same key needs another forced letter."""
-    return _digest([answer["key"], answer["text"]])[:16]
-
-
-def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | None) -> dict[str, str]:
-    """{question id: letter} for every multiple-choice answer that was cut off; see `loss.forced_letters`.
-
-    Raises StageOrderError where one is missing.
-    """
-    if benchmark is None:
-        return {}
-    options = dict(zip(benchmark["id"].astype(str), benchmark["options"], strict=True))
-    needed = {i: forced_key(a) for i, a in answers.items() if a["kind"] == "choice" and needs_forcing(a, options[i])}
-    rows = [row for row in read_lines(path) if all(isinstance(row.get(name), str) for name in ("id", "key", "letter"))]
-    known = {row["id"]: row["letter"] for row in rows if needed.get(row["id"]) == row["key"]}
-    if len(known) < len(needed):
-        raise StageOrderError(
-            f"{path.parent.name}/{path.name} holds the letters of {len(known)} of {len(needed)} answers that were cut "
-            "off; run the notebook that writes it again, it resumes where it stopped."
-        )
-    return known
+def read_forced(path: Path, answers: Mapping[str, dict], benchmark: pd.DataFrame | None) -> dict[str, str]:
+    """{question id: letter} of every answer that was cut off (see `loss.forced_letters`), or StageOrderError."""
+    keys = {name: key for name, (key, _) in find_cut_off(answers, benchmark).items()}
+    rows = require_rows(path, keys, "letters of answers that were cut off")
+    return {name: row["letter"] for name, row in rows.items()}
