@@ -152,6 +152,7 @@ def test_the_tuned_model_is_another_with_another_adapter_and_the_base_stays_the_
 def test_what_is_measured_is_registered_and_a_change_after_answers_exist_is_told_for_good(tmp_path):
     questions = [Question("a", "open", "?")]
     run = open_run("demo", tmp_path)
+    run.save()
     assert register(run, questions, [])["changed_after_answers"] is False
     other = open_run("demo", tmp_path, {"generate.max_new_tokens": 8})
     assert register(other, questions, [])["changed_after_answers"] is False  # nobody has answered yet

@@ -24,31 +24,19 @@ _OF_CHOICES = {"multiple_choice": "correct", "multiple_choice_forced": "forced",
 _OF_LOSS = {"nll": "completion", "nll_reasoning": "reasoning", "nll_response": "response"}
 _OF_ANSWERS = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_tokens", "answer_tokens")
 _FORM = ("well_formed", "one_paragraph", "bullets", "stopped", "parsed")
-_CLAIMS = {  # {claim: (the metrics that could decide, its words for better, for worse)}
-    "knows more": (
-        ("multiple_choice", "accuracy"),
-        "It answers more questions rightly.",
-        "It answers fewer questions rightly.",
-    ),
-    "reasons shorter": (("reasoning_tokens",), "Its reasoning is shorter.", "Its reasoning is longer."),
-    "keeps form": (
-        ("well_formed",),
-        "More of its answers are well formed.",
-        "Fewer of its answers are well formed.",
-    ),
-    "imitates the reference": (
-        ("nll",),
-        "The references surprise it less: it writes more like them.",
-        "They surprise it more.",
-    ),
+_CLAIMS = {  # {claim: its words for better and for worse}, beside the metrics that could decide it
+    "knows more": ("It answers more questions rightly.", "It answers fewer questions rightly."),
+    "reasons shorter": ("Its reasoning is shorter.", "Its reasoning is longer."),
+    "keeps form": ("More of its answers are well formed.", "Fewer of its answers are well formed."),
+    "imitates the reference": ("The references surprise it less: it writes more like them.", "They surprise it more."),
 }
+_DECIDED_BY = (("multiple_choice", "accuracy"), ("reasoning_tokens",), ("well_formed",), ("nll",))
 # What an answer without its end means for a metric.
 _CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their full length is unknown"}
 
 
 def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
-    """Everything of metrics.json (schema: `results.Comparison`): the registered primary metric, secondary ones with
-    Holm's correction, the claims, the verdict.
+    """Everything of metrics.json (`results.Comparison`); Holm's correction is over all secondary metrics.
 
     Raises StageOrderError where the two hold other rows, or the data cannot carry the primary metric.
     """
@@ -70,14 +58,21 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
     contamination, registration = (
         json.loads(run.file(f"data/{file}.json").read_text(encoding="utf-8")) for file in ("split", "registration")
     )
-    models = {which: one.scored for which, one in (("base", base), ("tuned", tuned)) if len(one.scored)}
+    models = {which: one.scored for which, one in (("base", base), ("tuned", tuned))}
     return Comparison(
         profile=run.config.profile,
         benchmarks=list(base.benchmarks),
         primary=results[name],
         secondary=[result.model_copy(update={"p_holm": corrected[result.name]}) for result in secondary],
         form={which: scored[[*_FORM]].mean().dropna().to_dict() for which, scored in models.items()},
-        length={which: _lengths(scored) for which, scored in models.items()},
+        length={
+            which: {
+                **scored[["reasoning_tokens", "answer_tokens"]].mean().add_suffix("_mean"),
+                "reasoning_tokens_median": scored["reasoning_tokens"].median(),
+                "truncated": scored["truncated"].mean(),
+            }
+            for which, scored in models.items()
+        },
         nll_rows_left_out=base.left_out,
         contamination=contamination.get("contamination", {}),
         registration=registration,
@@ -107,26 +102,18 @@ def _pair_values(base: Evaluation, tuned: Evaluation) -> Iterator[tuple[str, pd.
     if len(base.loss):
         for name, column in _OF_LOSS.items():
             yield name, base.loss[column], tuned.loss[column], list(base.loss["group"])
-    if len(scored):
-        for name in _OF_ANSWERS:
-            yield pair(name, name)
+    for name in _OF_ANSWERS:
+        yield pair(name, name)
     if "rouge_l" in scored and (worded := scored["rouge_l"].notna()).any():
         yield pair("rouge_l", "rouge_l", worded)
 
 
-def _lengths(scored: pd.DataFrame) -> dict[str, float]:
-    means = {f"{name}_mean": scored[name].mean() for name in ("reasoning_tokens", "answer_tokens")}
-    median = scored["reasoning_tokens"].median()
-    return {**means, "reasoning_tokens_median": median, "truncated": scored["truncated"].mean()}
-
-
 def write_comparison(run: RunDir, metrics: dict) -> pd.DataFrame:
     """comparison/metrics.json and comparison/table.csv; returns the table (one row for each metric, primary first)."""
-    table = pd.DataFrame([metrics["primary"], *metrics["secondary"]])
+    table = pd.DataFrame([metrics["primary"], *metrics["secondary"]]).rename(columns={"label": "metric"})
     table["p"] = table["p_holm"].astype(float).fillna(table["p_value"])
-    table["ci_low"], table["ci_high"] = (table["ci95"].str[end] for end in (0, 1))
-    columns = ["label", "n", "base", "tuned", "difference", "ci_low", "ci_high", "p"]
-    table = table[columns].rename(columns={"label": "metric"})
+    table[["ci_low", "ci_high"]] = table["ci95"].tolist()
+    table = table[["metric", "n", "base", "tuned", "difference", "ci_low", "ci_high", "p"]]
     write_json(run.file("comparison/metrics.json"), metrics)
     with atomic(run.file("comparison/table.csv")) as scratch:
         table.to_csv(scratch, index=False)
@@ -142,9 +129,8 @@ def headline(name: str, results: Mapping[str, Result], corrected: Mapping[str, f
 def decide(name: str, results: Mapping[str, Result], corrected: Mapping[str, float]) -> tuple[Verdict, str]:
     """(verdict, remark): what may be said of this metric, and what has to be said wherever it is named.
 
-    It is the one rule, for the headline and the claims alike. Multiple choice needs strict and forced accuracy to
-    agree: shorter reasoning runs into the limit less often, and strict accuracy rises without any knowledge gained.
-    Both must hold at 5 %; where the metric is registered, without a correction (an intersection-union test).
+    The one rule for headline and claims. Shorter reasoning runs into the limit less often, so strict accuracy rises
+    without any knowledge gained: forced accuracy must agree, without a correction where the metric is registered.
     """
     found = verdict(results[name], corrected.get(name))
     forced, truncated = results.get("multiple_choice_forced"), results.get("truncated")
@@ -199,12 +185,9 @@ def _conclusion(result: Result, found: Verdict) -> str:
 
 
 def state_claims(results: Mapping[str, Result], corrected: Mapping[str, float]) -> list[Claim]:
-    """One entry for each thing that people would like to say; `corrected` holds Holm's p for secondary metrics.
-
-    Where two metrics could decide, the primary one does: it is the one without a corrected p.
-    """
+    """What people would like to say; where two metrics could decide, the primary one does, which has no corrected p."""
     claims = []
-    for claim, (names, better, worse) in _CLAIMS.items():
+    for (claim, (better, worse)), names in zip(_CLAIMS.items(), _DECIDED_BY, strict=True):
         name = min((name for name in names if name in results), key=lambda name: name in corrected, default=None)
         if name is None:
             words = "Nothing in this run measures it."

@@ -7,6 +7,7 @@ answers. Here every question has its own stream, the same for both models (commo
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from utils.progress import Progress
 from utils.schema import GenerateSection
 
 ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
+_TOO_LARGE = "A single question does not fit into memory; lower generate.max_new_tokens."
 _TIE = 0.1  # in standard deviations of the logits: rounding decides between tokens that are nearer to each other
 
 
@@ -44,13 +46,11 @@ class Pending:
 def answer_questions(
     model, tokenizer, questions: Sequence[Question], config: GenerateSection, path: Path, digest: str, helpers=None
 ) -> list[dict]:
-    """Answer every question and append each answer to `path` (JSONL) as soon as it is complete.
+    """Answer every question, append each answer to `path` (JSONL) as soon as it is complete, and return all in order.
 
     An answer on file to the same prompt, by the same model (its `digest`) and decoding, is not generated again.
-    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. Returns the answers in the order
-    of the questions: dicts of id, kind, key, text, tokens (completion tokens, the end token counted), reasoning_tokens
-    (those up to and with `</think>`, or all of them) and finish_reason (`stop`, or `length` at max_new_tokens).
-    Raises OutOfMemory where even a single question does not fit.
+    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. `tokens` counts the end token,
+    `reasoning_tokens` go up to and with `</think>`. Raises OutOfMemory where even a single question does not fit.
     """
     keys = {q.id: answer_key(q, config, digest) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,22 +77,17 @@ def share_path(path: Path, number: int) -> Path:
 def _generate(
     model, tokenizer, questions: Sequence[Question], config: GenerateSection, keys: dict[str, str], path: Path
 ) -> None:
-    """One process's loop: batches as large as memory allows, in rounds of ROUND_TOKENS.
-
-    After a round the finished answers are on file and their places are taken by others, so that no answer waits for
-    the longest one; the rest is prefilled again, which costs far less than decoding it did.
+    """One process's loop, in rounds of ROUND_TOKENS: others take the places of finished answers, so that none waits for
+    the longest; the rest is prefilled again, which costs far less than decoding it did.
     """
     pending = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions]
     share, tokens, started = 1.0, 0, time.monotonic()  # share of what should fit, halved whenever it did not
     with Progress("answering", len(pending), "question") as bar:
         while pending:
             batch, steps = _choose_batch(model, pending, config, share)
-            outputs = or_none(generate_batch, model, tokenizer, batch, steps, config)
+            outputs = fit_or_none(_TOO_LARGE, len(batch), generate_batch, model, tokenizer, batch, steps, config)
             if outputs is None:
-                if len(batch) == 1:
-                    raise OutOfMemory("A single question does not fit into memory; lower generate.max_new_tokens.")
                 share /= 2
-                free_memory(model)
                 continue
             finished = {}
             for one, output in zip(batch, outputs, strict=True):
@@ -118,10 +113,8 @@ def _generate(
 
 
 def _choose_batch(model, pending: list[Pending], config: GenerateSection, share: float) -> tuple[list[Pending], int]:
-    """The next batch and how many tokens to add: rows of one round, longest prompt first.
-
-    The furthest round that can fill a whole batch goes first, so that answers come to an end; while none can,
-    the earliest does, which fills the later ones.
+    """The next batch and how many tokens to add: rows of one round, longest prompt first. The furthest round that fills
+    a whole batch goes first, so that answers come to an end, or else the earliest, which fills the later ones.
     """
     rounds: dict[int, list[Pending]] = {}
     for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
@@ -136,14 +129,17 @@ def _choose_batch(model, pending: list[Pending], config: GenerateSection, share:
     return rows[:size], steps
 
 
-def or_none(action, *arguments):
-    """What `action` gives, or None where the device has no memory left for it."""
+def fit_or_none(sentence: str, size: int, action, model, *arguments):
+    """What `action(model, ...)` gives; None where `size` sequences do not fit, OutOfMemory(`sentence`) where one doesn't."""
     try:
-        return action(*arguments)
+        return action(model, *arguments)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    return None  # outside the handler, whose traceback would keep the tensors alive
+    if size == 1:  # outside the handler, whose traceback would keep the tensors alive
+        raise OutOfMemory(sentence)
+    free_memory(model)
+    return None
 
 
 def _up_to_end(ids: list[int], tokenizer) -> list[int]:
@@ -155,7 +151,7 @@ def _up_to_end(ids: list[int], tokenizer) -> list[int]:
 def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection) -> list[list[int]]:
     """Up to `steps` new token ids for each row, padding after the end token included.
 
-    Padding is put on the left by hand: unsloth's generate turns the tokenizer's padding_side to the right (issue 3283).
+    Padded on the left by hand: unsloth's generate turns the tokenizer's padding_side to the right (issue 3283).
     """
     import torch
 
@@ -188,10 +184,9 @@ def question_stream(seed: int, question_id: str, count: int) -> np.ndarray:
 
 
 def sampling_processors(config: GenerateSection, streams: Sequence[np.ndarray], start: int, device):
-    """Logits processors for `generate(do_sample=False)`: temperature, top-p, then each row's own draw.
+    """Temperature, top-p, then each row's own draw: the inverse of the distribution function at the row's number.
 
-    `streams` holds for each row the numbers of the tokens to come; `start` is the padded prompt's length. A draw leaves
-    one token a row: the inverse of the distribution function at the row's number. Greedy decoding needs no processor.
+    `streams` holds for each row the numbers of the tokens to come; `start` is the padded prompt's length.
     """
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -215,11 +210,10 @@ def sampling_processors(config: GenerateSection, streams: Sequence[np.ndarray], 
 
 
 def check_batching(model, tokenizer, questions: Sequence[Question], count: int = 4, tokens: int = 32) -> dict:
-    """Answer `count` prompts of different lengths greedily, in one batch and one by one, and compare `tokens` tokens.
+    """Answer `count` prompts of different lengths greedily, in one batch and one by one: the numbers of `prompts`, of
+    `identical` ones, and of `near_ties`, where both tokens are as likely as rounding can make them.
 
-    unsloth's batched generate ignored padding for months (issues 1066, 3699; pull request 4100). Where the two part,
-    both tokens must be as likely as rounding can make them. Returns the numbers of `prompts`, of `identical` ones, and
-    of `near_ties`. Raises ModelError where the batch says something else.
+    Raises ModelError elsewhere: unsloth's batched generate ignored padding for months (issues 1066, 3699, 4100).
     """
     ordered = sorted(questions, key=lambda q: len(q.prompt))
     count = min(count, len(ordered))
@@ -230,25 +224,23 @@ def check_batching(model, tokenizer, questions: Sequence[Question], count: int =
     near_ties = 0
     for row, together in zip(rows, batched, strict=True):
         (alone,) = generate_batch(model, tokenizer, [row], tokens, greedy)
-        one, other = _up_to_end(together, tokenizer), _up_to_end(alone, tokenizer)
-        near_ties += one != other and _is_near_tie(model, row, one, other)
+        pairs = list(zip_longest(_up_to_end(together, tokenizer), _up_to_end(alone, tokenizer)))
+        place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+        if place is None:
+            continue
+        gap, how = math.inf, "ends elsewhere"  # one is the other's beginning: an end token was lost
+        if None not in pairs[place]:
+            logits = last_logits(model, row.prompt + alone[:place])[0]
+            gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
+            how = f"{gap:.2f} standard deviations of the logits apart"
+        if gap > _TIE:
+            raise ModelError(
+                f"In a batch the model answers the question {row.question.id} otherwise than alone, from token "
+                f"{place + 1} on ({how}); padding is handled wrongly here: set hardware.backend=transformers, or "
+                "generate.batch_size=1."
+            )
+        near_ties += 1
     return {"prompts": count, "identical": count - near_ties, "near_ties": near_ties}
-
-
-def _is_near_tie(model, row: Pending, together: list[int], alone: list[int]) -> bool:
-    """True where the two part at a near tie; raises ModelError where they part otherwise."""
-    place = next(i for i, (one, other) in enumerate(zip_longest(together, alone)) if one != other)
-    how = "ends elsewhere"  # one is the other's beginning: impossible unless the end token was lost
-    if place < min(len(together), len(alone)):
-        logits = last_logits(model, row.prompt + alone[:place])[0]
-        gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
-        if gap <= _TIE:
-            return True
-        how = f"{gap:.2f} standard deviations of the logits apart"
-    raise ModelError(
-        f"In a batch the model answers the question {row.question.id} otherwise than alone, from token {place + 1} on "
-        f"({how}); padding is handled wrongly here: set hardware.backend=transformers, or generate.batch_size=1."
-    )
 
 
 def last_logits(model, ids: list[int], count: int = 1):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,18 +9,19 @@ from pathlib import Path
 import pandas as pd
 
 from utils.data.rows import read_table
-from utils.errors import ModelError, OutOfMemory
+from utils.errors import ModelError
 from utils.evaluation.answer_parsing import CLOSE
-from utils.evaluation.generate import last_logits, or_none
-from utils.evaluation.questions import Question, find_cut_off, matching_rows, require_rows
+from utils.evaluation.generate import fit_or_none, last_logits
+from utils.evaluation.questions import Question, digest_of, find_cut_off, matching_rows, require_rows
 from utils.files import append_lines
-from utils.models.memory import free_memory
 from utils.pipeline.run_dir import RunDir
 from utils.progress import Progress, track
 
 CUE = "The answer is"  # what a cut-off answer is closed with, before its letter is read
 _BATCH_TOKENS = 2048  # in one forward pass; logits over 128k entries bound it
 _SAME_BASE = 0.02
+_ROW_TOO_LARGE = "A single held-out row does not fit into memory; lower model.max_seq_length."
+_ANSWER_TOO_LARGE = "An unfinished answer does not fit into memory; lower generate.max_new_tokens."
 
 
 def tokenize_row(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
@@ -40,9 +39,8 @@ def tokenize_row(tokenizer, prompt: str, completion: str) -> dict[str, list[int]
 def completion_loss(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.DataFrame:
     """Negative log-likelihood (nats) of each row's completion given its prompt, reasoning and response apart.
 
-    `rows` has id, prompt and completion. Returns id, reasoning_nll, reasoning_tokens, response_nll, response_tokens,
-    sums over tokens. Rows longer than `max_length` tokens are left out, never cut.
-    Raises OutOfMemory where a single row does not fit.
+    `rows` has id, prompt and completion; those longer than `max_length` tokens are left out, never cut. Returns id and
+    sums over tokens. Raises OutOfMemory where a single row does not fit.
     """
     encoded = {row.id: tokenize_row(tokenizer, row.prompt, row.completion) for row in rows.itertuples()}
     lengths = {name: len(row["input_ids"]) for name, row in encoded.items()}
@@ -52,23 +50,24 @@ def completion_loss(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd
         while waiting:
             # As many of the shortest as fit, each padded to the longest of them.
             count = max(n for n, name in enumerate(waiting, start=1) if n == 1 or n * lengths[name] <= limit)
-            found = or_none(_loss_of_batch, model, tokenizer, [encoded[name] for name in waiting[:count]])
+            batch = [encoded[name] for name in waiting[:count]]
+            found = fit_or_none(_ROW_TOO_LARGE, count, _loss_of_batch, model, tokenizer, batch)
             if found is None:
-                if count == 1:
-                    raise OutOfMemory("A single held-out row does not fit into memory; lower model.max_seq_length.")
                 limit //= 2
-                free_memory(model)
                 continue
             sums.update(zip(waiting[:count], found, strict=True))
             waiting = waiting[count:]
             bar.update(count)
     types = {"reasoning_nll": float, "reasoning_tokens": int, "response_nll": float, "response_tokens": int}
-    table = [{"id": name, **sums[name]} for name in encoded if name in sums]
+    table = [[name, *sums[name]] for name in encoded if name in sums]
     return pd.DataFrame(table, columns=["id", *types]).astype(types)
 
 
-def _loss_of_batch(model, tokenizer, batch: list[dict]) -> list[dict]:
-    """Right-padded and without a mask: causal attention keeps padding from reaching the tokens before it."""
+def _loss_of_batch(model, tokenizer, batch: list[dict]) -> list[list]:
+    """Each row's loss and tokens of the reasoning, loss and tokens of the response.
+
+    Right-padded and without a mask: causal attention keeps padding from reaching the tokens before it.
+    """
     import torch
 
     rows = [torch.tensor(row["input_ids"]) for row in batch]
@@ -79,19 +78,15 @@ def _loss_of_batch(model, tokenizer, batch: list[dict]) -> list[dict]:
     for i, row in enumerate(batch):
         target = rows[i][1:].to(logits.device)
         loss = torch.nn.functional.cross_entropy(logits[i, : len(target)].float(), target, reduction="none").cpu()
-        part, values = torch.tensor(row["part"][1:]), {}
-        for name, code in (("reasoning", 1), ("response", 2)):
-            values[f"{name}_nll"] = float(loss[part == code].double().sum())
-            values[f"{name}_tokens"] = int((part == code).sum())
-        sums.append(values)
+        parts = [loss[torch.tensor(row["part"][1:]) == code].double() for code in (1, 2)]
+        sums.append([value for part in parts for value in (float(part.sum()), len(part))])
     return sums
 
 
 def check_same_base(model, tokenizer, rows: pd.DataFrame, baseline: pd.DataFrame, count: int = 8) -> float:
     """The largest relative deviation of the loss on `count` rows, adapter switched off, from what 01 measured.
 
-    Both models must rest on the very same base: another file, quantisation or kernel would be compared as fine-tuning.
-    Raises ModelError above 2 % (4-bit in fp16 moves by about a tenth of that from run to run).
+    Raises ModelError above 2 % (4-bit in fp16 moves by a tenth of that): another base would be compared as fine-tuning.
     """
     chosen = rows[rows["id"].isin(baseline["id"])].head(count)
     with model.disable_adapter():
@@ -109,37 +104,35 @@ def check_same_base(model, tokenizer, rows: pd.DataFrame, baseline: pd.DataFrame
 def forced_letters(
     model, tokenizer, questions: Sequence[Question], answers: Sequence[dict], items: pd.DataFrame | None, path: Path
 ) -> None:
-    """For each multiple-choice answer that was cut off: close its think block and read the letter from the logits.
+    """For each multiple-choice answer that was cut off, append to `path` (JSONL) the letter that the logits say.
 
-    One forward pass over prompt, unfinished answer, `</think>` where it is missing, and CUE (budget forcing, as in m1,
-    arXiv 2504.00869). Appends id, key (of the answer and its text), letter, and logprobs to `path` (JSONL).
+    After prompt, unfinished answer, `</think>` where it is missing, and CUE (budget forcing, as in m1, arXiv 2504.00869).
     """
     given, prompts, asked = {a["id"]: a for a in answers}, {q.id: q.prompt for q in questions}, []
     for identifier, (key, options) in find_cut_off(given, items).items():
         text = given[identifier]["text"]
         closing = "" if CLOSE in text else f"\n{CLOSE}"
         asked.append((identifier, key, f"{prompts[identifier]}{text}{closing}\n\n{CUE}", options))
-    _read_letters(model, tokenizer, asked, path, "forcing answers")
+    _append_letters(model, tokenizer, asked, path, "forcing answers")
 
 
 def measure_letters(model, tokenizer, items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
-    """The letters' log-probabilities right after each question, appended to `path` (JSONL); see `read_letters`.
+    """Append to `path` the letter that the logits say right after each question, by the model of this `digest`.
 
-    It measures what a model knows, with no room to reason, as lm-eval's medqa_4options does. `items` has id, question,
-    options (dict of letter to text) and gold; what is on file by the same model (its `digest`) is kept.
+    It is what a model knows, with no room to reason, as lm-eval's medqa_4options measures it; see `read_letters`.
     """
-    asked = [
-        (str(item.id), _letter_key(item, digest), format_letter_prompt(item.question, item.options), item.options)
-        for item in items.itertuples()
-    ]
-    _read_letters(model, tokenizer, asked, path, "reading letters")
+    prompts = [format_letter_prompt(item.question, item.options) for item in items.itertuples()]
+    asked = list(
+        zip(items["id"].astype(str), _letter_keys(items, digest).values(), prompts, items["options"], strict=True)
+    )
+    _append_letters(model, tokenizer, asked, path, "reading letters")
     return read_letters(items, path, digest)
 
 
-def _read_letters(model, tokenizer, asked: Sequence[tuple[str, str, str, Mapping]], path: Path, what: str) -> None:
+def _append_letters(model, tokenizer, asked: Sequence[tuple[str, str, str, Mapping]], path: Path, what: str) -> None:
     """Append the likeliest letter after each text to `path`, one by one; `asked` holds (id, key, text, letters)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    append_lines(path, [])  # the stage's file is there, if empty
+    append_lines(path, [])  # a stage's output is there, if empty
     known = matching_rows(path, {identifier: key for identifier, key, *_ in asked})
     missing = [one for one in asked if one[0] not in known]
     for identifier, key, text, letters in track(missing, what, unit="item") if missing else ():
@@ -159,9 +152,7 @@ def letter_logprobs(model, tokenizer, text: str, letters: Iterable[str]) -> dict
     encoded = {letter: tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in letters}
     after = {}  # {all tokens of a letter but its last: log-probabilities from the end of the text on}
     for start in {tuple(tokens[:-1]) for tokens in encoded.values()}:
-        logits = or_none(last_logits, model, [*ids, *start], len(start) + 1)
-        if logits is None:
-            raise OutOfMemory("An unfinished answer does not fit into memory; lower generate.max_new_tokens.")
+        logits = fit_or_none(_ANSWER_TOO_LARGE, 1, last_logits, model, [*ids, *start], len(start) + 1)
         after[start] = torch.log_softmax(logits, dim=-1)
     found = {
         letter: sum(float(after[tuple(tokens[:-1])][i, token]) for i, token in enumerate(tokens))
@@ -188,14 +179,15 @@ def read_letters(items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
 
     Raises StageOrderError unless every item is there, by this model.
     """
-    keys = {str(item.id): _letter_key(item, digest) for item in items.itertuples()}
+    keys = _letter_keys(items, digest)
     rows = require_rows(path, keys, "letters, with evaluate.letter_logprobs on")
-    return pd.DataFrame([rows[identifier] for identifier in keys]).assign(
-        correct=lambda found: found["letter"] == items["gold"].to_numpy()
-    )
+    found = pd.DataFrame([rows[identifier] for identifier in keys])
+    return found.assign(correct=found["letter"] == items["gold"].to_numpy())
 
 
-def _letter_key(item, digest: str) -> str:
-    """A digest of model, prompt and right letter."""
-    asked = [digest, format_letter_prompt(item.question, item.options), item.gold]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+def _letter_keys(items: pd.DataFrame, digest: str) -> dict[str, str]:
+    """{id: a digest of model, prompt and right letter}."""
+    return {
+        str(item.id): digest_of([digest, format_letter_prompt(item.question, item.options), item.gold])
+        for item in items.itertuples()
+    }

@@ -8,14 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from utils.evaluation.answer_parsing import (
-    Completion,
-    count_paragraphs,
-    explicit_letter,
-    has_bullets,
-    named_choices,
-    parse_completion,
-)
+from utils.evaluation import answer_parsing as parsing
 
 
 class Metric(NamedTuple):
@@ -43,10 +36,6 @@ METRICS = {
     "answer_tokens": Metric("length of the answer", "tokens", False),
     "rouge_l": Metric("ROUGE-L (wording, not truth)", "score", True),
 }
-_COLUMNS = (
-    "id", "kind", "benchmark", "group", "correct", "parsed", "letter", "forced", "well_formed", "one_paragraph",
-    "bullets", "stopped", "truncated", "tokens", "reasoning_tokens", "answer_tokens",
-)  # fmt: skip
 
 
 def find_metric(name: str) -> Metric:
@@ -57,18 +46,14 @@ def find_metric(name: str) -> Metric:
 
 
 def score_answers(
-    answers: Mapping[str, dict],
-    held_out: pd.DataFrame,
-    benchmark: pd.DataFrame | None,
-    forced: Mapping[str, str] | None = None,
+    answers: Mapping[str, dict], held_out: pd.DataFrame, benchmark: pd.DataFrame | None, forced: Mapping[str, str] = {}
 ) -> pd.DataFrame:
     """One row for each answer: id, kind, group, correct (NaN where no rule can tell), parsed, and its form and length.
 
-    An open answer is right if it is well formed and names exactly one of the row's `choices`, the right one. A
-    multiple-choice answer is right if it states exactly one letter after the closed think block, the right one; an
-    answer cut off or without a letter is wrong, and `parsed` tells how often that happened. `forced` ({id: letter})
-    are the letters read from the logits where an answer was cut off; with them the column `forced` tells whether the
-    stated or forced letter is right.
+    An open answer is right if it is well formed and names exactly one of the row's `choices`, the right one; a
+    multiple-choice answer if it states exactly one letter after the closed think block, the right one. What is cut off
+    or states none is wrong. The column `forced` tells whether the stated letter is right, or the one in `forced`
+    ({id: letter}), read from the logits where an answer was cut off.
     """
     items = pd.DataFrame({"id": []}) if benchmark is None else benchmark.assign(id=benchmark["id"].astype(str))
     known = {kind: frame.set_index("id").to_dict("index") for kind, frame in (("open", held_out), ("choice", items))}
@@ -77,11 +62,8 @@ def score_answers(
         kind = answer["kind"]
         if kind not in known:
             continue  # the tutorials' question: shown, never counted
-        row, completion = known[kind][identifier], parse_completion(answer["text"])
-        if kind == "choice":
-            score = _score_choice(completion, row, (forced or {}).get(identifier))
-        else:
-            score = _score_open(completion, row)
+        row, completion = known[kind][identifier], parsing.parse_completion(answer["text"])
+        score = _score(kind, completion, row, forced.get(identifier))
         group, stopped = row.get("group"), float(answer["finish_reason"] == "stop")
         scored.append(
             {
@@ -93,8 +75,8 @@ def score_answers(
                 # Stated on the way and then cut off: nobody knows what the end would have been.
                 "correct": score["correct"] * stopped,
                 "well_formed": float(completion.well_formed),
-                "one_paragraph": float(count_paragraphs(completion.answer) == 1),
-                "bullets": float(has_bullets(completion.answer)),
+                "one_paragraph": float(parsing.count_paragraphs(completion.answer) == 1),
+                "bullets": float(parsing.has_bullets(completion.answer)),
                 "stopped": stopped,
                 "truncated": 1.0 - stopped,
                 "tokens": answer["tokens"],
@@ -102,32 +84,26 @@ def score_answers(
                 "answer_tokens": answer["tokens"] - answer["reasoning_tokens"],
             }
         )
-    return pd.DataFrame(scored, columns=_COLUMNS).sort_values("id", ignore_index=True)
+    return pd.DataFrame(scored).sort_values("id", ignore_index=True)
 
 
-def _score_choice(completion: Completion, item: Mapping, forced: str | None) -> dict:
-    letter = explicit_letter(completion.answer, item["options"])
-    return {
-        "correct": float(letter == item["gold"]),
-        "parsed": float(letter is not None),
-        "letter": letter,
-        "forced": float((letter or forced) == item["gold"]),
-    }
-
-
-def _score_open(completion: Completion, row: Mapping) -> dict:
-    correct = parsed = float("nan")
-    if isinstance(row.get("answer"), str) and row.get("choices") is not None:
-        named = named_choices(completion.answer, row["choices"]) if completion.well_formed else []
-        correct, parsed = float(named == [row["answer"]]), float(len(named) == 1)
-    return {"correct": correct, "parsed": parsed, "letter": None, "forced": float("nan")}
+def _score(kind: str, completion: parsing.Completion, row: Mapping, forced: str | None) -> dict:
+    correct = parsed = either = float("nan")
+    letter = None
+    if kind == "choice":
+        letter = parsing.explicit_letter(completion.answer, row["options"])
+        correct, parsed, either = letter == row["gold"], letter is not None, (letter or forced) == row["gold"]
+    elif isinstance(row.get("answer"), str) and row.get("choices") is not None:
+        named = parsing.named_choices(completion.answer, row["choices"]) if completion.well_formed else []
+        correct, parsed = named == [row["answer"]], len(named) == 1
+    return {"correct": float(correct), "parsed": float(parsed), "letter": letter, "forced": float(either)}
 
 
 def needs_forcing(answer: Mapping, letters) -> bool:
     """Whether a multiple-choice answer was cut off, or never left its think block, before it stated a letter."""
-    completion = parse_completion(answer["text"])
+    completion = parsing.parse_completion(answer["text"])
     unfinished = answer["finish_reason"] == "length" or not completion.closed
-    return unfinished and explicit_letter(completion.answer, letters) is None
+    return unfinished and parsing.explicit_letter(completion.answer, letters) is None
 
 
 class _Words:
@@ -148,10 +124,9 @@ def rouge_l(answers: Mapping[str, dict], held_out: pd.DataFrame) -> pd.Series:
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     references = dict(zip(held_out["id"], held_out["Response"], strict=True))
-    texts = {i: parse_completion(a["text"]).answer for i, a in answers.items() if a["kind"] == "open"}
-    return pd.Series(
-        {i: scorer.score(references[i], text)["rougeL"].fmeasure for i, text in texts.items()}, dtype=float
-    )
+    texts = {i: parsing.parse_completion(a["text"]).answer for i, a in answers.items() if a["kind"] == "open"}
+    scores = {i: scorer.score(references[i], text)["rougeL"].fmeasure for i, text in texts.items()}
+    return pd.Series(scores, dtype=float)
 
 
 def loss_per_token(frame: pd.DataFrame) -> pd.DataFrame:

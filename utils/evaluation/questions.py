@@ -31,14 +31,11 @@ _RIGHT_LETTERS = ("id", "group", "benchmark", "gold")
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to answer: `kind` is `open` (in words), `choice` (a letter), or TUTORIAL (shown and never scored).
-
-    `prompt` is the whole model input.
-    """
+    """One thing to answer."""
 
     id: str
-    kind: str
-    prompt: str
+    kind: str  # open (in words), choice (a letter), or TUTORIAL (shown and never scored)
+    prompt: str  # the whole model input
 
 
 def build_questions(
@@ -70,16 +67,15 @@ def load_tutorial_question(run: RunDir) -> dict:
 
 def collect_references(held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> list[str]:
     """What answers and losses are held against, as JSON texts: the held-out rows and the right letters, each by id."""
-    known = [(held_out, _REFERENCES)] + ([(benchmark, _RIGHT_LETTERS)] if benchmark is not None else [])
     return [
         frame[[column for column in columns if column in frame]].sort_values("id").to_json(orient="records")
-        for frame, columns in known
+        for frame, columns in ((held_out, _REFERENCES), (benchmark, _RIGHT_LETTERS))
+        if frame is not None
     ]
 
 
 def register(run: RunDir, questions: Sequence[Question], references: Sequence[str]) -> dict:
-    """data/registration.json: primary metric, n, the very questions with their references, decoding and seed, fixed
-    before any answer exists; `references` as `collect_references` gives them.
+    """data/registration.json: primary metric, n, questions, `collect_references`, decoding and seed, before any answer.
 
     Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so. The
     manifest keeps a copy: to lose or change one of the two is no way around that.
@@ -89,39 +85,34 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
         "primary": config.evaluate.primary,
         "open_questions": sum(question.kind == "open" for question in questions),
         "choice_questions": sum(question.kind == "choice" for question in questions),
-        "questions_sha256": _digest([sorted((q.id, q.prompt) for q in questions), list(references)]),
+        "questions_sha256": digest_of([sorted((q.id, q.prompt) for q in questions), list(references)], 64),
         "decoding": config.generate.model_dump(mode="json", exclude={"batch_size"}),
         "seed": config.evaluate.seed,
     }
-    # Of answers without a registration nothing is known.
-    changed = answered = run.file("baseline/answers.jsonl").exists()
     before = run.manifest().get("registered")
-    if not before and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-    if before:
-        changed = before.pop("changed_after_answers") or (answered and before != planned)
-    planned["changed_after_answers"] = changed
+    before = before or (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+    changed = before.pop("changed_after_answers", False)
+    # Of answers without a registration nothing is known.
+    planned["changed_after_answers"] = changed or (run.file("baseline/answers.jsonl").exists() and before != planned)
     run.note("registered", planned)
     write_json(path, planned)
     return planned
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def digest_of(value: Any, length: int = 16) -> str:
+    """The first hex digits of the sha256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def model_digest(run: RunDir, which: Model) -> str:
-    """A digest of who answers: the base model as stage 01 recorded it, and for `tuned` the adapter that 04 read.
-
-    It comes from the manifest, so that scores can be recomputed where neither model nor adapter is at hand.
-    """
+    """A digest of the base as 01 recorded it, and for `tuned` of the adapter that 04 read; neither need be at hand."""
     asked = run.record(BY_NAME["01_baseline_inference"])
     who = {key: value for key, value in asked.get("settings", {}).items() if key.startswith("model")}
     who["computed_on"] = asked.get("computed_on")
     if which == "tuned":
         inputs = run.record(BY_NAME["04_comparison"]).get("inputs", {})
         who["adapter"] = {k: v for k, v in digests(inputs).items() if k.endswith((".safetensors", "_config.json"))}
-    return _digest(who)[:16]
+    return digest_of(who)
 
 
 def answer_key(question: Question, config: GenerateSection, model: str) -> str:
@@ -129,7 +120,7 @@ def answer_key(question: Question, config: GenerateSection, model: str) -> str:
     decoding = config.model_dump(mode="json", exclude={"batch_size"})
     if not config.do_sample:
         decoding = {"max_new_tokens": config.max_new_tokens}
-    return _digest([model, question.prompt, decoding])[:16]
+    return digest_of([model, question.prompt, decoding])
 
 
 def matching_rows(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
@@ -154,13 +145,10 @@ def current_answers(path: Path, questions: Sequence[Question], config: GenerateS
 
 
 def find_cut_off(answers: Mapping[str, dict], benchmark: pd.DataFrame | None) -> dict[str, tuple[str, dict]]:
-    """{id: (key, options)} of the multiple-choice answers whose letter has to be forced.
-
-    The key is a digest of an answer's key and text: another text under the same key needs another forced letter.
-    """
+    """{id: (a digest of key and text, options)} of the multiple-choice answers whose letter has to be forced."""
     options = {} if benchmark is None else dict(zip(benchmark["id"].astype(str), benchmark["options"], strict=True))
     return {
-        name: (_digest([answer["key"], answer["text"]])[:16], options[name])
+        name: (digest_of([answer["key"], answer["text"]]), options[name])
         for name, answer in answers.items()
         if answer["kind"] == "choice" and needs_forcing(answer, options[name])
     }

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from utils.errors import RunDirError
 
@@ -14,11 +14,7 @@ Verdict = Literal["better", "worse", "cannot tell"]
 Interval = tuple[float, float]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Result(_Part):
+class Result(BaseModel, extra="forbid", frozen=True):
     """One metric of both models, on the same items. A share is between 0 and 1; the difference is tuned - base."""
 
     name: str
@@ -38,7 +34,7 @@ class Result(_Part):
     p_holm: float | None = None  # corrected over all secondary metrics; the primary needs none
 
 
-class Claim(_Part):
+class Claim(BaseModel, extra="forbid"):
     """What people would like to say, and what the statistics let them say."""
 
     claim: Literal["knows more", "reasons shorter", "keeps form", "imitates the reference"]
@@ -47,7 +43,7 @@ class Claim(_Part):
     sentence: str
 
 
-class Comparison(_Part):
+class Comparison(BaseModel, extra="forbid"):
     """The whole file."""
 
     profile: str

@@ -1,7 +1,7 @@
 """The statistics of a paired comparison, through scipy and statsmodels, and the verdict they carry.
 
-Items of one group (near duplicates, the demo's questions about one condition) are not independent: where a group has
-more than one item, intervals resample whole groups and the test flips whole groups.
+Items of one group (near duplicates) are not independent: where a group has more than one item, intervals resample whole
+groups and the test flips whole groups.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ def show_p(p: float) -> str:
 
 def wilson_interval(successes: int, n: int) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927, by statsmodels)."""
-    low, high = proportion_confint(successes, n, alpha=1 - _CONFIDENCE, method="wilson")
-    return float(low), float(high)
+    return proportion_confint(successes, n, alpha=1 - _CONFIDENCE, method="wilson")
 
 
 def mcnemar_exact(base: np.ndarray, tuned: np.ndarray) -> float:
@@ -54,8 +53,8 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[str], resamples: int
     """Percentile bootstrap interval of a mean (of paired differences, say), resampling whole groups (by scipy)."""
     sums, sizes = group_sums(values, groups)
     if len(sums) == 1 or np.all(values == values[0]):
-        return float(values.mean()), float(values.mean())
-    interval = stats.bootstrap(
+        return values.mean(), values.mean()
+    return stats.bootstrap(
         (sums, sizes),
         lambda s, k, axis: np.sum(s, axis=axis) / np.sum(k, axis=axis),
         paired=True,
@@ -65,12 +64,11 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[str], resamples: int
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(interval.low), float(interval.high)
 
 
 def mean_interval(values: np.ndarray, groups: Sequence[str], resamples: int, seed: int) -> Interval:
     """Interval of one model's mean: Wilson's for 0/1 values of independent items, else the bootstrap over groups."""
-    if len(set(groups)) == len(values) and _is_binary(values):
+    if len(set(groups)) == len(values) and np.isin(values, (0, 1)).all():
         return wilson_interval(int(values.sum()), len(values))
     return bootstrap_interval(values, groups, resamples, seed)
 
@@ -78,8 +76,7 @@ def mean_interval(values: np.ndarray, groups: Sequence[str], resamples: int, see
 def difference_interval(differences: np.ndarray, groups: Sequence[str], resamples: int, seed: int) -> Interval:
     """Interval of a mean difference of shares: the bootstrap over groups, except where all shares changed alike.
 
-    Resampling values that are all the same gives no width, which would claim certainty. There Wilson's bound for
-    n of n (or none of n) independent units says what could have been missed.
+    The bootstrap would claim certainty there; Wilson's bound for n of n independent units says what could be missed.
     """
     first = float(differences[0])
     if np.any(differences != first):
@@ -99,10 +96,8 @@ def compare_paired(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Result:
-    """Compare two models on the same items, in the same order.
-
-    0/1 values of independent items get McNemar's exact test; everything else the group-wise sign-flip test.
-    Raises ValueError where the two differ in length, are empty, or hold a value that is not finite.
+    """Two models on the same items in the same order: McNemar's exact test for 0/1 values of independent items, the
+    group-wise sign-flip test otherwise. Raises ValueError where they do not pair up or a value is not finite.
     """
     a, b = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
     if not len(a) == len(b) == len(groups) > 0:
@@ -110,18 +105,18 @@ def compare_paired(
     if bad := int((~np.isfinite([a, b])).sum()):
         raise ValueError(f"{name}: {bad} of {2 * len(a)} values are not finite; nothing can be concluded from them")
     units, sampling = len(set(groups)), (groups, resamples, seed)
-    binary = _is_binary(np.concatenate([a, b]))
+    binary = np.isin([a, b], (0, 1)).all()
     exact = binary and units == len(a)
     return Result(
         name=name,
         higher_is_better=higher_is_better,
         n=len(a),
         groups=units,
-        base=float(a.mean()),
-        tuned=float(b.mean()),
+        base=a.mean(),
+        tuned=b.mean(),
         base_ci95=mean_interval(a, *sampling),
         tuned_ci95=mean_interval(b, *sampling),
-        difference=float((b - a).mean()),
+        difference=(b - a).mean(),
         ci95=(difference_interval if binary else bootstrap_interval)(b - a, *sampling),
         test="exact McNemar" if exact else "sign flips by group",
         p_value=mcnemar_exact(a, b) if exact else sign_flip_test(b - a, *sampling),
@@ -129,10 +124,7 @@ def compare_paired(
 
 
 def verdict(result: Result, p_value: float | None = None) -> Verdict:
-    """`better`, `worse` or `cannot tell`: the interval must exclude zero and the test agree at 5 %.
-
-    `p_value` replaces the result's own where it was corrected for several tests.
-    """
+    """The interval must exclude zero and the test agree at 5 %; `p_value` replaces the result's own where corrected."""
     low, high = result.ci95
     if (result.p_value if p_value is None else p_value) >= ALPHA or low <= 0 <= high:
         return "cannot tell"
@@ -142,8 +134,8 @@ def verdict(result: Result, p_value: float | None = None) -> Verdict:
 def mcnemar_power(n: int, difference: float, discordant: float) -> float:
     """The chance that McNemar's exact test (alpha 5 %) shows a true difference of two paired proportions.
 
-    n independent pairs, of which a share `discordant` differs between the models; exact, by summing over the number of
-    discordant pairs and how many of them favour the better one. Raises ValueError where |difference| > discordant.
+    n independent pairs, of which a share `discordant` differs between the models; exact, by summing over their number
+    and how many favour the better one. Raises ValueError where |difference| > discordant.
     """
     if not abs(difference) <= discordant <= 1:
         raise ValueError(f"a difference of {difference} needs at least that share discordant, not {discordant}")
@@ -157,17 +149,11 @@ def mcnemar_power(n: int, difference: float, discordant: float) -> float:
 
 
 def detectable_difference(n: int, discordant: float = 0.25, power: float = 0.8) -> float:
-    """The smallest difference of two paired proportions that n independent items show with this power (alpha 5 %).
-
-    By `mcnemar_power`, with the given share of discordant pairs, or as many as the difference needs; 1.0 where n is
-    too small for any difference.
+    """The smallest difference of two paired proportions that n independent items show with this power, by `mcnemar_power`,
+    with this share of discordant pairs or as many as the difference needs; 1.0 where n is too small for any.
     """
 
     def excess(difference: float) -> float:
         return mcnemar_power(n, difference, max(discordant, difference)) - power
 
     return float(optimize.brentq(excess, 0.0, 1.0, xtol=1e-4)) if excess(1.0) > 0 else 1.0
-
-
-def _is_binary(values: np.ndarray) -> bool:
-    return bool(np.isin(values, (0, 1)).all())
