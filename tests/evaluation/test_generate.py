@@ -269,5 +269,6 @@ def test_a_near_tie_is_rounding_and_not_an_error(tiny_model, monkeypatch):
         return outputs if len(batch) == 1 else [[ids[0] ^ 1, *ids[1:]] for ids in outputs]
 
     monkeypatch.setattr(generation, "generate_batch", swapped)
-    monkeypatch.setattr(generation, "_next_logits", lambda model, ids: torch.linspace(0, 1e-3, 400) + torch.eye(400)[7])
+    logits = torch.linspace(0, 1e-3, 400) + torch.eye(400)[7]
+    monkeypatch.setattr(generation, "last_logits", lambda model, ids: logits[None])
     assert check_batching(*tiny_model, questions())["near_ties"] >= 3

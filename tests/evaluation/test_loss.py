@@ -19,7 +19,7 @@ from utils.evaluation.loss import (
     read_letters,
     tokenize_row,
 )
-from utils.evaluation.questions import Question
+from utils.evaluation.questions import Question, read_forced
 from utils.files import read_lines
 
 ROWS = [
@@ -130,13 +130,19 @@ def unfinished(text: str, reason: str = "length") -> list[dict]:
     return [{"id": "m1", "kind": "choice", "key": "k", "text": text, "finish_reason": reason}]
 
 
+def force(tiny_model, folder, answers, items=ITEMS) -> list[dict]:
+    """What the file holds after these answers' letters were forced."""
+    forced_letters(*tiny_model, QUESTIONS, answers, items, folder / "forced.jsonl")
+    return read_lines(folder / "forced.jsonl")
+
+
 @pytest.mark.parametrize(
     ("text", "closing"), [("It could be A", "\n</think>\n\nThe answer is"), ("Hm.</think>So", "\n\nThe answer is")]
 )
 def test_a_forced_letter_is_the_likeliest_after_the_closed_block(tiny_model, tmp_path, text, closing):
     """By hand: one forward pass, log-softmax at the last place, the letters' tokens summed."""
     model, tokenizer = tiny_model
-    (row,) = forced_letters(model, tokenizer, QUESTIONS, unfinished(text), ITEMS, tmp_path / "forced.jsonl")
+    (row,) = force(tiny_model, tmp_path, unfinished(text))
     ids = tokenizer("Which one?<think>\n" + text + closing + " ")["input_ids"]
     space = tokenizer.encode(" A", add_special_tokens=False)
     assert len(space) == 2  # this small vocabulary writes the space by itself; both must be handled
@@ -146,33 +152,33 @@ def test_a_forced_letter_is_the_likeliest_after_the_closed_block(tiny_model, tmp
     expected = {x: float(before[space[0]] + last[token]) for x, token in own.items()}
     assert row["logprobs"] == pytest.approx(expected, abs=1e-5)
     assert row["letter"] == max(expected, key=expected.get)
-    assert read_lines(tmp_path / "forced.jsonl") == [row]
 
 
 @pytest.mark.parametrize(
     ("text", "reason"), [("Hm.</think>The answer is B.", "stop"), ("Hm.</think>Gout.", "stop"), ("Hm.</think>B", "length")]
 )  # fmt: skip
 def test_an_answer_that_came_to_its_own_end_or_states_a_letter_is_not_forced(tiny_model, tmp_path, text, reason):
-    assert forced_letters(*tiny_model, QUESTIONS, unfinished(text, reason), ITEMS, tmp_path / "f.jsonl") == []
-    assert (tmp_path / "f.jsonl").read_text() == ""
+    assert force(tiny_model, tmp_path, unfinished(text, reason)) == []
+    assert (tmp_path / "forced.jsonl").read_text() == ""
 
 
 def test_a_forced_letter_on_file_is_not_computed_again(tiny_model, tmp_path, monkeypatch):
-    first = forced_letters(*tiny_model, QUESTIONS, unfinished("Hm"), ITEMS, tmp_path / "f.jsonl")
+    first = force(tiny_model, tmp_path, unfinished("Hm"))
     monkeypatch.setattr(loss_module, "letter_logprobs", None)
-    assert forced_letters(*tiny_model, QUESTIONS, unfinished("Hm"), ITEMS, tmp_path / "f.jsonl") == first
+    assert force(tiny_model, tmp_path, unfinished("Hm")) == first
 
 
 def test_without_a_benchmark_nothing_is_forced(tiny_model, tmp_path):
     answers = [{"id": "q", "kind": "open", "key": "k", "text": "Hm", "finish_reason": "length"}]
-    assert forced_letters(*tiny_model, [], answers, None, tmp_path / "f.jsonl") == []
+    assert force(tiny_model, tmp_path, answers, None) == []
 
 
 def test_another_text_under_the_same_key_is_forced_anew(tiny_model, tmp_path, monkeypatch):
-    forced_letters(*tiny_model, QUESTIONS, unfinished("Hm"), ITEMS, tmp_path / "f.jsonl")
+    force(tiny_model, tmp_path, unfinished("Hm"))
     monkeypatch.setattr(loss_module, "letter_logprobs", lambda *_: {"C": 0.0})
-    (row,) = forced_letters(*tiny_model, QUESTIONS, unfinished("Something else"), ITEMS, tmp_path / "f.jsonl")
-    assert row["letter"] == "C"
+    other = unfinished("Something else")
+    assert force(tiny_model, tmp_path, other)[1]["letter"] == "C"
+    assert read_forced(tmp_path / "forced.jsonl", {"m1": other[0]}, ITEMS) == {"m1": "C"}
 
 
 class Failing:
@@ -253,7 +259,12 @@ def test_letters_of_another_model_or_other_items_are_missing(tiny_model, items, 
         few["options"] = [{**options, "A": "Else"} for options in few["options"]]
     elif change != "model":
         few[change] = "C" if change == "gold" else few[change] + "?"
-    with pytest.raises(StageOrderError, match=r"probe\.jsonl does not hold all 2 items"):
+    with pytest.raises(
+        StageOrderError,
+        match=r"probe\.jsonl holds 0 of 2 letters, with evaluate\.letter_logprobs on; run the notebook"
+        if change in ("model", "question", "options")
+        else r"holds \d of 2 letters",
+    ):
         read_letters(few, path, "other" if change == "model" else "model")
 
 

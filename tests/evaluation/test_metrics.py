@@ -82,13 +82,6 @@ def test_scores_are_sorted_by_id_whatever_the_order_of_the_answers():
     assert list(scored["id"]) == ["a", "b", "c"]
 
 
-def test_no_answers_give_an_empty_table_with_its_columns():
-    """`evaluate.questions=0` without a benchmark is allowed: such a run is judged by its loss alone."""
-    full = score_answers({"r1": answer("x</think>y")}, HELD_OUT, None)
-    empty = score_answers({}, HELD_OUT, None)
-    assert len(empty) == 0 and list(empty.columns) == list(full.columns)
-
-
 def test_the_loss_per_token_divides_each_part_by_its_own_tokens():
     frame = pd.DataFrame(
         {"id": ["a", "b"], "reasoning_nll": [6.0, 0.0], "response_nll": [2.0, 3.0], "reasoning_tokens": [3, 0], "response_tokens": [1, 6]}

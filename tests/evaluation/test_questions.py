@@ -152,6 +152,7 @@ def test_the_tuned_model_is_another_with_another_adapter_and_the_base_stays_the_
 def test_what_is_measured_is_registered_and_a_change_after_answers_exist_is_told_for_good(tmp_path):
     questions = [Question("a", "open", "?")]
     run = open_run("demo", tmp_path)
+    run.save()
     assert register(run, questions, [])["changed_after_answers"] is False
     other = open_run("demo", tmp_path, {"generate.max_new_tokens": 8})
     assert register(other, questions, [])["changed_after_answers"] is False  # nobody has answered yet
@@ -197,16 +198,6 @@ def test_a_deleted_manifest_alone_is_no_change(answered):
     again = open_run("demo", answered.path)
     again.save()
     assert register(again, [Question("a", "open", "?")], [])["changed_after_answers"] is False
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"changed_after_answers": "no"}', b"\xff\xfe"])
-def test_a_registration_that_cannot_be_read_counts_as_changed_once_there_are_answers(answered, content):
-    for answers, changed in ((True, True), (False, False)):
-        answered.file("data/registration.json").write_bytes(content)
-        answered.note("registered", None)
-        if not answers:
-            answered.file("baseline/answers.jsonl").unlink()
-        assert register(answered, [Question("a", "open", "?")], [])["changed_after_answers"] is changed
 
 
 def test_answers_without_any_registration_count_as_changed(answered):

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.evaluation.compare import decide, headline, state_claims
 from utils.evaluation.metrics import METRICS
-from utils.evaluation.statistics import PairedResult, compare_paired
-from utils.evaluation.verdict import decide, headline, state_claims
+from utils.evaluation.results import Result
+from utils.evaluation.statistics import compare_paired
 
 
-def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) -> PairedResult:
+def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) -> Result:
     """A paired result of n independent items: shares by their rates, others as values around their means."""
     rng, metric = np.random.default_rng(seed), METRICS[name]
     if metric.unit == "share":
@@ -24,12 +25,12 @@ def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) ->
     return compare_paired(name, *arms, ids, higher_is_better=metric.higher_is_better, resamples=1000)
 
 
-def describe(one: PairedResult, p: float | None = None) -> str:
+def describe(one: Result, p: float | None = None) -> str:
     """The headline of one metric alone."""
     return headline(one.name, {one.name: one}, {} if p is None else {one.name: p})
 
 
-def claims(*results: PairedResult, **corrected: float) -> dict[str, object]:
+def claims(*results: Result, **corrected: float) -> dict[str, object]:
     named = {r.name: r for r in results}
     return {c.claim: c for c in state_claims(named, corrected)}
 

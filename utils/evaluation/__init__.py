@@ -13,7 +13,6 @@ _SURFACE = {
     "load_for_inference": "evaluate",
     "load_questions": "questions",
     "load_tutorial_question": "questions",
-    "mcnemar_power": "statistics",
     "read_evaluation": "evaluate",
     "read_sentence": "results",
     "register": "questions",

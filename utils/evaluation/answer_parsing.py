@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 OPEN, CLOSE = "<think>", "</think>"
 _MARKS = ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>")
@@ -67,8 +67,7 @@ _SECOND = r"""[\s*_)\]}"”」`$.]{0,6}
     (?: (?i: option|choice )\s )? [*_(]{0,3} [OPTIONS]\b (?! \s{1,2}(?:is|are|was|were|would|can|could|does|do|has|have|isn) )"""
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """A completion taken apart. `answer` is empty unless the think block was closed."""
 
     reasoning: str
@@ -78,28 +77,24 @@ class Completion:
 
 
 def parse_completion(text: str) -> Completion:
-    """Split a completion at `</think>`.
+    """Split a completion at `</think>`; the opening mark may be missing, since the prompt ends in it.
 
-    The opening mark may be missing, since the prompt ends in it. Well-formed means: the block is closed exactly once,
-    opened at most once and at the start, and followed by a non-empty answer.
+    Well-formed means: the block is closed once, opened at most once and at the start, and followed by an answer.
     """
     for mark in _MARKS:
         text = text.replace(mark, "")
     head, mark, tail = text.partition(CLOSE)
-    closed = bool(mark)
-    reasoning = head.strip().removeprefix(OPEN).strip()
-    answer = tail.strip() if closed else ""
-    well_formed = closed and bool(answer) and OPEN not in reasoning and OPEN not in answer and CLOSE not in answer
-    return Completion(reasoning, answer, closed, well_formed)
+    reasoning, answer = head.strip().removeprefix(OPEN).strip(), tail.strip()
+    well_formed = bool(answer) and OPEN not in reasoning and OPEN not in answer and CLOSE not in answer
+    return Completion(reasoning, answer, bool(mark), well_formed)
 
 
 def explicit_letter(answer: str, letters: Iterable[str]) -> str | None:
     """The one option letter that an answer states, or None where it states none or several different ones."""
     ways, second = _compile("".join(letters))
-    answer = _LONG_RUN.sub(lambda run: _shorten(run[0]), unicodedata.normalize("NFKC", answer))
+    answer = _LONG_RUN.sub(_shorten, unicodedata.normalize("NFKC", answer))
     for way in ways.values():
-        matches = list(way.finditer(answer))
-        if matches:
+        if matches := list(way.finditer(answer)):
             found = {match["letter"] for match in matches}
             several = any(second.match(answer, match.end("letter")) for match in matches)
             return found.pop() if len(found) == 1 and not several else None
@@ -118,16 +113,13 @@ def _compile(letters: str) -> tuple[dict[str, re.Pattern], re.Pattern]:
     return {name: fill(pattern) for name, _, pattern in _WAYS}, fill(_SECOND)
 
 
-def _shorten(run: str) -> str:
+def _shorten(run: re.Match) -> str:
     """A long run of spaces or marks as the shortest that reads the same."""
-    return ("\n\n" if "\n" in run else " ") if run.isspace() else run[:4]
+    return ("\n\n" if "\n" in run[0] else " ") if run[0].isspace() else run[0][:4]
 
 
 def any_letter(text: str, letters: Iterable[str]) -> str | None:
-    """The last option letter that stands by itself anywhere, unfinished reasoning included.
-
-    What lenient scorers amount to. It is here to show how much they flatter, and decides nothing.
-    """
+    """The last option letter that stands by itself anywhere: how lenient scorers flatter; it decides nothing."""
     found = re.findall(rf"\b([{''.join(letters)}])\b", text)
     return found[-1] if found else None
 
@@ -141,7 +133,7 @@ def named_choices(answer: str, choices: Iterable[str]) -> list[str]:
 
 def count_paragraphs(answer: str) -> int:
     """Blocks of text separated by blank lines."""
-    return len([block for block in re.split(r"\n\s*\n", answer) if block.strip()])
+    return sum(bool(block.strip()) for block in re.split(r"\n\s*\n", answer))
 
 
 def has_bullets(answer: str) -> bool:

@@ -1,10 +1,12 @@
-"""Both models side by side: paired figures, the claims they carry, and their table, from files alone (no torch)."""
+"""Both models side by side, from files alone (no torch): paired figures, the claims they carry, the verdict in words.
+
+No sentence says more than the interval and the corrected p carry: better, worse or cannot tell.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
@@ -12,9 +14,8 @@ from statsmodels.stats.multitest import multipletests
 from utils.errors import StageOrderError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
-from utils.evaluation.results import Comparison
-from utils.evaluation.statistics import PairedResult, compare_paired
-from utils.evaluation.verdict import decide, headline, state_claims
+from utils.evaluation.results import Claim, Comparison, Result, Verdict
+from utils.evaluation.statistics import compare_paired, detectable_difference, show_p, verdict
 from utils.files import atomic, write_json
 from utils.pipeline.run_dir import RunDir
 
@@ -23,18 +24,30 @@ _OF_CHOICES = {"multiple_choice": "correct", "multiple_choice_forced": "forced",
 _OF_LOSS = {"nll": "completion", "nll_reasoning": "reasoning", "nll_response": "response"}
 _OF_ANSWERS = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_tokens", "answer_tokens")
 _FORM = ("well_formed", "one_paragraph", "bullets", "stopped", "parsed")
+_CLAIMS = {  # {claim: its words for better and for worse}, beside the metrics that could decide it
+    "knows more": ("It answers more questions rightly.", "It answers fewer questions rightly."),
+    "reasons shorter": ("Its reasoning is shorter.", "Its reasoning is longer."),
+    "keeps form": ("More of its answers are well formed.", "Fewer of its answers are well formed."),
+    "imitates the reference": ("The references surprise it less: it writes more like them.", "They surprise it more."),
+}
+_DECIDED_BY = (("multiple_choice", "accuracy"), ("reasoning_tokens",), ("well_formed",), ("nll",))
+# What an answer without its end means for a metric.
+_CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their full length is unknown"}
 
 
 def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
-    """Everything of metrics.json (schema: `results.Comparison`): the registered primary metric, secondary ones with
-    Holm's correction, the claims, the verdict.
+    """Everything of metrics.json (`results.Comparison`); Holm's correction is over all secondary metrics.
 
     Raises StageOrderError where the two hold other rows, or the data cannot carry the primary metric.
     """
     if list(base.loss.index) != list(tuned.loss.index):
         raise StageOrderError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
-    results = {result.name: result for result in pair_metrics(run, base, tuned)}
-    name = run.config.evaluate.primary
+    evaluate, results = run.config.evaluate, {}
+    for name, before, after, groups in _pair_values(base, tuned):
+        metric, sampling = find_metric(name), {"resamples": evaluate.resamples, "seed": evaluate.seed}
+        result = compare_paired(name, before, after, groups, higher_is_better=metric.higher_is_better, **sampling)
+        results[name] = result.model_copy(update={"label": metric.label, "unit": metric.unit})
+    name = evaluate.primary
     if name not in results:
         raise StageOrderError(
             f"evaluate.primary is {name}, but this run's data cannot carry it; it offers {', '.join(results)}."
@@ -42,91 +55,149 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
     secondary = [result for key, result in results.items() if key != name]
     adjusted = multipletests([r.p_value for r in secondary], method="holm")[1] if secondary else []
     corrected = {r.name: float(p) for r, p in zip(secondary, adjusted, strict=True)}
-    registration = _read(run, "data/registration.json")
-    sentence = headline(name, results, corrected)
-    models = {"base": base.scored, "tuned": tuned.scored}
+    contamination, registration = (
+        json.loads(run.file(f"data/{file}.json").read_text(encoding="utf-8")) for file in ("split", "registration")
+    )
+    models = {which: one.scored for which, one in (("base", base), ("tuned", tuned))}
     return Comparison(
         profile=run.config.profile,
         benchmarks=list(base.benchmarks),
-        primary=_entry(results[name], None),
-        secondary=[_entry(result, corrected[result.name]) for result in secondary],
-        form={which: _form(scored) for which, scored in models.items() if len(scored)},
-        length={which: _lengths(scored) for which, scored in models.items() if len(scored)},
+        primary=results[name],
+        secondary=[result.model_copy(update={"p_holm": corrected[result.name]}) for result in secondary],
+        form={which: scored[[*_FORM]].mean().dropna().to_dict() for which, scored in models.items()},
+        length={
+            which: {
+                **scored[["reasoning_tokens", "answer_tokens"]].mean().add_suffix("_mean"),
+                "reasoning_tokens_median": scored["reasoning_tokens"].median(),
+                "truncated": scored["truncated"].mean(),
+            }
+            for which, scored in models.items()
+        },
         nll_rows_left_out=base.left_out,
-        contamination=_read(run, "data/split.json").get("contamination", {}),
+        contamination=contamination.get("contamination", {}),
         registration=registration,
         claims=state_claims(results, corrected),
         verdict=decide(name, results, corrected)[0],
-        sentence=sentence + _LATE if registration["changed_after_answers"] else sentence,
+        sentence=headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
     ).model_dump(mode="json")
 
 
-def _read(run: RunDir, name: str) -> dict:
-    return json.loads(run.file(name).read_text(encoding="utf-8"))
-
-
-def _entry(result: PairedResult, p_holm: float | None) -> dict:
-    metric = find_metric(result.name)
-    return {**asdict(result), "label": metric.label, "unit": metric.unit, "p_holm": p_holm}
-
-
-def pair_metrics(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[PairedResult]:
-    """Every metric that both models carry, compared pair by pair."""
-    evaluate = run.config.evaluate
-
-    def pair(name: str, before: pd.Series, after: pd.Series, groups: Sequence[str]) -> PairedResult:
-        better = find_metric(name).higher_is_better
-        settings = {"resamples": evaluate.resamples, "seed": evaluate.seed}
-        return compare_paired(name, before, after, list(groups), higher_is_better=better, **settings)
-
-    def pair_rows(name: str, column: str, rows: pd.Series) -> PairedResult:
-        return pair(name, base.scored[rows][column], tuned.scored[rows][column], base.scored[rows]["group"])
-
-    results = [pair_rows(*chosen) for chosen in _choose_answers(base)]
-    if base.letters is not None and tuned.letters is not None:
-        before, after = base.letters["correct"].astype(float), tuned.letters["correct"].astype(float)
-        results.append(pair("letter_logprobs", before, after, base.letters["id"]))
-    if len(base.loss):
-        for name, column in _OF_LOSS.items():
-            results.append(pair(name, base.loss[column], tuned.loss[column], base.loss["group"]))
-    if len(base.scored):
-        results += [pair_rows(name, name, base.scored["id"].notna()) for name in _OF_ANSWERS]
-    if "rouge_l" in base.scored and (worded := base.scored["rouge_l"].notna()).any():
-        results.append(pair_rows("rouge_l", "rouge_l", worded))
-    return results
-
-
-def _choose_answers(base: Evaluation) -> Iterator[tuple[str, str, pd.Series]]:
-    """(metric, column, rows) of the scored answers that are right or wrong."""
+def _pair_values(base: Evaluation, tuned: Evaluation) -> Iterator[tuple[str, pd.Series, pd.Series, list[str]]]:
+    """(metric, base's values, tuned's values, groups) of every metric that both models carry."""
     scored = base.scored
+
+    def pair(name: str, column: str, rows: pd.Series | slice = slice(None)):
+        return name, scored[rows][column], tuned.scored[rows][column], list(scored[rows]["group"])
+
     checkable = (scored["kind"] == "open") & scored["correct"].notna()
     if checkable.any():
-        yield "accuracy", "correct", checkable
+        yield pair("accuracy", "correct", checkable)
     for benchmark in base.benchmarks:
-        rows = (scored["kind"] == "choice") & (scored["benchmark"] == benchmark)
         for name, column in _OF_CHOICES.items():
             # The first one named carries the registered name, whatever the others are called and their ids look like.
-            yield name if benchmark == base.benchmarks[0] else f"{name}:{benchmark}", column, rows
-
-
-def _form(scored: pd.DataFrame) -> dict[str, float]:
-    return {name: float(scored[name].mean()) for name in _FORM if scored[name].notna().any()}
-
-
-def _lengths(scored: pd.DataFrame) -> dict[str, float]:
-    means = {f"{name}_mean": float(scored[name].mean()) for name in ("reasoning_tokens", "answer_tokens")}
-    median = float(scored["reasoning_tokens"].median())
-    return {**means, "reasoning_tokens_median": median, "truncated": float(scored["truncated"].mean())}
+            full_name = name if benchmark == base.benchmarks[0] else f"{name}:{benchmark}"
+            yield pair(full_name, column, (scored["kind"] == "choice") & (scored["benchmark"] == benchmark))
+    if base.letters is not None and tuned.letters is not None:
+        yield "letter_logprobs", base.letters["correct"], tuned.letters["correct"], list(base.letters["id"])
+    if len(base.loss):
+        for name, column in _OF_LOSS.items():
+            yield name, base.loss[column], tuned.loss[column], list(base.loss["group"])
+    for name in _OF_ANSWERS:
+        yield pair(name, name)
+    if "rouge_l" in scored and (worded := scored["rouge_l"].notna()).any():
+        yield pair("rouge_l", "rouge_l", worded)
 
 
 def write_comparison(run: RunDir, metrics: dict) -> pd.DataFrame:
     """comparison/metrics.json and comparison/table.csv; returns the table (one row for each metric, primary first)."""
-    table = pd.DataFrame([metrics["primary"], *metrics["secondary"]])
+    table = pd.DataFrame([metrics["primary"], *metrics["secondary"]]).rename(columns={"label": "metric"})
     table["p"] = table["p_holm"].astype(float).fillna(table["p_value"])
-    table["ci_low"], table["ci_high"] = (table["ci95"].str[end] for end in (0, 1))
-    columns = ["label", "n", "base", "tuned", "difference", "ci_low", "ci_high", "p"]
-    table = table[columns].rename(columns={"label": "metric"})
+    table[["ci_low", "ci_high"]] = table["ci95"].tolist()
+    table = table[["metric", "n", "base", "tuned", "difference", "ci_low", "ci_high", "p"]]
     write_json(run.file("comparison/metrics.json"), metrics)
     with atomic(run.file("comparison/table.csv")) as scratch:
         table.to_csv(scratch, index=False)
     return table
+
+
+def headline(name: str, results: Mapping[str, Result], corrected: Mapping[str, float]) -> str:
+    """The primary metric's figures, the verdict, and what has to be said in the same breath."""
+    found, remark = decide(name, results, corrected)
+    return " ".join(part for part in (_figures(results[name]), _conclusion(results[name], found), remark) if part)
+
+
+def decide(name: str, results: Mapping[str, Result], corrected: Mapping[str, float]) -> tuple[Verdict, str]:
+    """(verdict, remark): what may be said of this metric, and what has to be said wherever it is named.
+
+    The one rule for headline and claims. Shorter reasoning runs into the limit less often, so strict accuracy rises
+    without any knowledge gained: forced accuracy must agree, without a correction where the metric is registered.
+    """
+    found = verdict(results[name], corrected.get(name))
+    forced, truncated = results.get("multiple_choice_forced"), results.get("truncated")
+    if name == "multiple_choice" and found != "cannot tell" and forced:
+        if verdict(forced, corrected.get(forced.name) if name in corrected else None) == found:
+            return found, ""
+        low, high = forced.ci95
+        return "cannot tell", (
+            f"Where answers that were cut off are closed and a letter is read, the difference is {100 * forced.difference:+.1f} "
+            f"points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}): what changed may be how often an answer ends in "
+            "time, not what is known."
+        )
+    if name.startswith("nll"):
+        return found, "The loss measures imitation of the references, and says nothing about truth."
+    if name in _CUT_OFF and truncated and truncated.base + truncated.tuned > 0:
+        return found, (
+            f"Of the base's answers {truncated.base:.0%} were cut off at the limit, of the fine-tuned "
+            f"{truncated.tuned:.0%}{_CUT_OFF[name]}."
+        )
+    return found, ""
+
+
+def _figures(result: Result, p_value: float | None = None) -> str:
+    metric = find_metric(result.name)
+    low, high = result.ci95
+    if metric.unit == "share":
+        values = f"{metric.label} went from {result.base:.1%} to {result.tuned:.1%}"
+        change = f"{100 * result.difference:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+    else:
+        digits = 1 if metric.unit == "tokens" else 3
+        unit = "" if metric.unit == "score" else f" {metric.unit}"
+        values = f"{metric.label} went from {result.base:.{digits}f} to {result.tuned:.{digits}f}{unit}"
+        change = f"{result.difference:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f})"
+    shown = show_p(result.p_value if p_value is None else p_value)
+    p = f"p {shown}" if shown.startswith("<") else f"p = {shown}"
+    corrected = "" if p_value is None else " after Holm's correction"
+    grouped = f" in {result.groups} groups" if result.groups < result.n else ""
+    return f"On {result.n} held-out questions{grouped}, {values}: {change}, {p}{corrected}."
+
+
+def _conclusion(result: Result, found: Verdict) -> str:
+    if found != "cannot tell":
+        return f"The fine-tuned model is {found} on this metric."
+    hint = ""
+    # For groups the interval says it; and where it was forced accuracy that took a verdict back, power is not what lacks.
+    if find_metric(result.name).unit == "share" and result.groups == result.n and verdict(result) == "cannot tell":
+        points = 100 * detectable_difference(result.n)
+        hint = f" With this many, only about {points:.0f} points or more would show."
+        if points == 100:
+            hint = " No difference would show with so few."
+    return f"This cannot tell the two apart.{hint}"
+
+
+def state_claims(results: Mapping[str, Result], corrected: Mapping[str, float]) -> list[Claim]:
+    """What people would like to say; where two metrics could decide, the primary one does, which has no corrected p."""
+    claims = []
+    for (claim, (better, worse)), names in zip(_CLAIMS.items(), _DECIDED_BY, strict=True):
+        name = min((name for name in names if name in results), key=lambda name: name in corrected, default=None)
+        if name is None:
+            words = "Nothing in this run measures it."
+            claims.append(Claim(claim=claim, metric=None, verdict="cannot tell", sentence=words))
+            continue
+        result, (found, remark) = results[name], decide(name, results, corrected)
+        words = {"better": better, "worse": worse}.get(found) or _conclusion(result, found)
+        if claim == "keeps form" and found == "cannot tell":
+            low = result.ci95[0]
+            words = f"No change is certain; a loss of more than {-100 * low:.1f} points is unlikely." if low < 0 else ""
+        sentence = " ".join(part for part in (_figures(result, corrected.get(name)), words, remark) if part)
+        claims.append(Claim(claim=claim, metric=name, verdict=found, sentence=sentence))
+    return claims

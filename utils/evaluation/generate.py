@@ -1,22 +1,23 @@
 """Answers from a loaded model: batched, resumable answer by answer, on every GPU, and the same for both models.
 
-`generate` would draw from one stream of random numbers for the whole batch: another batch size, an interruption or a
-second GPU would give other answers. Here every question has a stream of its own, and both models draw from the same one,
-which also takes noise out of the paired comparison (common random numbers).
+`generate` would draw from one stream of random numbers for the whole batch, and another batch size would give other
+answers. Here every question has its own stream, the same for both models (common random numbers: less noise in the pairs).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import ModelError, OutOfMemory
-from utils.evaluation.questions import Question, answer_key, matching_answers
+from utils.evaluation.questions import Question, answer_key, matching_rows
 from utils.files import append_lines, read_lines
 from utils.models.memory import free_memory, is_out_of_memory, sequences_that_fit
 from utils.models.prompt_format import count_reasoning
@@ -25,6 +26,7 @@ from utils.progress import Progress
 from utils.schema import GenerateSection
 
 ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
+_TOO_LARGE = "A single question does not fit into memory; lower generate.max_new_tokens."
 _TIE = 0.1  # in standard deviations of the logits: rounding decides between tokens that are nearer to each other
 
 
@@ -44,26 +46,27 @@ class Pending:
 def answer_questions(
     model, tokenizer, questions: Sequence[Question], config: GenerateSection, path: Path, digest: str, helpers=None
 ) -> list[dict]:
-    """Answer every question and append each answer to `path` (JSONL) as soon as it is complete.
+    """Answer every question, append each answer to `path` (JSONL) as soon as it is complete, and return all in order.
 
     An answer on file to the same prompt, by the same model (its `digest`) and decoding, is not generated again.
-    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. Returns the answers in the order of the questions:
-    dicts of id, kind, key, text, tokens (completion tokens, the end token counted), reasoning_tokens (those up to and
-    with `</think>`, or all of them) and finish_reason (`stop`, or `length` at max_new_tokens).
-
-    Raises OutOfMemory where even a single question does not fit.
+    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. `tokens` counts the end token,
+    `reasoning_tokens` go up to and with `</think>`. Raises OutOfMemory where even a single question does not fit.
     """
     keys = {q.id: answer_key(q, config, digest) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
-    while missing := _unanswered(path, questions, keys):
+    while True:
+        for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):  # of an interrupted run too
+            append_lines(path, read_lines(share))
+            share.unlink()
+        answers = matching_rows(path, keys)
+        missing = [q for q in questions if q.id not in answers]
+        if not missing:
+            return [answers[q.id] for q in questions]
         mine = helpers.start(missing) if helpers else missing
-        engine = _Engine(model, tokenizer, config, keys, path)
-        engine.run(mine, already=len(questions) - len(missing), total=len(questions) - len(missing) + len(mine))
+        _generate(model, tokenizer, mine, config, keys, path)
         if helpers:
             helpers.wait()
             helpers = None  # a second pass, if there is one, is ours alone
-    answers = matching_answers(path, keys)
-    return [answers[q.id] for q in questions]
 
 
 def share_path(path: Path, number: int) -> Path:
@@ -71,128 +74,94 @@ def share_path(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number}.jsonl")
 
 
-def _unanswered(path: Path, questions: Sequence[Question], keys: dict[str, str]) -> list[Question]:
-    """What is still to be answered, after the helpers' answers (those of an interrupted run too) were joined with ours."""
-    for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):
-        append_lines(path, read_lines(share))
-        share.unlink()
-    done = matching_answers(path, keys)
-    return [q for q in questions if q.id not in done]
-
-
-class _Engine:
-    """One process's loop: batches as large as memory allows, in rounds of ROUND_TOKENS.
-
-    After a round the finished answers are on file and their places are taken by others, so that no answer waits for
-    the longest one; the rest is prefilled again, which costs far less than decoding it did.
+def _generate(
+    model, tokenizer, questions: Sequence[Question], config: GenerateSection, keys: dict[str, str], path: Path
+) -> None:
+    """One process's loop, in rounds of ROUND_TOKENS: others take the places of finished answers, so that none waits for
+    the longest; the rest is prefilled again, which costs far less than decoding it did.
     """
-
-    def __init__(self, model, tokenizer, config: GenerateSection, keys: dict[str, str], path: Path):
-        self.model, self.tokenizer, self.config, self.keys, self.path = model, tokenizer, config, keys, path
-        self.share = 1.0  # of what should fit or was asked for; halved whenever it did not
-        self.tokens = 0
-
-    def run(self, questions: Sequence[Question], already: int, total: int) -> None:
-        """Answer `questions`; `already` and `total` are for the progress bar."""
-        pending = [Pending(q, self.tokenizer(q.prompt)["input_ids"]) for q in questions]
-        started = time.monotonic()
-        with Progress("answering", total, "question") as bar:
-            bar.update(already)
-            while pending:
-                batch, steps = self._choose(pending)
-                outputs = self._try_generate(batch, steps)
-                if outputs is None:
-                    continue
-                finished = self._finish(batch, outputs)
-                append_lines(self.path, finished)
-                gone = {answer["id"] for answer in finished}
-                pending = [p for p in pending if p.question.id not in gone]
-                speed = self.tokens / (time.monotonic() - started)
-                bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
-        forget_cache(self.model)
-
-    def _choose(self, pending: list[Pending]) -> tuple[list[Pending], int]:
-        """The next batch and how many tokens to add: rows of one round, longest prompt first.
-
-        The furthest round that can fill a whole batch goes first, so that answers come to an end; while none can,
-        the earliest does, which fills the later ones.
-        """
-        rounds: dict[int, list[Pending]] = {}
-        for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
-            rounds.setdefault(len(one.generated) // ROUND_TOKENS, []).append(one)
-        for number in sorted(rounds, reverse=True):
-            rows = rounds[number]
-            steps = min(ROUND_TOKENS, self.config.max_new_tokens - len(rows[0].generated))
-            size = self._size(rows[0].length, steps)
-            if len(rows) >= size or number == min(rounds):
-                break
-        return rows[:size], steps
-
-    def _size(self, prompt_tokens: int, steps: int) -> int:
-        size = self.config.batch_size
-        if size == "auto":
-            size = sequences_that_fit(self.model, prompt_tokens, steps)
-        return max(1, int(size * self.share))
-
-    def _try_generate(self, batch: list[Pending], steps: int) -> list[list[int]] | None:
-        """New token ids of each row, or None after running out of memory, with the next batch halved."""
-        try:
-            return generate_batch(self.model, self.tokenizer, batch, steps, self.config)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the handler, whose traceback would keep the tensors alive.
-        if len(batch) == 1:
-            raise OutOfMemory("A single question does not fit into memory; lower generate.max_new_tokens.")
-        self.share /= 2
-        free_memory(self.model)
-        return None
-
-    def _finish(self, batch: list[Pending], outputs: list[list[int]]) -> list[dict]:
-        """Extend the pending answers and return those that are complete."""
-        finished = []
-        for one, ids in zip(batch, outputs, strict=True):
-            ids, stopped = _cut_at_end(ids, self.tokenizer)
-            one.generated += ids
-            self.tokens += len(ids) + stopped
-            if stopped or len(one.generated) >= self.config.max_new_tokens:
-                finished.append(self._answer(one, stopped))
-        return finished
-
-    def _answer(self, one: Pending, stopped: bool) -> dict:
-        ids = one.generated
-        return {
-            "id": one.question.id,
-            "kind": one.question.kind,
-            "key": self.keys[one.question.id],
-            "text": self.tokenizer.decode(ids, skip_special_tokens=False),
-            "tokens": len(ids) + stopped,
-            "reasoning_tokens": count_reasoning(self.tokenizer, ids),
-            "finish_reason": "stop" if stopped else "length",
-        }
+    pending = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions]
+    share, tokens, started = 1.0, 0, time.monotonic()  # share of what should fit, halved whenever it did not
+    with Progress("answering", len(pending), "question") as bar:
+        while pending:
+            batch, steps = _choose_batch(model, pending, config, share)
+            outputs = fit_or_none(_TOO_LARGE, len(batch), generate_batch, model, tokenizer, batch, steps, config)
+            if outputs is None:
+                share /= 2
+                continue
+            finished = {}
+            for one, output in zip(batch, outputs, strict=True):
+                ids = _up_to_end(output, tokenizer)
+                stopped = ids[-1] == tokenizer.eos_token_id
+                one.generated += ids[:-1] if stopped else ids
+                tokens += len(ids)
+                if stopped or len(one.generated) >= config.max_new_tokens:
+                    finished[one.question.id] = {
+                        "id": one.question.id,
+                        "kind": one.question.kind,
+                        "key": keys[one.question.id],
+                        "text": tokenizer.decode(one.generated, skip_special_tokens=False),
+                        "tokens": len(one.generated) + stopped,
+                        "reasoning_tokens": count_reasoning(tokenizer, one.generated),
+                        "finish_reason": "stop" if stopped else "length",
+                    }
+            append_lines(path, finished.values())
+            pending = [one for one in pending if one.question.id not in finished]
+            speed = tokens / (time.monotonic() - started)
+            bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
+    forget_cache(model)
 
 
-def _cut_at_end(ids: list[int], tokenizer) -> tuple[list[int], bool]:
-    """The ids before the end token, and whether there was one."""
-    stopped = tokenizer.eos_token_id in ids
-    return (ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids), stopped
+def _choose_batch(model, pending: list[Pending], config: GenerateSection, share: float) -> tuple[list[Pending], int]:
+    """The next batch and how many tokens to add: rows of one round, longest prompt first. The furthest round that fills
+    a whole batch goes first, so that answers come to an end, or else the earliest, which fills the later ones.
+    """
+    rounds: dict[int, list[Pending]] = {}
+    for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
+        rounds.setdefault(len(one.generated) // ROUND_TOKENS, []).append(one)
+    for number in sorted(rounds, reverse=True):
+        rows = rounds[number]
+        steps = min(ROUND_TOKENS, config.max_new_tokens - len(rows[0].generated))
+        fit = sequences_that_fit(model, rows[0].length, steps) if config.batch_size == "auto" else config.batch_size
+        size = max(1, int(fit * share))
+        if len(rows) >= size:
+            break
+    return rows[:size], steps
+
+
+def fit_or_none(sentence: str, size: int, action, model, *arguments):
+    """What `action(model, ...)` gives; None where `size` sequences do not fit, OutOfMemory(`sentence`) where one doesn't."""
+    try:
+        return action(model, *arguments)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    if size == 1:  # outside the handler, whose traceback would keep the tensors alive
+        raise OutOfMemory(sentence)
+    free_memory(model)
+    return None
+
+
+def _up_to_end(ids: list[int], tokenizer) -> list[int]:
+    """The ids up to and with the first end token; all of them where there is none."""
+    end = tokenizer.eos_token_id
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection) -> list[list[int]]:
     """Up to `steps` new token ids for each row, padding after the end token included.
 
-    Padding is put on the left by hand: unsloth's generate turns the tokenizer's padding_side to the right (issue 3283).
+    Padded on the left by hand: unsloth's generate turns the tokenizer's padding_side to the right (issue 3283).
     """
     import torch
 
     width = max(one.length for one in batch)
     ids = torch.full((len(batch), width), tokenizer.pad_token_id)
     mask = torch.zeros((len(batch), width), dtype=torch.long)
+    streams = []
     for i, one in enumerate(batch):
         ids[i, width - one.length :] = torch.tensor(one.prompt + one.generated)
         mask[i, width - one.length :] = 1
-    streams = []
-    for one in batch:
         done = len(one.generated)
         streams.append(question_stream(config.seed, one.question.id, done + steps)[done:])
     with torch.inference_mode():
@@ -215,28 +184,15 @@ def question_stream(seed: int, question_id: str, count: int) -> np.ndarray:
 
 
 def sampling_processors(config: GenerateSection, streams: Sequence[np.ndarray], start: int, device):
-    """Logits processors for `generate(do_sample=False)`: temperature, top-p, then each row's own draw.
+    """Temperature, top-p, then each row's own draw: the inverse of the distribution function at the row's number.
 
-    `streams` holds for each row the numbers of the tokens to come; `start` is the padded prompt's length. An empty
-    list where the decoding is greedy.
+    `streams` holds for each row the numbers of the tokens to come; `start` is the padded prompt's length.
     """
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
-
-    processors = LogitsProcessorList()
-    if config.do_sample:
-        if config.temperature != 1:
-            processors.append(TemperatureLogitsWarper(config.temperature))
-        if config.top_p < 1:
-            processors.append(TopPLogitsWarper(config.top_p))
-        processors.append(_draw_by_stream(streams, start, device))
-    return processors
-
-
-def _draw_by_stream(streams: Sequence[np.ndarray], start: int, device):
-    """A logits processor that leaves one token a row: the inverse of the distribution function at the row's number."""
     import torch
-    from transformers import LogitsProcessor
+    from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+    if not config.do_sample:
+        return LogitsProcessorList()
     numbers = torch.tensor(np.stack(streams), dtype=torch.float64, device=device)
 
     class DrawByStream(LogitsProcessor):
@@ -249,15 +205,15 @@ def _draw_by_stream(streams: Sequence[np.ndarray], start: int, device):
             chosen = torch.searchsorted(cumulative, target, right=True)
             return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
-    return DrawByStream()
+    top_p = [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+    return LogitsProcessorList([TemperatureLogitsWarper(config.temperature), *top_p, DrawByStream()])
 
 
 def check_batching(model, tokenizer, questions: Sequence[Question], count: int = 4, tokens: int = 32) -> dict:
-    """Answer `count` prompts of different lengths greedily, in one batch and one by one, and compare `tokens` tokens.
+    """Answer `count` prompts of different lengths greedily, in one batch and one by one: the numbers of `prompts`, of
+    `identical` ones, and of `near_ties`, where both tokens are as likely as rounding can make them.
 
-    unsloth's batched generate ignored padding for months (issues 1066, 3699; pull request 4100). Where the two part,
-    both tokens must be as likely as rounding can make them. Returns the numbers of `prompts`, of `identical` ones, and
-    of `near_ties`. Raises ModelError where the batch says something else.
+    Raises ModelError elsewhere: unsloth's batched generate ignored padding for months (issues 1066, 3699, 4100).
     """
     ordered = sorted(questions, key=lambda q: len(q.prompt))
     count = min(count, len(ordered))
@@ -268,36 +224,28 @@ def check_batching(model, tokenizer, questions: Sequence[Question], count: int =
     near_ties = 0
     for row, together in zip(rows, batched, strict=True):
         (alone,) = generate_batch(model, tokenizer, [row], tokens, greedy)
-        near_ties += _part_at_tie(model, row, _with_end(together, tokenizer), _with_end(alone, tokenizer))
+        pairs = list(zip_longest(_up_to_end(together, tokenizer), _up_to_end(alone, tokenizer)))
+        place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+        if place is None:
+            continue
+        gap, how = math.inf, "ends elsewhere"  # one is the other's beginning: an end token was lost
+        if None not in pairs[place]:
+            logits = last_logits(model, row.prompt + alone[:place])[0]
+            gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
+            how = f"{gap:.2f} standard deviations of the logits apart"
+        if gap > _TIE:
+            raise ModelError(
+                f"In a batch the model answers the question {row.question.id} otherwise than alone, from token "
+                f"{place + 1} on ({how}); padding is handled wrongly here: set hardware.backend=transformers, or "
+                "generate.batch_size=1."
+            )
+        near_ties += 1
     return {"prompts": count, "identical": count - near_ties, "near_ties": near_ties}
 
 
-def _with_end(ids: list[int], tokenizer) -> list[int]:
-    kept, stopped = _cut_at_end(ids, tokenizer)
-    return [*kept, tokenizer.eos_token_id] if stopped else kept
-
-
-def _part_at_tie(model, row: Pending, together: list[int], alone: list[int]) -> bool:
-    """Whether the two part at a near tie; False where they are the same. Raises ModelError otherwise."""
-    if together == alone:
-        return False
-    place = next((i for i, pair in enumerate(zip(together, alone, strict=False)) if pair[0] != pair[1]), None)
-    if place is None:  # one is the other's beginning: impossible unless the end token was lost
-        place, how = min(len(together), len(alone)), "ends elsewhere"
-    else:
-        logits = _next_logits(model, row.prompt + alone[:place])
-        gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
-        if gap <= _TIE:
-            return True
-        how = f"{gap:.2f} standard deviations of the logits apart"
-    raise ModelError(
-        f"In a batch the model answers the question {row.question.id} otherwise than alone, from token {place + 1} on "
-        f"({how}); padding is handled wrongly here: set hardware.backend=transformers, or generate.batch_size=1."
-    )
-
-
-def _next_logits(model, ids: list[int]):
+def last_logits(model, ids: list[int], count: int = 1):
+    """The logits of the next token at the last `count` places of one sequence, as float32 (count, vocabulary)."""
     import torch
 
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
+        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -count:].float()

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 
 from utils.errors import RunDirError
-from utils.files import parse_json
 
 Verdict = Literal["better", "worse", "cannot tell"]
 Interval = tuple[float, float]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Result(_Part):
+class Result(BaseModel, extra="forbid", frozen=True):
     """One metric of both models, on the same items. A share is between 0 and 1; the difference is tuned - base."""
 
     name: str
-    label: str
-    unit: Literal["share", "nats per token", "tokens", "score"]
+    label: str = ""
+    unit: Literal["share", "nats per token", "tokens", "score", ""] = ""
     higher_is_better: bool
     n: int
     groups: int  # independent units among the n; fewer where items share a group
@@ -34,11 +30,11 @@ class Result(_Part):
     difference: float
     ci95: Interval
     test: str
-    p_value: float
-    p_holm: float | None  # corrected over all secondary metrics; the primary needs none
+    p_value: float  # two-sided
+    p_holm: float | None = None  # corrected over all secondary metrics; the primary needs none
 
 
-class Claim(_Part):
+class Claim(BaseModel, extra="forbid"):
     """What people would like to say, and what the statistics let them say."""
 
     claim: Literal["knows more", "reasons shorter", "keeps form", "imitates the reference"]
@@ -47,7 +43,7 @@ class Claim(_Part):
     sentence: str
 
 
-class Comparison(_Part):
+class Comparison(BaseModel, extra="forbid"):
     """The whole file."""
 
     profile: str
@@ -64,15 +60,11 @@ class Comparison(_Part):
     sentence: str
 
 
-class _Said(BaseModel):
-    sentence: str
-
-
 def read_sentence(run_dir: Path) -> str:
     """The verdict's sentence in comparison/metrics.json; raises RunDirError where that file is not what 04 writes."""
     file = run_dir / "comparison" / "metrics.json"
     try:
-        return _Said.model_validate(parse_json(file.read_bytes())).sentence
-    except (OSError, ValueError) as error:
-        reason = "it holds no sentence" if isinstance(error, ValidationError) else error
+        return str(json.loads(file.read_text(encoding="utf-8"))["sentence"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = "it holds no sentence" if isinstance(error, (LookupError, TypeError)) else error
         raise RunDirError(f"{file} cannot be read ({reason}); run 04_comparison again, which writes it.") from None

@@ -1,19 +1,15 @@
 """One more process for every further GPU, each with the same model, answering its share of the questions.
 
-    with Workers(run, "base") as workers:
-        answer_questions(..., helpers=workers)
-
-The processes do not talk to each other: each appends to a file of its own, and what one leaves undone, because it ran
-out of memory or was killed, is answered by the notebook's own process afterwards.
+Each appends to a file of its own, and what one leaves undone is answered by the notebook's own process afterwards.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from utils.evaluation.questions import FOLDERS, Model, Question, load_questions, model_digest
 from utils.files import write_json
@@ -23,20 +19,13 @@ from utils.processes import Child
 from utils.secrets import hide_secrets
 
 
-class Workers:
-    """The other processes that answer for one model; none where there is a single GPU, or none."""
+class Workers(ExitStack):
+    """The other processes that answer for one model, ended with the block; none where there is at most one GPU."""
 
     def __init__(self, run: RunDir, which: Model):
+        super().__init__()
         self.run, self.which, self.count = run, which, processes(run.config.hardware)
         self._started: list[Child] = []
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_) -> None:
-        for child in self._started:
-            child.end()
-        self._started = []
 
     def start(self, questions: Sequence[Question]) -> Sequence[Question]:
         """Give every process its share and return ours: each `count`-th, so that all shares are alike in length."""
@@ -45,28 +34,23 @@ class Workers:
             return ordered  # loading a model would take longer than answering
         for number in range(1, self.count):
             write_json(_listed(self.run, self.which, number), [q.id for q in ordered[number :: self.count]])
-            self._started.append(self._launch(number))
+            self._started.append(self.enter_context(self._launch(number)))
         return ordered[:: self.count]
 
     def wait(self) -> None:
         """Until every process has ended; of one that failed a line is printed, and its share is left to the caller."""
         for number, child in enumerate(self._started, start=1):
-            waiting = time.monotonic()
             if child.wait() != 0:
                 print(f"process {number} failed ({child.last_words()}); its questions are answered here")
-            elif time.monotonic() - waiting > 2:
-                print(f"waited {time.monotonic() - waiting:.0f} s for process {number}")
-        self._started = []
 
     def _launch(self, number: int) -> Child:
-        environment = {}
-        if number < len(gpu_ids()):
-            environment["CUDA_VISIBLE_DEVICES"] = gpu_ids()[number]
+        gpus = gpu_ids()
+        environment = {"CUDA_VISIBLE_DEVICES": gpus[number]} if number < len(gpus) else {}
         command = [sys.executable, "-m", "utils.evaluation.workers", str(self.run.path), self.which, str(number)]
         return Child(command, _listed(self.run, self.which, number).with_suffix(".log"), environment)
 
 
-def _listed(run: RunDir, which: Model, number: int):
+def _listed(run: RunDir, which: Model, number: int) -> Path:
     """The file with the ids of a worker's questions; its log lies beside it."""
     return run.file(f"workers/{FOLDERS[which]}-{number}.json")
 
@@ -80,8 +64,6 @@ def answer_share(run_dir: str, which: Model, number: int) -> None:
     listed = json.loads(_listed(run, which, number).read_text(encoding="utf-8"))
     questions = {question.id: question for question in load_questions(run)[0]}
     model, tokenizer = load_for_inference(run, which)
-    place = os.environ.get("CUDA_VISIBLE_DEVICES") if model.device.type == "cuda" else "cpu"
-    print(f"{len(listed)} questions on device {place}", flush=True)
     path, digest = share_path(run.file(f"{FOLDERS[which]}/answers.jsonl"), number), model_digest(run, which)
     answer_questions(model, tokenizer, [questions[i] for i in listed], run.config.generate, path, digest)
 
