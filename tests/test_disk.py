@@ -10,14 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.exported import make_run, write_evidence
 from utils.errors import HardwareError, RunDirError
 from utils.export import verify as verification
-from utils.export.compare_logits import NEW_TOKENS, Continuations
 from utils.export.model_card import write_cards
-from utils.files import disk_error, writing
+from utils.files import disk_error
 from utils.project import ROOT
 
 
@@ -40,37 +38,26 @@ def made_run(tiny_folder, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(
-    ("number", "kind", "sentence"),
-    [
-        (errno.EDQUOT, HardwareError, r"kept needs 0\.5 GiB at .*, and \d+\.\d GiB are free now"),
-        (errno.EROFS, RunDirError, r"kept could not be written \(Read-only file system\)"),
-    ],
-)
-def test_what_a_disk_refuses_is_told_by_its_kind(tmp_path, number, kind, sentence):
-    with pytest.raises(kind, match=sentence), writing(tmp_path / "kept", 0.5):
-        raise OSError(number, os.strerror(number))
+def told(error: BaseException, run) -> str:
+    """What driver and notebook show."""
+    sentence = disk_error(error, run.path)
+    assert isinstance(sentence, HardwareError)
+    return str(sentence)
 
 
 def test_a_disk_that_fills_up_at_the_cards_is_told(made_run, request):
     folders = {"adapter": made_run.file("export")}
     request.getfixturevalue("full")
-    with pytest.raises(HardwareError, match=r"The disk filled up: README\.md needs .* GiB are free now"):
+    with pytest.raises(OSError) as found:
         write_cards(made_run, folders, {})
+    assert re.search(r"The disk is full .* GiB are free at", told(found.value, made_run))
 
 
 def test_a_disk_that_fills_up_at_the_record_is_told(made_run, full):
     made_run.file("export/README.md").touch()
-    with pytest.raises(HardwareError, match=r"The disk filled up: verify\.json needs"):
+    with pytest.raises(OSError) as found:
         verification.write_record(made_run, {}, {})
-
-
-def test_a_disk_that_fills_up_at_the_reference_is_told(made_run, full, monkeypatch):
-    answers = Continuations([[1]], torch.zeros(1, 4), torch.zeros(1, NEW_TOKENS, 2))
-    monkeypatch.setattr(verification, "continue_greedily", lambda *_: answers)
-    with pytest.raises(HardwareError, match=r"The disk filled up: reference\.safetensors needs"):
-        verification.write_reference(made_run)
-    assert not list(made_run.file("export").iterdir())
+    assert "The disk is full" in told(found.value, made_run)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +90,9 @@ def test_a_disk_that_fills_up_at_the_reference_is_told(made_run, full, monkeypat
     ],
 )
 def test_whichever_library_met_the_disk_it_is_one_sentence(tmp_path, error, kind, sentence):
-    told = disk_error(error, tmp_path)
-    assert type(told) is kind and "\n" not in str(told)
-    assert re.search(sentence, str(told))
+    shown = disk_error(error, tmp_path)
+    assert type(shown) is kind and "\n" not in str(shown)
+    assert re.search(sentence, str(shown))
 
 
 def test_a_refusal_to_read_or_to_connect_is_not_told_as_one_to_write(tmp_path):

@@ -213,22 +213,6 @@ _FULL_IN_WORDS = (
 )
 
 
-@contextmanager
-def writing(target: Path, needed_gib: float = 0.1) -> Iterator[None]:
-    """Around what writes `target`, of `needed_gib`: raises HardwareError where the disk is full, else RunDirError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise HardwareError(
-                f"The disk filled up: {target.name} needs {needed_gib:.1f} GiB at {target.parent}, and "
-                f"{free_disk_gib(target):.1f} GiB are free now; free some space and run 05 again."
-            ) from None
-        raise RunDirError(
-            f"{target} could not be written ({error.strerror or error}); choose a --run-dir that can be."
-        ) from None
-
-
 def disk_error(error: BaseException, run_dir: Path) -> UserError | None:
     """The user's error where `error`, of whatever library, says that a disk refused to be written; None elsewhere."""
     if isinstance(error, UserError):

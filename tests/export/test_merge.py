@@ -142,27 +142,13 @@ def test_rank_stabilised_lora_has_its_own_scale(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    "key",
     [
-        ("use_dora", True),
-        ("fan_in_fan_out", True),
-        ("bias", "all"),
-        ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
-        ("layer_replication", [[0, 2]]),
-        ("init_lora_weights", "pissa"),
-        ("trainable_token_indices", [1, 2]),
+        "model.lm_head.weight",
+        "model.embed_tokens.lora_embedding_A",
+        f"{NAMES[0]}.lora_B.bias",
+        f"{NAMES[0]}.lora_magnitude_vector",
     ],
-)
-def test_what_would_be_merged_wrongly_is_refused_by_name(tmp_path, setting, value):
-    with pytest.raises(ModelError, match=f"has {setting}="):
-        read_lora(write_adapter(tmp_path / "adapter", **{setting: value}))
-
-
-@pytest.mark.parametrize(
-    "key", ["model.lm_head.weight", "model.embed_tokens.lora_embedding_A", f"{NAMES[0]}.lora_B.bias"]
 )
 def test_a_tensor_that_is_no_factor_is_refused_by_name(tmp_path, key):
     adapter = write_adapter(tmp_path / "adapter", {PREFIX + key: torch.ones(2, 2)})
