@@ -92,27 +92,6 @@ def test_a_merged_folder_is_the_same_whenever_it_is_made(merged_run):
     assert {path.name: path.read_bytes() for path in merged_run.file("export/merged").iterdir()} == before
 
 
-def test_an_adapter_of_another_base_is_refused(trained_run):
-    path = trained_run.file("training/adapter/adapter_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "meta/other-8B"}))
-    with pytest.raises(ModelError, match="trained on meta/other-8B, this run's base is tiny"):
-        copy_adapter(trained_run)
-    assert not trained_run.file("export/adapter").exists()
-
-
-def test_a_quantised_base_is_refused_before_its_weights_are_read(tiny_folder, trained_run, tmp_path):
-    import shutil
-
-    base = shutil.copytree(tiny_folder, tmp_path / "tiny-bnb-4bit")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
-    copy_adapter(trained_run)
-    section = trained_run.config.export.model_copy(update={"base": str(base)})
-    trained_run.config = trained_run.config.model_copy(update={"export": section})
-    with pytest.raises(ModelError, match=r"tiny-bnb-4bit is quantised.*--set export\.base="):
-        merge_adapter(trained_run)
-
-
 def test_an_adapter_that_is_not_finite_is_refused_and_the_earlier_export_stays(merged_run):
     before = weights_of(merged_run)
     weights = merged_run.file("export/adapter/adapter_model.safetensors")

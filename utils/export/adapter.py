@@ -37,11 +37,6 @@ def copy_adapter(run: RunDir) -> Path:
     name, revision = trained_on(run.config)
     source, target = run.file("training/adapter"), run.file("export/adapter")
     settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    recorded, ours = settings.get("base_model_name_or_path"), (name, model_source(run.config))
-    if recorded and _short_name(recorded) not in map(_short_name, ours):
-        raise ModelError(
-            f"The adapter was trained on {recorded}, this run's base is {name}; run 03 again, or set model.name."
-        )
     with atomic_folder(target) as folder:
         shutil.copyfile(source / "adapter_model.safetensors", folder / "adapter_model.safetensors")
         write_json(folder / "adapter_config.json", settings | {"base_model_name_or_path": name, "revision": revision})
@@ -60,16 +55,11 @@ def merge_adapter(run: RunDir) -> Merged | None:
         keep_previous(run, "merged")
         return None
     base, revision = find_base(run.config)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in config:
-        raise ModelError(
-            f"{merged_into(run.config)[0]} is quantised, and merging into quantised weights rounds twice; name the 16-bit model: "
-            "--set export.base=OWNER/NAME."
-        )
     lora, target = read_lora(run.file("export/adapter")), choose_place(run, "merged", weights_gib(base))
     with atomic_folder(target) as folder:
         merge_shards(base, lora, folder)
         # As published: transformers 5 would write keys that version 4, vLLM and llama.cpp read otherwise.
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", {key: value for key, value in config.items() if key != "_name_or_path"})
         if (base / "generation_config.json").exists():
             shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
@@ -126,7 +116,7 @@ def sixteen_bit_source(config: Config) -> tuple[str, str | None]:
     if config.export.base:
         return config.export.base, config.export.base_revision
     source = model_source(config)
-    sibling = source if is_folder(source) else _strip_quantisation(source)
+    sibling = source if is_folder(source) else source.removesuffix("-bnb-4bit").removesuffix("-unsloth")
     return sibling, config.model.revision if sibling == source else config.export.base_revision
 
 
@@ -154,13 +144,3 @@ def find_base(config: Config) -> tuple[Path, str | None]:
             "check the network, or name a local copy: --set export.base=FOLDER."
         ) from None
     return folder, folder.name  # a snapshot's folder is named by its commit
-
-
-def _strip_quantisation(source: str) -> str:
-    """A Hub id or folder without the suffix of a pre-quantised repository."""
-    return source.removesuffix("-bnb-4bit").removesuffix("-unsloth")
-
-
-def _short_name(source: str) -> str:
-    """A Hub id or folder blind to owner, place, case and quantisation."""
-    return _strip_quantisation(Path(source).name.lower())

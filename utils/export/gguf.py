@@ -80,7 +80,7 @@ def build_llama_cpp(folder: Path) -> Path:
         options = [f"-DLLAMA_{name}=OFF" for name in switches] + ["-DBUILD_SHARED_LIBS=OFF"]
         made = ["-S", tree, "-B", tree / "build", "-G", "Unix Makefiles", "-DCMAKE_BUILD_TYPE=Release", *options]
         _call(["cmake", *made], *_NOT_BUILT)
-        targets = [f"llama-{name}" for name in ("quantize", "completion", "tokenize", "server")]
+        targets = [f"llama-{name}" for name in ("quantize", "completion", "server")]
         jobs = ["--parallel", str(os.cpu_count() or 1)]
         _call(["cmake", "--build", tree / "build", *jobs, "--target", *targets], *_NOT_BUILT)
         shutil.move(tree, folder)
@@ -151,13 +151,13 @@ def name_pre_tokenizer(tokenizer_json: Path) -> str | None:
 
 
 def run_converter(script: str, *arguments: str) -> None:
-    """Run llama.cpp's converter on a model that splits text as GPT-2 does, whichever its vocabulary.
+    """Run llama.cpp's converter on a model that splits text as GPT-2 does.
 
-    It knows the rule by a hash over what a vocabulary makes of a test text, and refuses those that it has never seen. The
-    server's token ids are compared with the tokenizer's before the file is believed.
+    It knows that rule by a hash over what a vocabulary makes of a test text, and refuses those that it has never seen.
     """
-    sys.path.insert(0, str(Path(script).parent))
-    if (Path(script).parent / "conversion" / "base.py").is_file():
+    root = Path(script).parent
+    sys.path.insert(0, str(root))
+    if (root / "conversion" / "base.py").is_file():
         from conversion.base import TextModel
 
         known = TextModel.get_vocab_base_pre
@@ -179,22 +179,11 @@ def serve(tree: Path, model: Path, lora: Path | None = None) -> Iterator[httpx.C
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    words = [
-        find_program(tree, "llama-server"),
-        "-m",
-        model,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        "-c",
-        "4096",
-        "-np",
-        "1",
-    ]
+    words = [find_program(tree, "llama-server"), "-m", model, "--port", port, *(["--lora", lora] if lora else [])]
+    words += "--host 127.0.0.1 -c 4096 -np 1".split()
     with (
         tempfile.TemporaryDirectory() as scratch,
-        Child([*words, *(["--lora", lora] if lora else [])], Path(scratch) / "log") as child,
+        Child(words, Path(scratch) / "log") as child,
         # A proxy has no business here.
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_START_S, trust_env=False) as client,
     ):
@@ -223,10 +212,9 @@ def continue_in_llama_cpp(client: httpx.Client, ids: Sequence[int]) -> list[int]
 def check_gguf(
     tree: Path, path: Path, tokenizer, prompts: Sequence[str], reference: Continuations, margin: float | None
 ) -> dict[str, float | int]:
-    """Load a file in llama.cpp and compare token ids of prompts, and greedy continuations, with the reference.
+    """Load a file in llama.cpp and hold token ids of prompts, and greedy continuations, against the reference's.
 
-    `margin`: where they part, the reference's best token may lie so far above its second; None: only reported. Raises
-    ModelError where prompts are split otherwise, where the margin is exceeded, or where nothing is answered.
+    `margin`: where they part, the reference's best token may lie so far above its second; None: only reported.
     """
     end, theirs = tokenizer.eos_token_id, []
     with serve(tree, path) as client:
@@ -252,10 +240,7 @@ def check_gguf(
 def check_folder(
     folder: Path, tokenizer, prompts: Sequence[str], reference: Continuations, judged: bool
 ) -> dict[str, dict]:
-    """Each model in export/gguf where llama.cpp can load it; returns figures by file.
-
-    `reference` continues these prompts first; with `judged`, f16 and q8_0 have to follow it.
-    """
+    """`check_gguf` of each model in export/gguf, where there is a server; `judged`: f16 and q8_0 have to follow."""
     figures, tree = {}, find_llama_cpp()
     for path in sorted(folder.glob("model-*.gguf")):
         kind = path.stem.removeprefix("model-")

@@ -57,8 +57,6 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
                 f"{run_dir / prefix} is not there ({where}); run {command()} run --run-dir {run_dir} --from 05 first."
             )
         files = {name.removeprefix(prefix): _as_recorded(run_dir, name, recorded) for name in names}
-        if "README.md" not in files and "export/README.md" in recorded:
-            files["README.md"] = _as_recorded(run_dir, "export/README.md", recorded)
         uploads.append(Upload(kind, repo if kind == "adapter" else f"{repo}-{kind}", files))
     return uploads
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from utils.errors import ModelError
 from utils.files import is_there
-from utils.hardware import GIB, require_disk
 from utils.progress import Progress
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -98,15 +97,13 @@ def read_tensor(path: Path, name: str):
 def merge_shards(base: Path, lora: Lora, target: Path) -> None:
     """Write the shards of `base` with `lora` folded in, and their index, into `target`.
 
-    Raises ModelError where the adapter does not fit the base, the base is quantised, or a weight is not finite, and
-    HardwareError where the disk is too small.
+    Raises ModelError where the adapter does not fit the base, the base is quantised, or a weight is not finite.
     """
     from safetensors.torch import save_file
 
     shards = find_shards(base)
     tensors = list_tensors(shards)
     _check_fit(lora, tensors, base)
-    require_disk(target, sum(path.stat().st_size for path in shards) / GIB + 0.05, "The merged model")
     with Progress("merging", len(tensors), "tensor") as bar:
         for path in shards:
             merged = {}

@@ -103,60 +103,37 @@ def _metadata(run: RunDir, kind: str) -> ModelCardData:
     if config.data.path is None and "/" in config.data.name:
         about["datasets"] = [config.data.name]
     if kind == "adapter":  # what stands here the Hub takes for figures of the files beside it; no other was measured
-        about |= {"model_name": _title(run), "eval_results": _eval_results(run)}
+        about |= {"model_name": _title(run), "eval_results": [_measured(run)]}
     tags = ["lora", "medical", "reasoning", "research-only", *(["synthetic-data"] if config.embedded_data else [])]
     return ModelCardData(language="en", library_name=library, pipeline_tag="text-generation", tags=tags, **about)
 
 
-def _eval_results(run: RunDir) -> list[EvalResult]:
-    """The fine-tuned model's figures in the Hub's form, with n, the base's figure and the interval as arguments.
-
-    Only what was asked of one data set has a place there; form and length are in the card's table.
-    """
-    metrics, split, data, results = (
-        _read(run, "comparison/metrics.json"),
+def _measured(run: RunDir) -> EvalResult:
+    """The primary metric in the Hub's form, with n, the base's figure and the interval as arguments."""
+    result, split, data = (
+        _read(run, "comparison/metrics.json")["primary"],
         _read(run, "data/split.json"),
         run.config.data,
-        [],
     )
-    rows = {
-        "dataset_type": data.name if data.path is None else "local",
-        "dataset_name": f"{split['source']}, held-out rows",
-        "dataset_revision": split["revision"],
-    }
-    for result in (metrics["primary"], *metrics["secondary"]):
-        name, _, benchmark = result["name"].partition(":")
-        if name.startswith(("multiple_choice", "letter")):
-            metric, asked = "accuracy", _benchmark(run, benchmark)
-        elif name == "accuracy" or name.startswith("rouge") or result["unit"] == "nats per token":
-            metric, asked = "loss" if result["unit"] == "nats per token" else name.partition("_")[0], rows
-        else:
-            continue
-        kept = ("n", "groups", "base", "difference", "ci95", "p_value", "p_holm")
-        about = {"metric": result["name"], "primary": result is metrics["primary"]} | {key: result[key] for key in kept}
-        figure = {"metric_name": result["label"], "metric_value": result["tuned"], "metric_args": about}
-        results.append(EvalResult(task_type="text-generation", metric_type=metric, **figure, **asked))
-    return results
-
-
-def _benchmark(run: RunDir, name: str) -> dict[str, str | None]:
-    """The Hub's description of a benchmark: the registered one without a name, else the further one that is called so."""
-
-    def fold(text: str) -> str:
-        return text.lower().replace("-", "").replace("_", "")
-
-    first, *more = run.config.evaluate.benchmarks
-    for section in more if name else [first]:
-        known_as = str(section.name or section.path.name)
-        if fold(name) in fold(known_as):
-            return {
-                "dataset_type": section.name or "local",
-                "dataset_name": known_as,
-                "dataset_config": section.subset,
-                "dataset_split": section.split if section.path is None else None,
-                "dataset_revision": section.revision,
-            }
-    return {"dataset_type": "local", "dataset_name": name}
+    name, subset, part, revision = data.name, None, None, split["revision"]
+    known_as, local = f"{split['source']}, held-out rows", data.path is not None
+    if result["name"].startswith(("multiple_choice", "letter")):
+        first = run.config.evaluate.benchmarks[0]
+        name, subset, part, revision = first.name, first.subset, first.split, first.revision
+        known_as, local = first.name or first.path.name, first.path is not None
+    kept = ("n", "groups", "base", "difference", "ci95", "p_value")
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="local" if local else name,
+        dataset_name=known_as,
+        dataset_config=subset,
+        dataset_split=None if local else part,
+        dataset_revision=revision,
+        metric_type="loss" if result["unit"] == "nats per token" else "accuracy",
+        metric_name=result["label"],
+        metric_value=result["tuned"],
+        metric_args={"metric": result["name"]} | {key: result[key] for key in kept},
+    )
 
 
 def _known_base(run: RunDir) -> bool:

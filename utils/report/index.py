@@ -18,7 +18,7 @@ from markupsafe import Markup
 from utils.errors import RunDirError
 from utils.files import write_text
 from utils.pipeline.run_dir import RunDir, require_recorded
-from utils.pipeline.stages import BY_NAME, STAGES, ancestors
+from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
 
 _FIGURES = {
     "comparison/comparison.png": "Both models on the same held-out questions",
@@ -26,6 +26,7 @@ _FIGURES = {
     "data/lengths.png": "What the model was trained on",
 }
 _PANDAS_STYLE = re.compile(r"<style scoped>.*?</style>", re.DOTALL)  # the page has its own
+_BADGE = re.compile(r"^\[!\[Open in.*", re.MULTILINE)
 _TAGS = frozenset(
     "a abbr b blockquote br code dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i li ol p pre s small span strong sub "
     "summary sup table tbody td th thead tr u ul wbr".split()
@@ -72,8 +73,11 @@ def stale_comparison(run: RunDir) -> str | None:
     return f"{found[0].name} changed: {found[1]}" if found else None
 
 
-def _write_chapters(run: RunDir, templates: Environment) -> list[dict]:
-    """A page for each executed notebook; returns number, title, href, seconds and peak memory of each."""
+def _write_chapters(run: RunDir, templates: Environment) -> list[tuple[Stage, dict]]:
+    """A page for each executed notebook, without badges, which are pictures from a network, with links to the report's own
+    pages, and with the last state of each progress bar only; returns (stage, its record)."""
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
     chapters = []
     for stage in STAGES:
         source, record = executed_dir(run) / f"{stage.name}.ipynb", run.record(stage)
@@ -82,19 +86,19 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[dict]:
         if not source.exists() or (finished and source.stat().st_mtime < datetime.fromisoformat(finished).timestamp()):
             continue
         try:
-            cells = [_for_report(cell) for cell in nbformat.read(source, as_version=4).cells]
+            notebook, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.read(source, as_version=4), {})
+            for cell in notebook.cells:
+                if cell.cell_type == "markdown":
+                    cell.source = _BADGE.sub("", cell.source).replace(".ipynb)", ".html)")
             page = templates.get_template("notebook.html.j2").render(
-                title=f"{stage.number} {stage.title}", cells=cells, profile=run.config.profile
+                title=f"{stage.number} {stage.title}", cells=notebook.cells, profile=run.config.profile
             )
         except Exception as error:
             # Damaged: nbformat has many types for it, and the results stand without it.
             print(f"{source} cannot be read ({type(error).__name__}) and is left out of the report.")
             continue
         write_text(run.file(f"report/{stage.name}.html"), page)
-        peak = record.get("peak_memory", {})
-        gpu = f", {peak['gpu_reserved_gib']} GiB GPU" if "gpu_reserved_gib" in peak else ""
-        about = {"number": stage.number, "title": stage.title, "href": f"{stage.name}.html"}
-        chapters.append(about | {"seconds": record.get("seconds", 0.0), "peak": f"{peak.get('rss_gib', 0)} GiB{gpu}"})
+        chapters.append((stage, record))
     return chapters
 
 
@@ -118,25 +122,6 @@ def _filters() -> dict[str, Callable[[str], Markup]]:
         "code": lambda text: Markup(highlight(text, PythonLexer(), HtmlFormatter())),  # noqa: S704 - pygments escapes
         "ansi": lambda text: Markup(ansi2html(text)),  # noqa: S704 - nbconvert escapes
     }
-
-
-def _for_report(cell):
-    """A cell without badges, which are pictures from a network, with links to the report's own pages, and with the last
-    state of each progress bar only."""
-    if cell.cell_type == "markdown":
-        lines = [line for line in cell.source.split("\n") if not line.startswith("[![Open in")]
-        cell.source = "\n".join(lines).replace(".ipynb)", ".html)")
-    outputs: list = []
-    for output in cell.get("outputs", []):
-        if outputs and output.output_type == "stream" and outputs[-1].get("name") == output.name:
-            outputs[-1].text += output.text
-        else:
-            outputs.append(output)
-    for output in outputs:
-        if output.output_type == "stream":
-            output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
-    cell.outputs = outputs
-    return cell
 
 
 def _read(run: RunDir, name: str) -> bytes:
