@@ -21,8 +21,7 @@ import typer
 
 from utils.data.prompts import format_prompt
 from utils.errors import HardwareError
-from utils.export.adapter import save_tokenizer
-from utils.export.base_model import find_base
+from utils.export.adapter import find_base, save_tokenizer
 from utils.export.compare_logits import compare, continue_greedily, follow
 from utils.export.gguf import (
     LORA,
@@ -32,6 +31,7 @@ from utils.export.gguf import (
     convert,
     file_name,
     find_llama_cpp,
+    find_program,
     name_pre_tokenizer,
     serve,
 )
@@ -111,7 +111,7 @@ def run_card_line(run: RunDir, folder: Path, tokenizer) -> dict:
     card = str(make_card(run, "gguf", {"gguf": folder}, {}))
     line = re.search(r"^llama-completion .*", card, re.MULTILINE)[0].replace(file_name("q4_k_m"), file_name("f16"))
     words = shlex.split(line)
-    program = find_llama_cpp().program(words[0])
+    program = find_program(find_llama_cpp(), words[0])
     done = subprocess.run(
         [str(program), *words[1:], "--no-display-prompt"], cwd=folder, stdin=subprocess.DEVNULL,
         capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=600,

@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.exported import make_run, write_evidence
 from utils import files
 from utils.errors import HardwareError, RunDirError
 from utils.export import verify as verification
-from utils.export.compare_logits import NEW_TOKENS, Continuations
 from utils.export.model_card import write_cards
 from utils.files import (
     atomic,
@@ -34,7 +32,6 @@ from utils.files import (
     sweep_scratch,
     write_json,
     write_text,
-    writing,
 )
 from utils.project import ROOT
 
@@ -211,38 +208,26 @@ def made_run(tiny_folder, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(
-    ("number", "kind", "sentence"),
-    [
-        (errno.EDQUOT, HardwareError, r"\d+\.\d\d GiB are free at .*/kept, and 0\.5 GiB are needed; free some space"),
-        (errno.EROFS, RunDirError, r"kept cannot be written \(Read-only file system\)"),
-        (errno.EACCES, RunDirError, r"kept could not be written \(Permission denied\)"),
-    ],
-)
-def test_what_a_disk_refuses_is_told_by_its_kind(tmp_path, number, kind, sentence):
-    with pytest.raises(kind, match=sentence), writing(tmp_path / "kept", 0.5):
-        raise OSError(number, os.strerror(number))
+def shown(error: BaseException, run) -> str:
+    """What driver and notebook show."""
+    sentence = disk_error(error, run.path)
+    assert isinstance(sentence, HardwareError)
+    return str(sentence)
 
 
 def test_a_disk_that_fills_up_at_the_cards_is_told(made_run, request):
     folders = {"adapter": made_run.file("export")}
     request.getfixturevalue("full")
-    with pytest.raises(HardwareError, match=r"The disk is full .* GiB are free at .*/README\.md; free some space"):
+    with pytest.raises(OSError) as found:
         write_cards(made_run, folders, {})
+    assert re.search(r"The disk is full .* GiB are free at", shown(found.value, made_run))
 
 
 def test_a_disk_that_fills_up_at_the_record_is_told(made_run, full):
     made_run.file("export/README.md").touch()
-    with pytest.raises(HardwareError, match=r"The disk is full .* free at .*verify\.json"):
+    with pytest.raises(OSError) as found:
         verification.write_record(made_run, {}, {})
-
-
-def test_a_disk_that_fills_up_at_the_reference_is_told(made_run, full, monkeypatch):
-    answers = Continuations([[1]], torch.zeros(1, 4), torch.zeros(1, NEW_TOKENS, 2))
-    monkeypatch.setattr(verification, "continue_greedily", lambda *_: answers)
-    with pytest.raises(HardwareError, match=r"The disk is full .* free at .*reference\.safetensors"):
-        verification.write_reference(made_run)
-    assert not list(made_run.file("export").iterdir())
+    assert "The disk is full" in shown(found.value, made_run)
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def publish(
         return
     token = find_secret("HF_TOKEN")
     for upload in uploads:
-        _print(f"{upload.kind}: {hub.upload_model(upload, token, private, _log)}")
+        _print(f"{upload.kind}: {hub.upload_model(upload, token, private)}")
     if runs and key:
         hub.sync_tracking(run_dir, key, _log)
     elif runs:

@@ -182,7 +182,7 @@ _FULL_IN_WORDS = (
 )
 
 
-def disk_error(error: BaseException, place: Path, needed_gib: float = 0.0) -> UserError | None:
+def disk_error(error: BaseException, place: Path) -> UserError | None:
     """The user's error where `error`, of whatever library, says that a disk refused to be written; None elsewhere."""
     number, text = getattr(error, "errno", None), str(error)
     if isinstance(error, UserError):
@@ -190,24 +190,13 @@ def disk_error(error: BaseException, place: Path, needed_gib: float = 0.0) -> Us
     if isinstance(named := getattr(error, "filename", None), str):
         place = Path(named)
     if number in _FULL or any(words in text for words in _FULL_IN_WORDS):
-        needed = f", and {needed_gib:.1f} GiB are needed" if needed_gib else ""
         return HardwareError(
             f"The disk is full ({os.strerror(number) if number else text[:100]}): {free_disk_gib(place):.2f} GiB are free at "
-            f"{place}{needed}; free some space and run the same again, it resumes from what was saved."
+            f"{place}; free some space and run the same again, it resumes from what was saved."
         )
     if number == errno.EROFS or "Read-only file system" in text:
         return RunDirError(f"{place} cannot be written (Read-only file system); resume a copy of the run elsewhere.")
     return None
-
-
-@contextmanager
-def writing(target: Path, needed_gib: float = 0.0) -> Iterator[None]:
-    """Around what writes `target`, of `needed_gib`: a refused write is raised as its sentence, by `disk_error`."""
-    try:
-        yield
-    except OSError as error:
-        refused = f"{target} could not be written ({error.strerror or error}); choose a --run-dir that can be."
-        raise disk_error(error, target, needed_gib) or RunDirError(refused) from None
 
 
 def tell_disk_errors(run_dir: Path) -> None:

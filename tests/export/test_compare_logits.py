@@ -28,7 +28,7 @@ def led(tiny_model):
     return continue_greedily(*tiny_model, PROMPTS, "here")
 
 
-def test_prompts_together_get_what_each_gets_alone(tiny_model, led):
+def test_each_prompt_gets_what_generate_gives(tiny_model, led):
     model, tokenizer = tiny_model
     for number, prompt in enumerate(PROMPTS):
         inputs = tokenizer(prompt, return_tensors="pt")

@@ -57,34 +57,20 @@ def test_the_metadata_is_yaml_that_the_hubs_classes_read_back(hub_run):
     assert yaml.safe_load(str(card_of(hub_run, "merged")).split("---\n")[1])["base_model_relation"] == "finetune"
 
 
-def test_every_figure_in_the_metadata_is_one_of_metrics_json_with_its_data_set(hub_run):
-    metrics = json.loads(hub_run.file("comparison/metrics.json").read_text())
-    known = {r["name"]: r for r in (metrics["primary"], *metrics["secondary"])}
-    found = {r.metric_args["metric"]: r for r in ModelCard(str(card_of(hub_run))).data.eval_results}
-    assert set(found) == {"multiple_choice", "multiple_choice:pubmedqa", "nll"}
-    for name, entry in found.items():
-        assert entry.metric_value == known[name]["tuned"]
-        assert entry.metric_args["ci95"] == known[name]["ci95"] and entry.metric_args["n"] == known[name]["n"]
-    primary, second = found["multiple_choice"], found["multiple_choice:pubmedqa"]
-    assert (primary.dataset_type, primary.dataset_split) == ("GBaker/MedQA-USMLE-4-options", "test")
-    assert primary.dataset_revision == "e" * 40 and primary.metric_args["primary"] is True
-    assert second.dataset_type == "qiaojin/PubMedQA" and found["nll"].metric_type == "loss"
+def test_the_figure_in_the_metadata_is_the_primary_one_of_metrics_json_with_its_data_set(hub_run):
+    known = json.loads(hub_run.file("comparison/metrics.json").read_text())["primary"]
+    (entry,) = ModelCard(str(card_of(hub_run))).data.eval_results
+    assert (entry.metric_type, entry.metric_value, entry.metric_name) == ("accuracy", known["tuned"], known["label"])
+    assert all(entry.metric_args[key] == known[key] for key in ("n", "base", "difference", "ci95", "p_value"))
+    assert (entry.dataset_type, entry.dataset_split) == ("GBaker/MedQA-USMLE-4-options", "test")
+    assert entry.dataset_revision == "e" * 40
 
 
-def test_each_benchmarks_figures_name_their_own_data_set_in_whatever_order_they_stand(hub_run):
-    further = [
-        {"name": "openlifescienceai/medmcqa", "split": "validation"},
-        {"name": "qiaojin/PubMedQA", "split": "train"},
-    ]
-    hub_run.config = load_config("t4", {"evaluate.more_benchmarks": further, "prompt.style": "native"})
-    named = [result(f"multiple_choice:{name}", 0.7, 0.71, -0.02, 0.04) for name in ("pubmedqa", "medmcqa")]
-    write_evidence(hub_run, secondary=named, benchmarks=["medqa", "medmcqa", "pubmedqa"])
-    found = {r.metric_args["metric"]: r.dataset_type for r in ModelCard(str(card_of(hub_run))).data.eval_results}
-    assert found == {
-        "multiple_choice": "GBaker/MedQA-USMLE-4-options",
-        "multiple_choice:medmcqa": "openlifescienceai/medmcqa",
-        "multiple_choice:pubmedqa": "qiaojin/PubMedQA",
-    }
+def test_a_primary_loss_is_of_the_held_out_rows(hub_run):
+    write_evidence(hub_run, primary=result("nll", 1.5, 1.2, -0.4, -0.2, unit="nats per token"))
+    (entry,) = ModelCard(str(card_of(hub_run))).data.eval_results
+    assert (entry.metric_type, entry.dataset_name) == ("loss", "invented rows, held-out rows")
+    assert entry.dataset_type == "FreedomIntelligence/medical-o1-reasoning-SFT" and entry.dataset_split is None
 
 
 def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.fuzzing import corpus, survive, to_json
-from tests.faults.test_fuzz_models import SETTINGS
+from tests.faults.fuzzing import corpus, survive
 from utils import secrets as credentials
 from utils.config import load_config
-from utils.export.merge import INDEX, find_shards, read_lora
-from utils.export.verify import read_record
+from utils.export.merge import INDEX, find_shards
+from utils.export.verify import export_folders
 from utils.kaggle import push
 from utils.kaggle.push import read_metadata, reference_of
 from utils.pipeline.run_dir import RunDir, read_manifest
@@ -28,17 +27,12 @@ def manifests(path: Path, folder: Path):
 def exports(path: Path, folder: Path):
     (folder / "export").mkdir()
     shutil.copy(path, folder / "export" / "verify.json")
-    return read_record(RunDir(folder, load_config("demo")))
+    return export_folders(RunDir(folder, load_config("demo")))
 
 
 def indices(path: Path, folder: Path):
     shutil.copy(path, folder / INDEX)
     return find_shards(folder)
-
-
-def adapters(path: Path, folder: Path):
-    shutil.copy(path, folder / "adapter_config.json")
-    return read_lora(folder)
 
 
 def metadata(path: Path, folder: Path):
@@ -47,7 +41,7 @@ def metadata(path: Path, folder: Path):
     return reference_of(found, "alice")
 
 
-READERS = (manifests, exports, indices, adapters, metadata)
+READERS = (manifests, exports, indices, metadata)
 CASES = [(read, path) for read in READERS for path in corpus(read.__name__)]
 
 
@@ -72,12 +66,3 @@ def test_a_secret_that_could_not_be_sent_is_none(path, tmp_path, monkeypatch, re
     secret = credentials.find_secret("HF_TOKEN")
     record_fault("found before: secrets", survived=int(secret.value is None))
     assert secret.value is None
-
-
-def test_the_adapter_of_the_corpus_would_be_read_with_sound_settings(tmp_path):
-    """The settings are what is refused there, and not the file that is missing beside them."""
-    (tmp_path / "adapter_config.json").write_bytes(to_json(SETTINGS))
-    _, sentence = survive(read_lora, tmp_path)
-    assert "adapter_model.safetensors" in sentence
-    for path in corpus("adapters"):
-        assert "adapter_config.json holds no settings" in survive(adapters, path, tmp_path)[1]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from pathlib import Path
 
-import pytest
-
 from tests.faults.fuzzing import mutated_bytes, mutated_values, survive, to_json
-from utils.export.merge import INDEX, SINGLE, find_shards, list_tensors, read_lora
+from utils.export.merge import INDEX, SINGLE, find_shards, list_tensors
 from utils.models.tokenizer import load_tokenizer
 
 HEADER = {
@@ -18,8 +15,6 @@ HEADER = {
     "a.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
     "b.weight": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
 }
-SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["q_proj"], "bias": "none",
-            "use_rslora": False, "task_type": "CAUSAL_LM", "base_model_name_or_path": "x"}  # fmt: skip
 
 
 def shard_bytes(header: bytes, data: bytes = bytes(range(32))) -> bytes:
@@ -65,55 +60,6 @@ def test_an_index_of_another_shape_ends_in_a_sentence_or_its_shards(tmp_path, fu
             assert shard.resolve().parent == tmp_path.resolve()
 
     fuzz.run("shards: indices", 700, mutated_values([index]), check)
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory) -> Path:
-    import peft  # noqa: F401  (takes longer than a case may)
-    import torch
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("adapter")
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    save_file(
-        {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(3, 2)},
-        folder / "adapter_model.safetensors",
-    )
-    (folder / "adapter_config.json").write_bytes(to_json(SETTINGS))
-    return folder
-
-
-def check_lora(folder: Path) -> None:
-    lora, _ = survive(read_lora, folder)
-    if lora is not None:
-        assert lora.factors and math.isfinite(lora.scale)
-        for a, b in lora.factors.values():
-            assert a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] > 0
-
-
-def test_an_adapters_settings_of_another_shape_end_in_a_sentence_or_a_lora(adapter, fuzz):
-    def check(value) -> None:
-        (adapter / "adapter_config.json").write_bytes(to_json(value))
-        check_lora(adapter)
-
-    try:
-        fuzz.run("adapters: settings", 600, mutated_values([SETTINGS]), check)
-    finally:
-        (adapter / "adapter_config.json").write_bytes(to_json(SETTINGS))
-
-
-def test_a_damaged_adapter_ends_in_a_sentence_or_a_lora(adapter, fuzz):
-    file = adapter / "adapter_model.safetensors"
-    whole = file.read_bytes()
-
-    def check(data: bytes) -> None:
-        file.write_bytes(data)
-        check_lora(adapter)
-
-    try:
-        fuzz.run("adapters: bytes", 600, mutated_bytes([whole]), check)
-    finally:
-        file.write_bytes(whole)
 
 
 def test_a_damaged_tokenizer_ends_in_a_sentence_or_keeps_text(tiny_folder, tmp_path, fuzz):

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import ModelError
-from utils.export.base_model import find_base, merged_into, strip_quantisation, trained_on
 from utils.export.chat_template import fit_chat_template
 from utils.export.merge import find_shards, merge_shards, read_lora
-from utils.files import atomic_folder, write_json, writing
+from utils.files import atomic_folder, is_folder, write_json
 from utils.hardware import GIB, free_disk_gib, require_disk, where
 from utils.models.tokenizer import load_tokenizer, model_source
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME
+from utils.schema import EMBEDDED, Config
 
 _SPARE_GIB = 1.0  # left free beside the merged model, for the report and the next checkpoint
 # What transformers 5 notes about this machine and this loading; of no use to others.
@@ -37,42 +35,31 @@ class Merged:
 def copy_adapter(run: RunDir) -> Path:
     """export/adapter: the trained adapter, which names its base and commit, with tokenizer and chat template beside it."""
     name, revision = trained_on(run.config)
-    source = run.file("training/adapter")
+    source, target = run.file("training/adapter"), run.file("export/adapter")
     settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    recorded, ours = settings.get("base_model_name_or_path"), (name, model_source(run.config))
-    if recorded and _short_name(recorded) not in map(_short_name, ours):
-        raise ModelError(
-            f"The adapter was trained on {recorded}, this run's base is {name}; run 03 again, or set model.name."
-        )
-    with new_folder(run.file("export/adapter")) as folder:
+    with atomic_folder(target) as folder:
         shutil.copyfile(source / "adapter_model.safetensors", folder / "adapter_model.safetensors")
         write_json(folder / "adapter_config.json", settings | {"base_model_name_or_path": name, "revision": revision})
         save_tokenizer(run, folder)
-    return run.file("export/adapter")
+    return target
 
 
 def merge_adapter(run: RunDir) -> Merged | None:
     """export/merged: the adapter folded into the 16-bit base, shard by shard; None where export.merged is off.
 
     On Kaggle it goes to scratch where the working directory is too small. Raises HardwareError where no disk is large
-    enough, ModelError where base and adapter do not belong together or a weight is not finite, RunDirError where the
-    target cannot be written. A half-written folder never has the final name, and an earlier one stays until then.
+    enough, ModelError where base and adapter do not belong together or a weight is not finite. An earlier folder stays
+    until the new one is whole.
     """
     if not run.config.export.merged:
         keep_previous(run, "merged")
         return None
     base, revision = find_base(run.config)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in config:
-        raise ModelError(
-            f"{merged_into(run.config)[0]} is quantised, and merging into quantised weights rounds twice; name the 16-bit model: "
-            "--set export.base=OWNER/NAME."
-        )
-    lora, size = read_lora(run.file("export/adapter")), weights_gib(base)
-    target = choose_place(run, "merged", size)
-    with new_folder(target, size) as folder:
+    lora, target = read_lora(run.file("export/adapter")), choose_place(run, "merged", weights_gib(base))
+    with atomic_folder(target) as folder:
         merge_shards(base, lora, folder)
         # As published: transformers 5 would write keys that version 4, vLLM and llama.cpp read otherwise.
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         write_json(folder / "config.json", {key: value for key, value in config.items() if key != "_name_or_path"})
         if (base / "generation_config.json").exists():
             shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
@@ -86,15 +73,13 @@ def weights_gib(folder: Path) -> float:
 
 
 def save_tokenizer(run: RunDir, folder: Path) -> None:
-    """The tokenizer, with a chat template that gives the training prompt, as every version of transformers loads it.
-
-    Version 5 names the class TokenizersBackend, which version 4 and what rests on it do not know.
-    """
+    """The tokenizer, with a chat template that gives the training prompt, as every version of transformers loads it."""
     tokenizer = load_tokenizer(model_source(run.config), run.config.model.revision)
     fit_chat_template(tokenizer, run.config.prompt)
     tokenizer.save_pretrained(str(folder))
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in settings.items() if key not in _LOCAL_KEYS}
+    # Version 5 names the class TokenizersBackend, which version 4 and what rests on it do not know.
     write_json(folder / "tokenizer_config.json", kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
@@ -119,13 +104,43 @@ def keep_previous(run: RunDir, kind: str) -> None:
         earlier.rename(previous)
 
 
-@contextmanager
-def new_folder(target: Path, needed_gib: float = 0.1) -> Iterator[Path]:
-    """A scratch folder that becomes `target`; what the disk refuses is a sentence with numbers."""
-    with writing(target, needed_gib), atomic_folder(target) as folder:
-        yield folder
+def trained_on(config: Config) -> tuple[str, str | None]:
+    """(name, commit) of the model that the adapter was trained on, without any path of this machine."""
+    name = config.model.name
+    return (Path(name).resolve().name, None) if name != EMBEDDED and is_folder(name) else (name, config.model.revision)
 
 
-def _short_name(source: str) -> str:
-    """A Hub id or folder blind to owner, place, case and quantisation."""
-    return strip_quantisation(Path(source).name.lower())
+def sixteen_bit_source(config: Config) -> tuple[str, str | None]:
+    """(Hub id or folder, commit) of the base in 16 bit: `export.base`, else the configured model, or the sibling that a
+    pre-quantised repository was made from, at whichever commit is newest then."""
+    if config.export.base:
+        return config.export.base, config.export.base_revision
+    source = model_source(config)
+    sibling = source if is_folder(source) else source.removesuffix("-bnb-4bit").removesuffix("-unsloth")
+    return sibling, config.model.revision if sibling == source else config.export.base_revision
+
+
+def merged_into(config: Config) -> tuple[str, str | None]:
+    """(name, commit) of the 16-bit base, without any path of this machine; nothing is downloaded."""
+    source, revision = sixteen_bit_source(config)
+    if not is_folder(source):
+        return source, revision
+    return (EMBEDDED if config.model.name == EMBEDDED and not config.export.base else Path(source).name), None
+
+
+def find_base(config: Config) -> tuple[Path, str | None]:
+    """(folder, commit) of the 16-bit base, downloaded where it is a Hub id; raises ModelError where it cannot be had."""
+    source, revision = sixteen_bit_source(config)
+    if is_folder(source):
+        return Path(source), None
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja"]  # no pickled duplicates, and no original checkpoints below
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
+        raise ModelError(
+            f"The 16-bit base {source} is neither a local folder nor reachable on the Hub ({type(error).__name__}); "
+            "check the network, or name a local copy: --set export.base=FOLDER."
+        ) from None
+    return folder, folder.name  # a snapshot's folder is named by its commit

@@ -13,27 +13,21 @@ from utils.schema import GenerateSection, PromptFormat, PromptSection
 Prompt = PromptSection | PromptFormat | str
 
 
-def split_prompt(style: Prompt) -> tuple[str, str, str]:
-    """What stands before the question, between question and reasoning, and the opened think block."""
-    before, rest = format_prompt("\0", style).split("\0")
-    think = rest.index("<think>")
-    return before, rest[:think], rest[think:]
-
-
 def chat_template(style: Prompt, adds_bos: bool = True) -> str:
     """A Jinja chat template whose generation prompt is `format_prompt`; for `native` it renders as DeepSeek's own does.
 
     Reasoning in earlier assistant turns is dropped, as in DeepSeek's. BOS stands first where the tokenizer adds it.
     """
-    parts = (*split_prompt(style), find_format(style).end)
-    before, between, think, end = (json.dumps(part, ensure_ascii=False) for part in parts)
+    form = find_format(style)
+    parts = (form.before, form.after.partition("<think>")[0], form.after, form.end)
+    before, between, after, end = (json.dumps(part, ensure_ascii=False) for part in parts)
     return (
         f"{'{{ bos_token }}' if adds_bos else ''}{{% for message in messages %}}"
         f"{{% if message['role'] == 'user' %}}{{{{ {before} + message['content'] }}}}"
         "{% elif message['role'] == 'assistant' %}"
         f"{{{{ {between} + message['content'].split('</think>')[-1] + {end} }}}}"
         "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {between} + {think} }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {after} }}}}{{% endif %}}"
     )
 
 
@@ -66,12 +60,11 @@ def make_modelfile(file: str, style: Prompt, generate: GenerateSection, context:
 
     BOS is added by Ollama, as by the tokenizer. What follows .Response closes earlier turns; Ollama cuts there.
     """
-    before, between, think = split_prompt(style)
-    end = find_format(style).end
+    form = find_format(style)
     return f'''\
 FROM ./{file}
-TEMPLATE """{before}{{{{ .Prompt }}}}{between}{think}{{{{ .Response }}}}{end}"""
-PARAMETER stop "{end}"
+TEMPLATE """{form.before}{{{{ .Prompt }}}}{form.after}{{{{ .Response }}}}{form.end}"""
+PARAMETER stop "{form.end}"
 PARAMETER temperature {generate.temperature if generate.do_sample else 0}
 PARAMETER top_p {generate.top_p if generate.do_sample else 1.0}
 PARAMETER num_predict {generate.max_new_tokens}

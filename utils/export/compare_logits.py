@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from utils.files import atomic
 from utils.progress import track
 
@@ -18,7 +20,6 @@ EXACT = 1e-4  # largest difference of a logit where everything is kept and compu
 # coarser dtype. bfloat16's steps are eight times as wide as float16's; 8B shapes with random weights: 0.083. 4-bit:
 # one model was merged before it was quantised and the other after.
 ROUNDED = {"float16": 0.05, "bfloat16": 0.15, "4-bit": 0.5}
-_MEASURED = ("largest_logit_difference", "relative_logit_difference", "largest_margin_lost")
 LEVELS = (
     f"`exact`: the same tokens, logits within {EXACT:.0e}. `rounded`: logits at the first new token within "
     + ", ".join(f"{spread} ({dtype})" for dtype, spread in ROUNDED.items())
@@ -41,12 +42,11 @@ class Continuations:
 
     def save(self, path: Path) -> None:
         """As safetensors, which any reader opens; the tokens travel in its header."""
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         with atomic(path) as scratch:
-            metadata = {"tokens": json.dumps(self.tokens)}
-            # By way of bytes: what the disk refuses then comes as an OSError, which save_file makes something else of.
-            scratch.write_bytes(save({"logits": self.logits, "best": self.best}, metadata=metadata))
+            tensors = {"logits": self.logits, "best": self.best}
+            save_file(tensors, scratch, metadata={"tokens": json.dumps(self.tokens)})
 
     @classmethod
     def load(cls, path: Path) -> Continuations:
@@ -59,36 +59,30 @@ class Continuations:
 
 
 def continue_greedily(model, tokenizer, prompts: Sequence[str], description: str) -> Continuations:
-    """Decode greedily, prompts of one length together, so that no padding is involved."""
+    """Decode greedily, one prompt after the other, so that no padding is involved."""
     import torch
 
-    groups: dict[int, list[int]] = {}
-    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
-    for i, ids in enumerate(encoded):
-        groups.setdefault(len(ids), []).append(i)
-    tokens, first = [[] for _ in prompts], [None] * len(prompts)
+    tokens, first = [], []
     best = torch.full((len(prompts), NEW_TOKENS, 2), float("nan"))
-    for length, group in track(sorted(groups.items()), description, unit="batch"):
+    for number, prompt in enumerate(track(prompts, description, unit="prompt")):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         with torch.inference_mode():
             answer = model.generate(
-                torch.tensor([encoded[i] for i in group], device=model.device), max_new_tokens=NEW_TOKENS,
-                do_sample=False, temperature=None, top_p=None, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id, output_logits=True, return_dict_in_generate=True,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, temperature=None,
+                top_p=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
-        steps = torch.stack([step.float().cpu() for step in answer.logits], dim=1)
-        for row, i in enumerate(group):
-            ids = answer.sequences[row, length:].tolist()
-            tokens[i] = ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
-            first[i] = steps[row, 0]
-            best[i, : len(tokens[i])] = steps[row, : len(tokens[i])].topk(2, dim=-1).values
+        logits = torch.cat(answer.logits).float().cpu()
+        tokens.append(answer.sequences[0, ids.shape[1] :].tolist())
+        first.append(logits[0])
+        best[number, : len(logits)] = logits.topk(2, dim=-1).values
     return Continuations(tokens, torch.stack(first), best)
 
 
 def follow(model, tokenizer, prompts: Sequence[str], leader: Continuations, description: str) -> Continuations:
     """What the model would say at each step of the leader's continuations, in one pass for each prompt.
 
-    While the best token is the leader's, greedy decoding would have come the same way; the tokens end at the first
-    that is another.
+    Its tokens end at the first that is not the leader's: until there, greedy decoding would have come the same way.
     """
     import torch
 
@@ -100,13 +94,13 @@ def follow(model, tokenizer, prompts: Sequence[str], leader: Continuations, desc
             whole = model(torch.tensor([ids + led[:-1]], device=model.device), use_cache=False).logits[0]
         logits = whole[len(ids) - 1 :].float().cpu()
         chosen = logits.argmax(-1).tolist()
-        tokens.append(chosen[: common_start(chosen, led) + 1])
+        tokens.append(chosen[: _common_start(chosen, led) + 1])
         first.append(logits[0])
         best[number, : len(logits)] = logits.topk(2, dim=-1).values
     return Continuations(tokens, torch.stack(first), best)
 
 
-def common_start(first: Sequence[int], second: Sequence[int]) -> int:
+def _common_start(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two continuations begin with alike."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
@@ -118,19 +112,20 @@ def compare_tokens(reference: Continuations, tokens: Sequence[Sequence[int]]) ->
     `identical`: prompts with the same tokens throughout. `largest_margin_lost`: where they part, how far the reference's
     best token lay above its second; 0 where they never part.
     """
-    common = [common_start(ours, theirs) for ours, theirs in zip(reference.tokens, tokens, strict=True)]
-    parted = [i for i, same in enumerate(common) if reference.tokens[i] != tokens[i] and same < NEW_TOKENS]
-    margins = [float(reference.best[i, common[i], 0] - reference.best[i, common[i], 1]) for i in parted]
+    common = [_common_start(ours, theirs) for ours, theirs in zip(reference.tokens, tokens, strict=True)]
+    same = [ours == list(theirs) for ours, theirs in zip(reference.tokens, tokens, strict=True)]
+    parted = [(i, at) for i, at in enumerate(common) if not same[i] and at < NEW_TOKENS]
+    margins = [float(reference.best[i, at, 0] - reference.best[i, at, 1]) for i, at in parted]
     return {
         "prompts": len(common),
-        "identical": sum(list(ours) == list(theirs) for ours, theirs in zip(reference.tokens, tokens, strict=True)),
+        "identical": sum(same),
         "mean_common_tokens": round(sum(common) / len(common), 1),
-        "largest_margin_lost": round(_largest(margins), 4),
+        "largest_margin_lost": round(float(np.max(margins, initial=0.0)), 4),  # NaN where any is
     }
 
 
 def compare(reference: Continuations, other: Continuations) -> dict[str, float | int]:
-    """How far `other` is from `reference`: `compare_tokens`, and the logits.
+    """`compare_tokens`, and how far the logits of `other` are from the reference's.
 
     `largest_logit_difference`: over the whole vocabulary at the first new token, and the best token's logit at every
     step up to where they part. `relative_logit_difference`: root mean square at the first new token, in standard
@@ -139,18 +134,13 @@ def compare(reference: Continuations, other: Continuations) -> dict[str, float |
     difference = other.logits - reference.logits
     gaps = [float(difference.abs().max())]
     for number, (ours, theirs) in enumerate(zip(reference.tokens, other.tokens, strict=True)):
-        if same := common_start(ours, theirs):
+        if same := _common_start(ours, theirs):
             steps = other.best[number, :same, 0] - reference.best[number, :same, 0]
             gaps.append(float(steps.abs().max()))
     return compare_tokens(reference, other.tokens) | {
-        "largest_logit_difference": round(_largest(gaps), 7),
+        "largest_logit_difference": round(float(np.max(gaps)), 7),
         "relative_logit_difference": round(float(difference.pow(2).mean().sqrt() / reference.logits.std()), 7),
     }
-
-
-def _largest(values: Sequence[float]) -> float:
-    """The largest, 0 of none; NaN where any is, over which Python's max can pass."""
-    return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
 
 
 def choose_tolerance(dtypes: Iterable[str]) -> str:
@@ -159,13 +149,12 @@ def choose_tolerance(dtypes: Iterable[str]) -> str:
 
 
 def check_tolerance(figures: dict[str, float | int], tolerance: str) -> str | None:
-    """What is wrong with the figures of `compare`, in words; None where they pass.
+    """What is wrong with the figures of `compare`, in words; None where they pass LEVELS.
 
-    A figure that is NaN or infinite passes nowhere. exact: the same tokens, logits within EXACT. Else logits within
-    ROUNDED[tolerance], and, but in 4-bit, they part only where the reference was all but undecided: where its margin was
-    less than twice the largest difference that was found.
+    A token counts as undecided where the reference's margin was less than twice the largest difference of a logit.
     """
-    largest, relative, margin = (figures[name] for name in _MEASURED)
+    largest, relative = figures["largest_logit_difference"], figures["relative_logit_difference"]
+    margin = figures["largest_margin_lost"]
     if not all(map(math.isfinite, (largest, relative, margin))):
         return "logits of which one is no finite number"
     if tolerance == "exact":

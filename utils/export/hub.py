@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import tenacity
 
 from utils.errors import HubError, InfrastructureError
 from utils.evaluation.results import read_sentence
@@ -45,10 +44,9 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise HubError(f"--repo is {repo!r}; expected USER/NAME.")
-    manifest = read_manifest(run_dir)
     if problem := open_run("auto", run_dir).out_of_date(BY_NAME["05_export"]):
         raise HubError(f"{problem}; run {command()} run --run-dir {run_dir} first, then publish.")
-    recorded = manifest["stages"]["05_export"].get("outputs", {})
+    recorded = read_manifest(run_dir)["stages"]["05_export"].get("outputs", {})
     uploads = []
     for kind in ("adapter", "merged") if merged else ("adapter",):
         prefix = f"export/{kind}/"
@@ -59,8 +57,6 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
                 f"{run_dir / prefix} is not there ({where}); run {command()} run --run-dir {run_dir} --from 05 first."
             )
         files = {name.removeprefix(prefix): _as_recorded(run_dir, name, recorded) for name in names}
-        if "README.md" not in files and "export/README.md" in recorded:
-            files["README.md"] = _as_recorded(run_dir, "export/README.md", recorded)
         uploads.append(Upload(kind, repo if kind == "adapter" else f"{repo}-{kind}", files))
     return uploads
 
@@ -76,7 +72,7 @@ def _as_recorded(run_dir: Path, name: str, recorded: dict[str, dict]) -> Path:
     return path
 
 
-def upload_model(upload: Upload, token: Secret, private: bool = True, log: Callable[[str], None] = print) -> str:
+def upload_model(upload: Upload, token: Secret, private: bool = True) -> str:
     """Create the repository where it is missing and upload in one commit; returns the commit's address.
 
     Raises HubError where the Hub refuses, or where the repository is public and `private` was asked for, and
@@ -89,55 +85,30 @@ def upload_model(upload: Upload, token: Secret, private: bool = True, log: Calla
             f"There is no HF_TOKEN here ({token.source}); set it in the environment or in .env, or run hf auth login."
         )
     api = HfApi(token=token.value)
-    # huggingface_hub 1.33 tries again by itself where it sends files, not where it creates or commits (hf_api.py).
-    patient = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(4),
-        wait=tenacity.wait_exponential(max=30),
-        retry=tenacity.retry_if_exception(passes),
-        before_sleep=lambda state: log(f"{upload.repo}: {_describe(state.outcome.exception())}; trying again"),
-        reraise=True,
-    )
-
-    def commit() -> str:
-        # Made anew for each try: they find out that a commit whose answer was lost has arrived.
-        operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
-        return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
-
+    operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
     try:
-        patient(api.create_repo, upload.repo, private=private, exist_ok=True)
-        if private and patient(api.repo_info, upload.repo).private is False:
+        api.create_repo(upload.repo, private=private, exist_ok=True)
+        if private and api.repo_info(upload.repo).private is False:
             raise HubError(f"{upload.repo} exists and is public; name another --repo, or say --public.")
-        return patient(commit)
+        return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
     except (httpx.HTTPError, ValueError, OSError) as error:
         raise _explain(error, upload, token) from None
 
 
-def passes(error: BaseException) -> bool:
-    """Whether it is worth another try: a conflict with another commit, rate limits, 5xx, a connection that broke."""
-    status = _status(error)
-    return status in (409, 412, 429) or status >= 500 or isinstance(error, httpx.TransportError | ConnectionError)
-
-
-def _status(error: BaseException) -> int:
-    """The HTTP status that an exception of huggingface_hub carries, 0 without an answer."""
-    return getattr(getattr(error, "response", None), "status_code", 0)
-
-
-def _describe(error: BaseException) -> str:
-    message = getattr(error, "server_message", None) or type(error).__name__
-    return f"{_status(error)}: {message}" if _status(error) else message
-
-
 def _explain(error: Exception, upload: Upload, token: Secret) -> HubError | InfrastructureError:
-    status, kind = _status(error), HubError
-    problem = {
-        401: f"The Hub does not accept the token from {token.source}; make a new one",
-        403: f"The token from {token.source} may not write there; give it write access or name a --repo of yours",
-    }.get(status, "The Hub refused")
-    if passes(error) and status not in (409, 412):
-        problem, kind = "The Hub could not be reached", InfrastructureError
+    """What huggingface_hub raised, as a sentence: refused by the Hub, or not reached."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    message = getattr(error, "server_message", None) or type(error).__name__
+    kind, problem = HubError, "The Hub refused"
+    if status == 401:
+        problem = f"The Hub does not accept the token from {token.source}; make a new one"
+    elif status == 403:
+        problem = f"The token from {token.source} may not write there; give it write access or name a --repo of yours"
+    elif status == 429 or status >= 500 or isinstance(error, httpx.TransportError | ConnectionError):
+        kind, problem = InfrastructureError, "The Hub could not be reached"
+    found = f"{status}: {message}" if status else message
     again = "Nothing on disk was changed; the same command again resumes."
-    return kind(f"{problem} ({_describe(error)}), uploading to {upload.repo}. {again}")
+    return kind(f"{problem} ({found}), uploading to {upload.repo}. {again}")
 
 
 def offline_runs(run_dir: Path) -> list[Path]:
@@ -148,10 +119,10 @@ def offline_runs(run_dir: Path) -> list[Path]:
 
 def sync_tracking(run_dir: Path, key: Secret, log: Callable[[str], None] = print) -> None:
     """Send the offline runs by `wandb sync`; raises InfrastructureError where wandb cannot, and what is left stays."""
+    environment = {"WANDB_API_KEY": key.value, "WANDB_SILENT": "false", "WANDB_DIR": str(run_dir)}
     folders = offline_runs(run_dir)
     for number, folder in enumerate(folders):
         words = [sys.executable, "-m", "wandb", "sync", folder]
-        environment = {"WANDB_API_KEY": key.value, "WANDB_SILENT": "false", "WANDB_DIR": str(run_dir)}
         with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log", environment) as child:
             try:
                 status, problem = child.wait(_SYNC_TIMEOUT_S), child.last_words()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ModelError
-from utils.files import is_there, parse_json
-from utils.hardware import GIB, require_disk
+from utils.files import is_there
 from utils.progress import Progress
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_PREFIX = "base_model.model."
-# Settings of peft's that change the sum. What they leave out is found again when the merged model is loaded back.
-_UNKNOWN_HERE = (
-    "use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
-    "trainable_token_indices", "bias",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,15 +30,11 @@ class Lora:
 
 
 def read_lora(folder: Path) -> Lora:
-    """The adapter in `folder`; raises ModelError for whatever would be merged wrongly here."""
-    from safetensors import SafetensorError
+    """The adapter in `folder`; raises ModelError for one that holds more than pairs of factors."""
     from safetensors.torch import load_file
 
-    settings, file = _read_settings(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{file} is no safetensors file ({error}); run 03_lora_training again.") from None
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "adapter_model.safetensors")
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     odd = sorted({f"{name}.lora_{side}.weight" for name in names for side in "AB"} ^ set(tensors))
     if odd or not names:
@@ -59,37 +47,16 @@ def read_lora(folder: Path) -> Lora:
         a, b = (tensors[f"{name}.lora_{side}.weight"].float().contiguous() for side in "AB")
         if a.shape[:1] != (r,) or b.shape[1:] != (r,):
             raise ModelError(f"{name} does not have the rank {r} of adapter_config.json; train it again.")
-        factors[name.removeprefix(_PREFIX) + ".weight"] = (a, b)
+        factors[f"{name.removeprefix('base_model.model.')}.weight"] = (a, b)
     return Lora(settings["lora_alpha"] / (math.sqrt(r) if settings.get("use_rslora") else r), factors)
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    """adapter_config.json, where it is that of a LoRA that this merge gets right; raises ModelError elsewhere."""
-    try:
-        settings = parse_json(file.read_text(encoding="utf-8"))
-        r, alpha = settings["r"], settings["lora_alpha"]
-        if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise ValueError(f"r is {r!r} and lora_alpha {alpha!r}")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ModelError(f"{file} holds no settings of a LoRA ({error}); run 03_lora_training again.") from None
-    odd = {key: settings[key] for key in _UNKNOWN_HERE if settings.get(key) not in (None, False, {}, [], "none")}
-    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):  # others change the base's weights too
-        odd["init_lora_weights"] = settings["init_lora_weights"]
-    for key, value in odd.items():
-        raise ModelError(
-            f"The adapter has {key}={value!r}, which this merge would get wrong; merge it with peft's merge_and_unload."
-        )
-    return settings
 
 
 def find_shards(folder: Path) -> list[Path]:
     """The model's safetensors files by name: those of its index, or the single one; raises ModelError without them."""
-    index = folder / INDEX
-    if not index.exists():
-        names = [SINGLE]
-    else:
+    index, names = folder / INDEX, [SINGLE]
+    if index.exists():
         try:
-            names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
             if not names or any(not name or Path(name).name != name for name in names):
                 raise ValueError("its weight_map does not name files beside it")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -130,21 +97,26 @@ def read_tensor(path: Path, name: str):
 def merge_shards(base: Path, lora: Lora, target: Path) -> None:
     """Write the shards of `base` with `lora` folded in, and their index, into `target`.
 
-    Raises ModelError where the adapter does not fit the base, the base is quantised, or a weight is not finite, and
-    HardwareError where the disk is too small.
+    Raises ModelError where the adapter does not fit the base, the base is quantised, or a weight is not finite.
     """
+    from safetensors.torch import save_file
+
     shards = find_shards(base)
     tensors = list_tensors(shards)
-    check_fit(lora, tensors, base)
-    require_disk(target, sum(path.stat().st_size for path in shards) / GIB + 0.05, "The merged model")
+    _check_fit(lora, tensors, base)
     with Progress("merging", len(tensors), "tensor") as bar:
         for path in shards:
-            _merge_shard(path, [name for name, (place, _, _) in tensors.items() if place == path], lora, target, bar)
+            merged = {}
+            for name in (name for name, (place, _, _) in tensors.items() if place == path):
+                merged[name] = _merge_tensor(path, name, lora)
+                bar.update()
+            save_file(merged, target / path.name, metadata={"format": "pt"})
+            del merged  # before the next shard is read
     if (base / INDEX).exists():
         shutil.copyfile(base / INDEX, target / INDEX)
 
 
-def check_fit(lora: Lora, tensors: Mapping[str, tuple[Path, str, tuple[int, ...]]], base: Path) -> None:
+def _check_fit(lora: Lora, tensors: Mapping[str, tuple[Path, str, tuple[int, ...]]], base: Path) -> None:
     """Raise ModelError unless every tensor that the adapter changes is in the base, with its shape, in floats."""
     absent = [name for name in lora.factors if name not in tensors]
     if absent:
@@ -166,28 +138,15 @@ def check_fit(lora: Lora, tensors: Mapping[str, tuple[Path, str, tuple[int, ...]
             )
 
 
-def _merge_shard(path: Path, names: Sequence[str], lora: Lora, target: Path, bar: Progress) -> None:
-    """Write one shard under its own name."""
+def _merge_tensor(path: Path, name: str, lora: Lora):
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    merged = {}
-    for name in names:
-        tensor = read_tensor(path, name)
-        if name in lora.factors:
-            a, b = lora.factors[name]
-            tensor = tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=lora.scale).to(tensor.dtype)
-        if not torch.isfinite(tensor).all():
-            ours = "once the adapter is added; train again with a lower learning rate."
-            theirs = "in the base model; fetch the base model again."
-            raise ModelError(f"{name} is not finite {ours if name in lora.factors else theirs}")
-        merged[name] = tensor
-        bar.update()
-    try:
-        save_file(merged, target / path.name, metadata={"format": "pt"})
-    except SafetensorError as error:  # the library tells a refusing disk in words: "No space left … (os error 28)"
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+    tensor, changed = read_tensor(path, name), name in lora.factors
+    if changed:
+        a, b = lora.factors[name]
+        tensor = tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=lora.scale).to(tensor.dtype)
+    if not torch.isfinite(tensor).all():
+        ours = "once the adapter is added; train again with a lower learning rate."
+        theirs = "in the base model; fetch the base model again."
+        raise ModelError(f"{name} is not finite {ours if changed else theirs}")
+    return tensor

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure  # no pyplot: no backend, no state shared with the notebook
 
 from utils.evaluation.evaluate import Evaluation
 from utils.files import atomic
@@ -16,58 +16,46 @@ from utils.report.forest import INK, draw_forest
 BASE, TUNED = "#a9b4c6", "#0b5fa5"  # light and dark: told apart in grey, too
 
 
-def _figure(columns: int, width: float, height: float):
-    from matplotlib.figure import Figure  # no pyplot: no backend, no state shared with the notebook
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=INK)
-        axis.title.set_color(INK)
-    return figure, axes
+def _finish(axis, title: str, **labels) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title, loc="left", color=INK)
+    axis.set(**labels)
 
 
 def _save(figure, path: Path) -> Path:
     with atomic(path) as scratch:
-        # Without the date in its metadata the same numbers give the same file.
+        # Without matplotlib's version in its metadata the same numbers give the same file.
         figure.savefig(scratch, format="png", metadata={"Software": None})
     return path
 
 
 def draw_lengths(frame: pd.DataFrame, limit: int, path: Path) -> Path:
     """Box plots of tokens in a row (columns prompt_tokens, reasoning_tokens, response_tokens) against the limit."""
-    figure, (axis,) = _figure(1, 9, 3.2)
+    figure = Figure(figsize=(9, 3.2), dpi=130, layout="constrained")
+    axis = figure.subplots()
     parts = {name: frame[f"{name}_tokens"] for name in ("prompt", "reasoning", "response")}
     parts["whole row"] = sum(parts.values())
-    colours = ("#edae49", TUNED, "#30638e", BASE)
-    boxes = axis.boxplot(
-        list(parts.values()),
-        orientation="horizontal",
-        widths=0.6,
-        patch_artist=True,
-        flierprops={"markersize": 3, "markeredgecolor": BASE},
-        medianprops={"color": INK, "linewidth": 1.8},
-    )
-    for box, colour in zip(boxes["boxes"], colours, strict=True):
-        box.set(facecolor=colour, alpha=0.8, edgecolor=INK)
     labels = [f"{name}\nmedian {values.median():.0f}" for name, values in parts.items()]
-    axis.set_yticks(range(1, len(parts) + 1), labels)
+    boxes = axis.boxplot(
+        list(parts.values()), orientation="horizontal", widths=0.6, patch_artist=True, tick_labels=labels,
+        flierprops={"markersize": 3, "markeredgecolor": BASE}, medianprops={"color": INK, "linewidth": 1.8},
+    )  # fmt: skip
+    for box, colour in zip(boxes["boxes"], ("#edae49", TUNED, "#30638e", BASE), strict=True):
+        box.set(facecolor=colour, alpha=0.8, edgecolor=INK)
     axis.invert_yaxis()
     longest = int(parts["whole row"].max())
     if limit < 1.5 * longest:
         axis.axvline(limit, color=INK, linewidth=1.6, linestyle="--")
         axis.text(limit, 0.45, " max_seq_length", color=INK, fontsize=9, va="bottom", ha="right")
-    axis.set(
-        title=f"{len(frame)} training rows: the longest has {longest} tokens, the limit is {limit}", xlabel="tokens"
-    )
-    axis.set_xlim(left=0)
+    title = f"{len(frame)} training rows: the longest has {longest} tokens, the limit is {limit}"
+    _finish(axis, title, xlabel="tokens", xlim=(0, None))
     return _save(figure, path)
 
 
 def draw_loss(log: pd.DataFrame, path: Path) -> Path:
     """Training loss by step with a running mean, and the learning rate (columns step, loss, learning_rate)."""
-    figure, (left, right) = _figure(2, 10, 3.4)
+    figure = Figure(figsize=(10, 3.4), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
     if len(log):
         left.plot(log["step"], log["loss"], color=BASE, linewidth=1, label="each step")
         smooth = log["loss"].rolling(max(2, len(log) // 15), min_periods=1).mean()
@@ -76,8 +64,8 @@ def draw_loss(log: pd.DataFrame, path: Path) -> Path:
         right.plot(log["step"], log["learning_rate"], color="#30638e", linewidth=2)
     else:
         left.text(0.5, 0.5, "no steps were taken", ha="center", transform=left.transAxes)
-    left.set(title="Training loss", xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
-    right.set(title="Learning rate", xlabel="optimizer step", ylim=(0, None))
+    _finish(left, "Training loss", xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
+    _finish(right, "Learning rate", xlabel="optimizer step", ylim=(0, None))
     return _save(figure, path)
 
 
@@ -88,8 +76,6 @@ def draw_comparison(base: Evaluation, tuned: Evaluation, metrics: dict, path: Pa
 
 def compose_comparison(base: Evaluation, tuned: Evaluation, metrics: dict):
     """`draw_comparison`'s matplotlib Figure; `metrics` is what comparison/metrics.json holds."""
-    from matplotlib.figure import Figure  # see _figure
-
     rows = 1 + len(metrics["secondary"])
     heights = (max(3.9, 1.9 + 0.34 * rows), 4.1)
     figure = Figure(figsize=(11, sum(heights)), dpi=130, layout="constrained")
@@ -105,8 +91,15 @@ def compose_comparison(base: Evaluation, tuned: Evaluation, metrics: dict):
 
 
 def _draw_bars(axis, metrics: dict) -> None:
-    """Both models' means with their intervals: accuracies, else the other shares, else the losses."""
-    title, chosen = _choose_bars((metrics["primary"], *metrics["secondary"]))
+    """Both models' means with their intervals, of up to three results that share an axis: accuracies, else the other
+    shares, else the losses."""
+    results = (metrics["primary"], *metrics["secondary"])
+    choices = (
+        ("Right answers", [result for result in results if "accuracy" in result["label"]]),
+        ("Form of the answers", [result for result in results if result["unit"] == "share"]),
+        ("Held-out loss", [result for result in results if result["unit"] == "nats per token"]),
+    )
+    title, chosen = next((title, found[:3]) for title, found in choices if found)
     share = all(result["unit"] == "share" for result in chosen)
     scale, unit = (100, " %" if len(chosen) < 3 else "") if share else (1, "")  # three pairs leave no room for units
     for offset, model, colour, name in ((-0.2, "base", BASE, "base"), (0.2, "tuned", TUNED, "fine-tuned")):
@@ -119,31 +112,20 @@ def _draw_bars(axis, metrics: dict) -> None:
             axis.annotate(words, (x, high), (0, 4), textcoords="offset points", ha="center", color=INK)
     labels = [fill(result["label"], max(11, 33 // len(chosen)), break_long_words=False) for result in chosen]
     axis.set_xticks(range(len(chosen)), labels)
-    axis.set_xlim(-0.6, len(chosen) - 0.4)
     if share:
-        axis.set_ylim(0, 120)
         axis.set_yticks([0, 25, 50, 75, 100], ["0", "25 %", "50 %", "75 %", "100 %"])
-    else:
-        axis.set(ylabel="nats per token", ylim=(0, 1.15 * axis.get_ylim()[1]))
     axis.legend(frameon=False, loc="upper left", ncols=2, columnspacing=1.2, handlelength=1.2)
-    _finish(axis, f"{title}, 95 % intervals")
-
-
-def _choose_bars(results: Sequence[dict]) -> tuple[str, list[dict]]:
-    """A title and up to three results that share an axis: what matters most of what was measured."""
-    choices = (
-        ("Right answers", [result for result in results if "accuracy" in result["label"]]),
-        ("Form of the answers", [result for result in results if result["unit"] == "share"]),
-        ("Held-out loss", [result for result in results if result["unit"] == "nats per token"]),
-    )
-    return next((title, found[:3]) for title, found in choices if found)
+    top = 120 if share else 1.15 * axis.get_ylim()[1]
+    span = {"xlim": (-0.6, len(chosen) - 0.4), "ylim": (0, top)}
+    _finish(axis, f"{title}, 95 % intervals", ylabel="" if share else "nats per token", **span)
 
 
 def _draw_reasoning(axis, base: pd.DataFrame, tuned: pd.DataFrame) -> None:
     """Tokens of reasoning of both models, and the token cap where it cut answers off."""
-    _finish(axis, "Length of the reasoning")
+    _finish(axis, "Length of the reasoning", xlabel="tokens", ylabel="answers")
     if not len(base):
-        return _write_instead(axis, "no answers were generated in this run")
+        _write_instead(axis, "no answers were generated in this run")
+        return
     frames = {"base": base, "fine-tuned": tuned}
     cut = pd.concat([frame.loc[frame["stopped"] == 0, "tokens"] for frame in frames.values()])
     top = max(*(frame["reasoning_tokens"].max() for frame in frames.values()), cut.max() if len(cut) else 0, 1)
@@ -160,15 +142,14 @@ def _draw_reasoning(axis, base: pd.DataFrame, tuned: pd.DataFrame) -> None:
         axis.text(cut.max(), axis.get_ylim()[1] * 0.93, f"cap: {cut.max():.0f} tokens ", ha="right", color=INK)
     axis.legend(frameon=False, loc="upper left")
     axis.yaxis.get_major_locator().set_params(integer=True)
-    axis.set(xlabel="tokens", ylabel="answers")
-    return None
 
 
 def _draw_losses(axis, base_loss: pd.DataFrame, tuned_loss: pd.DataFrame) -> None:
     """One point for each held-out row: below the diagonal, fine-tuning made the reference less surprising."""
-    _finish(axis, "Loss on each held-out row")
+    _finish(axis, "Loss on each held-out row", xlabel="base (nats per token)", ylabel="fine-tuned")
     if not len(base_loss):
-        return _write_instead(axis, "no held-out losses in this run")
+        _write_instead(axis, "no held-out losses in this run")
+        return
     base, tuned = base_loss["completion"], tuned_loss["completion"]
     top = max(base.max(), tuned.max()) * 1.08 or 1.0
     axis.fill_between([0, top], [0, top], color=TUNED, alpha=0.07, linewidth=0)
@@ -176,17 +157,11 @@ def _draw_losses(axis, base_loss: pd.DataFrame, tuned_loss: pd.DataFrame) -> Non
     axis.scatter(base, tuned, s=16, color=TUNED, alpha=0.55, edgecolor="none", clip_on=False)
     axis.text(top * 0.04, top * 0.93, f"lower in {(tuned < base).sum()} of {len(base)} rows", color=INK)
     axis.text(top * 0.97, top * 0.5, "fine-tuned\nbetter", ha="right", va="center", color=TUNED)
-    axis.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel="base (nats per token)", ylabel="fine-tuned")
-    return None
-
-
-def _finish(axis, title: str) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(title, loc="left", color=INK)
+    axis.set(xlim=(0, top), ylim=(0, top), aspect="equal")
 
 
 def _write_instead(axis, words: str) -> None:
     """A panel that has nothing to show says why."""
     axis.text(0.5, 0.5, words, ha="center", va="center", color=INK, transform=axis.transAxes)
-    axis.set(xticks=[], yticks=[])
+    axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
     axis.spines[:].set_visible(False)
