@@ -12,7 +12,7 @@ import pytest
 from utils.config import load_config
 from utils.data.rows import check_rows, find_commits, read_benchmark, read_table, write_split
 from utils.data.split import split_rows
-from utils.errors import DataError, HardwareError
+from utils.errors import DataError
 from utils.schema import Config
 
 ROWS = [
@@ -145,24 +145,6 @@ def test_a_parquet_file_is_read_once_and_its_folders_name_is_no_column(tmp_path,
     frame = read_table(path)
     assert len(reads) == 1 and frame.to_dict("records") == ROWS
     pd.testing.assert_frame_equal(frame, pd.read_parquet(path))
-
-
-@pytest.mark.parametrize("suffix", list(WRITERS))
-def test_a_lack_of_memory_is_not_told_as_a_wrong_file(tmp_path, suffix, monkeypatch):
-    import pyarrow
-
-    path = tmp_path / f"rows{suffix}"
-    WRITERS[suffix](pd.DataFrame(ROWS), path)
-
-    def read(*_, **__):
-        raise pyarrow.ArrowMemoryError("malloc of size 64 failed")
-
-    monkeypatch.setattr("pyarrow.parquet.read_table", read)
-    monkeypatch.setattr("utils.data.rows.parse_json", read)
-    monkeypatch.setattr("pandas.read_csv", read)
-    with pytest.raises(HardwareError) as caught:
-        read_table(path)
-    assert f"{path.name} does not fit into memory" in str(caught.value) and str(caught.value).endswith(".")
 
 
 def test_a_json_file_of_one_object_is_told_that_a_list_is_expected(tmp_path):

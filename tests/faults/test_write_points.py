@@ -37,7 +37,7 @@ ELSEWHERE = {
     "generation._set_aside_torn_lines": "after a kill; through files.write_text",
     "progress._tell": "what it cannot write is left out: tests/test_progress.py",
     "launch.write_recipe": "several GPUs; through files.write_text",
-    "launch.run_worker": "several GPUs: the other processes' log",
+    "launch.run_worker": "several GPUs: what the first process prints",
     "workers._launch": "several GPUs: their logs",
     "probe.probe_letters": "evaluate.probe; through files.write_text",
     "gguf.write_gguf": "needs llama.cpp: tests/test_disk.py",

@@ -19,7 +19,6 @@ from utils.models.unsloth_patches import (
     choose_attention,
     forget_cache,
     free_copied_cache,
-    require_version,
 )
 from utils.project import ROOT
 from utils.training.step_plan import StepPlan
@@ -120,11 +119,11 @@ def test_the_plain_backend_never_packs_where_samples_would_see_each_other(traini
     assert batch["input_ids"].shape[0] == 4  # each row a sequence of its own
 
 
-def test_another_unsloth_than_the_pinned_one_is_refused_by_a_sentence():
+def test_another_unsloth_than_the_pinned_one_is_refused_by_a_sentence(monkeypatch):
     assert f"unsloth=={MADE_FOR} " in (ROOT / "requirements.txt").read_text(encoding="utf-8")
-    require_version(MADE_FOR)
+    monkeypatch.setattr(packing, "version", lambda _: "2099.1.1")
     with pytest.raises(PinError, match=r"unsloth 2099\.1\.1 is installed; its patches here were made for"):
-        require_version("2099.1.1")
+        packing.patch_unsloth()
 
 
 def tensors(batch: int = 3, heads: int = 8, kv_heads: int = 2, length: int = 17, size: int = 16, count: int = 1):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.recipe import notebook_functions
 from utils.errors import TrainingError
 from utils.models.load import transformer_layers
 from utils.project import ROOT
-from utils.training import train as training
-from utils.training.callbacks import HealthCallback, ProgressCallback, RecomputeCallback
+from utils.training import train_adapter
+from utils.training.callbacks import HealthCallback, RecomputeCallback
 
 
 def logged(health: HealthCallback, step: int, **logs) -> dict:
@@ -128,7 +129,7 @@ distributed.destroy_process_group()
     assert said == [str(due == 0)] * 2
 
 
-def test_the_bar_is_closed_where_training_ends_by_an_error(monkeypatch):
+def test_the_bar_is_closed_where_training_ends_by_an_error(training_run, monkeypatch):
     bars = []
 
     class Bar:
@@ -143,14 +144,13 @@ def test_the_bar_is_closed_where_training_ends_by_an_error(monkeypatch):
             self.closed = True
 
     monkeypatch.setattr("utils.training.callbacks.Progress", Bar)
-    bar = ProgressCallback()
+    load_with_lora, make_trainer = notebook_functions()
 
-    def train(resume_from_checkpoint):
-        bar.on_train_begin(None, SimpleNamespace(max_steps=3, global_step=0), None)
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    def failing(*arguments):
+        trainer = make_trainer(*arguments)
+        trainer.training_step = lambda *_, **__: 1 / 0
+        return trainer
 
-    trainer = SimpleNamespace(train=train, callback_handler=SimpleNamespace(callbacks=[HealthCallback(), bar]))
-    assert training._train(trainer, None) is False and [one.closed for one in bars] == [True]
-    early = SimpleNamespace(train=lambda **_: 1 / 0, callback_handler=SimpleNamespace(callbacks=[ProgressCallback()]))
-    with pytest.raises(ZeroDivisionError):  # an error before the first step hides behind no other
-        training._train(early, None)
+    with pytest.raises(ZeroDivisionError):
+        train_adapter(training_run(), load_with_lora, failing)
+    assert [bar.closed for bar in bars] == [True]

@@ -2,22 +2,13 @@
 
 from importlib import import_module
 
-_SURFACE = {  # name: module
-    "load_rows": "rows",
-    "load_benchmarks": "benchmarks",
-    "load_items": "benchmarks",
-    "describe_primary": "benchmarks",
-    "find_commits": "rows",
-    "read_table": "rows",
-    "read_benchmark": "rows",
-    "split_rows": "split",
-    "count_units": "split",
-    "write_split": "rows",
-    "write_frame": "rows",
-    "format_prompt": "prompts",
-    "format_row": "prompts",
-    "format_multiple_choice": "prompts",
+_MODULES = {  # module: its names
+    "rows": "load_rows find_commits read_table read_benchmark write_split write_frame",
+    "benchmarks": "load_benchmarks load_items describe_primary",
+    "split": "split_rows count_units",
+    "prompts": "format_prompt format_row format_multiple_choice",
 }
+_SURFACE = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_SURFACE)
 
 

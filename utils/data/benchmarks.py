@@ -16,7 +16,7 @@ from utils.files import parse_json
 from utils.schema import BenchmarkSection, Config, EvaluateSection
 
 COLUMNS = ("id", "benchmark", "question", "options", "gold", "group", "stem")
-_KNOWN = ("medmcqa", "pubmedqa", "medqa")
+_TELLING = {"medmcqa": {"opa", "cop"}, "pubmedqa": {"final_decision"}, "medqa": None}  # columns that others lack
 _MEDQA = ("question", "options", "answer_idx")
 _MEDMCQA = ("question", "opa", "opb", "opc", "opd", "cop")
 _PUBMEDQA = ("question", "final_decision")
@@ -26,37 +26,36 @@ def load_benchmarks(evaluate: EvaluateSection) -> pd.DataFrame | None:
     """The drawn items of all benchmarks, or None where none is named.
 
     Columns: id (unique; `name:` comes before it in all but the first benchmark), benchmark (its name), question (as it
-    is asked), options (dict of letter to text), gold (a letter), group (near duplicates share one; otherwise the id) and
-    stem (the question alone, without PubMedQA's abstract: what near duplicates are compared by). As many items as `rows`
-    asks for are drawn by evaluate.seed, in the order of the file.
-
-    Raises DataError for another schema, an empty question, fewer than two options, a gold letter that is not among
-    them, duplicate ids, or more items asked for than there are.
+    is asked), options (dict of letter to text), gold (a letter), group (near duplicates share the first one's id) and
+    stem (the question without PubMedQA's abstract: what near duplicates are compared by). As many items as `rows` asks
+    for are drawn by evaluate.seed, in the order of the file. Raises DataError for items that are not as expected.
     """
     frames: list[pd.DataFrame] = []
     for section in evaluate.benchmarks:
         key = "evaluate.benchmark" if section is evaluate.benchmark else "evaluate.more_benchmarks"
-        table, source = _read(section, key)
-        items = _check(_convert(table, source, section.split), source)
+        items, source, name = _read(section, key)
         if section.rows > len(items):
             raise DataError(f"{key}.rows asks for {section.rows} items; {source} has {len(items)}.")
         chosen = np.sort(np.random.default_rng(evaluate.seed).permutation(len(items))[: section.rows])
         items = items.iloc[chosen].reset_index(drop=True)
-        items["benchmark"] = _free_name(_name(section, table), {frame["benchmark"].iloc[0] for frame in frames})
+        taken = {frame["benchmark"].iloc[0] for frame in frames}
+        names = (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3)))
+        items["benchmark"] = next(one for one in names if one not in taken)
         if frames:
             items["id"] = items["benchmark"] + ":" + items["id"]
         frames.append(items)
     if not frames:
         return None
     together = pd.concat(frames, ignore_index=True)
-    together["group"] = _group(together)
+    pairs = near_pairs(vectorise(list(together["stem"])))
+    numbers = pd.Series(group_duplicates(len(together), (pairs.left, pairs.right)))
+    together["group"] = together["id"].groupby(numbers).transform("first")
     return together[list(COLUMNS)]
 
 
 def load_items(section: BenchmarkSection) -> pd.DataFrame:
     """All items of one benchmark, for the letter probe: id, question, options and gold; raises as `load_benchmarks`."""
-    table, source = _read(section, "evaluate.benchmark")
-    return _check(_convert(table, source, section.split), source)[["id", "question", "options", "gold"]]
+    return _read(section, "evaluate.benchmark")[0][["id", "question", "options", "gold"]]
 
 
 def describe_primary(config: Config) -> str:
@@ -69,12 +68,17 @@ def describe_primary(config: Config) -> str:
     return text
 
 
-def _read(section: BenchmarkSection, key: str) -> tuple[pd.DataFrame, str]:
-    """(the table as it is stored, what to call it in messages)."""
+def _read(section: BenchmarkSection, key: str) -> tuple[pd.DataFrame, str, str]:
+    """(all items, their source for messages, the benchmark's name: one of the known ones by name or columns, else its own)."""
     if section.path is not None:
-        return read_table(section.path, f"{key}.path", _MEDQA), section.path.name
-    name = str(section.name)
-    return load_hub_table(name, section.subset, section.revision, section.split, f"{key}.path"), name
+        source, own = section.path.name, section.path.stem
+        table = read_table(section.path, f"{key}.path", _MEDQA)
+    else:
+        source, own = str(section.name), str(section.name).rsplit("/", 1)[-1]
+        table = load_hub_table(source, section.subset, section.revision, section.split, f"{key}.path")
+    columns, folded = {str(column).lower() for column in table.columns}, own.lower().replace("-", "").replace("_", "")
+    known = (name for name, its in _TELLING.items() if name in folded or (its and its <= columns))
+    return _check(_convert(table, source, section.split), source), source, next(known, own)
 
 
 def _convert(table: pd.DataFrame, source: str, split: str) -> pd.DataFrame:
@@ -118,11 +122,10 @@ def _options(cell: Any) -> Any:
 
 def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
     """The right option counts from 0 on the Hub and from 1 in the original files; a 0 or a 4 somewhere tells which."""
-    try:
-        right = [_whole_number(cell) for cell in table["cop"]]
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{source}: cop must be a whole number, the right option's place (MedMCQA).") from None
-    values = set(right)
+    right = pd.to_numeric(table["cop"], errors="coerce").astype(float)
+    if right.isna().any() or (right % 1 != 0).any():
+        raise DataError(f"{source}: cop must be a whole number, the right option's place (MedMCQA).")
+    values = {int(place) for place in right}
     if -1 in values:
         raise DataError(f"{source} has items without a right option (cop is -1); take MedMCQA's split validation.")
     if (0 in values) == (4 in values) or not values <= set(range(5)):
@@ -132,14 +135,7 @@ def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
         )
     letters = "ABCD" if 0 in values else " ABCD"
     options = [_options(dict(zip("ABCD", cells, strict=True))) for cells in table[list(_MEDMCQA[1:5])].to_numpy()]
-    return pd.DataFrame({"question": table["question"], "options": options, "gold": [letters[i] for i in right]})
-
-
-def _whole_number(cell: Any) -> int:
-    """Not by int() alone, which makes 1 of 1.9 and of True: another option would count as the right one."""
-    if isinstance(cell, (bool, np.bool_)) or not float(cell).is_integer():
-        raise ValueError(f"{cell!r} is no whole number")
-    return int(float(cell))
+    return pd.DataFrame({"question": table["question"], "options": options, "gold": [letters[int(i)] for i in right]})
 
 
 def _from_pubmedqa(table: pd.DataFrame) -> pd.DataFrame:
@@ -185,28 +181,3 @@ def _check(items: pd.DataFrame, source: str) -> pd.DataFrame:
     if items["id"].duplicated().any():
         raise DataError(f"{source}: the id {items.loc[items['id'].duplicated(), 'id'].iloc[0]} occurs twice.")
     return items
-
-
-def _name(section: BenchmarkSection, table: pd.DataFrame) -> str:
-    """medqa, medmcqa or pubmedqa by the name or by columns that only they have; otherwise the file's or data set's."""
-    own = section.path.stem if section.path is not None else str(section.name).rsplit("/", 1)[-1]
-    columns = {str(column).lower() for column in table.columns}
-    folded = own.lower().replace("-", "").replace("_", "")
-    for name, telling in zip(_KNOWN, ({"opa", "cop"}, {"final_decision"}, None), strict=True):
-        if name in folded or (telling and telling <= columns):
-            return name
-    return own
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
-
-
-def _group(items: pd.DataFrame) -> list[str]:
-    """The id of the first item of those that are near duplicates of each other."""
-    pairs = near_pairs(vectorise(list(items["stem"])))
-    numbers = group_duplicates(len(items), (pairs.left, pairs.right))
-    first: dict[int, str] = {}
-    for number, item_id in zip(numbers, items["id"], strict=True):
-        first.setdefault(number, item_id)
-    return [first[number] for number in numbers]

@@ -1,13 +1,8 @@
 """Near duplicates of short texts: one question in other words, found by the character sequences that two texts share.
 
-The measure is the cosine of TF-IDF vectors over character 3- to 5-grams within words, with four changes that exam
-questions call for. The wording that all of them share ("which of the following is the most likely ...") counts little;
-the document frequencies are smoothed, so that ten texts are judged like ten thousand; a short text is not held to the
-full length of a long one (pivoted length normalisation, Singhal et al. 1996), since a rewritten vignette drops half of
-it; and a few words in common prove less than many. Identical texts need not have a cosine of 1: compare those exactly.
-
-At the threshold of 0.5 all of 64 reworded questions (tests/planted/) are found among 534 real ones, 63 among 20,000
-(benchmarks/results/split.json), where the plain measure finds 24 of 54; 22 unrelated pairs of 662 texts are joined.
+The measure: cosine of TF-IDF vectors over character 3- to 5-grams within words, where the wording that exam questions
+share counts little, frequencies are smoothed for small sets, a short text is not held to a long one's length (Singhal et
+al. 1996), and few words in common prove less than many. At 0.5 all of 64 reworded questions (tests/planted/) are found.
 """
 
 from __future__ import annotations
@@ -17,7 +12,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from scipy import sparse
@@ -64,11 +58,6 @@ class Pairs:
     right: np.ndarray
     cosine: np.ndarray
 
-    def best_for_left(self) -> dict[int, tuple[int, float]]:
-        """{left: (right, cosine)} of each left text's nearest."""
-        order = np.argsort(self.cosine, kind="stable")  # the last one written wins
-        return {int(self.left[k]): (int(self.right[k]), float(self.cosine[k])) for k in order}
-
 
 def normalise(text: str) -> str:
     """Case, width and spacing folded: two questions that differ in these only are one."""
@@ -77,8 +66,10 @@ def normalise(text: str) -> str:
 
 def vectorise(texts: Sequence[str]) -> Vectors:
     """All texts over one vocabulary; what is to be compared has to go through one call together."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
     words = [re.findall(r"\w+", normalise(text)) or [normalise(text)] for text in texts]
-    common = _common_words()
+    common = ENGLISH_STOP_WORDS | frozenset(_BOILERPLATE)
     content = _weigh([" ".join([word for word in text if word not in common] or text) for text in words])
     wording = _weigh([" ".join(word for word in text if word in common) for text in words])
     parts = [content, _BOILERPLATE_WEIGHT * wording]
@@ -128,12 +119,9 @@ def _multiply(left: Vectors, right: Vectors, threshold: float | None) -> Pairs:
     most, threads = min(_MOST_NEIGHBOURS, len(right.lengths)), min(8, os.cpu_count() or 1)
     product = sp_matmul_topn(left.matrix, right.matrix.T.tocsr(), top_n=most, threshold=threshold, n_threads=threads)
     found = product.tocoo()
-    return Pairs(found.row, found.col, _correct(found.data, left.lengths[found.row], right.lengths[found.col]))
-
-
-def _correct(product: np.ndarray, one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    one, two = left.lengths[found.row], right.lengths[found.col]
     correction = np.minimum(np.sqrt(np.maximum(one, two) / np.minimum(one, two)), _MOST_CORRECTION)
-    return np.minimum(product * correction * _SCALE, 1.0)
+    return Pairs(found.row, found.col, np.minimum(found.data * correction * _SCALE, 1.0))
 
 
 def _weigh(texts: list[str]) -> sparse.csr_matrix:
@@ -154,11 +142,3 @@ def _weigh(texts: list[str]) -> sparse.csr_matrix:
 
 def _inverse_frequency(frequency: np.ndarray | int, texts: int) -> np.ndarray | float:
     return 1 + np.log((1 + _PRIOR_TEXTS + texts) / (1 + frequency))
-
-
-@cache
-def _common_words() -> frozenset[str]:
-    """English function words, and the wording of exam questions."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
-    return ENGLISH_STOP_WORDS | frozenset(_BOILERPLATE)

@@ -11,10 +11,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from utils.data.near_duplicates import normalise
-from utils.errors import DataError, HardwareError
+from utils.errors import DataError
 from utils.files import atomic, is_there, parse_json, write_json, write_text
 from utils.schema import EMBEDDED, Config, DataSection
 
@@ -22,11 +23,7 @@ COLUMNS = ("Question", "Complex_CoT", "Response")
 
 
 def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] = COLUMNS) -> pd.DataFrame:
-    """A local JSONL, JSON, CSV or Parquet file as it stands; `setting` and `columns` are for the messages.
-
-    Raises DataError where it is missing, empty, of another kind, or not what its name says, HardwareError where it does
-    not fit into memory.
-    """
+    """A local JSONL, JSON, CSV or Parquet file as it stands; `setting` and `columns` are for DataError's messages."""
     expected = f"expected rows with {', '.join(columns)}"
     if not is_there(path) or not path.is_file():
         raise DataError(f"There is no data file {path}; check {setting}, or leave it out for the profile's own data.")
@@ -37,11 +34,6 @@ def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] 
         raise DataError(f"{path.name} is empty; {expected}.")
     try:
         frame = reader(path)
-    except MemoryError:  # also what a Parquet file asks for whose sizes are damaged
-        raise HardwareError(
-            f"{path.name} does not fit into memory ({path.stat().st_size / 1e6:.1f} MB on disk); give fewer rows or more "
-            "memory, or, where it is small, another copy of it."
-        ) from None
     except Exception as error:  # pyarrow and pandas have a type for each kind of damage
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DataError(f"{path.name} is not {path.suffix.lstrip('.').upper()}: {reason}. Mend or rename it.") from None
@@ -76,22 +68,18 @@ def check_rows(frame: pd.DataFrame, source: str) -> pd.DataFrame:
 def load_rows(config: DataSection) -> tuple[pd.DataFrame, list[dict]]:
     """(checked rows of a local file or a Hub data set with their place in it as `row`, entries of those dropped).
 
-    A blank cell among the Hub's rows, which nobody here can mend, costs that row; in a local file it is an error.
-    Raises DataError, also where the Hub cannot be reached.
+    A blank cell costs a row of the Hub's, which nobody here can mend; in a local file it is a DataError.
     """
     if config.path is not None:
         rows = check_rows(read_table(config.path), config.path.name)
         return rows.assign(row=range(1, len(rows) + 1)), []
     table = load_hub_table(config.name, config.subset, config.revision, "train", "data.path")
     blank = table.reindex(columns=COLUMNS, fill_value="text").map(_is_blank)
-    lost = blank.any(axis=1)
-    dropped = [
-        {"row": i + 1, "reason": f"{blank.iloc[i].idxmax()} is empty"} for i in range(len(table)) if lost.iloc[i]
-    ]
-    if len(dropped) == len(table):
+    lost = blank.any(axis=1).to_numpy()
+    dropped = [{"row": int(i) + 1, "reason": f"{blank.iloc[i].idxmax()} is empty"} for i in np.flatnonzero(lost)]
+    if lost.all():
         raise DataError(f"{config.name} has no row without an empty cell; expected text in {', '.join(COLUMNS)}.")
-    places = [i + 1 for i in range(len(table)) if not lost.iloc[i]]
-    return check_rows(table[~lost], config.name).assign(row=places), dropped
+    return check_rows(table[~lost], config.name).assign(row=np.flatnonzero(~lost) + 1), dropped
 
 
 def load_hub_table(name: str, subset: str | None, revision: str | None, split: str, setting: str) -> pd.DataFrame:
@@ -112,15 +100,14 @@ def find_commits(config: Config) -> dict[str, Any]:
 
     A data set that the Hub does not answer for is left out. A list has no dotted keys, so more_benchmarks is given whole.
     """
-    found: dict[str, Any] = {}
-    for key, section in (("data", config.data), ("evaluate.benchmark", config.evaluate.benchmark)):
-        if commit := _find_commit(section):
-            found[f"{key}.revision"] = commit
-    commits = [_find_commit(section) for section in config.evaluate.more_benchmarks]
+    sections = {"data.revision": config.data, "evaluate.benchmark.revision": config.evaluate.benchmark}
+    found: dict[str, Any] = {key: commit for key, one in sections.items() if (commit := _find_commit(one))}
+    more = config.evaluate.more_benchmarks
+    commits = [_find_commit(section) for section in more]
     if any(commits):
-        pairs = zip(config.evaluate.more_benchmarks, commits, strict=True)
         found["evaluate.more_benchmarks"] = [
-            section.model_dump(mode="json") | ({"revision": commit} if commit else {}) for section, commit in pairs
+            section.model_dump(mode="json") | {"revision": commit or section.revision}
+            for section, commit in zip(more, commits, strict=True)
         ]
     return found
 
@@ -202,8 +189,7 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
         try:
             row = parse_json(line) if line.strip() else None
         except ValueError as error:
-            half = "half of a character" in str(error)
-            raise ValueError(f"line {number}: {error}" if half else f"line {number} is no JSON object") from None
+            raise ValueError(f"line {number} is no JSON object") from error
         if row is not None and not isinstance(row, dict):
             raise ValueError(f"line {number} is no JSON object")
         rows += [] if row is None else [row]

@@ -12,14 +12,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from utils.data.near_duplicates import (
-    Vectors,
-    group_duplicates,
-    largest_cosine,
-    near_pairs,
-    normalise,
-    vectorise,
-)
+from utils.data.near_duplicates import Vectors, group_duplicates, largest_cosine, near_pairs, normalise, vectorise
 from utils.data.rows import COLUMNS, check_rows, load_rows
 from utils.data.synthetic import tuning_rows
 from utils.errors import DataError
@@ -31,23 +24,23 @@ TUTORIAL_QUESTION = (
     "no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what would cystometry "
     "most likely reveal about her residual volume and detrusor contractions?"
 )
+_ANSWERS = ["Complex_CoT", "Response"]
 _SAME_TEXT = 0.95  # at least this cosine: the tutorials' question itself, with a character more or less
 _DUPLICATE = "same question as an earlier row"
 _NEAR_ITEM = "near duplicate of a benchmark item"
 _NEAR_TUTORIAL = "near duplicate of the tutorials' example question"
 _TUTORIAL = "the tutorials' example question, kept to be shown"
 
-Excluded = list[tuple[int, str, int]]  # position of a row, reason, position of the row that it is tied to
+# Positions of training rows, of held-out rows, and of excluded rows with the reason and the row that each is tied to
+Drawn = tuple[np.ndarray, np.ndarray, list[tuple[int, str, int]]]
 
 
 def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     """(train, held-out, report), fixed by data.seed and the benchmark's items; both frames have a `group` column.
 
     The report accounts for every row of the source: `train_rows`, `eval_rows`, each entry of `dropped` and `excluded`,
-    and `not_drawn` (left over where data.train_rows asks for fewer) add up to `source_rows`. Its `contamination` holds
-    what was looked for and the largest cosines that are left; its `tutorial_question` is the tutorials' row, or empty.
-
-    Raises DataError where more held-out rows are asked for than there are, or more questions than held-out rows.
+    and `not_drawn` (left over where data.train_rows asks for fewer) add up to `source_rows`. Raises DataError where more
+    held-out rows are asked for than there are, or more questions than held-out rows.
     """
     data, asked = config.data, config.evaluate.questions
     if asked is not None and asked > data.eval_rows:
@@ -61,8 +54,10 @@ def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[p
             "evaluate.primary is accuracy, but the rows have no answer and choices that a rule can check; "
             "take nll, or multiple_choice with a benchmark."
         )
-    if data.shuffle_answers:
-        train = _shuffle_answers(train, data.seed)
+    if data.shuffle_answers:  # a control that must come out worse: every question with another row's answer
+        order = np.random.default_rng(data.seed).permutation(len(train))
+        train = train.reset_index(drop=True)
+        train.loc[order, _ANSWERS] = train.loc[np.roll(order, 1), _ANSWERS].to_numpy()
     report = {
         "source": "embedded synthetic data" if config.embedded_data else str(data.path or data.name),
         "revision": data.revision,
@@ -70,16 +65,15 @@ def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[p
         "train_rows": len(train),
         "train_rows_asked_for": data.train_rows,
         "eval_rows": len(held_out),
-        "train_sha256": ids_digest(train),
-        "eval_sha256": ids_digest(held_out),
+        "train_sha256": _digest(train),  # of the ids in order: splits with the same digests hold the same questions
+        "eval_sha256": _digest(held_out),
         "benchmark_commits": {s.name: s.revision for s in config.evaluate.benchmarks if s.path is None},
         **found,
     }
     return train.reset_index(drop=True), held_out.reset_index(drop=True), report
 
 
-def ids_digest(frame: pd.DataFrame) -> str:
-    """sha256 over the rows' ids in order: two splits with the same digest hold the same questions."""
+def _digest(frame: pd.DataFrame) -> str:
     return hashlib.sha256("\n".join(frame["id"]).encode()).hexdigest()
 
 
@@ -93,32 +87,26 @@ def count_units(config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame 
     return asked["group" if "group" in asked else "id"].nunique()
 
 
-def _shuffle_answers(train: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """A control that must come out worse: every question with the reasoning and the response of another row."""
-    order = np.random.default_rng(seed).permutation(len(train))
-    answers = ["Complex_CoT", "Response"]
-    swapped = train.reset_index(drop=True)
-    swapped.loc[order, answers] = swapped.loc[np.roll(order, 1), answers].to_numpy()
-    return swapped
-
-
 def _split_embedded(data: DataSection) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     """Rows from templates, which every two of them share: their rule keeps both parts apart, and nothing is measured."""
     train = check_rows(pd.DataFrame(tuning_rows("train", data.train_rows or 960)), "demo data")
     pool = check_rows(pd.DataFrame(tuning_rows("test")), "demo data")
     _require_rows(data.eval_rows, len(pool))
     held_out = pool.head(data.eval_rows)
-    found = {
-        "rule": "written from templates by rule: training and held-out questions share no triple of findings, so near "
-        "duplicates are not looked for",
-        "source_rows": len(train) + len(pool),
-        "not_drawn": len(pool) - len(held_out),
-        "dropped": [],
-        "excluded": [],
-        "contamination": {},
-        "tutorial_question": {},
-    }
-    return train, held_out, found
+    return (
+        train,
+        held_out,
+        {
+            "rule": "written from templates by rule: training and held-out questions share no triple of findings, so near "
+            "duplicates are not looked for",
+            "source_rows": len(train) + len(pool),
+            "not_drawn": len(pool) - len(held_out),
+            "dropped": [],
+            "excluded": [],
+            "contamination": {},
+            "tutorial_question": {},
+        },
+    )
 
 
 def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
@@ -171,14 +159,16 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[pd
 def _drop_near(
     rows: pd.DataFrame, vectors: Vectors, benchmark: pd.DataFrame | None, stems: list[str], threshold: float
 ) -> tuple[np.ndarray, list[dict], dict]:
-    """Positions of the rows that are far enough from all items and from the tutorials' question; entries; the tutorials' row.
+    """(positions of rows far from all items and the tutorials' question, entries of the others, the tutorials' row).
 
     `vectors` are those of the rows, then the stems, then the tutorials' question.
     """
     count, near = len(rows), {}
     if threshold < 1:
         fixed = vectors.take(np.arange(count, len(vectors.lengths)))
-        near = near_pairs(vectors.take(np.arange(count)), fixed, threshold).best_for_left()
+        pairs = near_pairs(vectors.take(np.arange(count)), fixed, threshold)
+        order = np.argsort(pairs.cosine, kind="stable")  # each row's nearest is written last
+        near = {int(pairs.left[k]): (int(pairs.right[k]), float(pairs.cosine[k])) for k in order}
     places = {normalise(text): place for place, text in enumerate([*stems, TUTORIAL_QUESTION])}
     for position, text in enumerate(map(normalise, rows["Question"])):
         if text in places:  # two texts of the same words need not have a cosine of 1
@@ -197,10 +187,7 @@ def _drop_near(
 
 
 def _group(rows: pd.DataFrame, vectors: Vectors, threshold: float) -> tuple[list[str], np.ndarray]:
-    """(names, near-duplicate group numbers): a name joins near duplicates and rows of one `group` of the data's own.
-
-    It is the first such group's name, or the first row's id.
-    """
+    """(names, near-duplicate group numbers): near duplicates and rows of one `group` of the data's own share a name."""
     links: list = [(np.empty(0), np.empty(0))]
     if threshold < 1:
         pairs = near_pairs(vectors, threshold=threshold)
@@ -216,24 +203,20 @@ def _group(rows: pd.DataFrame, vectors: Vectors, threshold: float) -> tuple[list
     return [names[number] for number in joined], group_duplicates(len(rows), *links)
 
 
-def _draw_shuffled(
-    groups: np.ndarray, data: DataSection, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, Excluded]:
-    """(train, held out, excluded): whole groups are held out in shuffled order while they fit; of the rows then missing, a
-    part of the smallest other group makes up the number, and its other rows go nowhere."""
+def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Drawn:
+    """Whole groups are held out in shuffled order while they fit, then a part of the smallest other; its rest goes nowhere."""
     _require_rows(data.eval_rows, len(groups) - 1)
     order = rng.permutation(len(groups))
     members: dict[int, list[int]] = {}
     for position in order:
         members.setdefault(int(groups[position]), []).append(int(position))
-    held_out: list[int] = []
-    passed = []
+    held_out, passed = [], []
     for positions in members.values():
         if len(held_out) + len(positions) <= data.eval_rows:
             held_out += positions
         else:
             passed.append(positions)
-    excluded: Excluded = []
+    excluded = []
     if missing := data.eval_rows - len(held_out):
         divided = min(passed, key=len)
         held_out += divided[:missing]
@@ -249,10 +232,8 @@ def _draw_shuffled(
     return np.array(train[: data.train_rows]), np.array(held_out), excluded
 
 
-def _draw_after_first(
-    groups: np.ndarray, data: DataSection, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, Excluded]:
-    """(train, held out, excluded): the first rows train; held out are rows behind them that share no group with them."""
+def _draw_after_first(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Drawn:
+    """The first rows train; held out are rows behind them that share no group with them."""
     first, count = data.train_rows, len(groups)
     if first is None or first >= count:
         raise DataError(

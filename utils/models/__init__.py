@@ -2,32 +2,14 @@
 
 from importlib import import_module
 
-_SURFACE = {  # name: module
-    "load_model": "load",
-    "load_plain": "load",
-    "add_lora": "load",
-    "ready_for_inference": "load",
-    "prepare_device": "load",
-    "device": "load",
-    "torch_dtype": "load",
-    "is_unsloth": "load",
-    "keep_lora_in_float32": "load",
-    "transformer_layers": "load",
-    "count_fused_layers": "load",
-    "check_model": "tokenizer",
-    "model_source": "tokenizer",
-    "load_tokenizer": "tokenizer",
-    "guard_tokenizer": "tokenizer",
-    "make_prompt_format": "prompt_format",
-    "check_training_text": "prompt_format",
-    "tokenize_row": "prompt_format",
-    "count_reasoning": "prompt_format",
-    "free_memory": "memory",
-    "free_bytes": "memory",
-    "is_out_of_memory": "memory",
-    "sequences_that_fit": "memory",
-    "forget_cache": "unsloth_patches",
+_MODULES = {  # module: its names
+    "load": "load_model load_plain add_lora ready_for_inference prepare_device device torch_dtype is_unsloth keep_lora_in_float32 transformer_layers count_fused_layers",
+    "tokenizer": "check_model model_source load_tokenizer guard_tokenizer",
+    "prompt_format": "make_prompt_format check_training_text tokenize_row count_reasoning",
+    "memory": "free_memory free_bytes is_out_of_memory sequences_that_fit",
+    "unsloth_patches": "forget_cache",
 }
+_SURFACE = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_SURFACE)
 
 

@@ -21,10 +21,9 @@ _T4_GIB = 14.0
 
 
 def start_backend(config: Config) -> str:
-    """Choose and prepare `unsloth` or `transformers`; call it before anything imports transformers.
+    """Choose and prepare `unsloth`, which patches transformers and trl as it is imported, or `transformers`.
 
-    unsloth patches transformers and trl as it is imported, so it has to come first. Raises HardwareError where the
-    backend that was asked for cannot run here.
+    Raises HardwareError where the backend that was asked for cannot run here.
     """
     prepare_device(config)
     resolved = resolve_hardware(config.hardware)
@@ -49,8 +48,13 @@ def prepare_device(config: Config) -> None:
     if len(gpu_ids()) > 1 and "LOCAL_RANK" not in os.environ:
         # TRL raises for one process that sees two GPUs (sft_trainer.py), and unsloth would split batches badly.
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ids()[0]
-    if config.hardware.emulate_t4:
-        _emulate_t4()
+    if config.hardware.emulate_t4:  # compute and run out of memory as a T4 does
+        import torch
+
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        total = torch.cuda.get_device_properties(local_rank()).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, _T4_GIB / total), local_rank())
 
 
 def device(config: Config) -> str:
@@ -68,15 +72,13 @@ def torch_dtype(config: Config):
 def load_model(config: Config, adapter: Path | None = None, max_seq_length: int | None = None):
     """(model, tokenizer): the base model as configured, with a trained adapter on top where one is given.
 
-    On unsloth the base is loaded through FastLanguageModel, elsewhere through AutoModelForCausalLM; in 4-bit it is
-    NF4 with double quantisation either way. unsloth cuts whatever is longer than `max_seq_length` (model.max_seq_length
-    where none is given). Raises ModelError where the model cannot be loaded.
+    In 4-bit it is NF4 with double quantisation on both backends. unsloth cuts whatever is longer than `max_seq_length`
+    (model.max_seq_length where none is given). Raises ModelError where the model cannot be loaded.
     """
     if max_seq_length is not None:
         room = config.model.model_copy(update={"max_seq_length": max_seq_length})
         config = config.model_copy(update={"model": room})
-    load = _load_unsloth if start_backend(config) == "unsloth" else load_plain
-    source = model_source(config)
+    backend, source = start_backend(config), model_source(config)
     for folder, what in ((Path(source), "model"), (adapter, "adapter")):
         if folder is not None and folder.is_dir():
             require_safetensors(folder, what)
@@ -84,7 +86,21 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
     from safetensors import SafetensorError
 
     try:
-        model = load(config, source)
+        if backend == "unsloth":
+            from unsloth import FastLanguageModel
+
+            model, _ = FastLanguageModel.from_pretrained(
+                model_name=source,
+                revision=config.model.revision,
+                max_seq_length=config.model.max_seq_length,
+                dtype=torch_dtype(config),
+                load_in_4bit=config.model.load_in_4bit,
+                trust_remote_code=False,
+                use_exact_model_name=True,  # or the Hub id is silently remapped to a dynamically quantised repository
+            )
+            model.loaded_through_unsloth = True
+        else:
+            model = load_plain(config, source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"The model {source} could not be loaded ({first_line(error)}); expected a Hub id that can be reached, "
@@ -98,19 +114,20 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
 
 
 def add_lora(model, config: Config, **lora: Any):
-    """Wrap the base model with fresh LoRA weights; `lora` are arguments of peft.LoraConfig.
+    """Wrap the base model with fresh LoRA weights, and unsloth's fused kernels; `lora` are arguments of peft.LoraConfig.
 
-    Under unsloth this is FastLanguageModel.get_peft_model, which also installs its fused kernels; `all-linear` is the seven
-    projections of a Llama or Qwen there.
+    unsloth does not know `all-linear`: it gets the seven projections of a Llama or Qwen.
     """
     if lora.get("target_modules") == ["all-linear"]:
         lora["target_modules"] = list(LoraSection().target_modules) if is_unsloth(model) else "all-linear"
     if is_unsloth(model):
         from unsloth import FastLanguageModel
 
+        # "unsloth" moves activations to main memory; a step plan decides layer by layer, without that.
+        kind = True if config.train.step_plan == "auto" else "unsloth"
         return FastLanguageModel.get_peft_model(
             model,
-            use_gradient_checkpointing=_checkpointing(config),
+            use_gradient_checkpointing=kind if config.train.gradient_checkpointing else False,
             random_state=config.train.seed,
             max_seq_length=config.model.max_seq_length,
             **{key: value for key, value in lora.items() if key != "task_type"},
@@ -120,13 +137,6 @@ def add_lora(model, config: Config, **lora: Any):
 
     torch.manual_seed(config.train.seed)
     return get_peft_model(model, LoraConfig(**lora))
-
-
-def _checkpointing(config: Config) -> bool | str:
-    """unsloth's own kind moves activations to main memory; a step plan decides layer by layer, without them."""
-    if not config.train.gradient_checkpointing:
-        return False
-    return True if config.train.step_plan == "auto" else "unsloth"
 
 
 def ready_for_inference(model):
@@ -141,10 +151,7 @@ def ready_for_inference(model):
 
 
 def keep_lora_in_float32(model) -> None:
-    """Undo TRL's cast of LoRA weights to bfloat16, which fp16's gradient scaler cannot take (TRL issue 4901).
-
-    Call it after the trainer is built. To be retired with the TRL that leaves quantised models' adapters alone.
-    """
+    """Undo TRL's cast of LoRA weights to bfloat16, which fp16's scaler cannot take; after the trainer is built (TRL 4901)."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -179,22 +186,6 @@ def count_fused_layers(model) -> dict[str, int] | None:
     }
 
 
-def _load_unsloth(config: Config, source: str):
-    from unsloth import FastLanguageModel
-
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=source,
-        revision=config.model.revision,
-        max_seq_length=config.model.max_seq_length,
-        dtype=torch_dtype(config),
-        load_in_4bit=config.model.load_in_4bit,
-        trust_remote_code=False,
-        use_exact_model_name=True,  # or the Hub id is silently remapped to a dynamically quantised repository
-    )
-    model.loaded_through_unsloth = True
-    return model
-
-
 def load_plain(config: Config, source: str):
     """The model in `source` by plain transformers, in the run's dtype and quantisation, on its device."""
     import torch
@@ -218,13 +209,3 @@ def load_plain(config: Config, source: str):
         device_map={"": torch.device("cuda", local_rank()) if device(config) == "cuda" else "cpu"},
         quantization_config=four_bit,
     )
-
-
-def _emulate_t4() -> None:
-    """Make a larger GPU compute and run out of memory as a T4 does: no flash attention, no cuDNN attention, 14 GiB."""
-    import torch
-
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    total = torch.cuda.get_device_properties(local_rank()).total_memory / GIB
-    torch.cuda.set_per_process_memory_fraction(min(1.0, _T4_GIB / total), local_rank())

@@ -20,10 +20,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(model=None) -> None:
-    """Collect garbage and hand cached GPU blocks back to the driver, with what `model` kept of its last batch if given.
-
-    Drop your own references first.
-    """
+    """Hand what nobody refers to any more back to the driver, and what `model` kept of its last batch."""
     import torch
 
     if model is not None:
@@ -48,9 +45,8 @@ def free_bytes(device) -> int:
 def bytes_per_sequence(config, prompt_tokens: int, new_tokens: int, dtype_bytes: int) -> int:
     """What one sequence takes at its peak while a batch is generated, in bytes.
 
-    `config` is a transformers model configuration. The peak is the prompt's forward pass (activations of one layer
-    beside the cache so far) or the last step (the whole cache). Measured on 8B shapes without unsloth: 61 MiB for a
-    prompt of 256 tokens and few new ones, 182 for 760, 305 for 1,272.
+    The peak is the prompt's forward pass (activations of one layer beside the cache so far) or the last step (the whole
+    cache). Measured on 8B shapes without unsloth: 61 MiB for a prompt of 256 tokens and few new ones, 305 for 1,272.
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -22,8 +22,7 @@ def make_prompt_format(style: str, tokenizer) -> PromptFormat:
     """The text around a question and its answer that fits the tokenizer; `style` is a `prompt.style`.
 
     `chat` is the model's own template for the user's turn, with a think block opened where the template does not.
-    Raises ModelError where the style does not fit: no chat template, or one that closes, drops or moves the think block;
-    no end token, or none that is one token.
+    Raises ModelError where the style does not fit.
     """
     if style == "auto":
         style = "native" if USER in tokenizer.get_vocab() else "chat"
@@ -81,12 +80,7 @@ def find_end(tokenizer) -> str | None:
 
 
 def check_training_text(tokenizer, prompt: str, completion: str) -> None:
-    """Raise ModelError unless a row's tokens are its prompt's and its completion's, with BOS as the tokenizer adds it
-    (once or never) and one end token, the last.
-
-    A doubled BOS shifts a model out of what it was trained on; without the end token it never learns to stop; and where
-    the prompt's last token swallows the completion's first, the loss mask is off by one.
-    """
+    """Raise ModelError unless a row's tokens are its prompt's and its completion's, with one BOS or none and one end token."""
     end = tokenizer.eos_token_id
     if end is None:
         raise ModelError(

@@ -64,7 +64,7 @@ def require_safetensors(folder: Path, what: str) -> None:
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None):
-    """The tokenizer as PreTrainedTokenizerFast, proven to keep spaces and newlines, with a pad token that is not EOS.
+    """The tokenizer, proven to keep spaces and newlines, with a pad token that is not EOS where there is another.
 
     transformers 5 builds LlamaTokenizerFast without reading tokenizer.json, and DeepSeek's byte-level vocabulary then
     loses every space without an error (transformers issue 45488). Raises ModelError where text does not survive.

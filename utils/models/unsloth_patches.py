@@ -1,11 +1,7 @@
 """What we change in unsloth, for GPUs without flash attention such as a T4; to be retired as unsloth does so by itself.
 
-Training: several rows share one packed sequence, and none may see another. unsloth launches one kernel for each of them and
-pads gradients back together; here one launch of the memory-efficient kernel takes all documents by their boundaries. Where
-xformers or flash attention loads, it is left at work.
-
-Decoding in batches: unsloth hands grouped-query attention of one new token to `scaled_dot_product_attention`, whose slowest
-path repeats every key and value for each query head in float32. Here the query heads of a group are rows of one product.
+Training: one launch of the memory-efficient kernel takes all documents of a packed row, where unsloth launches one for each.
+Decoding in batches: the query heads of a group are rows of one product, where torch repeats keys and values in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +21,11 @@ def patch_unsloth() -> None:
 
     Raises PinError for another unsloth than they were made for.
     """
-    require_version(version("unsloth"))
+    if (found := version("unsloth")) != MADE_FOR:
+        raise PinError(
+            f"unsloth {found} is installed; its patches here were made for {MADE_FOR}: install that, or set "
+            "hardware.backend=transformers."
+        )
     from unsloth.models import llama
 
     if getattr(llama.run_attention, "keeps_documents_apart", False):
@@ -35,15 +35,6 @@ def patch_unsloth() -> None:
     llama.KV_CACHE_INCREMENT = _CACHE_STEP
     attention = free_copied_cache(llama.LlamaAttention_fast_forward_inference)
     llama.LlamaModel_fast_forward_inference = llama._LlamaModel_fast_forward_inference(attention)
-
-
-def require_version(found: str) -> None:
-    """Raise PinError unless `found` is the unsloth whose internals are known here."""
-    if found != MADE_FOR:
-        raise PinError(
-            f"unsloth {found} is installed; its patches here were made for {MADE_FOR}: install that, or set "
-            "hardware.backend=transformers."
-        )
 
 
 def choose_attention(unsloths):
@@ -77,10 +68,10 @@ def flash_attention(index: int) -> bool:
 
 
 def attend_within_documents(query, key, value, boundaries, longest: int):
-    """Causal attention within each document of one packed row, on CUDA in half precision.
+    """Causal attention within each document of one packed row, on CUDA in half precision; returns query's shape.
 
     query is (1, tokens, heads, size), key and value (1, tokens, kv_heads, size); `boundaries` (int32, documents + 1) holds
-    where each document begins and the last one ends, `longest` the tokens of the longest. Returns query's shape.
+    where each document begins and the last one ends, `longest` the tokens of the longest.
     """
     return _document_attention().apply(query, key, value, boundaries.int(), longest)
 
@@ -122,8 +113,7 @@ def _document_attention():
 def attend_by_groups(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, scale=None):
     """Attention of one new token for each sequence: what `scaled_dot_product_attention` gives, without repeating keys.
 
-    query is (batch, heads, 1, size), key and value (batch, kv_heads, length, size), attn_mask True where to look, with
-    a last dimension of length. `is_causal` has no effect on a single query that comes last. Returns the query's shape.
+    query is (batch, heads, 1, size), key and value (batch, kv_heads, length, size), attn_mask True where to look.
     """
     import torch
 

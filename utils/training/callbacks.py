@@ -17,13 +17,13 @@ from utils.progress import Progress
 from utils.report.tracking import Tracker
 
 _PATIENCE = 5  # non-finite steps in a row before a run is ended
-_SMALLEST_SCALE = 1.0  # fp16's loss scaler starts at 65,536 and halves at each overflow until it has found its scale
 
 
-class ProgressCallback(TrainerCallback):
-    """Draws the bar: step, loss. Close it where training ends by an error, of which the trainer does not inform it."""
+class ShowCallback(TrainerCallback):
+    """Draws the bar, and sends what is logged to the tracker."""
 
-    bar: Progress | None = None
+    def __init__(self, tracker: Tracker):
+        self.tracker, self.bar = tracker, None
 
     def on_train_begin(self, args, state, control, **_):
         self.bar = Progress("training", state.max_steps, "step")
@@ -33,11 +33,16 @@ class ProgressCallback(TrainerCallback):
         last = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
         self.bar.update(1, note="" if last is None else f"loss {float(last):.3f}")
 
-    def on_train_end(self, args, state, control, **_):
-        self.close()
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" in (logs or {}):
+            names = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "scale")
+            logged = logs | state.log_history[-1]
+            values = {f"train/{name}": float(logged[name]) for name in names if logged.get(name) is not None}
+            memory = {f"memory/{name}": value for name, value in peak_memory().items()}
+            self.tracker.log(values | memory, step=state.global_step)
 
     def close(self) -> None:
-        """Leave the bar where it stands."""
+        """Leave the bar where it stands, also where training ended by an error, of which the trainer does not inform us."""
         if self.bar is not None:
             self.bar.close()
 
@@ -52,7 +57,11 @@ class Stopwatch(TrainerCallback):
 
         def counted(*arguments, **keywords):
             batches, items = take(*arguments, **keywords)
-            self.tokens.append(sum(_count_tokens(batch) for batch in batches))
+            masks = [batch.get("attention_mask") for batch in batches]
+            counts = [
+                b["input_ids"].numel() if m is None else int(m.sum()) for b, m in zip(batches, masks, strict=True)
+            ]
+            self.tokens.append(sum(counts))
             return batches, items
 
         trainer.get_batch_samples = counted
@@ -67,36 +76,12 @@ class Stopwatch(TrainerCallback):
         """How long each update after the first took."""
         return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
 
-    def speeds(self) -> list[float]:
-        """Tokens per second of each update after the first."""
-        return [tokens / s for tokens, s in zip(self.tokens[1:], self.seconds(), strict=False)]
-
-
-def _count_tokens(batch: dict) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
-
-
-class TrackingCallback(TrainerCallback):
-    """Sends loss, learning rate, gradient norm, fp16's scale and memory to the tracker."""
-
-    def __init__(self, tracker: Tracker):
-        self.tracker = tracker
-
-    def on_log(self, args, state, control, logs=None, **_):
-        names = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "scale")
-        logged = {**(logs or {}), **(state.log_history[-1] if state.log_history else {})}
-        values = {f"train/{name}": float(logged[name]) for name in names if logged.get(name) is not None}
-        if logs and "loss" in logs:
-            memory = {f"memory/{name}": value for name, value in peak_memory().items()}
-            self.tracker.log(values | memory, step=state.global_step)
-
 
 class HealthCallback(TrainerCallback):
     """Watches loss, gradient and fp16's scale: names a step that was skipped, ends a run that stays non-finite.
 
-    It sees what is logged: every step while train.logging_steps is 1, else the mean of so many. `scaler` is the trainer's
-    `torch.amp.GradScaler`, or None where nothing is scaled.
+    `scaler` is the trainer's `torch.amp.GradScaler`, or None where nothing is scaled. It starts at 65,536 and halves at
+    each overflow until it has found its scale; until then, down to 1, an infinite gradient is normal.
     """
 
     def __init__(self, scaler=None):
@@ -112,7 +97,7 @@ class HealthCallback(TrainerCallback):
         if not wrong:
             self.bad_steps, self.settled = 0, True
             return
-        settling = not self.settled and wrong == ["grad_norm"] and scale >= _SMALLEST_SCALE
+        settling = not self.settled and wrong == ["grad_norm"] and scale >= 1
         self.bad_steps += 0 if settling else 1
         if self.bad_steps >= _PATIENCE:
             at = f"last at step {state.global_step}" + ("" if scale is None else f" (fp16 scale {scale:g})")
@@ -138,10 +123,7 @@ class RecomputeCallback(TrainerCallback):
 
 
 class SessionCallback(TrainerCallback):
-    """Saves a checkpoint and stops the training once the session's time is up or somebody asked it to stop.
-
-    `ended` says which: "deadline", "asked", or "" while neither has.
-    """
+    """Saves a checkpoint and stops once `ended` is "deadline" (the session's time is up) or "asked" (to stop)."""
 
     def __init__(self, deadline: Deadline, stop: StopRequest):
         self.deadline, self.stop, self.ended = deadline, stop, ""

@@ -11,7 +11,7 @@ With one GPU, or none, both functions are called here. With several, their sourc
 from __future__ import annotations
 
 import argparse
-import codecs
+import contextlib
 import inspect
 import json
 import runpy
@@ -37,11 +37,7 @@ from utils.progress import report_to
 from utils.secrets import hide_secrets, redact
 
 RECIPE, SUMMARY, _ERROR = "training/recipe.py", "training/summary.json", "training/error.json"
-_LOG, _OUTPUT = "training/launch.log", "training/process-0.log"
-
-
-class RestartSmaller(UserError):
-    """One of several processes ran out of memory: all have to start again, with the smaller step plan on file."""
+_LOG, _OUTPUT = "training/launch.log", "training/output.log"  # the second holds what the first process prints
 
 
 def train_adapter(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> dict:
@@ -82,15 +78,12 @@ def processes_that_divide(run: StageRun) -> int:
 
 def _processes_in(path: Path) -> int:
     """num_processes of accelerate's configuration file, those of all machines; raises ConfigError where it names none."""
-    try:
-        count = int(yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"])
-    except Exception:  # PyYAML stumbles over more than it names
-        count = 0
-    if count < 1:
-        raise ConfigError(
-            f"hardware.accelerate_config={path} names no num_processes above 0; write the file with `accelerate config`."
-        )
-    return count
+    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        if (count := int(yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"])) > 0:
+            return count
+    raise ConfigError(
+        f"hardware.accelerate_config={path} names no num_processes above 0; write the file with `accelerate config`."
+    )
 
 
 def write_recipe(run: StageRun, *functions: Callable) -> None:
@@ -119,11 +112,7 @@ def _launch(run: StageRun, count: int) -> None:
     else:
         launch += ["--multi_gpu", "--num_processes", count, "--num_machines", 1, "--main_process_port", 0]
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the trainer's arguments say which
-    while True:
-        try:
-            return _run_to_the_end(run, [*launch, *worker])
-        except RestartSmaller as message:
-            print(message)
+    _run_to_the_end(run, [*launch, *worker])
 
 
 def _run_to_the_end(run: StageRun, command: list) -> None:
@@ -131,9 +120,8 @@ def _run_to_the_end(run: StageRun, command: list) -> None:
     run.file(_ERROR).unlink(missing_ok=True)
     write_text(run.file(_OUTPUT), "")
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpu_ids())} if gpu_ids() else {}
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     with (
-        run.file(_OUTPUT).open("rb") as output,
+        run.file(_OUTPUT).open(encoding="utf-8", errors="replace", newline="") as output,
         Child(command, run.file(_LOG), visible) as child,
         StopRequest(child.ask_to_stop) as stop,
     ):
@@ -141,12 +129,11 @@ def _run_to_the_end(run: StageRun, command: list) -> None:
         while status is None:
             time.sleep(0.2)
             status = child.poll()  # before the last look at what it printed
-            sys.stdout.write(decode(output.read()))
+            sys.stdout.write(output.read())
             sys.stdout.flush()
     if status and run.file(_ERROR).exists():
         left = json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
-        kinds = {**vars(errors), "RestartSmaller": RestartSmaller}
-        raise kinds.get(left["kind"], TrainingError)(left["message"])
+        raise getattr(errors, left["kind"], TrainingError)(left["message"])
     if stop.asked and not run.file(SUMMARY).exists():
         raise Interrupted("Training was asked to stop; run 03 again, it resumes from its last checkpoint.")
     if status:
@@ -159,7 +146,7 @@ def _run_to_the_end(run: StageRun, command: list) -> None:
 def run_worker(run_dir: str, log: bool = False, trials_for: int = 0) -> None:
     """What a launched process does: train with the others, or find the step plan for `trials_for` processes.
 
-    `log`: what it prints goes to training/process-RANK.log, as it always does for all but a machine's first process.
+    `log`: what the first process prints goes to training/output.log, which the notebook shows.
     """
     from torch import distributed
 
@@ -170,8 +157,8 @@ def run_worker(run_dir: str, log: bool = False, trials_for: int = 0) -> None:
     run = StageRun(opened.path, opened.config, BY_NAME["03_lora_training"])
     if local_rank() == 0:
         report_to(run.path)
-    if log or local_rank() > 0:
-        sys.stdout = run.file(f"training/process-{global_rank()}.log").open("a", buffering=1, encoding="utf-8")
+    if log and global_rank() == 0:
+        sys.stdout = run.file(_OUTPUT).open("a", buffering=1, encoding="utf-8")
         hide_secrets()
     try:
         load_with_lora, make_trainer = read_recipe(run)

@@ -41,51 +41,43 @@ class StepPlan:
         return f"micro-batch {cut}, {self.recompute_layers} layers recompute"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What a few updates by `step_plan` showed: tokens per second, and the peak of allocated memory in GiB."""
+def search(measure: Callable[[StepPlan], float | None], rows: int, layers: int) -> list[tuple[float, StepPlan]]:
+    """(tokens per second, plan) for each micro-batch of an update of `rows` rows, the fastest first; none where none fits.
 
-    step_plan: StepPlan
-    tokens_per_second: float
-    peak_gib: float
-
-
-def search(measure: Callable[[StepPlan], Trial | None], rows: int, layers: int) -> list[Trial]:
-    """A trial for each micro-batch of an update of `rows` rows, the fastest first; none where not even one row fits.
-
-    Each recomputes as few layers as fit: none, or an eighth more until `measure` finds room. A larger micro-batch needs at
-    least as many as the smaller one before it, and is tried as long as it is faster.
+    Each recomputes as few layers as fit, in steps of an eighth, but no fewer than the smaller one before it.
     """
-    trials: list[Trial] = []
+    trials: list[tuple[float, StepPlan]] = []
     counts = [*range(0, layers, max(1, layers // 8)), layers]
     for micro in _divisors(rows):
-        while counts and not (trial := measure(StepPlan(micro, rows // micro, counts[0]))):
+        while counts and (speed := measure(plan := StepPlan(micro, rows // micro, counts[0]))) is None:
             counts.pop(0)
         if not counts:
             break
-        slower = any(trial.tokens_per_second <= other.tokens_per_second for other in trials)
-        trials.append(trial)
-        if slower:
+        trials.insert(0, (speed, plan))
+        if len(trials) > 1 and speed <= trials[1][0]:  # larger ones would be slower still
             break
-    return sorted(trials, key=lambda one: -one.tokens_per_second)
+    return sorted(trials, key=lambda one: -one[0])
 
 
 def _divisors(rows: int) -> list[int]:
     return [n for n in range(1, rows + 1) if rows % n == 0]
 
 
-def smaller_plan(plan: StepPlan, layers: int) -> StepPlan | None:
-    """What to resume with after `plan` ran out of memory: more layers recompute, then smaller micro-batches; None at the end."""
+def smaller_plan(plan: StepPlan, layers: int) -> StepPlan:
+    """What to resume with after `plan` ran out of memory: more layers recompute, then smaller micro-batches.
+
+    Raises OutOfMemory where nothing is smaller.
+    """
     if plan.recompute_layers < layers:
         return replace(plan, recompute_layers=min(layers, plan.recompute_layers + max(1, layers // 4)))
-    rows = plan.per_device_train_batch_size * plan.gradient_accumulation_steps
-    smaller = [micro for micro in _divisors(rows) if micro < plan.per_device_train_batch_size]
-    return StepPlan(smaller[-1], rows // smaller[-1], layers) if smaller else None
+    micro, rows = plan.per_device_train_batch_size, plan.per_device_train_batch_size * plan.gradient_accumulation_steps
+    if micro == 1:
+        raise OutOfMemory(f"Training ran out of memory even with {plan}; lower model.max_seq_length, or free the GPU.")
+    smaller = max(n for n in _divisors(rows) if n < micro)
+    return StepPlan(smaller, rows // smaller, layers)
 
 
-def choose_plan(
-    run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer: Callable, world: int = 1
-) -> StepPlan:
+def choose_plan(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer, world: int = 1) -> StepPlan:
     """The plan for each of `world` processes: on file, found by trials (a single process's), or as configured.
 
     Raises OutOfMemory where not even a single row fits.
@@ -99,10 +91,11 @@ def choose_plan(
         trials = try_plans(model, tokenizer, run.config, rows, make_trainer, share)
         if not trials:
             raise OutOfMemory("A single training row does not fit into GPU memory; lower model.max_seq_length.")
-        plan = trials[0].step_plan
+        plan = trials[0][1]
     if global_rank() == 0:
-        found = {"step_plan": asdict(plan), "trials": [asdict(trial) for trial in trials]}
-        write_json(run.file(FILE), {**found, "for": _conditions(run, rows, world)})
+        tried = [{"step_plan": asdict(one), "tokens_per_second": speed} for speed, one in trials]
+        found = {"step_plan": asdict(plan), "trials": tried, "for": _conditions(run, rows, world)}
+        write_json(run.file(FILE), found)
     return plan
 
 
@@ -119,20 +112,11 @@ def plan_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> StepPlan | No
 
 
 def _conditions(run: StageRun, rows: pd.DataFrame, world: int) -> dict:
-    sections = run.config.sections(
+    settings = run.config.sections(
         "model", "lora", "train", "hardware.backend", "hardware.dtype", "hardware.emulate_t4"
     )
-    lengths = {"rows": len(rows), "tokens": int(rows["tokens"].sum()), "longest": int(rows["tokens"].max())}
-    return {"processes": world, "gpu": str(gpus()[:1]), **lengths, "settings": sections}
-
-
-def fall_back(run: StageRun, plan: StepPlan, layers: int) -> StepPlan:
-    """Put a smaller plan than `plan`, which ran out of memory, on file and return it; raises OutOfMemory at the end."""
-    smaller = smaller_plan(plan, layers if run.config.train.gradient_checkpointing else plan.recompute_layers)
-    if smaller is None:
-        raise OutOfMemory(f"Training ran out of memory even with {plan}; lower model.max_seq_length, or free the GPU.")
-    write_json(run.file(FILE), {**parse_json(run.file(FILE).read_bytes()), "step_plan": asdict(smaller)})
-    return smaller
+    lengths = [len(rows), int(rows["tokens"].sum()), int(rows["tokens"].max())]
+    return {"processes": world, "gpu": str(gpus()[:1]), "lengths": lengths, "settings": settings}
 
 
 def rows_per_update(config: Config, rows: pd.DataFrame) -> int:
@@ -145,39 +129,40 @@ def rows_per_update(config: Config, rows: pd.DataFrame) -> int:
 
 def wants_trials(config: Config, rows: pd.DataFrame, world: int) -> bool:
     """Whether to try plans: they are left open, there is a GPU, and the training has more updates than the trials."""
+    train = config.train
+    if train.step_plan != "auto" or not train.gradient_checkpointing:
+        return False
+    size = config.model.max_seq_length if train.packing else rows["tokens"].mean()
+    updates = train.num_train_epochs * rows["tokens"].sum() / size / train.rows_per_update
+    if train.max_steps is not None:
+        updates = train.max_steps
     micro_batches = len(_divisors(rows_per_update(config, rows) // world))
-    updates = config.train.max_steps
-    if updates is None:
-        size = config.model.max_seq_length if config.train.packing else rows["tokens"].mean()
-        updates = config.train.num_train_epochs * rows["tokens"].sum() / size / config.train.rows_per_update
-    left_open = config.train.step_plan == "auto" and config.train.gradient_checkpointing
     pays = updates > _UPDATES * micro_batches + 8  # an update for each time that an eighth more has to recompute
-    return left_open and pays and resolve_hardware(config.hardware)["device"] == "cuda"
+    return pays and resolve_hardware(config.hardware)["device"] == "cuda"
 
 
-def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, share: int) -> list[Trial]:
+def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, share: int) -> list[tuple]:
     """Search on this GPU, on the row that takes most memory; the LoRA weights are left as they were."""
     weights, longest = trainable_weights(model), rows.sort_values("tokens").tail(1)[["prompt", "completion"]]
     if config.train.packing:  # one that fills a whole pack; the trainer cuts it there
         times = config.model.max_seq_length // int(rows["tokens"].max()) + 2
         longest = longest.assign(completion=longest["completion"] * times)
 
-    def measure(plan: StepPlan) -> Trial | None:
-        trial = run_trial(model, tokenizer, config, longest, make_trainer, plan)
+    def measure(plan: StepPlan) -> float | None:
+        speed = run_trial(model, tokenizer, config, longest, make_trainer, plan)
         model.load_state_dict(weights, strict=False)
-        found = f"{trial.tokens_per_second:,.0f} tokens/s, {trial.peak_gib:.1f} GiB" if trial else "does not fit"
-        print(f"  {plan}: {found}")
-        return trial
+        print(f"  {plan}: {'does not fit' if speed is None else f'{speed:,.0f} tokens/s'}")
+        return speed
 
     print(f"trials of {_UPDATES} updates:")
     return search(measure, share, len(transformer_layers(model)))
 
 
-def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> Trial | None:
-    """A few updates by `plan` on `rows`, repeated as needed; None where they do not fit into memory."""
+def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> float | None:
+    """Tokens per second of a few updates by `plan` on `rows`, repeated as needed; None where they do not fit into memory."""
     count = plan.per_device_train_batch_size * plan.gradient_accumulation_steps * _UPDATES
     few = pd.concat([rows] * -(-count // len(rows)), ignore_index=True).head(count)
-    trainer = watch = trial = None
+    trainer = watch = speed = None
     free_memory(model)
     room = free_bytes(model.device) / GIB - _SPARE_GIB
     if on_gpu := model.device.type == "cuda":
@@ -191,7 +176,8 @@ def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
             watch = Stopwatch(trainer)
             trainer.train()
             peak = torch.cuda.max_memory_allocated(model.device) / GIB if on_gpu else 0.0
-            trial = Trial(plan, round(max(watch.speeds()), 1), round(peak, 2)) if peak <= room else None
+            if peak <= room:
+                speed = max(n / s for n, s in zip(watch.tokens[1:], watch.seconds(), strict=False))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -199,7 +185,7 @@ def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
         release_trainer(trainer)
     del trainer, watch  # outside the handler, whose traceback would keep the tensors alive
     free_memory(model)
-    return trial
+    return speed
 
 
 def recompute_as(trainer, config: Config, plan: StepPlan) -> None:
