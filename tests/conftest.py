@@ -26,6 +26,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long fixtures first: one process runs the demo, the others steal from the end, and nobody waits for it."""
+    items.sort(key=lambda item: ("demo_run" not in item.fixturenames, "small_run" not in item.fixturenames))
+
+
 @dataclass(frozen=True)
 class DemoRun:
     """The one papermill run of the demo: its directory, how it ended, and how long it took."""
