@@ -28,7 +28,9 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long fixtures first: one process runs the demo, the others steal from the end, and nobody waits for it."""
-    items.sort(key=lambda item: ("demo_run" not in item.fixturenames, "small_run" not in item.fixturenames))
+    items.sort(
+        key=lambda item: (not {"demo_run", "copied_run"} & {*item.fixturenames}, "small_run" not in item.fixturenames)
+    )
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,26 @@ def demo_run(shared_folder: Path, embedded_model: Path) -> DemoRun:
 def copied_run(demo_run: DemoRun, tmp_path: Path) -> Path:
     """A copy of the demo run that a test may damage or continue."""
     return Path(shutil.copytree(demo_run.path, tmp_path / "demo"))
+
+
+@pytest.fixture(scope="session")
+def small_run(shared_folder: Path, embedded_model: Path) -> Path:
+    """An undisturbed run of a small demo, one for all processes of pytest-xdist; read it, never write to it."""
+    from tests.faults.series_process import SeriesProcess
+
+    path, done = shared_folder / "undisturbed", shared_folder / "undisturbed.done"
+    with FileLock(shared_folder / "undisturbed.lock"):
+        if not done.exists():
+            series = SeriesProcess(path)
+            assert series.wait() == 0, series.output
+            done.touch()
+    return path
+
+
+@pytest.fixture
+def small_copy(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of the small run that a test may damage or continue."""
+    return Path(shutil.copytree(small_run, tmp_path / "demo"))
 
 
 @pytest.fixture(scope="session")

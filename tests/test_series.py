@@ -135,6 +135,17 @@ def test_score_recomputes_the_same_metrics_without_torch(copied_run):
     assert {name: (copied_run / "comparison" / name).read_bytes() for name in names} == before
 
 
+def test_score_says_where_a_setting_was_changed_since_and_shows_no_p_of_zero(copied_run):
+    done = run_command("score", copied_run)
+    assert done.returncode == 0 and "from before" not in done.stdout, done.stdout
+    assert re.search(r" < 0\.001$", done.stdout, re.MULTILINE) and not re.search(r" 0\.000$", done.stdout, re.MULTILINE)
+    settings = copied_run / "config.yaml"
+    settings.write_text(settings.read_text(encoding="utf-8").replace("  r: 16\n", "  r: 3\n"), encoding="utf-8")
+    done = run_command("score", copied_run)
+    assert done.returncode == 0
+    assert "03_lora_training is out of date: its settings changed (lora); these figures" in done.stdout
+
+
 def test_adapter_and_merged_model_lie_apart_and_agree_token_for_token(demo_run):
     assert not (demo_run.path / "export" / "merged" / "adapter_config.json").exists()
     assert not (demo_run.path / "export" / "adapter" / "config.json").exists()

@@ -1,4 +1,4 @@
-"""What the fault tests share: an undisturbed run, and the table in README.md of what was tried and survived."""
+"""What the fault tests share: the table in README.md of what was tried and survived."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
-from tests.faults.series_process import SeriesProcess
 from tests.faults.table import read_rows, render
 
 README = "FAULTS_README"  # a file: where it is set, every fault is tried in full and the table is written there
@@ -39,15 +37,3 @@ def fault(record_property: Callable[[str, object], None]) -> Callable[..., None]
         record_property("fault", (kind, tried, lost_seconds))
 
     return note
-
-
-@pytest.fixture(scope="session")
-def small_run(shared_folder: Path, embedded_model: Path) -> Path:
-    """An undisturbed run of the small demo, one for all processes of pytest-xdist; read it, never write to it."""
-    path, done = shared_folder / "undisturbed", shared_folder / "undisturbed.done"
-    with FileLock(shared_folder / "undisturbed.lock"):
-        if not done.exists():
-            series = SeriesProcess(path)
-            assert series.wait() == 0, series.output
-            done.touch()
-    return path

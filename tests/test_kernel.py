@@ -25,6 +25,8 @@ from tests.sessions import Machine, without_network
 from utils.pipeline.stages import STAGES
 from utils.project import ROOT
 
+pytestmark = pytest.mark.series
+
 IN_SECRETS = {"HF_TOKEN": fake_tokens.hugging_face("secrets"), "WANDB_API_KEY": fake_tokens.wandb("secrets")}
 IN_DOTENV = {"HUGGINGFACE_TOKEN": fake_tokens.hugging_face("dotenv"), "wandb": fake_tokens.wandb("dotenv")}
 
