@@ -4,7 +4,7 @@
 
 Both recipes see the same rows equally often, about sixteen in an update, from the same base in fp16 with a T4's limits;
 three seeds each. Then the held-out loss and the answers to the held-out questions are compared. It also stops one training
-and goes on from its checkpoint, and trains the same thing twice, to tell what a GPU repeats.
+and resumes from its checkpoint, and trains the same thing twice, to tell what a GPU repeats.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from utils.pipeline.stages import BY_NAME
 SEEDS = (1, 2, 3)
 RECIPES = {
     "tutorial": {"train.per_device_train_batch_size": 8, "train.gradient_accumulation_steps": 2},
-    "ours": {"train.packing": True, "train.fit": "auto", "model.max_seq_length": 480,
+    "ours": {"train.packing": True, "train.step_plan": "auto", "model.max_seq_length": 480,
              "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 1},
 }  # fmt: skip
 
@@ -49,8 +49,7 @@ def load_recipe(name: str, seed: int, more: dict | None = None):
 def train_once(config, folder: Path, steps: int | None = None, resume: str | None = None):
     """(trainer, tokenizer) after training on the demo's rows, to the end or for `steps` updates."""
     from utils.evaluation.loss import tokenize_row
-    from utils.training.checkpoints import SealCallback
-    from utils.training.step_plan import choose_fit, recompute_as
+    from utils.training.step_plan import choose_plan, recompute_as
 
     load_with_lora, make_trainer = notebook_functions()
     model, tokenizer = load_with_lora(config)
@@ -58,14 +57,13 @@ def train_once(config, folder: Path, steps: int | None = None, resume: str | Non
     rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
     rows["tokens"] = [len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs]
     (folder / "training").mkdir(parents=True, exist_ok=True)
-    fit = choose_fit(StageRun(folder, config, {}, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
-    trainer = make_trainer(model, tokenizer, config, rows, fit, str(folder / "checkpoints"))
-    recompute_as(trainer, config, fit)
-    trainer.add_callback(SealCallback())
+    plan = choose_plan(StageRun(folder, config, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
+    trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder / "checkpoints"))
+    recompute_as(trainer, config, plan)
     if steps:
         stop_after(trainer, steps)
     trainer.train(resume_from_checkpoint=resume)
-    return trainer, tokenizer, fit
+    return trainer, tokenizer, plan
 
 
 def stop_after(trainer, steps: int) -> None:
@@ -115,8 +113,8 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
     """Train three seeds by each recipe, stop and resume one, and write OUT."""
     from utils.evaluation.statistics import compare_paired
     from utils.models.memory import free_memory
-    from utils.training.checkpoints import find_checkpoint
-    from utils.training.step_plan import let_go
+    from utils.training.step_plan import release_trainer
+    from utils.training.train import find_checkpoint
 
     evidence: dict = {
         "what": "the demo's task, fp16: packed and fitted against unpacked rows 8 x 2, same rows equally often",
@@ -131,10 +129,10 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
         for name in RECIPES:
             config = load_recipe(name, seed)
             with tempfile.TemporaryDirectory() as scratch:
-                trainer, tokenizer, fit = train_once(config, Path(scratch))
+                trainer, tokenizer, plan = train_once(config, Path(scratch))
                 first = first or losses(trainer)
                 updates = trainer.state.global_step
-                let_go(trainer)
+                release_trainer(trainer)
                 model = trainer.model
                 del trainer
                 measured = held_out(model, tokenizer, config)
@@ -143,7 +141,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
                 "nll": round(float(measured["nll"].mean()), 5),
                 "accuracy": round(float(measured["correct"].mean()), 4),
                 "updates": updates,
-                "fit": str(fit),
+                "fit": str(plan),
             }
             del model
             free_memory()

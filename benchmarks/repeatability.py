@@ -5,7 +5,7 @@
 
 About three minutes on an H200. Notebook 03's own functions train the stand-in through unsloth: 4-bit, fp16, packed, a T4's
 limits, the schedule left as if it went on. `--rows rows.jsonl` takes rows of the training data instead of the demo's. The
-first process finds the fit by trials and the others take it from file, as a run does that is continued. Exit 1 where a
+first process finds the step plan by trials and the others take it from file, as a run does that is continued. Exit 1 where a
 repeat failed, or where the losses after the last update lie further apart than the tolerance.
 Without a GPU it is a dry run in float32 on the plain backend (`--size tiny` for the stand-in, `--steps 3`).
 """
@@ -41,16 +41,16 @@ def once(standin: Path, rows: Path, run_dir: Path, out: Path, adapter: Path, ste
 
     from benchmarks.parity import losses, stop_after
     from benchmarks.train_cases import prepare
-    from utils.determinism import describe_determinism
+    from utils.hardware import describe_determinism
     from utils.models.load import is_unsloth
-    from utils.training.step_plan import choose_fit, recompute_as
+    from utils.training.step_plan import choose_plan, recompute_as
 
     started = time.monotonic()
     run, model, tokenizer, frame, make_trainer = prepare("ours", standin, rows, run_dir, 500)
-    fit = choose_fit(run, model, tokenizer, frame, make_trainer)
+    plan = choose_plan(run, model, tokenizer, frame, make_trainer)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = make_trainer(model, tokenizer, run.config, frame, fit, scratch)
-        recompute_as(trainer, run.config, fit)
+        trainer = make_trainer(model, tokenizer, run.config, frame, plan, scratch)
+        recompute_as(trainer, run.config, plan)
         stop_after(trainer, steps)
         trainer.train()
     trained = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
@@ -61,7 +61,7 @@ def once(standin: Path, rows: Path, run_dir: Path, out: Path, adapter: Path, ste
         "adapter_sha256": sha256(adapter),
         "trained_weights": sum(value.numel() for value in trained.values()),
         "seed": run.config.train.seed,
-        "fit": asdict(fit),
+        "fit": asdict(plan),
         "packed": bool(run.config.train.packing and is_unsloth(model)),
         "backend": "unsloth" if is_unsloth(model) else "transformers",
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if torch.cuda.is_available() else None,

@@ -25,7 +25,7 @@ import typer
 
 from utils.files import write_json
 from utils.hardware import gpus, installed
-from utils.pipeline.manifest import read_manifest
+from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.stages import STAGES
 
 _SMALL = {

@@ -29,7 +29,6 @@ import typer
 from benchmarks.parity import RECIPES
 from utils.files import write_json
 from utils.hardware import gpus, installed
-from utils.training.checkpoints import LIST
 
 SEED, UPDATES = 1, 120
 
@@ -62,8 +61,8 @@ def run(run_dir: Path, processes: int, stage: str) -> float:
 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """The lists of files that are written last into each checkpoint."""
-    return list(run_dir.glob(f"training/checkpoints/*/checkpoint-*/{LIST}"))
+    """The files that are written last into each checkpoint."""
+    return list(run_dir.glob("training/checkpoints/*/checkpoint-*/trainer_state.json"))
 
 
 def kill_on_the_way(run_dir: Path, processes: int, wait: float) -> int:
@@ -94,13 +93,16 @@ def resumed(base: Path, place: Path, processes: int, rng: random.Random) -> dict
         shutil.copytree(base, folder)
     figures: dict = {"seconds_undisturbed": run(whole, processes, "03")}
     (torn / "training").mkdir(exist_ok=True)  # the same way to compute an update; trials by the clock may end otherwise
-    shutil.copy(whole / "training/fit.json", torn / "training/fit.json")
+    shutil.copy(whole / "training/step_plan.json", torn / "training/step_plan.json")
     figures["killed_after_checkpoint"] = kill_on_the_way(torn, processes, rng.uniform(0, 2))
     figures["seconds_after_the_kill"] = run(torn, processes, "03")
     killed = figures["killed_after_checkpoint"]
     logs = [pd.read_csv(folder / "training/log.csv").set_index("step")["loss"] for folder in (whole, torn)]
     adapters = [load_file(folder / "training/adapter/adapter_model.safetensors") for folder in (whole, torn)]
-    fits = [json.loads((folder / "training/fit.json").read_text(encoding="utf-8"))["fit"] for folder in (whole, torn)]
+    fits = [
+        json.loads((folder / "training/step_plan.json").read_text(encoding="utf-8"))["step_plan"]
+        for folder in (whole, torn)
+    ]
     return figures | {
         "updates": [len(log) for log in logs],
         "losses": [[round(float(loss), 6) for loss in log] for log in logs],

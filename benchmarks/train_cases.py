@@ -26,15 +26,15 @@ WARM_UP, WINDOW, WINDOWS, PROFILED = 2, 3, 3, 2
 GROWTH = (500, 2000, 8000)
 _T4 = {"hardware.emulate_t4": True, "hardware.dtype": "float16", "train.loss_on": "all", "prompt.style": "native",
        "train.save_steps": 10_000, "train.num_train_epochs": 100}  # fmt: skip
-_FITTED = {"profile": "t4"}
+_OURS = {"profile": "t4"}
 CASES: dict[str, dict] = {
     "tutorial": {"profile": "tutorial", "what": "the tutorial's recipe under unsloth: 2 x 4 rows"},
     "plain": {"profile": "tutorial", "what": "the same in plain TRL + PEFT + bitsandbytes, padded",
               "hardware.backend": "transformers"},
-    "ours": {**_FITTED, "what": "profile t4: packed, fitted"},
-    "ours, 1,024 tokens": {**_FITTED, "what": "packs of 1,024 tokens", "model.max_seq_length": 1024},
-    "ours, 512 tokens": {**_FITTED, "what": "packs of 512 tokens, longer rows cut", "model.max_seq_length": 512},
-    "unsloth's attention": {**_FITTED, "what": "ours without utils/models/unsloth_patches.py", "own_attention": False},
+    "ours": {**_OURS, "what": "profile t4: packed, step plan by trials"},
+    "ours, 1,024 tokens": {**_OURS, "what": "packs of 1,024 tokens", "model.max_seq_length": 1024},
+    "ours, 512 tokens": {**_OURS, "what": "packs of 512 tokens, longer rows cut", "model.max_seq_length": 512},
+    "unsloth's attention": {**_OURS, "what": "ours without utils/models/unsloth_patches.py", "own_attention": False},
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def prepare(name: str, standin: Path, rows: Path, run_dir: Path, count: int):
     model, tokenizer = load_with_lora(config)
     frame = format_rows(rows, tokenizer, config, count)
     (run_dir / "training").mkdir(parents=True, exist_ok=True)
-    return StageRun(run_dir, config, settings, BY_NAME["03_lora_training"]), model, tokenizer, frame, make_trainer
+    return StageRun(run_dir, config, BY_NAME["03_lora_training"]), model, tokenizer, frame, make_trainer
 
 
 @app.command()
@@ -70,39 +70,41 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     import torch
 
     from utils.models.load import is_unsloth
-    from utils.training.step_plan import Stopwatch, choose_fit, recompute_as
+    from utils.training.callbacks import Stopwatch
+    from utils.training.step_plan import FILE, choose_plan, recompute_as
 
     started = time.monotonic()
     run, model, tokenizer, frame, make_trainer = prepare(name, standin, rows, run_dir, count)
     config, loaded, cuda = run.config, time.monotonic(), torch.cuda.is_available()
-    fitted = choose_fit(run, model, tokenizer, frame, make_trainer)
+    plan = choose_plan(run, model, tokenizer, frame, make_trainer)
     tried = time.monotonic()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     measured = WARM_UP + WINDOW * WINDOWS
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = make_trainer(model, tokenizer, config, frame, fitted, scratch)
+        trainer = make_trainer(model, tokenizer, config, frame, plan, scratch)
         prepared = time.monotonic()
         trainer.args.max_steps = measured + (PROFILED if cuda else 0)
-        recompute_as(trainer, config, fitted)
+        recompute_as(trainer, config, plan)
         watch = Stopwatch(trainer)
         profiler = _Profiler(trainer, measured) if cuda else None
         trainer.train()
     windows = _windows(watch)
+    trials = json.loads(run.file(FILE).read_text(encoding="utf-8"))["trials"]
     result = {
         "what": CASES[name]["what"],
         "windows": windows,
         "tokens_per_second": statistics.median(windows),
         "tokens_per_update": round(statistics.mean(watch.tokens[:measured])),
-        "fit": asdict(fitted),
+        "fit": asdict(plan),
         "packed": bool(config.train.packing and is_unsloth(model)),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if cuda else None,
         "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2) if cuda else None,
-        "flops_per_token": flops_per_token(model.config, fitted.recompute_layers),
+        "flops_per_token": flops_per_token(model.config, plan.recompute_layers),
         "seconds": {"load": round(loaded - started, 1), "trials": round(tried - loaded, 1),
                     "prepare": round(prepared - tried, 1), "first_update": round(watch.ends[0] - prepared, 1)},
-        "trials": json.loads(run.file("training/fit.json").read_text(encoding="utf-8"))["trials"],
+        "trials": [{"fit": trial.pop("step_plan"), **trial} for trial in trials],
     }  # fmt: skip
     if profiler is not None:
         result["kernels"] = profiler.summary(watch.tokens[measured:])
@@ -164,21 +166,21 @@ def growth(standin: Path, rows: Path, out: Path) -> None:
     import psutil
     import torch
 
-    from utils.training.fit import Fit
-    from utils.training.step_plan import Stopwatch, recompute_as
+    from utils.training.callbacks import Stopwatch
+    from utils.training.step_plan import StepPlan, recompute_as
 
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         run, model, tokenizer, _, make_trainer = prepare("ours", standin, rows, Path(scratch) / "run", 1)
         # One way to compute an update for every number of rows; nothing but that number differs.
-        fit = Fit(1, run.config.train.rows_per_update, model.config.num_hidden_layers)
+        plan = StepPlan(1, run.config.train.rows_per_update, model.config.num_hidden_layers)
         for count in GROWTH:
             frame = format_rows(rows, tokenizer, run.config, count)
             started = time.monotonic()
-            trainer = make_trainer(model, tokenizer, run.config, frame, fit, str(Path(scratch) / str(count)))
+            trainer = make_trainer(model, tokenizer, run.config, frame, plan, str(Path(scratch) / str(count)))
             prepared = time.monotonic() - started
             trainer.args.max_steps = WARM_UP + WINDOW * WINDOWS
-            recompute_as(trainer, run.config, fit)
+            recompute_as(trainer, run.config, plan)
             watch = Stopwatch(trainer)
             held = psutil.Process().memory_info().rss / GIB
             if torch.cuda.is_available():

@@ -22,7 +22,7 @@ import typer
 
 from utils.files import write_json
 from utils.hardware import installed
-from utils.pipeline.manifest import read_manifest
+from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.stages import STAGES, Stage
 from utils.project import ROOT
 

@@ -169,7 +169,7 @@ def training_run(tiny_folder: Path, tmp_path: Path, request: pytest.FixtureReque
                "train.per_device_train_batch_size": 4, "train.warmup_steps": 2}  # fmt: skip
         few |= {key.replace("__", "."): value for key, value in settings.items()}
         opened = open_run("demo", tmp_path / name, few)
-        run = StageRun(opened.path, opened.config, opened.overrides, BY_NAME["03_lora_training"])
+        run = StageRun(opened.path, opened.config, BY_NAME["03_lora_training"])
         run.save()
         request.addfinalizer(lambda: release_lock(run.path, run.stage.name))
         computed_on = {"device": "cpu", "backend": "transformers", "dtype": "float32"}

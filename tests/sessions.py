@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from tests.loopback import DEAD, KaggleServer
-from utils.pipeline.time_limit import VARIABLE
+from utils.project import ROOT
 
 
 def without_network(*command: str | Path) -> list[str]:
@@ -33,10 +33,11 @@ class Machine:
             (root / name).mkdir(parents=True)
         kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL")}
         self.environment = kept | (variables or {}) | {
-            "HOME": str(root / "home"), "TMPDIR": str(root / "tmp"), "SERIES_KAGGLE": str(self.kaggle),
+            "HOME": str(root / "home"), "TMPDIR": str(root / "tmp"), "TEST_KAGGLE": str(self.kaggle),
             "XDG_CACHE_HOME": str(model.parent.parent), "KAGGLE_KERNEL_RUN_TYPE": "Batch",
             "HTTP_PROXY": DEAD, "HTTPS_PROXY": DEAD, "http_proxy": DEAD, "https_proxy": DEAD,
         }  # fmt: skip
+        self.environment["PYTHONPATH"] = str(ROOT / "tests" / "session_site")  # a new machine's: it knows no checkout
 
     @property
     def working(self) -> Path:
@@ -56,8 +57,7 @@ class Machine:
         command = without_network(
             sys.executable, "-m", "papermill", "--log-output", "kernel.ipynb", "__notebook__.ipynb"
         )
-        # A session counts from the machine's first process; here that one is older than any session.
-        begun = self.environment | {VARIABLE: repr(time.time())}
+        begun = self.environment | {"TEST_BEGUN": repr(time.time())}
         return subprocess.run(
             command, cwd=self.empty, env=begun, capture_output=True, text=True, check=False, timeout=900
         )

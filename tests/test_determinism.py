@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from utils.determinism import describe_determinism, threads
+from utils.hardware import describe_determinism, threads
 from utils.project import ROOT
 
 
@@ -29,7 +29,7 @@ def test_it_tells_the_switches_of_the_torch_that_is_loaded():
 
 
 def test_it_tells_what_the_environment_says_and_loads_no_torch():
-    code = "import json; from utils.determinism import describe_determinism as d; print(json.dumps(d()))"
+    code = "import json; from utils.hardware import describe_determinism as d; print(json.dumps(d()))"
     variables = {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "3", "PATH": ""}
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
@@ -40,7 +40,7 @@ def test_it_tells_what_the_environment_says_and_loads_no_torch():
 
 
 def test_a_fixed_hash_seed_of_zero_is_told_from_randomised_hashes():
-    code = "from utils.determinism import describe_determinism as d; print(d()['hash_randomisation'])"
+    code = "from utils.hardware import describe_determinism as d; print(d()['hash_randomisation'])"
     for seed, randomised in (("0", "False"), ("random", "True")):
         variables = {"PYTHONHASHSEED": seed, "PATH": ""}
         answer = subprocess.run(

@@ -3,58 +3,89 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
+from functools import partial
 
 import pytest
+from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 
+from utils import __main__ as command_line
 from utils.errors import StageOrderError
+from utils.evaluation.questions import Question, register
 from utils.files import write_text
-from utils.pipeline import runner as series
-from utils.pipeline.manifest import read_manifest
+from utils.pipeline import runner
+from utils.pipeline.run_dir import open_run
+from utils.pipeline.runner import StageEnded
+from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.state import read_state
 
 
+def work(run, stage) -> None:
+    """What a notebook does: 00 pins a commit, as it does for a model from the Hub, and registers what is measured."""
+    opened = open_stage(stage.name, run.config.profile, run.path)
+    for output in stage.outputs:
+        write_text(opened.file(output if "." in output else f"{output}/part.txt"), '{"sentence": "s"}')
+    if stage.number == "00":
+        opened.pin("data.revision", "abc")
+        opened.file("data/registration.json").unlink()
+        register(opened, [Question(id="1", kind="open", prompt="why?")], [str(run.config.data.seed)])
+    opened.finish()
+
+
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """Names of the stages that ran; 00 pins a commit, as it does for a model from the Hub."""
+    """Names of the stages that ran."""
     names: list[str] = []
 
-    def run_stage(run, stage, console, kernels):
+    def run_stage(run, stage, console, stop):
         names.append(stage.number)
-        opened = open_stage(stage.name, run.config.profile, run.path, run.overrides)
-        if stage.number == "00":
-            opened.pin("data.revision", "abc")
-        for output in stage.outputs:
-            write_text(opened.file(output if "." in output else f"{output}/part.txt"), '{"sentence": "s"}')
-        opened.finish()
+        run.save()
+        work(run, stage)
 
-    monkeypatch.setattr(series, "run_stage", run_stage)
-    monkeypatch.setattr(series, "write_report", lambda run: None)
+    monkeypatch.setattr(runner, "run_stage", run_stage)
     return names
 
 
-def go(path, fresh=False, first="00", **overrides):
-    return series.run_series("demo", path, overrides, first, fresh=fresh, console=Console(file=io.StringIO()))
+def go(path, fresh=False, first="00", last="05", **overrides):
+    output = io.StringIO()
+    runner.run_series("demo", path, overrides, first, last, fresh, Console(file=output, width=300))
+    return output.getvalue()
 
 
 def test_a_commit_that_00_pinned_outlives_the_run_and_makes_nothing_stale(ran, tmp_path):
-    assert go(tmp_path).config.data.revision == "abc"
-    assert read_manifest(tmp_path)["overrides"]["data.revision"] == "abc"
-    assert len(ran) == 6
     go(tmp_path)
+    assert open_run("auto", tmp_path).config.data.revision == "abc"
     assert len(ran) == 6
+    assert "settings other than the profile's: data.revision=abc (--fresh reads the profile again)" in go(tmp_path)
+    assert len(ran) == 6
+
+
+def test_a_setting_is_kept_on_which_no_stage_rests(ran, tmp_path):
+    go(tmp_path)
+    go(tmp_path, **{"tracking.mode": "disabled"})
+    assert len(ran) == 6 and open_run("auto", tmp_path).config.tracking.mode == "disabled"
 
 
 def test_fresh_runs_everything_again_and_starts_from_no_answer_checkpoint_or_registration(ran, tmp_path):
-    go(tmp_path)
+    go(tmp_path, **{"lora.r": 8})
     write_text(tmp_path / "training/checkpoints/part.txt", "hours of work")
     go(tmp_path, fresh=True)
-    assert len(ran) == 12
+    assert len(ran) == 12 and open_run("auto", tmp_path).config.lora.r == 16
     assert (tmp_path / "training/checkpoints.old/part.txt").read_text() == "hours of work"
     assert (tmp_path / "baseline/answers.jsonl.old").exists() and (tmp_path / "data/registration.json.old").exists()
+
+
+def test_a_fresh_00_alone_leaves_no_answers_that_would_be_older_than_its_registration(ran, tmp_path):
+    """The verdict then said "changed after answers", for ever, though every answer was given anew."""
+    go(tmp_path)
+    go(tmp_path, fresh=True, last="00", **{"data.seed": 5})
+    assert (tmp_path / "baseline/answers.jsonl.old").exists() and not (tmp_path / "tuned/answers.jsonl").exists()
+    go(tmp_path)
+    assert json.loads((tmp_path / "data/registration.json").read_text())["changed_after_answers"] is False
 
 
 def test_fresh_from_a_stage_on_leaves_what_earlier_ones_rest_on(ran, tmp_path):
@@ -69,9 +100,10 @@ def test_fresh_from_a_stage_on_leaves_what_earlier_ones_rest_on(ran, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("place", ["_set_aside", "require_ancestors", "write_state", "_run_stages", "summarise"])
-def test_asked_to_stop_between_two_stages_it_says_how_to_go_on(ran, tmp_path, monkeypatch, place, number):
-    real, asked = getattr(series, place), []
+@pytest.mark.parametrize("place", ["_move_aside", "require_ancestors", "write_state", "run_stage"])
+def test_asked_to_stop_between_two_stages_it_says_how_to_resume(ran, tmp_path, monkeypatch, place, number):
+    go(tmp_path, last="00")
+    real, asked = getattr(runner, place), []
 
     def with_a_signal(*arguments):
         if not asked:
@@ -79,20 +111,69 @@ def test_asked_to_stop_between_two_stages_it_says_how_to_go_on(ran, tmp_path, mo
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(series, place, with_a_signal)
-    with pytest.raises(series.SeriesInterrupted, match=r"^stopped by .*; what was saved stays$") as told:
+    monkeypatch.setattr(runner, place, with_a_signal)
+    with pytest.raises(StageEnded, match=r"^stopped by .*; what was saved stays$") as ended:
         go(tmp_path, fresh=True)
-    assert told.value.status == 128 + number and told.value.continue_with.endswith("--from 00")
+    assert ended.value.exit_code == 128 + number
+    assert ended.value.resume.endswith(f"--from {'01' if place == 'run_stage' else '00'}")
     state = read_state(tmp_path)
     assert (state.state, state.kind) == ("continue", "Interrupted")
     assert go(tmp_path) and read_state(tmp_path).state == "done"
 
 
+def test_asked_again_some_seconds_later_it_stops_at_once(ran, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "StopRequest", partial(StopRequest, patience_s=0.0))
+
+    def asked_twice(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "run_stage", asked_twice)
+    with pytest.raises(StageEnded, match="stopped at once; what was saved stays") as ended:
+        go(tmp_path)
+    assert ended.value.exit_code == 143
+
+
+def cell_error(name: str, sentence: str) -> PapermillExecutionError:
+    return PapermillExecutionError(3, 3, "train()", name, sentence, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "kind", "exit_code", "sentence"),
+    [
+        (cell_error("DataError", "no rows"), "failed", "DataError", 1, "no rows"),
+        (cell_error("ValueError", "x"), "failed", "ValueError", 1, "ValueError: x (the executed notebook shows where)"),
+        (cell_error("SessionOver", "8 h"), "continue", "SessionOver", 4, "8 h"),
+        (cell_error("Interrupted", "asked"), "continue", "Interrupted", 130, "asked"),
+        (
+            RuntimeError("Kernel died before replying"),
+            "failed",
+            "killed",
+            1,
+            "its kernel died, most often because memory",
+        ),
+        (OSError(28, "No space left on device"), "failed", "HardwareError", 1, "The disk is full"),
+    ],
+    ids=["user", "unknown", "time", "signal", "killed", "disk"],
+)
+def test_how_a_stage_ended_is_told_and_on_file(tmp_path, monkeypatch, error, state, kind, exit_code, sentence):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(runner, "run_stage", fail)
+    with pytest.raises(StageEnded) as ended:
+        go(tmp_path)
+    assert str(ended.value).startswith(sentence) and (ended.value.kind, ended.value.exit_code) == (kind, exit_code)
+    on_file = read_state(tmp_path)
+    assert (on_file.state, on_file.kind, on_file.stage) == (state, kind, "00_setup")
+    assert on_file.sentence == str(ended.value)
+
+
 def test_asked_to_stop_while_a_failure_is_put_on_file_it_is_still_put_there(ran, tmp_path, monkeypatch):
-    real, written = series.write_state, []
+    real, written = runner.write_state, []
 
     def fail(run, stage, *_):
-        raise series.SeriesFailed(run, stage, "out of ideas", "ValueError")
+        raise StageEnded("ValueError", "out of ideas")
 
     def with_a_signal(path, state):
         written.append(state.state)
@@ -100,8 +181,22 @@ def test_asked_to_stop_while_a_failure_is_put_on_file_it_is_still_put_there(ran,
             os.kill(os.getpid(), signal.SIGTERM)
         real(path, state)
 
-    monkeypatch.setattr(series, "run_stage", fail)
-    monkeypatch.setattr(series, "write_state", with_a_signal)
-    with pytest.raises(series.SeriesFailed, match="out of ideas"):
+    monkeypatch.setattr(runner, "run_stage", fail)
+    monkeypatch.setattr(runner, "write_state", with_a_signal)
+    with pytest.raises(StageEnded, match="out of ideas"):
         go(tmp_path)
     assert read_state(tmp_path).state == "failed" and read_state(tmp_path).sentence == "out of ideas"
+
+
+def test_a_report_that_cannot_be_written_is_a_sentence_and_the_run_has_passed(ran, tmp_path, monkeypatch, capsys):
+    """nbconvert without its templates ended six stages that had passed in a traceback."""
+
+    def no_template(run):
+        raise ValueError("No template sub-directory with name 'basic' found")
+
+    monkeypatch.setattr("utils.report.index.write_report", no_template)
+    monkeypatch.setattr("utils.report.index.stale_comparison", lambda run: None)
+    monkeypatch.setattr(command_line, "console", Console(width=500, file=(output := io.StringIO())))
+    command_line.run(profile="demo", run_dir=str(tmp_path))  # typer.Exit would be raised here
+    assert "The report could not be written (ValueError: No template sub-directory" in output.getvalue()
+    assert len(ran) == 6 and read_state(tmp_path).state == "done"

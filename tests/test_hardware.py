@@ -116,7 +116,8 @@ def test_the_place_is_told_by_kaggles_variable(monkeypatch):
 
 def test_every_pin_is_exact_but_those_that_the_platform_brings():
     loose = {name for name, pin in read_pins().items() if not str(pin.specifier).startswith("==")}
-    assert loose == {"torch", "torchao", "gguf", "sentencepiece"}  # the last two only carry files and change no result
+    carriers = {"gguf", "sentencepiece", "filelock", "psutil"}  # of files and processes; they change no result
+    assert loose == {"torch", "torchao", *carriers}
     assert {platforms._normalise(name) for name in (*platforms.STACK, *platforms.CUDA_STACK)} <= set(read_pins())
 
 

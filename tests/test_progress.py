@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from utils import progress
-from utils.progress import VARIABLE, Progress, track
+from utils.progress import FILE, Progress, report_to, track
+from utils.project import ROOT
 
 
 @pytest.fixture
 def heartbeat(monkeypatch, tmp_path):
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "03.progress"))
-    return tmp_path / "03.progress"
+    monkeypatch.setattr(progress, "_file", None)  # put back afterwards
+    (tmp_path / FILE).write_text("{}")  # as a driver that watches does
+    report_to(tmp_path)
+    return tmp_path / FILE
 
 
 def test_the_heartbeat_is_valid_json_and_complete_at_the_end(heartbeat):
@@ -34,13 +39,14 @@ def test_steps_that_follow_fast_are_written_at_the_end_only(heartbeat, monkeypat
     with Progress("training", total=100) as bar:
         for _ in range(99):
             bar.update()
-        assert not heartbeat.exists() or json.loads(heartbeat.read_text())["done"] == 1
+        assert json.loads(heartbeat.read_text()).get("done", 1) == 1
         bar.update()
         assert json.loads(heartbeat.read_text())["done"] == 100
 
 
 def test_without_a_driver_nothing_is_written_and_the_bar_is_on_stdout(monkeypatch, tmp_path, capsys):
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(progress, "_file", None)
+    report_to(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert list(track((x for x in "ab"), "formatting")) == ["a", "b"]
     written = capsys.readouterr()
@@ -62,3 +68,15 @@ def test_a_full_disk_under_the_heartbeat_stops_nothing(heartbeat, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.write_text", refuse)
     assert list(track(range(3), "answering")) == [0, 1, 2]
+
+
+def test_a_plain_process_has_no_shell_and_gets_no_ipython_and_a_notebook_its_own():
+    code = """
+import sys
+from utils.progress import notebook_shell
+assert notebook_shell() is None and "IPython" not in sys.modules
+from IPython.core.interactiveshell import InteractiveShell
+assert notebook_shell() is None  # imported, and no notebook
+assert InteractiveShell.instance() is notebook_shell()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

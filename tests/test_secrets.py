@@ -11,7 +11,7 @@ import pytest
 from tests import kaggle_secrets_standin
 from tests.loopback import Answer, SecretsServer
 from utils import secrets as credentials
-from utils.secrets import NAMES, SHARED, Secret, find_secret, known_values, share_hub_token, share_secrets
+from utils.secrets import NAMES, Secret, find_secret, known_values, share_hub_token, share_secrets
 
 VALUE = "hf_a-secret-of-ours"
 
@@ -26,7 +26,6 @@ def isolated(monkeypatch, tmp_path):
     variables = (
         "HF_HOME",
         "NETRC",
-        SHARED,
         "KAGGLE_USER_SECRETS_TOKEN",
         "KAGGLE_URL_BASE",
         "KAGGLE_KEY",
@@ -263,16 +262,16 @@ def test_the_hub_token_is_shared_through_the_environment_and_nothing_is_set_with
 
 
 def test_the_notebook_that_is_open_asks_once_and_its_processes_do_not_ask_again(kaggle, monkeypatch):
-    """In Colab a child process has no page to ask through; older versions of its library would wait there for ever."""
+    """In Colab a kernel below the driver has no page to ask through; older versions of its library would wait for ever."""
     monkeypatch.setenv("HF_TOKEN", "")  # put back afterwards
     monkeypatch.setenv("WANDB_API_KEY", "")
-    monkeypatch.setenv(SHARED, "")
     kaggle.secrets["HUGGINGFACE_TOKEN"] = VALUE
     assert [(secret.name, secret.state) for secret in share_secrets()] == [
         ("HF_TOKEN", "found"),
         ("WANDB_API_KEY", "absent"),
     ]
     asked = len(kaggle.received)
+    monkeypatch.setattr(credentials, "find_driver", lambda: "the process that asked")
     assert find_secret("HF_TOKEN") == found("HF_TOKEN", "environment (HF_TOKEN)")
     assert find_secret("WANDB_API_KEY") == Secret("WANDB_API_KEY", "absent")
     assert len(kaggle.received) == asked

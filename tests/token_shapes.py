@@ -6,7 +6,7 @@ import re
 
 from detect_secrets.plugins.base import RegexBasedDetector
 
-from utils.redaction import SHAPES
+from utils.secrets import SHAPES
 
 # In a notebook's JSON the quotes are escaped, which hides a bare hex key from the other plugins.
 _ASSIGNED = re.compile(
@@ -15,7 +15,7 @@ _ASSIGNED = re.compile(
 
 
 class TokenDetector(RegexBasedDetector):
-    """Anything that utils/redaction.py would hide for its shape, or that a variable of such a name is set to."""
+    """Anything that utils/secrets.py would hide for its shape, or that a variable of such a name is set to."""
 
     secret_type = "Hub, Kaggle or wandb token"
     denylist = (SHAPES, _ASSIGNED)

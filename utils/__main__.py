@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -15,63 +18,96 @@ except ModuleNotFoundError as error:
         f"{error.name} is not installed for {sys.executable}; run make demo, then .venv/bin/python -m utils."
     ) from None
 
-from utils import remote
-from utils.config import parse_overrides
-from utils.errors import InfrastructureError, Interrupted, UserError
-from utils.redaction import hide_secrets
+from utils.config import edit_config, load_config, parse_overrides
+from utils.errors import HubError, InfrastructureError, Interrupted, KaggleError, RunDirError, UserError
+from utils.project import NAME, command
+from utils.secrets import find_secret, hide_secrets, share_secrets
+
+if TYPE_CHECKING:
+    from utils.pipeline.run_dir import RunDir
+    from utils.schema import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 # A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
 console = Console(force_terminal=sys.stdout.isatty())
 RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
+ProfileOption = Annotated[str, typer.Option(help="demo, tutorial, t4 or full; auto picks by the hardware.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")]
+UserOption = Annotated[str, typer.Option(help="Your Kaggle user name; else the one that you are signed in as.")]
+PollOption = Annotated[float, typer.Option(help="Seconds between two questions about the session.")]
+WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until the session has ended.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")]
 
 
 @app.command()
 def run(
-    profile: Annotated[str, typer.Option(help="demo, tutorial, t4 or full; auto picks by the hardware.")] = "auto",
+    profile: ProfileOption = "auto",
     run_dir: Annotated[str, typer.Option(help="Where everything is written; runs/PROFILE by default.")] = "",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")] = None,
+    set_: SetOption = None,
     from_: Annotated[str, typer.Option("--from", help="First stage, 00 to 05.")] = "00",
     to: Annotated[str, typer.Option(help="Last stage, 00 to 05.")] = "05",
-    fresh: Annotated[bool, typer.Option(help="Forget earlier --set values and run every stage again.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Read the profile again and run every stage anew.")] = False,
 ) -> None:
     """Run the series: six notebooks in order, those that are unchanged left out, and a report at the end.
 
     Exits 0 when every stage passed, 1 when one failed, 4 when the session's time was up first (hardware.max_hours), 130
     and 143 when it was stopped by Ctrl-C or SIGTERM.
     """
-    from utils.pipeline.runner import SeriesFailed, SeriesInterrupted, SeriesPaused, run_series
-    from utils.pipeline.stages import STAGES, find_stage
-    from utils.secrets import share_secrets
+    from utils.pipeline.runner import StageEnded, run_series
 
-    for name in (from_, to):
+    _check_span(from_, to)
+    share_secrets()  # the notebooks' processes could not ask Colab
+    started = time.monotonic()
+    try:
+        run_series(
+            profile, run_dir, parse_overrides(set_ or []), from_, to, fresh, console,
+            conclude=lambda run, worked: conclude(run, worked, time.monotonic() - started),
+        )  # fmt: skip
+    except StageEnded as ended:
+        failed = ended.exit_code == 1
+        head = f"[red]{ended.stage.name} failed:[/red]" if failed else f"[yellow]to be continued at {ended.stage.name}:[/yellow]"  # fmt: skip
+        _print(f"{head} {escape(str(ended))}", markup=True)
+        _print(f"To resume{', once that is mended' if failed else ''}: {ended.resume}")
+        raise typer.Exit(ended.exit_code) from None
+
+
+def _check_span(first: str, last: str) -> None:
+    from utils.pipeline.stages import STAGES, find_stage
+
+    for name in (first, last):
         try:
             find_stage(name)
         except (KeyError, ValueError):
             raise UserError(
                 f"There is no stage {name!r}; there are {STAGES[0].number} to {STAGES[-1].number}."
             ) from None
-    if find_stage(from_).number > find_stage(to).number:
-        raise UserError(f"--from {from_} comes after --to {to}; swap them.")
-    share_secrets()  # the notebooks' processes could not ask Colab
-    try:
-        run_series(profile, run_dir, parse_overrides(set_ or []), from_, to, fresh, console)
-    except SeriesPaused as pause:
-        console.print(
-            f"[yellow]to be continued at {pause.stage.name}:[/yellow] {escape(str(pause))}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        console.print(f"To go on: {escape(pause.continue_with)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(pause.status if isinstance(pause, SeriesInterrupted) else 4) from None
-    except SeriesFailed as failure:
-        console.print(
-            f"[red]{failure.stage.name} failed:[/red] {escape(str(failure))}", highlight=False, soft_wrap=True
-        )
-        console.print(
-            f"To continue, once that is mended: {escape(failure.continue_with)}", highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(1) from None
+    if find_stage(first).number > find_stage(last).number:
+        raise UserError(f"--from {first} comes after --to {last}; swap them.")
+
+
+def conclude(run: RunDir, worked: bool, seconds: float) -> None:
+    """Write the report and say what came of the run; stages that passed have passed, whether the report can be written or not."""
+    from utils.evaluation.results import read_sentence
+    from utils.pipeline.console import summarise
+    from utils.report.index import stale_comparison, write_report
+
+    if worked or not run.file("report/index.html").exists():
+        try:
+            write_report(run)
+        except Exception as error:
+            _print(
+                f"The report could not be written ({type(error).__name__}: {error}); the results stand without it, and "
+                f"{command()} run --run-dir {run.path} tries again once report/index.html is removed.",
+                style="yellow",
+            )
+    sentence, stale = "", None
+    if run.file("comparison/metrics.json").exists():
+        stale = stale_comparison(run)
+        try:
+            sentence = read_sentence(run.path)
+        except RunDirError as error:  # of a stage that was not asked for
+            _print(str(error), style="yellow")
+    summarise(run, console, seconds, sentence, stale)
 
 
 @app.command()
@@ -81,9 +117,8 @@ def score(run_dir: RunDirArgument) -> None:
     from utils.evaluation.statistics import show_p
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
-    from utils.pipeline.manifest import require_recorded, stale_on_record
+    from utils.pipeline.run_dir import require_recorded
     from utils.pipeline.stages import BY_NAME
-    from utils.project import command
     from utils.report.answers_page import write_answers
     from utils.report.figures import draw_comparison
 
@@ -95,59 +130,58 @@ def score(run_dir: RunDirArgument) -> None:
     table = write_comparison(run, metrics)
     draw_comparison(arms, metrics, run.file("comparison/comparison.png"))
     write_answers(run, arms)
-    run.write_record(
-        stage, **{**run.record(stage), "outputs": record_files(run.path, (*stage.outputs, *stage.optional))}
-    )
-    text = table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p})
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
-    if stale := stale_on_record(run.manifest(), stage):
-        again = f"{stale}; these figures are of the answers from before, and {command()} run --run-dir {run_dir} gives new ones."
-        console.print(again, style="yellow", highlight=False, soft_wrap=True, markup=False)
-    console.print(metrics["sentence"], style="bold", highlight=False, soft_wrap=True, markup=False)
+    outputs = record_files(run.path, (*stage.outputs, *stage.optional))
+    run.write_record(stage, **{**run.record(stage), "outputs": outputs})
+    _print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
+    if stale := run.out_of_date(stage):
+        again = f"{command()} run --run-dir {run_dir} gives new ones"
+        _print(f"{stale}; these figures are of the answers from before, and {again}.", style="yellow")
+    _print(metrics["sentence"], style="bold")
 
 
 @app.command()
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
-    from utils.export.verify import altered_exports, export_folders, verify_exports
-    from utils.pipeline.manifest import altered_files, stale_on_record
+    from utils.export.verify import export_folders, verify_exports
+    from utils.models.load import prepare_device
     from utils.pipeline.stage import require_hardware
     from utils.pipeline.stages import BY_NAME
-    from utils.project import command
 
-    run = _existing(run_dir)
+    run, stage = _existing(run_dir), BY_NAME["05_export"]
+    _require_unaltered(run, run_dir)
+    if stale := run.out_of_date(stage):
+        again = f"{command()} run --run-dir {run_dir} makes new ones"
+        _print(f"{stale}; the exports are of the training before, and {again}.", style="yellow")
+    if run.record(stage).get("state") != "done":
+        _print("there is no export to load back yet: 05_export has not run")
+        return
+    try:
+        require_hardware(run, stage)
+        prepare_device(run.config)
+        figures = verify_exports(run, export_folders(run))
+    except UserError as error:
+        _print(f"[red]✗[/red] {escape(str(error))}", markup=True)
+        raise typer.Exit(1) from None
+    for name, values in figures.items():
+        text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+        _print(f"[green]✓[/green] {name.replace('_', ' ')}: {escape(text)}", markup=True)
+
+
+def _require_unaltered(run: RunDir, run_dir: Path) -> None:
+    from utils.export.verify import altered_exports
+    from utils.pipeline.run_dir import altered_files
+
     altered = altered_files(run.path)
     known = {line.split()[0] for line in altered}
     if "export/verify.json" not in known:
         altered += [line for line in altered_exports(run) if line.split()[0] not in known]
     for line in altered:
-        console.print(f"[red]✗[/red] {escape(line)}", highlight=False, soft_wrap=True)
+        _print(f"[red]✗[/red] {escape(line)}", markup=True)
     if altered:
-        again = f"{command()} run --run-dir {run_dir}"
-        told = f"nothing is loaded from files that changed; {again} makes them again, or fetch the run again"
-        console.print(escape(told), highlight=False, soft_wrap=True)
+        again = f"{command()} run --run-dir {run_dir} makes them again, or fetch the run again"
+        _print(f"nothing is loaded from files that changed; {again}")
         raise typer.Exit(1)
-    console.print("[green]✓[/green] every recorded file is as it was written")
-    if stale := stale_on_record(run.manifest(), BY_NAME["05_export"]):
-        told = (
-            f"{stale}; the exports are of the training before, and {command()} run --run-dir {run_dir} makes new ones."
-        )
-        console.print(told, style="yellow", highlight=False, soft_wrap=True, markup=False)
-    if run.record(BY_NAME["05_export"]).get("state") != "done":
-        console.print("there is no export to load back yet: 05_export has not run")
-        return
-    from utils.models.load import prepare_device
-
-    try:
-        require_hardware(run, BY_NAME["05_export"])
-        prepare_device(run.config)
-        figures = verify_exports(run, export_folders(run))
-    except UserError as error:
-        console.print(f"[red]✗[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    for name, values in figures.items():
-        text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
-        console.print(f"[green]✓[/green] {name.replace('_', ' ')}: {escape(text)}", highlight=False, soft_wrap=True)
+    _print("[green]✓[/green] every recorded file is as it was written", markup=True)
 
 
 @app.command()
@@ -160,24 +194,170 @@ def bundle(
 
     if check:
         check_kernel()
-        console.print("kaggle_kernel.ipynb is up to date")
+        _print("kaggle_kernel.ipynb is up to date")
     else:
         path = write_single(notebook) if notebook else write_kernel()
-        console.print(f"{path} ({path.stat().st_size / 1000:.0f} kB)", highlight=False, soft_wrap=True)
+        _print(f"{path} ({path.stat().st_size / 1000:.0f} kB)")
 
 
-for command in (remote.push, remote.collect, remote.publish):
-    app.command()(command)
+@app.command()
+def push(
+    profile: ProfileOption = "auto",
+    set_: SetOption = None,
+    username: UserOption = "",
+    slug: Annotated[str, typer.Option(help="Another name for the kernel.")] = "",
+    no_run: Annotated[
+        bool, typer.Option("--no-run", help="Save it only: attach secrets in the editor, run there.")
+    ] = False,
+    wait: WaitOption = False,
+    dry_run: DryRunOption = False,
+    continue_: Annotated[bool, typer.Option("--continue", help="Resume from the last session's output.")] = False,
+    until_done: Annotated[bool, typer.Option("--until-done", help="Session after session, until it is done.")] = False,
+    sessions: Annotated[int, typer.Option(help="With --until-done: at most so many.")] = 6,
+    poll: PollOption = 30.0,
+) -> None:
+    """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
+    from utils.kaggle import api
+    from utils.kaggle import push as pushing
+    from utils.kaggle import sessions as chain
+
+    if no_run and until_done:
+        raise KaggleError("--no-run saves a version without a session, so --until-done would wait for none; drop one.")
+    overrides = parse_overrides(set_ or [])
+    metadata = pushing.read_metadata()
+    text = pushing.kernel_text(profile, overrides)
+    named = bool(username) or not metadata["id"].startswith("OWNER/")
+    kaggle = None if dry_run and named and not continue_ else api.Kaggle(_log)
+    reference = pushing.reference_of(metadata, username or ("" if named or kaggle is None else kaggle.username), slug)
+
+    def build(before: Config | None = None) -> Any:
+        """The request; `before` holds the settings of the session to resume."""
+        if before is not None:
+            config = edit_config(before, overrides)
+        else:
+            config = None if profile == "auto" else load_config(profile, overrides)
+        hours = pushing.session_hours(config) if config else None
+        return pushing.build_request(metadata, reference, text, not no_run, hours, (reference,) if before else ())
+
+    request = build(chain.continuation(kaggle, reference) if continue_ else None)
+    if dry_run:
+        _show_request(request)
+    elif until_done:
+        state = chain.until_done(kaggle, request, build, console, sessions, poll)
+        _print(f"the last session ended as {state.state if state else 'unknown'}")
+        collect(reference, poll=poll)
+    else:
+        _push_once(kaggle, request, reference, no_run, wait, poll)
 
 
-def _existing(run_dir: Path):
-    from utils.errors import RunDirError
-    from utils.pipeline.manifest import read_manifest
-    from utils.pipeline.run_dir import open_run
+def _show_request(request: Any) -> None:
+    """The request in readable lines, and its exact body in a file."""
+    from utils.kaggle import push as pushing
+
+    file = Path(tempfile.mkdtemp(prefix=f"{NAME}-")) / "push.json"
+    file.write_text(json.dumps(pushing.body_of(request)), encoding="utf-8")
+    _print(f"POST kernels.KernelsApiService/SaveKernel\n{pushing.describe_request(request)}")
+    _print(f"the exact body is in {file}; nothing was sent")
+
+
+def _push_once(kaggle: Any, request: Any, reference: str, no_run: bool, wait: bool, poll: float) -> None:
+    from utils.kaggle import push as pushing
+
+    pushed = pushing.push(kaggle, request)
+    _print(f"version {pushed.version or '?'} of {reference} {'is saved' if no_run else 'runs'}: {pushed.url}")
+    if no_run:
+        _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
+        return
+    status = "COMPLETE"
+    if wait:
+        status, message = pushing.wait(kaggle, reference, console, poll, just_pushed=True)
+        _print(f"{reference}: {status.replace('_', ' ').lower()}{f': {message}' if message else ''}")
+    _print(f"bring it home: {command()} collect {reference}")
+    if status != "COMPLETE":
+        raise typer.Exit(1 if status == "ERROR" else 3)
+
+
+@app.command()
+def collect(
+    ref: Annotated[str, typer.Argument(help="OWNER/SLUG; by default the kernel of kernel-metadata.json.")] = "",
+    run_dir: Annotated[str, typer.Option(help="Where to; runs/kaggle-SLUG by default.")] = "",
+    username: UserOption = "",
+    wait: WaitOption = False,
+    poll: PollOption = 30.0,
+) -> None:
+    """Fetch a kernel's log and output and judge them; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
+    from utils.kaggle import api
+    from utils.kaggle import collect as collecting
+    from utils.kaggle import push as pushing
+
+    kaggle = api.Kaggle(_log)
+    if not ref:
+        metadata = pushing.read_metadata()
+        named = not metadata["id"].startswith("OWNER/")
+        ref = pushing.reference_of(metadata, username or ("" if named else kaggle.username))
+    if wait:
+        pushing.wait(kaggle, ref, console, poll)
+    target = Path(run_dir).resolve() if run_dir else collecting.default_target(ref)
+    collected = collecting.collect(kaggle, ref, target, console)
+    collecting.say(collected, ref, console)
+    if collected.verdict == collecting.Verdict.PASS:
+        _print(f"look at {target / 'report' / 'index.html'}; upload it: {command()} publish {target} --repo USER/NAME")
+    elif collected.verdict == collecting.Verdict.CONTINUE:
+        _print(f"resume: {command()} push --continue")
+    raise typer.Exit(int(collected.verdict))
+
+
+@app.command()
+def publish(
+    run_dir: RunDirArgument,
+    repo: Annotated[str, typer.Option(help="The Hub repository for the adapter, USER/NAME.")] = "",
+    merged: Annotated[bool, typer.Option("--merged", help="Also the merged model, to USER/NAME-merged.")] = False,
+    private: Annotated[bool, typer.Option("--private/--public", help="Who can see it.")] = True,
+    wandb: Annotated[bool, typer.Option("--wandb/--no-wandb", help="Send the offline tracking too.")] = True,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Upload a run to the Hub and its offline tracking to wandb, from where the tokens are."""
+    from utils.export import hub
+
+    run_dir = _existing(run_dir).path
+    key = find_secret("WANDB_API_KEY")
+    runs = hub.offline_runs(run_dir) if wandb else []
+    if not repo and not runs:
+        raise HubError("There is nothing to upload: no --repo, and no offline run of wandb.")
+    uploads = hub.plan_uploads(run_dir, repo, merged) if repo else []
+    _print(hub.read_verdict(run_dir))
+    _print(hub.describe_uploads(uploads, private, len(runs)))
+    if not (dry_run or yes or sys.stdin.isatty()):
+        raise HubError(
+            "Nobody can be asked here whether to upload this (no terminal); say --yes, or look by --dry-run."
+        )
+    if dry_run or (not yes and not typer.confirm("Upload this?")):
+        _print("nothing was uploaded")
+        return
+    token = find_secret("HF_TOKEN")
+    for upload in uploads:
+        _print(f"{upload.kind}: {hub.upload_model(upload, token, private, _log)}")
+    if runs and key:
+        hub.sync_tracking(run_dir, key, _log)
+    elif runs:
+        _print(f"tracking stays here: there is no WANDB_API_KEY ({key.source})")
+
+
+def _existing(run_dir: Path) -> RunDir:
+    from utils.pipeline.run_dir import open_run, read_manifest
 
     if not read_manifest(run_dir.resolve()):
         raise RunDirError(f"{run_dir} is no run directory (no manifest.json); make one with python -m utils run.")
     return open_run("auto", run_dir)
+
+
+def _print(text: str, **options: Any) -> None:
+    console.print(text, **{"highlight": False, "soft_wrap": True, "markup": False} | options)
+
+
+def _log(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:
@@ -186,8 +366,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        told = f"[red]{type(error).__name__}:[/red] {escape(str(error))}"
-        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+        _log(f"{type(error).__name__}: {error}")
         status = 3 if isinstance(error, InfrastructureError) else 130 if isinstance(error, Interrupted) else 1
         raise SystemExit(status) from None
 

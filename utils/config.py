@@ -63,29 +63,86 @@ def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Con
     names = profile_names()
     if profile not in names:
         raise ConfigError(f"There is no profile {profile!r}; there are {', '.join(names)}.")
-    source = PROFILES / f"{profile}.yaml"
+    values = _read_yaml(PROFILES / f"{profile}.yaml", "take it back from git") | {"profile": profile}
+    return _validate(_apply(values, overrides), f"profile {profile}")
+
+
+def read_config(file: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """A run's config.yaml with `overrides` applied, validated together; raises ConfigError as `load_config` does."""
+    values = _read_yaml(file, "bring it back, or begin anew with --fresh")
+    if overrides and _is_primary_automatic(values):
+        values["evaluate"]["primary"] = "auto"  # other data can carry another metric
+    return _validate(_apply(values, overrides), str(file))
+
+
+def edit_config(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """`config` with `overrides` applied, validated together."""
+    return _validate(_apply(config.model_dump(mode="json"), overrides), f"profile {config.profile}")
+
+
+def differing_settings(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of what is not as the profile on file has it, by overrides or because the profile was changed."""
     try:
-        values = parse_yaml(source.read_text(encoding="utf-8"))
+        profile = flatten(load_config(config.profile).model_dump(mode="json"))
+    except ConfigError:
+        return {}  # the profile is gone, and the run has all of its settings itself
+    return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if profile.get(key) != value}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested settings."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _read_yaml(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        values = parse_yaml(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}); {remedy}.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, or no UTF-8
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place else ""
-        raise ConfigError(f"{source.name} is not YAML{line}; mend it or take it back from git.") from None
+        raise ConfigError(f"{file.name} is not YAML{line}; mend it or {remedy}.") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{source.name} holds no settings; expected sections such as model: and train:.")
-    values["profile"] = profile
+        raise ConfigError(f"{file.name} holds no settings; expected sections such as model: and train:.")
+    return values
+
+
+def _is_primary_automatic(values: Mapping[str, Any]) -> bool:
+    """Whether the primary metric on file is the one that `auto` picks for what is on file."""
+    try:
+        automatic = {**values, "evaluate": {**values["evaluate"], "primary": "auto"}}
+        return Config.model_validate(automatic).evaluate.primary == values["evaluate"]["primary"]
+    except (KeyError, TypeError, ValidationError):
+        return False
+
+
+def _apply(values: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    for key, value in require_mapping(overrides).items():
+        if key == "profile":
+            raise ConfigError("profile is no setting of a run; choose it by --profile or PROFILE.")
+        _assign(values, str(key), value)
+    return values
+
+
+def require_mapping(overrides: Any) -> Mapping[str, Any]:
+    """`overrides`, {} for None; raises ConfigError for anything else that is no mapping."""
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ConfigError(
             f"OVERRIDES is {_quote(overrides)}, not a mapping such as {{'train.max_steps': 10}}; "
             "with papermill pass it by -y 'OVERRIDES: {train.max_steps: 10}'."
         )
-    for key, value in (overrides or {}).items():
-        if key == "profile":
-            raise ConfigError("profile is no setting of a run; choose it by --profile or PROFILE.")
-        _assign(values, str(key), value)
+    return overrides or {}
+
+
+def _validate(values: dict[str, Any], source: str) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, profile)) from None
+        raise ConfigError(_explain(error, source)) from None
     for key, value in _texts(config.model_dump()):
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             raise ConfigError(
@@ -109,11 +166,11 @@ def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
 _PATHS = (".path", ".accelerate_config")  # settings that are paths and nothing else
 
 
-def absolute_overrides(overrides: Mapping[str, Any], base: Path | None = None) -> dict[str, Any]:
+def absolute_overrides(overrides: Mapping[str, Any] | None, base: Path | None = None) -> dict[str, Any]:
     """The overrides with local paths that exist below `base` (the current directory) made absolute."""
     base = base or Path.cwd()
     result = {}
-    for key, value in overrides.items():
+    for key, value in require_mapping(overrides).items():
         if isinstance(value, str) and (key.endswith(_PATHS) or key in ("model.name", "export.base")):
             candidate = base / expand_home(value, key)
             value = str(candidate.resolve()) if key.endswith(_PATHS) or is_there(candidate) else value
@@ -154,7 +211,7 @@ def _assign(values: dict, dotted: str, value: Any) -> None:
     place[key] = value
 
 
-def _explain(error: ValidationError, profile: str) -> str:
+def _explain(error: ValidationError, source: str) -> str:
     """One sentence for the first problem, and how many more there are."""
     problems = error.errors()
     first = problems[0]
@@ -166,11 +223,11 @@ def _explain(error: ValidationError, profile: str) -> str:
         hint = f"did you mean {'.'.join([*path[:-1], close[0]])}?" if close else f"known are {', '.join(known)}."
         text = f"{dotted} is not a setting; {hint}"
     elif first["type"] == "missing":
-        text = f"{dotted} is missing from the profile {profile}; add it."
+        text = f"{dotted} is missing from the {source}; add it."
     elif not dotted:
-        text = f"{first['msg'].removeprefix('Value error, ')} (profile {profile})."
+        text = f"{first['msg'].removeprefix('Value error, ')} ({source})."
     else:
-        text = f"{dotted} is {_quote(first['input'])}: {_plain(first['msg'])} (profile {profile})."
+        text = f"{dotted} is {_quote(first['input'])}: {_plain(first['msg'])} ({source})."
     return text if len(problems) == 1 else f"{text} ({len(problems) - 1} more problem(s) of this kind.)"
 
 

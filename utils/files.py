@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from utils.errors import HardwareError, RunDirError, UserError
+from utils.hardware import free_disk_gib
+from utils.progress import notebook_shell
 
 _READ_AGAIN = 2**30
 _LONGEST_NAME, _LONGEST_PATH = 255, 1024  # bytes of one name; characters of a path, so that a folder may come before it
@@ -194,3 +199,61 @@ def fingerprint(path: Path) -> str:
         size = file.stat().st_size
         entries.append(f"{file.name} {size} {sha256(file) if size < 1_000_000 else ''}")
     return hashlib.sha256("\n".join(entries).encode()).hexdigest()
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Libraries that write without Python tell it in words, and torch's writer tells nothing but that it failed.
+_FULL_IN_WORDS = (
+    "No space left",
+    "rrno 28]",
+    "os error 28",
+    "PytorchStreamWriter",
+    "inline_container.cc",
+    "iostream error",
+)
+
+
+@contextmanager
+def writing(target: Path, needed_gib: float = 0.1) -> Iterator[None]:
+    """Around what writes `target`, of `needed_gib`: raises HardwareError where the disk is full, else RunDirError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise HardwareError(
+                f"The disk filled up: {target.name} needs {needed_gib:.1f} GiB at {target.parent}, and "
+                f"{free_disk_gib(target):.1f} GiB are free now; free some space and run 05 again."
+            ) from None
+        raise RunDirError(
+            f"{target} could not be written ({error.strerror or error}); choose a --run-dir that can be."
+        ) from None
+
+
+def disk_error(error: BaseException, run_dir: Path) -> UserError | None:
+    """The user's error where `error`, of whatever library, says that a disk refused to be written; None elsewhere."""
+    if isinstance(error, UserError):
+        return None
+    number, text = getattr(error, "errno", None), str(error)
+    named = getattr(error, "filename", None)
+    place = Path(named) if isinstance(named, str) else run_dir
+    if number in _FULL or any(words in text for words in _FULL_IN_WORDS):
+        return HardwareError(
+            f"The disk is full ({os.strerror(number) if number else text[:100]}): {free_disk_gib(place):.2f} GiB are free at "
+            f"{place}; free some space and run the same again, it resumes from what was saved."
+        )
+    if number == errno.EROFS or "Read-only file system" in text:
+        return RunDirError(f"{place} cannot be written (Read-only file system); resume a copy of {run_dir} elsewhere.")
+    return None
+
+
+def tell_disk_errors(run_dir: Path) -> None:
+    """From here on this notebook, if it is one, shows a refused write as its sentence, not as a stack."""
+
+    def show(shell, kind, value, traceback, tb_offset=None):
+        if refused := disk_error(value, run_dir):
+            shell._showtraceback(type(refused), refused, refused._render_traceback_())
+        else:
+            shell.showtraceback((kind, value, traceback), tb_offset=tb_offset)
+
+    if shell := notebook_shell():
+        shell.set_custom_exc((Exception,), show)

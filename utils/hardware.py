@@ -5,6 +5,7 @@ Nothing heavy is imported here: the GPU is asked through nvidia-smi, so a proces
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -261,3 +263,71 @@ def describe() -> dict[str, object]:
 
 def _normalise(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+_PACKAGES = "tokenizers safetensors numpy pandas pyarrow scipy scikit-learn sparse_dot_topn statsmodels"
+_ENVIRONMENT = (
+    "PYTHONHASHSEED OMP_NUM_THREADS MKL_NUM_THREADS GOMP_SPINCOUNT TOKENIZERS_PARALLELISM CUBLAS_WORKSPACE_CONFIG "
+    "CUDA_VISIBLE_DEVICES NVIDIA_TF32_OVERRIDE"
+)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch inside, and as many as before after it: the order of a sum can depend on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def describe_determinism() -> dict[str, object]:
+    """Python, packages, hardware, environment variables (None where unset) and, where torch is loaded, its threads and switches."""
+    described: dict[str, object] = {
+        "python": platform.python_version(),
+        "packages": {name: installed(name) for name in _PACKAGES.split()},
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "gpus": [asdict(gpu) for gpu in gpus()],
+        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT.split()},
+        "hash_randomisation": bool(sys.flags.hash_randomization),
+    }
+    torch = sys.modules.get("torch")
+    return described | ({"torch": _switches(torch)} if torch is not None else {})
+
+
+def _switches(torch) -> dict[str, object]:
+    """Of a loaded torch: what decides in which order it adds up, and by which kernels."""
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    found = {
+        "version": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if torch.cuda.is_available():
+        found |= {
+            "cuda": torch.version.cuda,
+            "cudnn": cudnn.version(),
+            "cudnn_benchmark": cudnn.benchmark,
+            "cudnn_deterministic": cudnn.deterministic,
+            "flash_attention": cuda.flash_sdp_enabled(),
+            "cudnn_attention": cuda.cudnn_sdp_enabled(),
+            "fp16_reduced_precision_reduction": cuda.matmul.allow_fp16_reduced_precision_reduction,
+        }
+    return found
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it: another one may take other vector instructions."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

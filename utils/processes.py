@@ -75,6 +75,15 @@ class Child:
         return lines[-1][:300] if lines else "no message"
 
 
+def find_driver() -> psutil.Process | None:
+    """The `python -m utils run` below which this process works, however deep; None in a notebook opened by hand."""
+    with contextlib.suppress(psutil.Error):
+        for parent in psutil.Process().parents():
+            if parent.cmdline()[1:4] == ["-m", "utils", "run"]:
+                return parent
+    return None
+
+
 def _family(process: subprocess.Popen) -> list[psutil.Process]:
     """The process and all that it started; torch's launcher puts its workers into sessions of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,24 +1,30 @@
 """Progress for everything that takes longer than two seconds: a bar in the notebook, one live line in `run`.
 
-The driver names a file in `SERIES_PROGRESS`; a kernel writes its current step there, the driver reads it.
+Where a driver watches, the run directory holds the file FILE; the stage at work writes its current step there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 Item = TypeVar("Item")
-VARIABLE = "SERIES_PROGRESS"
+FILE = ".progress.json"
 _INTERVAL_S = 0.5
+_file: Path | None = None
+
+
+def report_to(run_dir: Path) -> None:
+    """From here on this process writes its progress into the run directory, where a driver watches it."""
+    global _file
+    _file = run_dir / FILE if (run_dir / FILE).exists() else None
 
 
 class Progress:
@@ -27,8 +33,6 @@ class Progress:
     def __init__(self, description: str, total: int, unit: str = "it"):
         self.description, self.total, self.done, self.note = description, total, 0, ""
         self._last = 0.0
-        target = os.environ.get(VARIABLE)
-        self._file = Path(target) if target else None
         # stdout: a notebook paints stderr red. One second: each redraw is a message to the browser.
         self._bar = tqdm(total=total, desc=description, unit=unit, file=sys.stdout, mininterval=1.0, ncols=96)
 
@@ -39,18 +43,18 @@ class Progress:
             self.note = note
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(step)
-        self._tell(force=self.done >= self.total)
+        self._report(force=self.done >= self.total)
 
-    def _tell(self, force: bool = False) -> None:
+    def _report(self, force: bool = False) -> None:
         now = time.monotonic()
-        if self._file is None or (now - self._last < _INTERVAL_S and not force):
+        if _file is None or (now - self._last < _INTERVAL_S and not force):
             return
         self._last = now
         state = {"description": self.description, "done": self.done, "total": self.total, "note": self.note}
-        scratch = self._file.with_suffix(".tmp")
+        scratch = _file.with_suffix(".tmp")
         with suppress(OSError):  # a full disk, or a driver that is gone: no reason to stop what is at work
             scratch.write_text(json.dumps(state))
-            scratch.replace(self._file)
+            scratch.replace(_file)
 
     def close(self) -> None:
         self._bar.close()
@@ -69,3 +73,9 @@ def track(items: Iterable[Item], description: str, unit: str = "it") -> Iterator
         for item in items:
             yield item
             bar.update()
+
+
+def notebook_shell() -> Any:
+    """IPython's shell, where this process has one; None in a plain one."""
+    module = sys.modules.get("IPython")
+    return module.get_ipython() if module is not None else None

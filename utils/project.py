@@ -12,7 +12,7 @@ NAME = "deepseek-r1-medical-lora"
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
-KAGGLE = Path(os.environ.get("SERIES_KAGGLE", "/kaggle"))  # where Kaggle mounts input and working; tests move it
+KAGGLE = Path("/kaggle")  # where Kaggle mounts input and working
 
 # "owner/name" on GitHub, and the tag that a notebook opened alone clones. `make address REPOSITORY=you/fork` writes
 # yours here, into the notebooks' first cells and into the README; while it starts with OWNER/, nothing is cloned.

@@ -102,7 +102,7 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     packing: bool = False
     gradient_checkpointing: bool = True
-    fit: Literal["auto", "given"] = "given"  # auto: micro-batch, accumulation and recomputed layers found by trials
+    step_plan: Literal["auto", "given"] = "given"  # auto: micro-batch, accumulation, recomputed layers found by trials
     save_steps: Positive = 50
     logging_steps: Positive = 1
     seed: NotNegative = 3407

@@ -12,10 +12,11 @@ import pytest
 
 from tests import fake_tokens
 from tests.loopback import DEAD, Answer
+from tests.staged import complete
 from utils.errors import HubError, RunDirError
 from utils.export.hub import offline_runs, plan_uploads
 from utils.files import record_files, write_json, write_text
-from utils.pipeline.manifest import read_manifest
+from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.stages import STAGES
 from utils.project import python_path
 
@@ -26,14 +27,17 @@ TOKEN = fake_tokens.hugging_face("publish")
 def run(tmp_path) -> Path:
     """A run directory with an exported adapter and a merged model, small."""
     path = tmp_path / "run"
+    made = complete(path)
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"):
         (path / "export" / name).parent.mkdir(parents=True, exist_ok=True)
         (path / "export" / name).write_bytes(name.encode() * 500)
     write_text(path / "export" / "README.md", "---\nlicense: apache-2.0\n---\n# A card\n")
     write_json(path / "comparison" / "metrics.json", {"sentence": "After fine-tuning the model is worse."})
-    stages = {stage.name: {"state": "done", "outputs": {}} for stage in STAGES}
-    stages["05_export"]["outputs"] = record_files(path, ("export",))
-    write_json(path / "manifest.json", {"profile": "t4", "overrides": {}, "stages": stages})
+    (path / "export" / "adapter" / "part.txt").unlink()
+    for stage in STAGES:
+        inputs = record_files(path, stage.inputs)
+        outputs = record_files(path, (*stage.outputs, *stage.optional))
+        made.write_record(stage, **made.record(stage) | {"inputs": inputs, "outputs": outputs})
     return path
 
 
@@ -225,22 +229,14 @@ def change(run: Path, stage: str, **values) -> None:
 @pytest.mark.parametrize(
     ("stage", "values", "said"),
     [
-        ("05_export", {"state": "running"}, "05_export was interrupted"),
-        ("03_lora_training", {"state": "failed"}, "03_lora_training failed"),
-        ("04_comparison", {"state": ""}, "04_comparison has not run"),
-        (
-            "03_lora_training",
-            {"outputs": {"training/adapter/adapter_model.safetensors": {"sha256": "new"}}},
-            "05_export is out of date: training/adapter/adapter_model.safetensors was written anew since",
-        ),
-        ("03_lora_training", {"settings": {"lora": {"r": 16}}}, "03_lora_training is out of date: lora.r was changed"),
+        ("05_export", {"state": "running"}, "05_export is out of date: it was interrupted"),
+        ("03_lora_training", {"state": "failed"}, "03_lora_training is out of date: it failed"),
+        ("04_comparison", {"state": ""}, "04_comparison is out of date: it has not run"),
+        ("05_export", {"inputs": {}}, "05_export is out of date: one of its inputs changed"),
+        ("03_lora_training", {"settings": {"lora": {"r": 8}}}, "03_lora_training is out of date: its settings changed"),
     ],
 )
 def test_an_export_that_is_not_the_runs_last_word_is_not_uploaded(run, stage, values, said):
-    inputs = {"training/adapter/adapter_model.safetensors": {"sha256": "old"}}
-    change(run, "05_export", inputs=inputs, settings={"hardware.dtype": "auto"})
-    write_json(run / "manifest.json", read_manifest(run) | {"overrides": {"lora.r": 8}})
-    change(run, "03_lora_training", settings={"lora": {"r": 8}}, outputs=inputs)
     assert plan_uploads(run, "alice/medical")
     change(run, stage, **values)
     with pytest.raises(HubError, match=said):

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.series_process import SeriesProcess, left_over, results, stage_seconds
-from utils.pipeline.manifest import altered_files
+from utils.pipeline.run_dir import altered_files
 
 START = 1.5  # seconds that a stage takes beside what the manifest counts: its kernel's start
 TEXTS = {".json", ".jsonl", ".yaml", ".csv", ".md", ".py", ".txt"}  # what is read again; executed notebooks are history

@@ -14,8 +14,7 @@ from utils.export.merge import read_lora
 from utils.export.verify import altered_exports
 from utils.kaggle import push
 from utils.kaggle.push import build_request, check_text, read_metadata, reference_of
-from utils.pipeline.manifest import read_manifest
-from utils.pipeline.run_dir import RunDir
+from utils.pipeline.run_dir import RunDir, read_manifest
 
 SOUND = ("kernel-metadata.json", "with-sources.json", "empty-cell.json")  # these say nothing wrong
 

@@ -20,8 +20,7 @@ from utils.export.hub import plan_uploads, read_verdict
 from utils.files import read_lines
 from utils.kaggle.collect import Verdict, judge
 from utils.models import tiny
-from utils.pipeline.manifest import altered_files, read_manifest
-from utils.pipeline.run_dir import open_run
+from utils.pipeline.run_dir import altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
 from utils.pipeline.state import read_state

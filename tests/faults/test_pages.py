@@ -48,7 +48,6 @@ def hostile_pages(tmp_path_factory):
     machine = {"where": EVIL, "gpus": [{"name": EVIL}], "processors": 2}
     write_json(run.file("environment.json"), {"machine": machine})
     write_json(run.file("export/verify.json"), {"agreement": {EVIL: {EVIL: EVIL}}})
-    run.overrides = {EVIL: EVIL}
     executed_dir(run).mkdir(parents=True)
     nbformat.write(hostile_notebook(), executed_dir(run) / "00_setup.ipynb")
     answers = write_answers(run, Arms(scored(0), scored(1), pd.DataFrame(), pd.DataFrame(), {}))

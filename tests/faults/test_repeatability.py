@@ -52,12 +52,12 @@ def test_the_manifest_says_what_the_numbers_rest_on(small_run):
     manifest = json.loads((small_run / "manifest.json").read_text())
     for stage in STAGES:
         record = manifest["stages"][stage.name]
-        rests_on = record["rests_on"]
+        rests_on = record["provenance"]
         assert {"data.seed", "train.seed", "generate.seed", "evaluate.seed"} <= set(rests_on["seeds"])
         assert rests_on["processor"] and rests_on["environment"]["OMP_NUM_THREADS"] == "1"
         assert re.fullmatch(r"3\.\d+\.\d+", rests_on["python"]) and rests_on["packages"]["numpy"]
         assert record["versions"]["transformers"] and len(record["sources"]) == 64
-    switches = manifest["stages"]["03_lora_training"]["rests_on"]["torch"]
+    switches = manifest["stages"]["03_lora_training"]["provenance"]["torch"]
     assert switches["threads"] == 1 and switches["version"] == torch.__version__
     assert switches["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert switches["deterministic_algorithms"] in (True, False)

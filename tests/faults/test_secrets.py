@@ -100,7 +100,7 @@ def test_no_secret_is_in_the_error_that_a_training_process_leaves(tokens, traini
 
     monkeypatch.setattr(launch, "read_recipe", fail)
     with pytest.raises(TrainingError):
-        launch.take_part(str(run.path))
+        launch.run_worker(str(run.path))
     text = run.file("training/error.json").read_text(encoding="utf-8")
     fault("secrets in what is printed or raised")
     assert told(text) == [] and text.count("***") == 4
@@ -120,7 +120,7 @@ def test_no_secret_is_in_the_log_and_the_sentence_that_a_kernel_brings_home(kagg
 
 
 def test_tokens_that_are_not_ours_are_known_by_their_shape_and_commits_are_left_alone(monkeypatch):
-    from utils.redaction import redact
+    from utils.secrets import redact
 
     for value in (TOKENS["HF_TOKEN"], TOKENS["KAGGLE_API_TOKEN"], "wandb_v1_AbCdEfGhIjKlMnOpQrStUvWx"):
         assert redact(f"a {value}, b") == "a ***, b"

@@ -39,8 +39,7 @@ from utils.files import read_lines, write_lines
 from utils.kaggle import push
 from utils.kaggle.collect import Verdict, judge, readable_log
 from utils.kaggle.push import body_of, build_request, check_text, read_metadata, reference_of
-from utils.pipeline.manifest import altered_files, read_manifest
-from utils.pipeline.run_dir import open_run
+from utils.pipeline.run_dir import altered_files, open_run, read_manifest
 from utils.pipeline.stages import STAGES
 from utils.pipeline.state import SeriesState, read_state
 from utils.project import PROFILES

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.loopback import Answer, series_call
+from utils.config import load_config
 from utils.errors import RunDirError
 from utils.files import record_files, write_json
 from utils.kaggle.collect import judge, readable_log, run_folder
+from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import STAGES
 from utils.pipeline.state import SeriesState, write_state
 
@@ -35,7 +37,8 @@ def write_run(path: Path, state: str = "done", **more) -> Path:
     stages = {
         stage.name: {"state": "done", "outputs": record_files(path, outputs.get(stage.name, ()))} for stage in STAGES
     }
-    write_json(path / "manifest.json", {"profile": "t4", "overrides": {}, "stages": stages})
+    write_json(path / "manifest.json", {"profile": "t4", "stages": stages})
+    RunDir(path, load_config("t4")).save()
     write_state(path, SeriesState(state=state, **more))
     return path
 

@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch):
                  "training/checkpoints/abc/checkpoint-50/optimizer.pt", "training/adapter/adapter_model.safetensors"):  # fmt: skip
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(b"x" * 2000)
-    write_json(path / "manifest.json", {"profile": "t4", "overrides": {}, "stages": {}})
+    write_json(path / "manifest.json", {"profile": "t4", "stages": {}})
     return path
 
 

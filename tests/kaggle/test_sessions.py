@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +13,10 @@ from tests.conftest import run_command
 from tests.kaggle.test_collect import serve, write_run
 from tests.loopback import Answer, KaggleServer, Received, series_call, series_cli
 from tests.sessions import Machine
+from utils.config import load_config
 from utils.errors import InfrastructureError, KaggleError
 from utils.kaggle.sessions import continuation, until_done
+from utils.pipeline.run_dir import RunDir
 from utils.pipeline.runner import checkpointed_steps
 from utils.pipeline.state import read_state
 
@@ -30,10 +31,7 @@ def home(tmp_path):
 
 def test_continue_attaches_the_last_output_and_keeps_the_runs_own_profile(kaggle_server, home, tmp_path):
     run = write_run(tmp_path / "run", "continue", stage="03_lora_training", steps=50)
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(
-        json.dumps(manifest | {"profile": "full", "overrides": {"hardware.max_hours": 5}})
-    )
+    RunDir(run, load_config("full", {"hardware.max_hours": 5})).save()
     serve(kaggle_server, run)
     done = series_call(kaggle_server, home, "push", "--continue")
     assert done.returncode == 0, done.stderr
@@ -76,13 +74,13 @@ class Scripted:
     def _peek(self, kaggle, reference):
         from utils.pipeline.state import SeriesState
 
-        manifest = {"profile": "full", "overrides": {}}
+        config = load_config("full")
         if not self.pushed:
-            return self.earlier, manifest
+            return self.earlier, config
         end, started = next(self.ends), float(len(self.pushed))
         if end is None:
-            return SeriesState(state="done", started=started), manifest
-        return SeriesState(state="continue", stage=end[0], steps=end[1], sentence="8 h", started=started), manifest
+            return SeriesState(state="done", started=started), config
+        return SeriesState(state="continue", stage=end[0], steps=end[1], sentence="8 h", started=started), config
 
 
 def chain(ends, monkeypatch, sessions=6, earlier=None):
@@ -91,7 +89,7 @@ def chain(ends, monkeypatch, sessions=6, earlier=None):
     state = until_done(
         None,
         first,
-        lambda manifest: SimpleNamespace(name=f"next of {manifest['profile']}"),
+        lambda config: SimpleNamespace(name=f"next of {config.profile}"),
         Console(quiet=True),
         sessions,
     )
@@ -138,7 +136,7 @@ def test_the_last_sessions_state_is_read_without_its_other_files(kaggle_server, 
     done = series_call(kaggle_server, home, "push", "--continue", "--dry-run")
     assert done.returncode == 0 and not kaggle_server.versions, done.stderr
     fetched = sorted(Path(call.path).name for call in kaggle_server.calls("/files/"))
-    assert fetched == ["manifest.json", "state.json"]
+    assert fetched == ["config.yaml", "state.json"]
     assert f'kernelDataSources: ["{REFERENCE}"]' in done.stdout
     assert continuation.__doc__
 

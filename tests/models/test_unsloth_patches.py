@@ -13,7 +13,7 @@ from benchmarks.recipe import notebook_functions
 from utils.models import unsloth_patches as packing
 from utils.models.unsloth_patches import attend_within_documents, choose_attention
 from utils.project import ROOT
-from utils.training.fit import Fit
+from utils.training.step_plan import StepPlan
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; evidence in train.json")
 
@@ -105,7 +105,7 @@ def test_the_plain_backend_never_packs_where_samples_would_see_each_other(traini
     load_with_lora, make_trainer = notebook_functions()
     model, tokenizer = load_with_lora(run.config)
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
-    trainer = make_trainer(model, tokenizer, run.config, rows, Fit(4, 1, 0), str(tmp_path))
+    trainer = make_trainer(model, tokenizer, run.config, rows, StepPlan(4, 1, 0), str(tmp_path))
     assert len(trainer.train_dataset) == len(rows) and not trainer.args.packing
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     assert batch["input_ids"].shape[0] == 4  # each row a sequence of its own

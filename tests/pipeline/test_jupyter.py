@@ -13,7 +13,8 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from utils.errors import Interrupted
-from utils.pipeline.jupyter import Kernels
+from utils.pipeline.jupyter import check, execute, signal_kernels
+from utils.pipeline.signals import StopRequest
 
 
 def notebook(path, *cells: str):
@@ -21,6 +22,12 @@ def notebook(path, *cells: str):
     made.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(made, path)
     return path
+
+
+def run(tmp_path, *cells: str, stop: StopRequest | None = None) -> None:
+    source = notebook(tmp_path / "in.ipynb", *cells)
+    with stop or StopRequest(signal_kernels) as entered:
+        execute(source, tmp_path / "out.ipynb", {}, entered)
 
 
 def test_a_kernel_that_is_done_gets_no_interrupt(tmp_path):
@@ -31,8 +38,7 @@ kernel = get_ipython().kernel
 kernel.pre_handler_hook = kernel.post_handler_hook = lambda: None  # as in the moment of the last reply
 signal.signal(signal.SIGINT, lambda *_: pathlib.Path({str(tmp_path / "interrupted")!r}).touch())
 """
-    with Kernels() as kernels:
-        kernels.execute(notebook(tmp_path / "in.ipynb", listening), tmp_path / "out.ipynb", {})
+    run(tmp_path, listening)
     assert not (tmp_path / "interrupted").exists()
 
 
@@ -46,19 +52,22 @@ def test_asked_in_the_middle_of_a_cell_the_kernel_is_interrupted_and_its_noteboo
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=ask, daemon=True).start()
-    with Kernels() as kernels:
-        with pytest.raises(PapermillExecutionError) as error:
-            kernels.execute(notebook(tmp_path / "in.ipynb", *cells), tmp_path / "out.ipynb", {})
-        assert error.value.ename == "KeyboardInterrupt" and time.monotonic() - started < 30
-        with pytest.raises(Interrupted, match="stopped by SIGTERM; what was saved stays"):
-            kernels.check()
+    stop = StopRequest(signal_kernels)
+    with pytest.raises(PapermillExecutionError) as error:
+        run(tmp_path, *cells, stop=stop)
+    assert error.value.ename == "KeyboardInterrupt" and time.monotonic() - started < 30
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; what was saved stays"):
+        check(stop)
     assert (tmp_path / "out.ipynb").exists()
 
 
-def test_asked_between_two_notebooks_the_next_one_does_not_begin(tmp_path):
-    with Kernels() as kernels, pytest.raises(Interrupted, match="stopped by Ctrl-C"):
+def test_asked_before_it_began_a_notebook_runs_no_cell(tmp_path):
+    with StopRequest() as stop, pytest.raises(Interrupted, match="stopped by Ctrl-C"):
         os.kill(os.getpid(), signal.SIGINT)
-        kernels.execute(tmp_path / "none.ipynb", tmp_path / "out.ipynb", {})
+        execute(
+            notebook(tmp_path / "in.ipynb", f"open({str(tmp_path / 'begun')!r}, 'w')"), tmp_path / "out.ipynb", {}, stop
+        )
+    assert not (tmp_path / "begun").exists()
 
 
 def test_asked_where_the_kernel_does_not_listen_the_next_cell_does_not_begin(tmp_path):
@@ -70,8 +79,8 @@ def test_asked_where_the_kernel_does_not_listen_the_next_cell_does_not_begin(tmp
         "time.sleep(2)"
     )
     second = f"open({str(tmp_path / 'second')!r}, 'w').close()"
-    with Kernels() as kernels, pytest.raises(Interrupted):
-        kernels.execute(notebook(tmp_path / "in.ipynb", deaf, second), tmp_path / "out.ipynb", {})
+    with pytest.raises(Interrupted):
+        run(tmp_path, deaf, second)
     assert not (tmp_path / "second").exists()
 
 
@@ -85,6 +94,16 @@ def test_a_kernel_that_was_not_ready_yet_is_not_left_behind(tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("utils.pipeline.jupyter.papermill.execute_notebook", interrupted_while_it_starts)
-    with Kernels() as kernels, pytest.raises(KeyboardInterrupt):
-        kernels.execute(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {})
-    assert started[0].poll() is not None
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "1")
+    assert started[0].wait(10) == -signal.SIGKILL
+
+
+def test_a_temporary_folder_with_a_long_path_is_no_obstacle(tmp_path, monkeypatch):
+    """A socket file below it had a name longer than the 107 characters that zmq takes."""
+    scratch = tmp_path / ("a-long-name-" * 10)
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    run(tmp_path, "print(1)")
+    assert (tmp_path / "out.ipynb").exists()

@@ -18,7 +18,7 @@ import pytest
 
 from utils.errors import RunDirError
 from utils.pipeline import lock
-from utils.pipeline.lock import hand_on, release_lock, take_lock
+from utils.pipeline.lock import release_lock, take_lock
 from utils.project import ROOT
 
 HOLD = "import sys, time; from pathlib import Path; from utils.pipeline.lock import take_lock; take_lock(Path(sys.argv[1]), '03_lora_training'); print('held', flush=True); time.sleep(60)"  # fmt: skip
@@ -36,7 +36,7 @@ def holder(tmp_path):
 
 
 def test_the_second_process_is_told_in_one_sentence_who_is_at_work(holder, tmp_path):
-    with pytest.raises(RunDirError, match=rf"run is in use by 03_lora_training \(process {holder.pid} on .*, since .*\); wait"):  # fmt: skip
+    with pytest.raises(RunDirError, match=rf"run is in use by 03_lora_training \(process {holder.pid}, since .*\); wait"):  # fmt: skip
         take_lock(tmp_path / "run", "second", wait_s=0.2)
 
 
@@ -59,9 +59,9 @@ def test_a_copy_of_a_directory_that_is_in_use_is_free(holder, tmp_path):
     release_lock(tmp_path / "copy", "second")
 
 
-def test_the_same_process_takes_it_as_often_as_it_likes_and_the_last_owner_lets_go(tmp_path):
-    first = take_lock(tmp_path, "driver")
-    assert take_lock(tmp_path, "00_setup") == first == take_lock(tmp_path, "00_setup")
+def test_the_same_process_takes_it_as_often_as_it_likes_and_only_who_took_it_first_lets_go(tmp_path):
+    for owner in ("driver", "00_setup", "00_setup"):
+        take_lock(tmp_path, owner)
     release_lock(tmp_path, "00_setup")
     release_lock(tmp_path, "never taken")
     assert is_locked(tmp_path)
@@ -69,62 +69,79 @@ def test_the_same_process_takes_it_as_often_as_it_likes_and_the_last_owner_lets_
     assert not is_locked(tmp_path)
 
 
-def is_locked(run_dir, **options) -> bool:
-    code = "import sys; from pathlib import Path; from utils.pipeline.lock import take_lock; take_lock(Path(sys.argv[1]), 'probe', 0)"
-    done = subprocess.run([sys.executable, "-c", code, str(run_dir)], cwd=ROOT, capture_output=True, text=True, check=False, **options)  # fmt: skip
+PROBE = "import sys; from pathlib import Path; from utils.pipeline.lock import take_lock; take_lock(Path(sys.argv[1]), 'probe', 0)"
+
+
+def tried(run_dir, *before: str) -> bool:
+    """Whether a process of ours, started by `before`, is kept out."""
+    command = [*before, sys.executable, "-c", PROBE, str(run_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 or "RunDirError" in done.stderr, done.stderr
     return done.returncode != 0
 
 
-def test_a_process_to_which_it_was_handed_on_is_let_in_and_keeps_it_when_its_parent_lets_go(tmp_path):
-    handed = hand_on(take_lock(tmp_path, "driver"))
-    assert not is_locked(tmp_path, **handed) and is_locked(tmp_path)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **handed)
-    release_lock(tmp_path, "driver")
-    assert is_locked(tmp_path)
-    child.kill()
-    child.wait()
-    assert not is_locked(tmp_path)
+def is_locked(run_dir) -> bool:
+    """Whether somebody has the lock, whoever asks: a process below the holder would be let in."""
+    with (run_dir / lock.FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
-def test_a_variable_without_its_descriptor_lets_nobody_in(tmp_path):
+def test_a_process_below_the_holder_needs_no_lock_of_its_own(tmp_path):
     take_lock(tmp_path, "driver")
-    assert is_locked(tmp_path, env={**os.environ, lock.VARIABLE: "99"})
+    assert not tried(tmp_path) and not tried(tmp_path, "env")  # however deep
     release_lock(tmp_path, "driver")
 
 
-def without_flock(monkeypatch, refused) -> None:
+def test_what_a_dead_machine_left_blocks_nobody_and_lets_nobody_in(holder, tmp_path):
+    run = tmp_path / "run"
+    signature = json.loads((run / ".lock.json").read_text())
+    (run / ".lock.json").write_text(json.dumps(signature | {"pid": os.getpid(), "created": 0}))  # another boot's
+    with pytest.raises(RunDirError):
+        take_lock(run, "second", wait_s=0.2)
+    holder.kill()
+    holder.wait()
+    take_lock(run, "second", wait_s=0.2)
+    release_lock(run, "second")
+
+
+def without_flock(monkeypatch, number, refused) -> None:
     real = fcntl.flock
 
-    def flock(descriptor, operation):
+    def flock(file, operation):
+        descriptor = file if isinstance(file, int) else file.fileno()
         if refused(str(Path(f"/proc/self/fd/{descriptor}").readlink())):
-            raise OSError(errno.ENOLCK, "No locks available")
+            raise OSError(number, os.strerror(number))
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-def test_where_the_file_system_knows_no_locks_scratch_stands_in(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_where_the_file_system_knows_no_locks_scratch_stands_in(tmp_path, monkeypatch, number):
     monkeypatch.setattr(lock.tempfile, "gettempdir", lambda: str(tmp_path))
     run = tmp_path / "run"
-    without_flock(monkeypatch, lambda name: str(run) in name)
-    handed = hand_on(take_lock(run, "first"))
-    assert handed
-    with (
-        (tmp_path / next(file.name for file in tmp_path.glob("*.lock"))).open() as other,
-        pytest.raises(BlockingIOError),
-    ):
+    run.mkdir()
+    (run / ".lock").write_text("left by a machine that died")
+    without_flock(monkeypatch, number, lambda name: str(run) in name)
+    take_lock(run, "first")
+    stand_in = next(tmp_path.glob("*.lock"))
+    with stand_in.open() as other, pytest.raises(BlockingIOError):
         fcntl.flock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    monkeypatch.setenv(lock.VARIABLE, handed["env"][lock.VARIABLE])
-    assert lock._is_handed_on(run)
-    monkeypatch.delenv(lock.VARIABLE)
     release_lock(run, "first")
+    with stand_in.open() as other:
+        fcntl.flock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_where_nothing_can_be_locked_the_run_goes_on(tmp_path, monkeypatch):
-    without_flock(monkeypatch, lambda name: True)
-    assert take_lock(tmp_path, "first") is None and hand_on(None) == {}
+def test_where_nothing_can_be_locked_the_run_goes_on_and_nothing_stays_open(tmp_path, monkeypatch):
+    without_flock(monkeypatch, errno.ENOTSUP, lambda name: True)
+    before = set(Path("/proc/self/fd").iterdir())
+    take_lock(tmp_path, "first")
     release_lock(tmp_path, "first")
+    assert set(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_a_directory_that_cannot_be_written_is_told(tmp_path):
@@ -171,7 +188,10 @@ def notebook():
 
 
 def taken(run_dir: Path) -> str:
-    return f"from utils.pipeline.lock import *; from pathlib import Path; run = Path({str(run_dir)!r}); _ = take_lock(run, '01', 0)"
+    return (
+        "from utils.pipeline.lock import *; from pathlib import Path; "
+        f"run = Path({str(run_dir)!r}); take_lock(run, '01', 0); follow_cells(run, '01')"
+    )
 
 
 def test_a_cell_that_failed_lets_others_in_and_the_next_one_asks_again(notebook, tmp_path):
@@ -191,7 +211,6 @@ def test_a_notebook_that_is_done_asks_no_more_whatever_fails_in_it(notebook, tmp
     for cell in ("1 / 0", "1"):
         notebook.run(cell)
         assert not is_locked(tmp_path)
-    assert notebook.run("print(get_ipython().events.callbacks)").count("_follow_cells") == 0
 
 
 def test_a_notebook_that_let_go_after_a_failed_cell_asks_no_more(notebook, tmp_path):
@@ -207,7 +226,7 @@ def test_however_often_it_is_opened_there_is_one_who_asks(notebook, tmp_path):
     for _ in range(3):
         notebook.run(taken(tmp_path))
         notebook.run("1 / 0")
-    assert notebook.run("print(get_ipython().events.callbacks)").count("_follow_cells") == 2
+    assert notebook.run("print(get_ipython().events.callbacks)").count("_cell at") == 2
 
 
 def test_every_cell_is_told_while_another_process_is_at_work(notebook, tmp_path):
@@ -218,16 +237,8 @@ def test_every_cell_is_told_while_another_process_is_at_work(notebook, tmp_path)
     told = [notebook.run("1") for _ in range(3)]
     holder.kill()
     holder.wait()
-    assert all(f"is in use by 03_lora_training (process {holder.pid}" in text for text in told)
+    assert all(f"is in use by 03_lora_training (process {holder.pid}," in text for text in told)
     assert "in use" not in notebook.run("1") and is_locked(tmp_path / "run")
-
-
-def test_nothing_stays_open_where_nothing_can_be_locked(tmp_path, monkeypatch):
-    without_flock(monkeypatch, lambda name: True)
-    before = set(Path("/proc/self/fd").iterdir())
-    take_lock(tmp_path, "first")
-    release_lock(tmp_path, "first")
-    assert set(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_waiting_ends_after_the_time_that_was_given(holder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -12,8 +13,7 @@ from utils.config import load_config
 from utils.errors import RunDirError
 from utils.export.verify import altered_exports
 from utils.files import write_json
-from utils.pipeline.manifest import altered_files, read_manifest, stale_on_record
-from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES
 from utils.pipeline.state import SeriesState, write_state
@@ -79,20 +79,37 @@ def test_what_stayed_in_scratch_is_not_missed_and_anything_else_is(tmp_path):
     assert f"{names[0]} differs from what was written" in altered_files(tmp_path)
 
 
-def test_what_is_on_record_is_stale_where_a_stage_before_it_was_undone_or_written_anew(tmp_path):
-    manifest = read_manifest(complete(tmp_path).path)
+def test_what_is_on_record_is_out_of_date_where_a_stage_before_it_was_undone_or_written_anew(tmp_path):
+    run = complete(tmp_path)
     compared, exported = BY_NAME["04_comparison"], BY_NAME["05_export"]
-    assert stale_on_record(manifest, compared) is None and stale_on_record(manifest, exported) is None
-    manifest["stages"]["05_export"]["state"] = "running"
-    assert stale_on_record(manifest, compared) is None  # which does not rest on the export
-    assert stale_on_record(manifest, exported) == "05_export was interrupted"
-    manifest["stages"]["03_lora_training"]["outputs"]["training/log.csv"]["sha256"] = "another"
-    manifest["stages"]["04_comparison"]["inputs"]["training/log.csv"] = {"sha256": "one"}
-    assert (
-        stale_on_record(manifest, compared) == "04_comparison is out of date: training/log.csv was written anew since"
+    assert run.out_of_date(compared) is None and run.out_of_date(exported) is None
+    run.write_record(exported, **run.record(exported) | {"state": "running"})
+    assert run.out_of_date(compared) is None  # which does not rest on the export
+    assert run.out_of_date(exported) == "05_export is out of date: it was interrupted"
+    record = run.record(compared)
+    record["inputs"]["training/adapter/part.txt"]["sha256"] = "another"
+    run.write_record(compared, **record)
+    assert run.out_of_date(compared).startswith(
+        "04_comparison is out of date: one of its inputs changed (training/adap"
     )
-    manifest["stages"]["01_baseline_inference"]["state"] = "failed"
-    assert stale_on_record(manifest, compared) == "01_baseline_inference failed"
-    assert stale_on_record(manifest | {"overrides": {"data.seed": -1}}, BY_NAME["00_setup"]).startswith(
-        "00_setup is out"
-    )
+    run.write_record(BY_NAME["01_baseline_inference"], state="failed")
+    assert run.out_of_date(compared) == "01_baseline_inference is out of date: it failed"
+
+
+def test_a_run_that_was_brought_home_is_current_without_the_model_the_rows_and_the_heavy_exports(tmp_path):
+    """They lie where it was computed; what can be looked at here has to be as it was."""
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    rows.write_text("{}")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    run = complete(tmp_path / "run", **{"data.path": str(rows), "model.name": str(model)})
+    exported = BY_NAME["05_export"]
+    record = run.record(exported)
+    record["outputs"]["export/merged/model.safetensors"] = {"sha256": "0", "bytes": 1, "mtime_ns": 1}
+    run.write_record(exported, **record)
+    rows.unlink()
+    shutil.rmtree(model)
+    assert run.out_of_date(exported) is None
+    assert run.stale_because(exported).endswith("(export/merged/model.safetensors is missing)")
+    write_state(run.path, SeriesState(state="done", left_in_scratch={"export/merged": 16_000_000_000}))
+    assert run.stale_because(exported) is None

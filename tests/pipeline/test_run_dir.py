@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.staged import complete, saved, snapshot, stale
+from utils import config
 from utils import hardware as platforms
 from utils.errors import ConfigError, RunDirError, StageOrderError
 from utils.files import write_text
 from utils.pipeline import run_dir as rundir
-from utils.pipeline.manifest import altered_files, read_manifest
-from utils.pipeline.run_dir import open_run
+from utils.pipeline.run_dir import altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES
 from utils.schema import Config
@@ -23,7 +25,7 @@ from utils.schema import Config
 
 def test_a_new_run_directory_holds_its_manifest_and_the_settings_in_force(tmp_path):
     run = saved("demo", tmp_path / "new", {"train.max_steps": 3})
-    assert read_manifest(run.path) == {"profile": "demo", "overrides": {"train.max_steps": 3}, "stages": {}}
+    assert read_manifest(run.path) == {"profile": "demo", "stages": {}}
     stored = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
     assert Config.model_validate(stored) == run.config and run.config.train.max_steps == 3
 
@@ -36,6 +38,73 @@ def test_the_profile_auto_is_the_run_directorys_own(tmp_path):
 def test_the_profile_auto_of_a_new_run_directory_is_demo_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(platforms, "gpus", lambda: ())
     assert open_run("auto", tmp_path / "run").config.profile == "demo"
+
+
+def test_overrides_that_are_valid_with_what_is_stored_are_taken(tmp_path):
+    """`evaluate.primary` alone was refused, because it was validated without the benchmark that was named before."""
+    items = tmp_path / "items.jsonl"
+    items.touch()
+    saved("demo", tmp_path / "run", {"evaluate.benchmark.path": str(items)})
+    run = saved("demo", tmp_path / "run", {"evaluate.primary": "multiple_choice"})
+    assert run.config.evaluate.primary == "multiple_choice" and run.config.evaluate.benchmark.path == items
+    with pytest.raises(ConfigError, match=r"evaluate.primary is multiple_choice, but no"):
+        open_run("demo", tmp_path / "run", {"evaluate.benchmark": {}})
+
+
+def test_an_edit_of_the_file_by_hand_counts_and_keeps_its_remarks(tmp_path):
+    run = complete(tmp_path)
+    file = tmp_path / "config.yaml"
+    edited = "# mine\n" + file.read_text(encoding="utf-8").replace("  r: 16\n", "  r: 8\n")
+    file.write_text(edited, encoding="utf-8")
+    run = open_run("auto", tmp_path)
+    assert run.config.lora.r == 8 and set(stale(run)) == {"03"}
+    run.save()
+    assert file.read_text(encoding="utf-8") == edited
+    file.write_text(edited.replace("  r: 8\n", "  r: many\n"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"lora.r is 'many': .*config.yaml"):
+        open_run("auto", tmp_path)
+    assert open_run("auto", tmp_path, {"lora.r": 4}).config.lora.r == 4
+
+
+def test_a_changed_profile_is_seen_by_a_fresh_run_only(tmp_path, monkeypatch):
+    profiles = tmp_path / "profiles"
+    shutil.copytree(config.PROFILES, profiles)
+    monkeypatch.setattr(config, "PROFILES", profiles)
+    saved("demo", tmp_path / "run", {"lora.r": 4})
+    demo = profiles / "demo.yaml"
+    values = yaml.safe_load(demo.read_text(encoding="utf-8"))
+    values["train"]["max_steps"] = 7
+    demo.write_text(yaml.safe_dump(values), encoding="utf-8")
+    kept, fresh = open_run("demo", tmp_path / "run").config, open_run("demo", tmp_path / "run", fresh=True).config
+    assert set(config.differing_settings(kept)) == {"lora.r", "train.max_steps"}
+    assert (fresh.train.max_steps, fresh.lora.r) == (7, 16) and config.differing_settings(fresh) == {}
+
+
+def test_other_data_choose_another_primary_metric_unless_somebody_chose_it(tmp_path):
+    rows = str(tmp_path / "rows.jsonl")
+    saved("demo", tmp_path / "run")
+    assert open_run("auto", tmp_path / "run", {"data.path": rows}).config.evaluate.primary == "nll"
+    saved("demo", tmp_path / "run", {"evaluate.primary": "nll"})
+    assert open_run("auto", tmp_path / "run", {"data.seed": 1}).config.evaluate.primary == "nll"
+
+
+def test_a_run_of_the_version_before_is_resumed_with_the_settings_in_its_config(tmp_path):
+    """Its manifest held the overrides and a seal."""
+    complete(tmp_path, "03", **{"lora.r": 8})
+    manifest = read_manifest(tmp_path) | {"overrides": {"lora.r": 8}, "seal": "0123456789abcdef"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    run = open_run("auto", tmp_path)
+    assert run.config.lora.r == 8 and set(stale(run)) == {"04", "05"}
+    run.note("registered", None)
+    assert not {"overrides", "seal"} & json.loads((tmp_path / "manifest.json").read_text()).keys()
+
+
+def test_a_run_without_its_settings_is_refused_with_what_to_do(tmp_path):
+    complete(tmp_path, "00")
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"config.yaml cannot be read .*; bring it back, or begin anew with --fresh"):
+        open_run("auto", tmp_path)
+    assert open_run("demo", tmp_path, fresh=True).config.profile == "demo"
 
 
 def test_overrides_given_once_persist_and_a_later_one_wins(tmp_path):
@@ -186,7 +255,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypa
     def read_only(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(rundir, "write_sealed", read_only)
+    monkeypatch.setattr(rundir.files, "write_json", read_only)
     with pytest.raises(RunDirError, match=r"cannot be written \(Read-only file system\); choose another RUN_DIR."):
         saved("demo", tmp_path, {"train.max_steps": 3})
     assert snapshot(tmp_path) == before

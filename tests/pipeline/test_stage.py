@@ -105,7 +105,7 @@ def test_after_a_missing_gpu_the_advised_demo_opens_in_the_same_place(tmp_path, 
 
 @pytest.mark.parametrize("write", [lambda run: run.pin("data.revision", "abc"), lambda run: run.note("registered", {}), lambda run: run.save(), lambda run: run.write_record(run.stage, state="done")], ids=["pin", "note", "save", "record"])  # fmt: skip
 def test_who_lost_the_lock_to_another_process_writes_nothing_more(tmp_path, monkeypatch, write):
-    monkeypatch.setattr(lock.take_lock, "__defaults__", (0.2,))
+    monkeypatch.setattr(lock, "_WAIT_S", 0.2)
     run = open_stage("00_setup", "demo", tmp_path)
     lock.release_lock(tmp_path, "00_setup")  # as a failed cell of a notebook does
     code = "import sys; from pathlib import Path; from utils.pipeline.lock import take_lock; take_lock(Path(sys.argv[1]), 'other'); print('held', flush=True); sys.stdin.read()"  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.pipeline import time_limit as deadline
-from utils.pipeline.time_limit import RESERVE_S, VARIABLE, Deadline, note_start, session_started
+from utils.pipeline.time_limit import RESERVE_S, Deadline, session_started
 from utils.project import ROOT
 
 HOURS = st.floats(min_value=0.01, max_value=100)
@@ -42,7 +41,7 @@ def test_what_is_left_never_grows_is_never_negative_and_decides(hours, spent, st
 
 
 def test_a_short_session_keeps_a_tenth_in_reserve(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "1000.0")
+    monkeypatch.setattr(deadline, "session_started", lambda: 1000.0)
     assert Deadline.of(0.01) == Deadline(1000.0, 0.01, pytest.approx(3.6))
     assert Deadline.of(8).reserve_s == RESERVE_S and Deadline.of(None).max_hours is None
 
@@ -51,23 +50,26 @@ def test_the_sentence_has_both_numbers():
     assert Deadline(0.0, 8).sentence(now=7.9 * 3600) == "this session is 7.9 h old and hardware.max_hours is 8"
 
 
-def test_the_start_is_noted_once_and_handed_on_to_every_process(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "")
-    started = note_start()
-    assert started == pytest.approx(psutil.Process().create_time())
-    code = "import time; time.sleep(0.2)\nfrom utils.pipeline.time_limit import note_start\nprint(repr(note_start()))"
-    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(child.stdout) == started == float(os.environ[VARIABLE])
+def test_a_kernel_counts_from_its_driver_and_a_notebook_opened_by_hand_from_itself(tmp_path):
+    child = "from utils.pipeline.time_limit import session_started; print(repr(session_started()))"
+    started = f"""
+import runpy, subprocess, sys, time, psutil
+if len(sys.argv) > 1:  # as `python -m utils run` starts
+    time.sleep(0.2)
+    print(repr(psutil.Process().create_time()))
+    print(subprocess.run([sys.executable, "-c", {child!r}], cwd={str(ROOT)!r}, capture_output=True, text=True, check=True).stdout)
+"""
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "__main__.py").write_text(started)
+    command = [sys.executable, "-m", "utils", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    driver, kernel = map(float, done.stdout.split())
+    assert kernel == pytest.approx(driver, abs=0.1)
+    assert session_started() == pytest.approx(psutil.Process().create_time())
 
 
 @pytest.mark.parametrize("place", ["kaggle", "colab"])
 def test_on_a_platform_the_session_is_as_old_as_its_machines_first_process(monkeypatch, place):
-    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(deadline, "where", lambda: place)
     assert session_started() == pytest.approx(psutil.Process(1).create_time())
     assert session_started() <= time.time()
-
-
-def test_a_note_that_is_no_number_is_not_believed(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "yesterday")
-    assert session_started() == pytest.approx(psutil.Process().create_time())

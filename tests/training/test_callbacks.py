@@ -36,7 +36,7 @@ def test_a_loss_that_stays_non_finite_ends_the_run_with_a_sentence():
         health.on_log(None, state, None, logs={"loss": float("nan")})
 
 
-def test_fp16s_scale_is_on_record_and_its_first_skips_are_told_as_normal(capsys):
+def test_fp16s_scale_is_on_record_and_its_first_skips_are_named_as_normal(capsys):
     scaler = SimpleNamespace(get_scale=lambda: 32768.0)
     health = HealthCallback(scaler)
     assert logged(health, 1, loss=2.0, grad_norm=float("inf"))["scale"] == 32768.0
@@ -45,12 +45,44 @@ def test_fp16s_scale_is_on_record_and_its_first_skips_are_told_as_normal(capsys)
         said
         == "step 1: gradient not finite; the update was skipped, fp16 scale now 32768 (normal in the first steps)\n"
     )
-    logged(health, 50, loss=2.0, grad_norm=float("inf"))
-    assert "normal" not in capsys.readouterr().out
     logged(health, 2, loss=float("nan"), grad_norm=1.0)  # a loss that is not finite never is
-    assert capsys.readouterr().out.startswith("step 2: loss not finite") and health.bad_steps == 3
+    assert capsys.readouterr().out.startswith("step 2: loss not finite") and health.bad_steps == 1
     logged(health, 3, loss=2.0, grad_norm=1.0)
     assert health.bad_steps == 0 and capsys.readouterr().out == ""
+    logged(health, 50, loss=2.0, grad_norm=float("inf"))
+    assert "normal" not in capsys.readouterr().out and health.bad_steps == 1
+
+
+def test_fp16s_scaler_may_come_down_to_one_before_the_first_good_step():
+    """From 65,536 each overflow halves the scale: sixteen skipped steps are how it settles, not a training gone wrong."""
+    scaler = SimpleNamespace(scale=65536.0, get_scale=lambda: scaler.scale)
+    health = HealthCallback(scaler)
+
+    def skip(step: int) -> None:
+        scaler.scale /= 2
+        logged(health, step, loss=2.0, grad_norm=float("inf"))
+
+    for step in range(1, 17):
+        skip(step)
+    assert scaler.scale == 1.0
+    logged(health, 17, loss=2.0, grad_norm=1.0)
+    for step in range(18, 22):
+        skip(step)
+    with pytest.raises(TrainingError, match="5 times in a row, last at step 22"):  # it had settled
+        skip(22)
+
+
+def test_a_scaler_that_never_settles_ends_the_run_and_so_does_a_loss_that_is_not_finite():
+    scaler = SimpleNamespace(scale=65536.0, get_scale=lambda: scaler.scale)
+    health = HealthCallback(scaler)
+    with pytest.raises(TrainingError, match="last at step 21"):
+        for step in range(1, 100):
+            scaler.scale /= 2
+            logged(health, step, loss=2.0, grad_norm=float("inf"))
+    health = HealthCallback(SimpleNamespace(get_scale=lambda: 65536.0))
+    with pytest.raises(TrainingError, match="last at step 5"):
+        for step in range(1, 100):
+            logged(health, step, loss=float("nan"), grad_norm=1.0)
 
 
 def test_the_sentence_at_the_end_names_the_scale():

@@ -1,4 +1,4 @@
-"""Trials: what they measure, that they leave the model as it was, and that a fit on file is found again."""
+"""Step plans: the search finds what fits and is fast, leaves the model as it was, and is not begun where it cannot pay."""
 
 from __future__ import annotations
 
@@ -8,25 +8,92 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.recipe import notebook_functions
 from utils.config import load_config
-from utils.errors import HardwareError
-from utils.sealed import write_sealed
-from utils.training import step_plan as trial
-from utils.training.fit import DoesNotFit, Fit, Measured
+from utils.errors import OutOfMemory
+from utils.training import step_plan
 from utils.training.step_plan import (
-    TrialWatch,
-    choose_fit,
+    StepPlan,
+    Trial,
+    choose_plan,
     fall_back,
-    fit_on_file,
-    given_fit,
-    let_go,
+    plan_on_file,
+    release_trainer,
     rows_per_update,
     run_trial,
+    search,
+    smaller_plan,
+    trainable_weights,
+    wants_trials,
 )
 
 LOAD, MAKE = notebook_functions()
+LAYERS = 32
+
+
+class Gpu:
+    """Memory is linear in kept layers and micro-batch; a layer that recomputes costs half as much again."""
+
+    def __init__(self, gib: float, overhead_s: float, base: float = 7.0, fixed: float = 0.5, each: float = 0.2):
+        self.gib, self.overhead_s, self.base, self.fixed, self.each = gib, overhead_s, base, fixed, each
+
+    def peak(self, plan: StepPlan) -> float:
+        kept = LAYERS - plan.recompute_layers
+        return self.base + plan.per_device_train_batch_size * (self.fixed + self.each * kept)
+
+    def speed(self, plan: StepPlan) -> float:
+        work = 1 + 0.5 * plan.recompute_layers / LAYERS
+        return 1 / (work + self.overhead_s / plan.per_device_train_batch_size)
+
+    def measure(self, plan: StepPlan) -> Trial | None:
+        return Trial(plan, self.speed(plan), self.peak(plan)) if self.peak(plan) <= self.gib else None
+
+
+def fastest(gpu: Gpu, rows: int) -> float:
+    plans = [StepPlan(m, rows // m, r) for m in range(1, rows + 1) if rows % m == 0 for r in range(LAYERS + 1)]
+    return max(gpu.speed(plan) for plan in plans if gpu.peak(plan) <= gpu.gib)
+
+
+@pytest.mark.parametrize(("overhead_s", "micro"), [(0.01, 1), (3.0, 4)])
+def test_small_micro_batches_win_where_launches_cost_little_and_large_ones_where_they_cost_much(overhead_s, micro):
+    gpu = Gpu(gib=13.25, overhead_s=overhead_s)
+    trials = search(gpu.measure, 4, LAYERS)
+    assert trials[0].step_plan.per_device_train_batch_size == micro
+    assert gpu.speed(trials[0].step_plan) >= 0.94 * fastest(gpu, 4)
+    assert len(trials) == (2 if micro == 1 else 3)  # a larger micro-batch that is slower ends the search
+
+
+@given(
+    gib=st.floats(7.0, 40.0),
+    overhead=st.floats(0.0, 5.0),
+    each=st.floats(0.0, 1.0),
+    rows=st.integers(1, 24),
+)
+def test_whatever_the_gpu_the_choice_fits_and_takes_every_row(gib, overhead, each, rows):
+    gpu = Gpu(gib, overhead, each=each)
+    trials = search(gpu.measure, rows, LAYERS)
+    if not trials:
+        assert gpu.peak(StepPlan(1, rows, LAYERS)) > gib
+        return
+    plan = trials[0].step_plan
+    assert gpu.peak(plan) <= gib and 0 <= plan.recompute_layers <= LAYERS
+    assert plan.per_device_train_batch_size * plan.gradient_accumulation_steps == rows
+    assert gpu.speed(plan) == max(trial.tokens_per_second for trial in trials)
+
+
+@pytest.mark.parametrize("start", [StepPlan(4, 3, 0), StepPlan(12, 1, 32), StepPlan(1, 1, 5), StepPlan(7, 1, 0)])
+def test_falling_back_ends_and_takes_every_row_and_less_memory_each_time(start):
+    gpu, plan, steps = Gpu(gib=99, overhead_s=1), start, 0
+    while (smaller := smaller_plan(plan, LAYERS)) is not None:
+        assert gpu.peak(smaller) < gpu.peak(plan)
+        rows = smaller.per_device_train_batch_size * smaller.gradient_accumulation_steps
+        assert rows == start.per_device_train_batch_size * start.gradient_accumulation_steps
+        plan, steps = smaller, steps + 1
+        assert steps < 20
+    assert plan.per_device_train_batch_size == 1 and plan.recompute_layers == LAYERS
 
 
 @pytest.fixture
@@ -36,48 +103,19 @@ def loaded(training_run):
     return run, model, tokenizer, pd.read_parquet(run.file("data/formatted/train.parquet"))
 
 
-def weights(model) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
-
-
 def test_a_trial_measures_speed_and_a_search_leaves_the_weights_as_they_were(loaded, capsys):
     run, model, tokenizer, rows = loaded
-    before = weights(model)
-    measured = run_trial(model, tokenizer, run.config, rows.head(1), MAKE, Fit(2, 2, 1))
-    assert measured.tokens_per_second > 0
-    assert any(not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))  # it did train
-    with torch.no_grad():
-        for parameter, value in zip((p for p in model.parameters() if p.requires_grad), before, strict=True):
-            parameter.copy_(value)
-    fit, trials = trial._search(model, tokenizer, run.config, rows, False, MAKE, 4, 2, 1)
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
-    assert fit.per_device_train_batch_size * fit.gradient_accumulation_steps == 4 and len(trials) >= 2
+    before = trainable_weights(model)
+    assert run_trial(model, tokenizer, run.config, rows.head(1), MAKE, StepPlan(2, 2, 1)).tokens_per_second > 0
+    after = trainable_weights(model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)  # it did train
+    model.load_state_dict(before, strict=False)
+    trials = step_plan.try_plans(model, tokenizer, run.config, rows, MAKE, 4)
+    after = trainable_weights(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    plan = trials[0].step_plan
+    assert plan.per_device_train_batch_size * plan.gradient_accumulation_steps == 4 and len(trials) >= 2
     assert "tokens/s" in capsys.readouterr().out
-
-
-def test_a_trial_counts_the_optimizers_step_once_however_few_of_an_updates_micro_batches_it_takes(loaded):
-    watch = TrialWatch(SimpleNamespace(get_batch_samples=None, add_callback=lambda callback: None))
-    # Updates of two micro-batches of 100 tokens: a second each, and half a second for the optimizer; one was disturbed.
-    watch.ends, watch.tokens, watch.seconds_of_second = [10.0, 12.5, 19.5], [200] * 3, [7.0, 1.0, 3.0]
-    assert watch.speed_of(2, tried=2) == pytest.approx(200 / 2.5)
-    assert watch.speed_of(8, tried=2) == pytest.approx(800 / 8.5)
-    watch.seconds_of_second = []  # of a single one nothing is known, and nothing needed
-    assert watch.speed_of(1, tried=1) == pytest.approx(200 / 2.5)
-
-    run, model, tokenizer, rows = loaded
-    watches = []
-
-    class Kept(TrialWatch):
-        def __init__(self, trainer):
-            super().__init__(trainer)
-            watches.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "TrialWatch", Kept)
-        run_trial(model, tokenizer, run.config, rows.head(1), MAKE, Fit(1, 4, 1))
-    (kept,) = watches
-    assert len(kept.seconds_of_second) == len(kept.ends) == 3
-    assert all(0 < part < whole for part, whole in zip(kept.seconds_of_second[1:], kept.seconds(), strict=True))
 
 
 def test_running_out_of_memory_in_a_trial_is_an_answer_and_any_other_error_is_not(loaded):
@@ -91,75 +129,97 @@ def test_running_out_of_memory_in_a_trial_is_an_answer_and_any_other_error_is_no
 
         return make
 
-    with pytest.raises(DoesNotFit):
-        run_trial(model, tokenizer, run.config, rows, failing("CUDA out of memory. Tried to allocate"), Fit(1, 1, 0))
+    no_memory = failing("CUDA out of memory. Tried to allocate")
+    assert run_trial(model, tokenizer, run.config, rows, no_memory, StepPlan(1, 1, 0)) is None
     with pytest.raises(RuntimeError, match="device-side assert"):
-        run_trial(model, tokenizer, run.config, rows, failing("device-side assert"), Fit(1, 1, 0))
+        run_trial(model, tokenizer, run.config, rows, failing("device-side assert"), StepPlan(1, 1, 0))
 
 
-def test_a_trainer_let_go_leaves_nothing_on_the_model(loaded, tmp_path):
+def test_a_released_trainer_leaves_nothing_on_the_model(loaded, tmp_path):
     run, model, tokenizer, rows = loaded
     forward = model.forward
     for _ in range(2):
-        trainer = MAKE(model, tokenizer, run.config, rows, Fit(4, 1, 0), str(tmp_path))
+        trainer = MAKE(model, tokenizer, run.config, rows, StepPlan(4, 1, 0), str(tmp_path))
         trainer.args.max_steps = 1
         trainer.train()
-        let_go(trainer)
+        release_trainer(trainer)
     assert model.forward == forward and trainer.optimizer is None
     assert all(p.grad is None for p in model.parameters())
 
 
+def rows_of(count: int, tokens: int) -> pd.DataFrame:
+    return pd.DataFrame({"tokens": [tokens] * count})
+
+
 def test_as_many_rows_go_into_an_update_whether_the_backend_packs_or_not():
-    config = load_config("t4")
-    assert rows_per_update(config, packed=True, mean_tokens=684) == 4
-    assert rows_per_update(config, packed=False, mean_tokens=684) == 12
-    assert rows_per_update(config, packed=False, mean_tokens=5000) == 4
-    assert rows_per_update(load_config("tutorial"), packed=False, mean_tokens=684) == 8
+    packing = load_config("t4", {"hardware.backend": "unsloth"})
+    padding = load_config("t4", {"hardware.backend": "transformers"})
+    assert rows_per_update(packing, rows_of(1, 684)) == 4
+    assert rows_per_update(padding, rows_of(1, 684)) == 12
+    assert rows_per_update(padding, rows_of(1, 5000)) == 4
+    assert rows_per_update(load_config("tutorial"), rows_of(1, 684)) == 8
 
 
-@pytest.mark.parametrize(("rows", "micro"), [(8, 2), (4, 2), (3, 1), (1, 1)])
-def test_the_given_fit_is_the_profiles_or_what_divides_a_processs_share(rows, micro):
-    fit = given_fit(load_config("tutorial"), rows, 32)
-    assert (fit.per_device_train_batch_size, fit.gradient_accumulation_steps) == (micro, rows // micro)
-    assert fit.recompute_layers == 32
+def test_nothing_is_tried_where_the_whole_training_is_shorter_than_the_trials():
+    def wanted(count: int, **settings) -> bool:
+        changed = {"hardware.backend": "unsloth", **{key.replace("__", "."): value for key, value in settings.items()}}
+        return wants_trials(load_config("t4", changed), rows_of(count, 684), 1)
+
+    # An update is four packs, twelve rows: three micro-batches of three updates, and eight that run out of memory.
+    assert wanted(4000) and wanted(12 * 18) and not wanted(12 * 16)
+    assert wanted(100, train__num_train_epochs=3) and not wanted(4000, train__max_steps=17)
+    assert not wanted(4000, train__max_steps=0)  # a null run
+    assert not wanted(4000, train__step_plan="given") and not wanted(4000, train__gradient_checkpointing=False)
+    assert not wanted(4000, hardware__device="cpu")
 
 
-def test_a_fit_is_kept_and_found_again_until_what_it_rests_on_changes(loaded, monkeypatch):
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 2), (8, 1)])
+def test_without_trials_the_plan_is_the_profiles_or_what_divides_a_processs_share(loaded, world, micro):
     run, model, tokenizer, rows = loaded
-    monkeypatch.setattr(trial, "wants_trials", lambda config: True)
+    run.config = load_config(
+        "demo", {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4, "train.gradient_checkpointing": True}
+    )  # fmt: skip
+    plan = choose_plan(run, model, tokenizer, rows, MAKE, world)
+    assert plan == StepPlan(micro, 8 // world // micro, 2)
+
+
+def test_a_plan_is_kept_and_found_again_until_what_it_is_for_changes(loaded, monkeypatch):
+    run, model, tokenizer, rows = loaded
+    monkeypatch.setattr(step_plan, "wants_trials", lambda *_: True)
     searched = []
 
-    def search(*arguments):
+    def try_plans(*_):
         searched.append(1)
-        return Fit(2, 2, 1), [Measured(Fit(2, 2, 1), 10.0, 1.0)]
+        return [Trial(StepPlan(2, 2, 1), 10.0, 1.0)]
 
-    monkeypatch.setattr(trial, "_search", search)
-    assert (
-        choose_fit(run, model, tokenizer, rows, MAKE) == choose_fit(run, model, tokenizer, rows, MAKE) == Fit(2, 2, 1)
-    )
-    assert len(searched) == 1
-    assert fit_on_file(run, rows, 2) is None  # for two processes it says nothing
-    monkeypatch.setattr(trial, "gpus", lambda: (SimpleNamespace(name="Tesla T4", memory_gib=15.0),))
-    assert fit_on_file(run, rows, 1) is None  # nor on another GPU
-    assert fit_on_file(run, rows.head(9), 1) is None
+    monkeypatch.setattr(step_plan, "try_plans", try_plans)
+    plans = [choose_plan(run, model, tokenizer, rows, MAKE) for _ in range(2)]
+    assert plans == [StepPlan(2, 2, 1)] * 2 and len(searched) == 1
+    assert plan_on_file(run, rows, 2) is None  # for two processes it says nothing
+    assert plan_on_file(run, rows.head(9), 1) is None
+    monkeypatch.setattr(step_plan, "gpus", lambda: (SimpleNamespace(name="Tesla T4", memory_gib=15.0),))
+    assert plan_on_file(run, rows, 1) is None  # nor on another GPU
+    monkeypatch.setenv("WORLD_SIZE", "2")  # launched processes take it all the same: they have to cut an update alike
+    assert plan_on_file(run, rows, 1) == StepPlan(2, 2, 1)
+    run.file("training/step_plan.json").write_text('{"step_plan": ')
+    assert plan_on_file(run, rows, 1) is None
 
 
 def test_two_processes_out_of_memory_at_once_fall_back_once(loaded):
     run, model, tokenizer, rows = loaded
-    first = choose_fit(run, model, tokenizer, rows, MAKE)
-    assert fall_back(run, first, 2) == fall_back(run, first, 2) == Fit(2, 2, 2)
-    assert fall_back(run, Fit(2, 2, 2), 2) == Fit(1, 4, 2)
-    assert len(json.loads(run.file("training/fit.json").read_text())["ran_out_of_memory"]) == 2
-    with pytest.raises(HardwareError, match="even with micro-batch 1 x 4"):
-        fall_back(run, Fit(1, 4, 2), 2)
+    first = choose_plan(run, model, tokenizer, rows, MAKE)
+    assert fall_back(run, first, 2) == fall_back(run, first, 2) == StepPlan(2, 2, 2)
+    assert plan_on_file(run, rows, 1) == StepPlan(2, 2, 2)
+    assert fall_back(run, StepPlan(2, 2, 2), 2) == StepPlan(1, 4, 2)
+    with pytest.raises(OutOfMemory, match="even with micro-batch 1 x 4"):
+        fall_back(run, StepPlan(1, 4, 2), 2)
+    assert json.loads(run.file("training/step_plan.json").read_text())["step_plan"]["per_device_train_batch_size"] == 1
 
 
-def test_launched_processes_take_the_launchers_fit_whatever_their_own_gpu_is(loaded, monkeypatch):
-    """Two that cut an update differently would wait for each other for ever."""
+def test_a_row_that_does_not_fit_is_no_fault_of_the_machine(loaded, monkeypatch):
+    """collect calls a HardwareError infrastructure, "push again": a larger row fits no better in the next session."""
     run, model, tokenizer, rows = loaded
-    kept = {"fit": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "recompute_layers": 1}}
-    write_sealed(run.file("training/fit.json"), {**kept, "world": 2, "basis": "another machine's"})
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert choose_fit(run, model, tokenizer, rows, MAKE, 2) == Fit(1, 2, 1)
-    write_sealed(run.file("training/fit.json"), {**kept, "world": 4, "basis": "another run's"})
-    assert choose_fit(run, model, tokenizer, rows, MAKE, 2) == Fit(2, 1, 2)
+    monkeypatch.setattr(step_plan, "wants_trials", lambda *_: True)
+    monkeypatch.setattr(step_plan, "try_plans", lambda *_: [])
+    with pytest.raises(OutOfMemory, match=r"lower model\.max_seq_length"):
+        choose_plan(run, model, tokenizer, rows, MAKE)

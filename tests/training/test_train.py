@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -11,14 +14,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.recipe import notebook_functions
 from utils.data import synthetic as demo_data
 from utils.data.prompts import format_row
-from utils.errors import TrainingError
+from utils.errors import SessionOver, TrainingError
 from utils.evaluation.loss import tokenize_row
-from utils.training.checkpoints import SealCallback, find_checkpoint
-from utils.training.train import check_loss_mask, save_adapter, training_log
+from utils.training import train_adapter
+from utils.training.train import check_loss_mask, find_checkpoint, save_adapter, training_log
 
 ROWS = demo_data.tuning_rows("train", 12)
 
@@ -86,7 +91,6 @@ def test_a_run_resumed_from_its_checkpoint_ends_with_the_same_weights(tiny_model
     whole = make_trainer(tiny_model, tmp_path / "whole")
     whole.train()
     torn = make_trainer(tiny_model, tmp_path / "torn")
-    torn.add_callback(SealCallback())
 
     class Killed(Exception):
         pass
@@ -109,6 +113,107 @@ def test_a_run_resumed_from_its_checkpoint_ends_with_the_same_weights(tiny_model
         assert torch.equal(a, b), name
     assert list(training_log(resumed)["step"]) == [1, 2, 3, 4, 5, 6]
     assert training_log(resumed)["loss"].equals(training_log(whole)["loss"])
+
+
+def save(folder: Path, step: int, names=("rng_state.pth",)) -> Path:
+    """A checkpoint as the trainer leaves it, as far as `find_checkpoint` looks."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    for name in names:
+        torch.save({"python": 1}, checkpoint / name)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return checkpoint
+
+
+@pytest.mark.parametrize("text", [None, "", '{"global_step": 12, "log'])
+def test_the_last_checkpoint_that_was_finished_is_resumed_and_another_named(tmp_path, capsys, text):
+    last, torn = save(tmp_path, 9), save(tmp_path, 12)  # as text, "12" comes before "9"
+    assert find_checkpoint(tmp_path) == str(torn) and capsys.readouterr().out == ""
+    if text is None:
+        (torn / "trainer_state.json").unlink()
+    else:
+        (torn / "trainer_state.json").write_text(text)
+    assert find_checkpoint(tmp_path) == str(last)
+    assert capsys.readouterr().out == "checkpoint-12 was not finished, and is passed over.\n"
+    assert find_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_checkpoint_counts_once_every_process_has_left_its_random_state(tmp_path, monkeypatch):
+    first, second = (f"rng_state_{rank}.pth" for rank in (0, 1))
+    whole, torn = save(tmp_path, 3, (first, second)), save(tmp_path, 6, (first,))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_checkpoint(tmp_path) == str(whole)
+    (torn / second).write_bytes((whole / second).read_bytes()[:-30])  # the process died while it wrote
+    assert find_checkpoint(tmp_path) == str(whole)
+    shutil.copy(whole / second, torn / second)
+    assert find_checkpoint(tmp_path) == str(torn)
+    assert find_checkpoint(save(tmp_path / "of-one", 3).parent).endswith("checkpoint-3")  # saved by a single process
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert find_checkpoint(tmp_path) == str(torn)
+
+
+def out_of_memory_once(make_trainer, update: int):
+    """`make_trainer`, whose first trainer has no memory left in the update after `update`."""
+    failed = []
+
+    def make(*arguments):
+        trainer = make_trainer(*arguments)
+        real = trainer.training_step
+
+        def training_step(*given, **named):
+            if trainer.state.global_step == update and not failed:
+                failed.append(1)
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return real(*given, **named)
+
+        trainer.training_step = training_step
+        return trainer
+
+    return make
+
+
+def adapter(run) -> dict:
+    return load_file(run.file("training/adapter/adapter_model.safetensors"))
+
+
+def apart(one, other) -> float:
+    a, b = adapter(one), adapter(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize(("save_steps", "where"), [(3, "checkpoint-6"), (100, "the start")])
+def test_out_of_memory_resumes_from_the_last_checkpoint_with_a_smaller_plan(training_run, capsys, save_steps, where):
+    load_with_lora, make_trainer = notebook_functions()
+    run, undisturbed = (training_run(name, train__save_steps=save_steps) for name in ("run", "undisturbed"))
+    summary = train_adapter(run, load_with_lora, out_of_memory_once(make_trainer, 7))
+    shown = capsys.readouterr().out
+    assert (
+        f"Out of memory with micro-batch 4 x 1, 0 layers recompute; resuming from {where} with micro-batch 2 x 2"
+        in shown
+    )
+    assert summary["figures"]["steps"] == 12 and summary["figures"]["per_device_train_batch_size"] == 2
+    assert list(pd.read_csv(run.file("training/log.csv"))["step"]) == list(range(1, 13))
+    train_adapter(undisturbed, load_with_lora, make_trainer)
+    assert apart(run, undisturbed) < 1e-3
+
+
+def test_sessions_that_end_in_time_lead_to_the_same_adapter_as_one_long_one(training_run):
+    functions = notebook_functions()
+    # A limit that is over as soon as it began: each session takes one update, the least that is any progress.
+    parts = training_run("parts", hardware__max_hours=1e-6, train__max_steps=3)
+    stops = []
+    while True:
+        try:
+            train_adapter(parts, *functions)
+            break
+        except SessionOver as over:
+            stops.append(int(re.search(r"stopped at step (\d+) of 3 with a checkpoint", str(over))[1]))
+        assert list(pd.read_csv(parts.file("training/log.csv"))["step"]) == list(range(1, len(stops) + 1))
+    assert stops == [1, 2]
+    short = training_run("short", train__max_steps=3)
+    train_adapter(short, *functions)
+    assert apart(parts, short) == 0
 
 
 def test_an_adapters_file_names_its_modules_in_one_order(tiny_model, tmp_path):

@@ -21,9 +21,8 @@ from utils.evaluation.questions import Question, arm_digest, load_questions
 from utils.files import write_json
 from utils.hardware import gpu_ids, processes
 from utils.pipeline.run_dir import RunDir, open_run
-from utils.progress import VARIABLE
 from utils.project import ROOT, python_path
-from utils.redaction import hide_secrets
+from utils.secrets import hide_secrets
 
 _ADAPTER = "training/adapter"
 PARENT = "SERIES_PARENT"  # set where standard input is held open by the process that waits for us
@@ -74,7 +73,6 @@ class Workers:
         environment = {**os.environ, "PYTHONPATH": python_path()}
         if number < len(gpu_ids()):
             environment["CUDA_VISIBLE_DEVICES"] = gpu_ids()[number]
-        environment.pop(VARIABLE, None)  # the driver's line shows one process's progress
         command = [sys.executable, "-m", "utils.evaluation.workers", str(self.run.path), self.arm, str(number)]
         with self._file(number, "log").open("w", encoding="utf-8") as log:
             return subprocess.Popen(

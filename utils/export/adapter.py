@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from utils.disk import writing
 from utils.errors import ModelError
 from utils.export.base_model import Base, base_name, find_base, trained_on
 from utils.export.chat_template import fit_chat_template, write_modelfile
@@ -22,7 +21,7 @@ from utils.export.gguf import file_name, write_gguf
 from utils.export.llama_cpp import find_llama_cpp, how_to_get_it, install_llama_cpp
 from utils.export.merge import Merged, merge_shards, read_lora
 from utils.export.shards import find_shards
-from utils.files import atomic_folder, write_json
+from utils.files import atomic_folder, write_json, writing
 from utils.hardware import GIB, free_disk_gib, require_disk, where
 from utils.models.tokenizer import load_tokenizer, model_source
 from utils.pipeline.run_dir import RunDir

@@ -17,7 +17,7 @@ from utils.errors import HubError, InfrastructureError
 from utils.evaluation.results import read_sentence
 from utils.files import sha256
 from utils.kaggle.retry import describe, repeat, status_of
-from utils.pipeline.manifest import read_manifest, require_recorded, stale_on_record
+from utils.pipeline.run_dir import open_run, read_manifest, require_recorded
 from utils.pipeline.stages import BY_NAME
 from utils.project import command
 from utils.secrets import Secret
@@ -49,7 +49,7 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise HubError(f"--repo is {repo!r}; expected USER/NAME.")
     manifest = read_manifest(run_dir)
-    if problem := stale_on_record(manifest, BY_NAME["05_export"]):
+    if problem := open_run("auto", run_dir).out_of_date(BY_NAME["05_export"]):
         raise HubError(f"{problem}; run {command()} run --run-dir {run_dir} first, then publish.")
     recorded = manifest["stages"]["05_export"].get("outputs", {})
     for name in recorded:  # a manifest may come from elsewhere: it must not name what else lies on this machine

@@ -22,8 +22,8 @@ from utils.models.load import load_plain, prepare_device
 from utils.models.memory import free_memory
 from utils.models.tokenizer import guard_tokenizer
 from utils.project import ROOT, python_path
-from utils.redaction import hide_secrets
 from utils.schema import Config
+from utils.secrets import hide_secrets
 
 
 def answer_elsewhere(

@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.determinism import threads
 from utils.errors import ModelError
 from utils.export.shards import BYTES, INDEX, Shard, StoredTensor, find_shards
 from utils.files import parse_json
-from utils.hardware import GIB, require_disk
+from utils.hardware import GIB, require_disk, threads
 from utils.progress import Progress
 
 BLOCK = 2**21  # weights in one piece of work: with its float32 copy some 12 MB for each thread

@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from utils.data.prompts import EOS, format_prompt
-from utils.disk import writing
 from utils.evaluation.statistics import show_p
 from utils.export.base_model import Base
 from utils.export.card_facts import (
@@ -28,7 +27,7 @@ from utils.export.card_facts import (
 from utils.export.chat_template import Served, llama_cpp_lines, ollama_lines, transformers_lines, vllm_lines
 from utils.export.compare_logits import LEVELS
 from utils.export.gguf import LORA, file_name
-from utils.files import write_text
+from utils.files import write_text, writing
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME, REPOSITORY
 from utils.schema import EMBEDDED

@@ -12,7 +12,6 @@ import psutil
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from utils.data.prompts import format_prompt
-from utils.disk import writing
 from utils.errors import ModelError, RunDirError
 from utils.export.base_model import Base, find_base
 from utils.export.compare_logits import (
@@ -31,7 +30,17 @@ from utils.export.llama_cpp import find_llama_cpp
 from utils.export.loadback import answer_elsewhere
 from utils.export.merge import Lora, read_lora
 from utils.export.shards import find_shards
-from utils.files import digests, is_folder, is_there, parse_json, record_files, relative_name, sha256, write_json
+from utils.files import (
+    digests,
+    is_folder,
+    is_there,
+    parse_json,
+    record_files,
+    relative_name,
+    sha256,
+    write_json,
+    writing,
+)
 from utils.hardware import GIB, gpus, resolve_hardware
 from utils.models.load import device, load_plain, torch_dtype
 from utils.models.memory import free_memory

@@ -15,7 +15,7 @@ from pathlib import Path
 from utils.errors import RunDirError
 from utils.files import sha256
 from utils.hardware import default_profile
-from utils.pipeline.manifest import read_manifest
+from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.state import FILE as STATE
 from utils.project import KAGGLE, runs_dir
 

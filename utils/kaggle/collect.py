@@ -15,16 +15,18 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 from rich.markup import escape
 
+from utils.config import read_config
 from utils.errors import InfrastructureError, RunDirError
 from utils.evaluation.results import read_sentence
 from utils.files import atomic, parse_json, relative_name, sha256, write_text
 from utils.kaggle.api import FINISHED, TIMEOUT_S, Kaggle, explain, page, passes, split_reference
 from utils.kaggle.retry import repeat
-from utils.pipeline.manifest import altered_files, read_manifest
+from utils.pipeline.run_dir import CONFIG, altered_files, read_manifest
 from utils.pipeline.stages import STAGES
 from utils.pipeline.state import FILE as STATE
 from utils.pipeline.state import SeriesState, read_state
-from utils.redaction import redact
+from utils.schema import Config
+from utils.secrets import redact
 
 _OF_THE_MACHINE = (
     "HardwareError",
@@ -74,18 +76,19 @@ def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> C
     return judge(status, message, target, text)
 
 
-def peek(kaggle: Kaggle, reference: str) -> tuple[SeriesState | None, dict]:
-    """(state, manifest) of the last session's output, without the rest of it; (None, {}) where it left none."""
+def peek(kaggle: Kaggle, reference: str) -> tuple[SeriesState | None, Config | None]:
+    """(state, settings) of the last session's output, without the rest of it; None for what it did not leave."""
     files, _ = kaggle.outputs(reference)
     inside = run_folder(files)
     if inside is None:
-        return None, {}
+        return None, None
     with tempfile.TemporaryDirectory() as scratch:
-        for name in (STATE, "manifest.json"):
+        for name in (STATE, CONFIG):
             whole = (PurePosixPath(inside) / name).as_posix()
             if whole in files:
                 _download(kaggle, files[whole], Path(scratch) / name, name)
-        return read_state(Path(scratch)), read_manifest(Path(scratch))
+        config = Path(scratch) / CONFIG
+        return read_state(Path(scratch)), read_config(config) if config.exists() else None
 
 
 def fetch(kaggle: Kaggle, files: dict[str, str], target: Path, console: Console) -> int:

@@ -38,13 +38,10 @@ from utils.pins import install_missing
 
 install_missing(restart=False)  # the series runs in fresh processes
 
-from utils.secrets import share_secrets
-from utils.pipeline.time_limit import note_start
 from utils.hardware import check_pins, describe, gpus
-from utils.redaction import hide_secrets
+from utils.secrets import hide_secrets, share_secrets
 
 hide_secrets()
-note_start()
 check_pins(cuda=bool(gpus()))
 for secret in share_secrets():
     print(f"{secret.name}: {secret.source}")

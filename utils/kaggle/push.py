@@ -21,6 +21,7 @@ from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.kaggle.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
 from utils.kaggle.kernel_schema import KernelMetadata, Notebook
 from utils.project import ROOT
+from utils.schema import Config
 from utils.secrets import known_values
 
 METADATA = ROOT / "kernel-metadata.json"
@@ -184,11 +185,9 @@ def build_request(
     return request
 
 
-def session_hours(profile: str, overrides: Mapping[str, Any]) -> float | None:
+def session_hours(config: Config) -> float | None:
     """When Kaggle shall end the session: an hour after the run would end itself; None leaves it to Kaggle."""
-    if profile == "auto":
-        return None
-    hours = load_config(profile, overrides).hardware.max_hours
+    hours = config.hardware.max_hours
     return hours + _GRACE_HOURS if hours else None
 
 

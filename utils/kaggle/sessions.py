@@ -13,30 +13,31 @@ from utils.kaggle.collect import peek
 from utils.kaggle.push import push, wait
 from utils.pipeline.stages import STAGES
 from utils.pipeline.state import SeriesState
+from utils.schema import Config
 
 _ORDER = [stage.name for stage in STAGES]
 
 
-def continuation(kaggle: Kaggle, reference: str) -> dict[str, Any]:
-    """The manifest of the session to go on with; raises KaggleError where the last one does not ask to be continued."""
-    state, manifest = peek(kaggle, reference)
-    if state is None or state.state != "continue":
+def continuation(kaggle: Kaggle, reference: str) -> Config:
+    """The settings of the session to go on with; raises KaggleError where the last one does not ask to be continued."""
+    state, config = peek(kaggle, reference)
+    if state is None or config is None or state.state != "continue":
         word = "left no run directory" if state is None else f"ended as {state.state!r}"
         raise KaggleError(
             f"The last session of {reference} {word}, so there is nothing to go on with; push without --continue."
         )
-    return manifest
+    return config
 
 
 def until_done(
     kaggle: Kaggle,
     request: Any,
-    following: Callable[[dict[str, Any]], Any],
+    following: Callable[[Config], Any],
     console: Console,
     sessions: int = 6,
     interval_s: float = 30.0,
 ) -> SeriesState | None:
-    """Push `request`, then what `following` makes of each session's manifest; returns the last session's state.
+    """Push `request`, then what `following` makes of each session's settings; returns the last session's state.
 
     Ends when a session ends as anything but "continue". Raises KaggleError after `sessions` sessions, and where two in a
     row got no further, so that no quota is burnt on a run that stands still; InfrastructureError where Kaggle shows no
@@ -48,7 +49,7 @@ def until_done(
         pushed = push(kaggle, request)
         console.print(f"session {number}: version {pushed.version}, {pushed.url}", highlight=False, soft_wrap=True)
         wait(kaggle, pushed.reference, console, interval_s, just_pushed=True)
-        state, manifest = peek(kaggle, pushed.reference)
+        state, config = peek(kaggle, pushed.reference)
         if state is not None and state == shown:
             raise InfrastructureError(
                 f"The output of {pushed.reference} is still the one from before version {pushed.version}: either Kaggle is slow "
@@ -65,7 +66,7 @@ def until_done(
             )
         before = reached
         console.print(f"  to be continued at {state.stage}, step {state.steps}", highlight=False, soft_wrap=True)
-        request = following(manifest)
+        request = following(config)
     raise KaggleError(f"The series is not done after {sessions} sessions; go on with push --continue --until-done.")
 
 

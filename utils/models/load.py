@@ -118,10 +118,10 @@ def add_lora(model, config: Config, **lora: Any):
 
 
 def _checkpointing(config: Config) -> bool | str:
-    """unsloth's own kind moves activations to main memory; a fit decides layer by layer, for which it has no use."""
+    """unsloth's own kind moves activations to main memory; a step plan decides layer by layer, without them."""
     if not config.train.gradient_checkpointing:
         return False
-    return True if config.train.fit == "auto" else "unsloth"
+    return True if config.train.step_plan == "auto" else "unsloth"
 
 
 def ready_for_inference(model):

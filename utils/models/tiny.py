@@ -14,8 +14,8 @@ from pathlib import Path
 
 from utils.data import synthetic as demo_data
 from utils.data.prompts import ASSISTANT, BOS, EOS, PAD, USER, format_row
-from utils.determinism import threads
 from utils.files import digests, record_files
+from utils.hardware import threads
 from utils.progress import track
 from utils.project import NAME, embedded_fingerprint
 from utils.sealed import read_sealed, write_sealed

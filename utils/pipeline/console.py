@@ -1,27 +1,37 @@
-"""The driver's one line for the stage at work: how long it has been, and how far the kernel says it is."""
+"""What the driver shows: one line for the stage at work, and in the end what was written and what comes next."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import Stage
+from utils.progress import FILE
+from utils.project import command
+
+_RESULTS = (
+    ("report", "report/index.html", "open it in a browser; it needs no network"),
+    ("figures", "comparison/metrics.json", "the numbers behind it"),
+    ("adapter", "export/adapter", "load it with peft on the base model"),
+    ("merged", "export/merged", "load it with transformers"),
+)
 
 
 class LiveLine:
-    """One line for a stage: redrawn on a terminal, printed at start and end elsewhere."""
+    """How long a stage has been at work, and how far its kernel says it is: redrawn on a terminal, else now and then."""
 
-    def __init__(self, console: Console, stage: Stage, file: Path):
-        self.console, self.stage, self.file = console, stage, file
+    def __init__(self, console: Console, stage: Stage, run: RunDir):
+        self.console, self.stage, self.file = console, stage, run.file(FILE)
         self._stop = threading.Event()
 
     def __enter__(self) -> LiveLine:
         self.started = time.monotonic()
+        self.file.write_text("{}")  # the kernel writes where this lies
         self._status = self.console.status(self._text()) if self.console.is_terminal else None
         if self._status:
             self._status.start()
@@ -34,19 +44,19 @@ class LiveLine:
         self._thread.join()
         if self._status:
             self._status.stop()
-        mark = "[red]✗[/red]" if kind else "[green]✓[/green]"
-        spent = time.monotonic() - self.started
-        self.console.print(f"{mark} {self.stage.number} {self.stage.title}  [dim]{spent:.0f} s[/dim]", highlight=False)
+        self.file.unlink(missing_ok=True)
+        show(self.console, f"{'[red]✗[/red]' if kind else '[green]✓[/green]'} {self._heading()}")
+
+    def _heading(self) -> str:
+        return f"{self.stage.number} {self.stage.title}  [dim]{time.monotonic() - self.started:.0f} s[/dim]"
 
     def _text(self) -> str:
-        text = f"{self.stage.number} {self.stage.title}  [dim]{time.monotonic() - self.started:.0f} s[/dim]"
         try:
-            state = json.loads(self.file.read_text())
-            share = f"{state['done']}/{state['total']}"
-            text += f"  {escape(state['description'])} {share}  [dim]{escape(str(state['note']))}[/dim]"
-        except (OSError, ValueError):
-            pass  # the kernel is still importing
-        return text
+            at = json.loads(self.file.read_text())
+            done = f"{at['description']} {at['done']}/{at['total']}"
+            return f"{self._heading()}  {escape(done)}  [dim]{escape(str(at['note']))}[/dim]"
+        except (OSError, ValueError, KeyError):  # the kernel is still importing
+            return self._heading()
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -55,4 +65,29 @@ class LiveLine:
                 self._status.update(self._text())
             elif time.monotonic() - last > 30:  # a log file gets a line every half minute, not a spinner
                 last = time.monotonic()
-                self.console.print("  " + self._text(), highlight=False)
+                show(self.console, "  " + self._text())
+
+
+def show(console: Console, markup: str) -> None:
+    """A line that is not broken, and in which nothing is coloured that we did not colour."""
+    console.print(markup, highlight=False, soft_wrap=True)
+
+
+def summarise(run: RunDir, console: Console, seconds: float, sentence: str = "", stale: str | None = None) -> None:
+    """What was written, what it showed (the verdict's `sentence`), and what to do next; `stale` is why it is out of date."""
+    console.print()
+    if stale:
+        again = f"{command()} run --run-dir {run.path}"
+        text = f"The verdict on file is of an earlier run ({stale}); {again} brings it up to date. It was:"
+        show(console, f"[yellow]{escape(text)}[/yellow]")
+    if sentence:
+        console.print(sentence, style=None if stale else "bold", highlight=False, markup=False)
+    for name, path, hint in _RESULTS:
+        if run.file(path).exists():
+            show(console, f"  {name:<8} {escape(str(run.file(path)))}  [dim]{hint}[/dim]")
+    if run.file("export/adapter").exists() and not stale:
+        upload = f"{command()} publish {run.path} --repo USER/NAME"
+        show(console, f"[dim]To upload it, where your tokens are:\n  {escape(upload)}[/dim]")
+    again = f"{command()} run --profile {run.config.profile} --run-dir {run.path} --set KEY=VALUE"
+    text = f"{seconds:.0f} s. Next: change a setting and only what depends on it runs again:\n  {again}"
+    show(console, f"[dim]{escape(text)}[/dim]")

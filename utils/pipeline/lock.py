@@ -1,188 +1,130 @@
-"""One run directory, one run at a time: a lock that ends with the processes that hold it, however they end.
+"""One run directory, one run at a time: a lock that ends with the process that holds it, however that ends.
 
-It is flock(2) on the file `.lock` in the run directory, so that what is on file never blocks anybody: only a living
-process does. The driver hands its lock on to its kernels, which keep it when the driver is killed and they are not yet.
-Where the file system knows no locks, a file in the machine's scratch stands in, which only this machine sees.
+It lies on `.lock` in the run directory or, where that file system knows no locks (Drive, some network disks), on a file in
+the machine's temporary folder, which only this machine sees. The driver locks; kernels below it need no lock of their own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
-import json
-import os
-import socket
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+from filelock import FileLock, Timeout
+
 from utils.errors import RunDirError
-from utils.notebook import notebook_shell
+from utils.files import parse_json, write_json
+from utils.progress import notebook_shell
 from utils.project import NAME
 
 FILE = ".lock"
-VARIABLE = "SERIES_LOCK"  # the file descriptor by which a kernel holds its driver's lock
 _WAIT_S = 5.0  # a killed driver's kernel looks once a second whether the driver is still there
+_held: dict[Path, tuple[FileLock | None, str]] = {}  # by whom in this process; None where nothing can be locked
+_notebook: dict[Path, str] = {}  # the stages that are at work in this notebook
 
 
-@dataclass
-class _Lock:
-    """An open and locked file, and who in this process asked for it."""
+def take_lock(run_dir: Path, owner: str, wait_s: float | None = None) -> None:
+    """Lock `run_dir` for `owner`, a stage or a command, until `release_lock` or the end of this process.
 
-    descriptor: int | None  # None: no file system here knows locks
-    owners: set[str] = field(default_factory=set)
-
-
-_held: dict[Path, _Lock] = {}
-_followed: dict[tuple[Path, str], Callable[[], None]] = {}  # notebooks' work, and what ends it
-
-
-def take_lock(run_dir: Path, owner: str, wait_s: float = _WAIT_S) -> int | None:
-    """Lock `run_dir` for `owner`, a stage's name or a command's, until `release_lock` or the end of this process.
-
-    Returns the file descriptor that holds the lock, None where another process's holds it for us or nothing can be
-    locked. Taking it again changes nothing. Raises RunDirError, after `wait_s` seconds, where another process has it.
+    Nothing where this process has it, or one that started it. Raises RunDirError after `wait_s` where another has it.
     """
-    if _is_handed_on(run_dir):
-        return None
-    lock = _held.get(run_dir)
-    if lock is None:
-        lock = _held[run_dir] = _Lock(_lock_file(run_dir, owner, time.monotonic() + wait_s))
-    lock.owners.add(owner)
-    _follow_cells(run_dir, owner)
-    return lock.descriptor
+    if run_dir in _held:
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / FILE).touch()
+    except OSError as error:
+        raise RunDirError(f"{run_dir} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
+    elsewhere = f"{NAME}-{hashlib.sha256(bytes(run_dir)).hexdigest()[:16]}{FILE}"
+    file = next(filter(_knows_locks, (run_dir / FILE, Path(tempfile.gettempdir()) / elsewhere)), None)
+    if file is None:
+        _held[run_dir] = None, owner
+        return
+    signed = _read_signature(file)
+    if _is_held_above(signed):
+        return
+    lock = FileLock(file, thread_local=False)
+    try:
+        lock.acquire(timeout=_WAIT_S if wait_s is None else wait_s)
+    except Timeout:
+        raise RunDirError(
+            f"{run_dir} is in use by {signed.get('who', 'another process')}; wait for it or end it (a notebook's kernel: "
+            "shut it down), or name another RUN_DIR."
+        ) from None
+    me = psutil.Process()
+    who = f"{owner} (process {me.pid}, since {datetime.now():%H:%M})"
+    with suppress(OSError):  # on a full disk those who wait are told less
+        write_json(_signature(file), {"who": who, "pid": me.pid, "created": me.create_time()})
+    _held[run_dir] = lock, owner
 
 
 def release_lock(run_dir: Path, owner: str) -> None:
-    """Let others in, once every owner in this process is done; nothing where `owner` has no lock."""
-    if stop := _followed.pop((run_dir, owner), None):
-        stop()
-    _let_go(run_dir, owner)
+    """Let others in; nothing where `owner` has no lock."""
+    _notebook.pop(run_dir, None)
+    _let_in(run_dir, owner)
 
 
-def _let_go(run_dir: Path, owner: str) -> None:
-    lock = _held.get(run_dir)
-    if lock is None or owner not in lock.owners:
-        return
-    lock.owners.discard(owner)
-    if not lock.owners:
-        del _held[run_dir]
-        if lock.descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(lock.descriptor, 0)
-            os.close(lock.descriptor)
+def follow_cells(run_dir: Path, owner: str) -> None:
+    """In a notebook, until `release_lock`: a cell that failed leaves an idle kernel, which must not keep others out."""
+    if shell := notebook_shell():
+        _notebook[run_dir] = owner
+        shell.events.register("post_run_cell", _after_cell)  # once, however often
+        shell.events.register("pre_run_cell", _before_cell)
 
 
-def hand_on(descriptor: int | None) -> dict[str, Any]:
-    """What subprocess.Popen needs, to start a process that holds the same lock as long as it lives."""
-    if descriptor is None:
-        return {}
-    return {"pass_fds": (descriptor,), "env": {**os.environ, VARIABLE: str(descriptor)}}
+def _after_cell(result: Any) -> None:
+    for run_dir, owner in _notebook.items() if not result.success else ():
+        _let_in(run_dir, owner)
 
 
-def _lock_file(run_dir: Path, owner: str, until: float) -> int | None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise RunDirError(f"{run_dir} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
-    with contextlib.suppress(_NoLocks):
-        return _locked(descriptor, run_dir, owner, until)
-    with contextlib.suppress(OSError, _NoLocks):
-        descriptor = os.open(_stand_in(run_dir), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        return _locked(descriptor, run_dir, owner, until)
-    return None
-
-
-def _locked(descriptor: int, run_dir: Path, owner: str, until: float) -> int:
-    """`descriptor` with the lock on it; closed where it gets none."""
-    try:
-        _wait_for(descriptor, run_dir, until)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    _sign(descriptor, owner)
-    return descriptor
-
-
-class _NoLocks(Exception):
-    """The file system knows no locks."""
-
-
-def _wait_for(descriptor: int, run_dir: Path, until: float) -> None:
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise RunDirError(
-                    f"{run_dir} is in use by {_read_signature(descriptor)}; wait for it or end it (a notebook's kernel: "
-                    "shut it down), or name another RUN_DIR."
-                ) from None
-            time.sleep(0.1)
-        except OSError as error:
-            raise _NoLocks from error
-
-
-def _stand_in(run_dir: Path) -> Path:
-    return Path(tempfile.gettempdir()) / f"{NAME}-{hashlib.sha256(bytes(run_dir)).hexdigest()[:16]}.lock"
-
-
-def _sign(descriptor: int, owner: str) -> None:
-    """Who has the lock, for the sentence of those who wait; on a full disk they are told less."""
-    since = datetime.now().strftime("%H:%M")
-    text = json.dumps(f"{owner} (process {os.getpid()} on {socket.gethostname()}, since {since})")
-    with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
-
-
-def _read_signature(descriptor: int) -> str:
-    try:
-        return str(json.loads(os.pread(descriptor, 1000, 0)))
-    except (OSError, ValueError):
-        return "another process"
-
-
-def _is_handed_on(run_dir: Path) -> bool:
-    """Whether the process that started this one gave us its lock on `run_dir`."""
-    handed = os.environ.get(VARIABLE, "")
-    if not handed.isdigit():
-        return False
-    try:
-        ours = os.fstat(int(handed))
-    except OSError:
-        return False  # of a process further up, which did not hand it on
-    return any(file.exists() and os.path.samestat(ours, file.stat()) for file in (run_dir / FILE, _stand_in(run_dir)))
-
-
-def _follow_cells(run_dir: Path, owner: str) -> None:
-    """In a notebook, until `release_lock`: a cell that failed leaves its kernel idle, and must not keep others out; each
-    cell after it asks again, and says so where somebody else is at work by now."""
-    shell = notebook_shell()
-    if shell is None or (run_dir, owner) in _followed:
-        return
-
-    def let_go(result) -> None:
-        if not result.success:
-            _let_go(run_dir, owner)
-
-    def ask_again(_) -> None:
+def _before_cell(_: Any) -> None:
+    for run_dir, owner in _notebook.items():
         try:
             take_lock(run_dir, owner, wait_s=0)
         except RunDirError as error:
             print(error)
 
-    def stop() -> None:
-        shell.events.unregister("post_run_cell", let_go)
-        shell.events.unregister("pre_run_cell", ask_again)
 
-    shell.events.register("post_run_cell", let_go)
-    shell.events.register("pre_run_cell", ask_again)
-    _followed[run_dir, owner] = stop
+def _let_in(run_dir: Path, owner: str) -> None:
+    lock, holder = _held.get(run_dir, (None, None))
+    if holder == owner:
+        del _held[run_dir]
+        if lock:
+            _signature(Path(lock.lock_file)).unlink(missing_ok=True)
+            lock.release()
+
+
+def _knows_locks(file: Path) -> bool:
+    """Asked here: filelock would take a file that somebody left behind for a lock (ENOSYS), or raise (ENOTSUP)."""
+    try:
+        with file.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    except OSError:
+        return False
+    return True
+
+
+def _signature(file: Path) -> Path:
+    return file.with_name(f"{file.name}.json")
+
+
+def _read_signature(file: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = parse_json(_signature(file).read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _is_held_above(signed: dict[str, Any]) -> bool:
+    """Whether who signed started this process, directly or not; another machine's process has another start."""
+    with suppress(psutil.Error):
+        above = {parent.pid: parent.create_time() for parent in psutil.Process().parents()}
+        return abs(above.get(signed.get("pid"), -9.0) - signed.get("created", 0.0)) < 5  # a clock can be set
+    return False

@@ -1,28 +1,39 @@
-"""The run directory: one folder that every notebook reads and writes, and its manifest of what was done.
+"""The run directory: one folder that every notebook reads and writes.
 
-`manifest.json` holds the profile, the overrides given so far, and for each stage its state (running, done, failed),
-settings, seconds, peak memory, versions, and the sha256 of inputs and outputs. A stage is current, and need not run
-again, while its settings, inputs, outputs and notebook are those on record.
+`config.yaml` holds the settings in force: made of profile and overrides when the run begins, edited by a later --set or
+OVERRIDES, by what a stage pins, and by hand. `manifest.json` holds the profile's name and for each stage its state
+(running, done, failed), the settings it rests on, seconds, peak memory, versions, and the sha256 of inputs and outputs.
+A stage is current, and need not run again, while its settings, inputs, outputs and notebook are those on record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from utils.config import absolute_overrides, expand_home, load_config
-from utils.errors import RunDirError
-from utils.files import digests, fingerprint, is_folder, is_there, record_files, write_text
+from pydantic import AfterValidator, BaseModel, StrictStr, ValidationError
+
+from utils import files
+from utils.config import absolute_overrides, expand_home, load_config, read_config
+from utils.errors import ConfigError, RunDirError
 from utils.hardware import default_profile, require_disk
-from utils.pipeline.manifest import notebook_digest, read_manifest
-from utils.pipeline.stages import STAGES, Stage
-from utils.project import embedded_fingerprint, runs_dir
+from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
+from utils.pipeline.state import read_state
+from utils.project import command, embedded_fingerprint, runs_dir
 from utils.schema import EMBEDDED, Config
-from utils.sealed import write_sealed
 
-_HEADER = "# Written by the series: the settings in force. To change one, edit the profile or pass --set / OVERRIDES.\n"
+CONFIG = "config.yaml"
+_HEADER = "# Written by the series: the settings in force. Edit one here, or pass --set / OVERRIDES: what rests on it runs again.\n"
+_KNOWN_HEADER = b"# Written by the series: the settings in force."
+_MISSING = "is missing"
+_NO_RESULT = {
+    "train": ("save_steps", "logging_steps", "step_plan"),
+    "generate": ("batch_size",),
+}  # changes none: hours of work stay
 
 
 @dataclass
@@ -31,19 +42,26 @@ class RunDir:
 
     path: Path
     config: Config
-    overrides: dict[str, Any] = field(default_factory=dict)
 
     def save(self) -> None:
         """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_sealed(self.manifest_path, {"stages": {}} | self.manifest() | self._settings())
-            write_text(self.path / "config.yaml", _HEADER + self.config.to_yaml())
+            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
+            if self._stored() != self.config:  # else it stays as somebody may have written it
+                files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
         except OSError as error:
             raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 
-    def _settings(self) -> dict[str, Any]:
-        return {"profile": self.config.profile, "overrides": self.overrides}
+    def reload(self) -> None:
+        """Take the settings as they are on file now."""
+        self.config = read_config(self.file(CONFIG))
+
+    def _stored(self) -> Config | None:
+        try:
+            return read_config(self.file(CONFIG))
+        except ConfigError:
+            return None
 
     def file(self, relative: str) -> Path:
         """The absolute path of `relative` below the run directory."""
@@ -51,7 +69,7 @@ class RunDir:
 
     @property
     def manifest_path(self) -> Path:
-        return self.path / "manifest.json"
+        return self.file("manifest.json")
 
     def manifest(self) -> dict[str, Any]:
         """The manifest as it is on disk now."""
@@ -68,45 +86,51 @@ class RunDir:
 
     def note(self, key: str, value: Any) -> None:
         """Replace one entry of the manifest; None takes it out."""
-        manifest = self._settings() | {"stages": {}} | self.manifest() | {key: value}
-        write_sealed(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
+        manifest = {"profile": self.config.profile, "stages": {}} | self.manifest() | {key: value}
+        files.write_json(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
 
     def settings(self, stage: Stage) -> dict[str, Any]:
-        """The settings that this stage's result rests on, local data and model named by their content."""
+        """The settings that this stage's result rests on; local data and model are named by their content, where they are here."""
         values = self.config.sections(*stage.settings)
-        # What changes no result must not make hours of work stale.
-        for section, keys in (("train", ("save_steps", "logging_steps", "fit")), ("generate", ("batch_size",))):
-            for key in keys if section in values else ():
-                del values[section][key]
+        for section in _NO_RESULT.keys() & values.keys():
+            values[section] = {key: value for key, value in values[section].items() if key not in _NO_RESULT[section]}
+        evaluate, name = self.config.evaluate, self.config.model.name
+        local = []
         if "data" in values:
-            files = [("data", self.config.data.path), ("benchmark", self.config.evaluate.benchmark.path)]
-            files += [(f"benchmark {i}", s.path) for i, s in enumerate(self.config.evaluate.more_benchmarks, start=2)]
-            for label, path in files:
-                if path is not None and is_there(path):
-                    values[f"{label} file"] = fingerprint(path)
-        if "model" in values:
-            folder = Path(self.config.model.name)
-            if self.config.model.name == EMBEDDED:
-                values["model files"] = embedded_fingerprint()
-            elif is_folder(folder):
-                values["model files"] = fingerprint(folder)
+            local = [("data", self.config.data.path), ("benchmark", evaluate.benchmark.path)]
+            local += [(f"benchmark {i}", other.path) for i, other in enumerate(evaluate.more_benchmarks, start=2)]
+        values |= {
+            f"{label} file": files.fingerprint(path)
+            for label, path in local
+            if path is not None and files.is_there(path)
+        }
+        if "model" in values and name == EMBEDDED:
+            values["model files"] = embedded_fingerprint()
+        elif "model" in values and files.is_folder(name):
+            values["model files"] = files.fingerprint(Path(name))
         return values
 
-    def stale_because(self, stage: Stage, with_notebook: bool = True) -> str | None:
-        """Why a stage has to run (again), in words; None while it is current."""
+    def stale_because(self, stage: Stage, with_notebook: bool = True, with_outputs: bool = True) -> str | None:
+        """Why a stage has to run (again), in words; None while it is current.
+
+        Data, model and heavy exports that stayed on another machine are taken for what is on record.
+        """
         record = self.record(stage)
         if record.get("state") != "done":
             return {"running": "it was interrupted", "failed": "it failed"}.get(record.get("state"), "it has not run")
         before, now = record.get("settings", {}), self.settings(stage)
-        if before != now:
-            changed = [key for key, value in now.items() if before.get(key) != value]
-            return f"its settings changed ({', '.join(changed) or 'one was dropped'})"
+        if changed := [key for key, value in now.items() if before.get(key) != value]:
+            return f"its settings changed ({', '.join(changed)})"
         if with_notebook and record.get("notebook") != notebook_digest(stage):
             return "its notebook changed"
-        for kind, relatives in (("input", stage.inputs), ("output", (*stage.outputs, *stage.optional))):
+        state, kinds = read_state(self.path), {"input": stage.inputs, "output": (*stage.outputs, *stage.optional)}
+        for kind, relatives in list(kinds.items())[: 1 + with_outputs]:
             known = record.get(f"{kind}s", {})
-            if told := describe_changes(digests(known), digests(record_files(self.path, relatives, known))):
-                return f"one of its {kind}s changed ({told})"
+            found = files.record_files(self.path, relatives, known)
+            if state:
+                found |= {name: entry for name, entry in known.items() if name not in found and state.left(name)}
+            if changes := describe_changes(files.digests(known), files.digests(found)):
+                return f"one of its {kind}s changed ({changes})"
         return None
 
     def first_stale(self, stages: Iterable[Stage]) -> tuple[Stage, str] | None:
@@ -117,21 +141,25 @@ class RunDir:
         reasons = ((stage, self.stale_because(stage, with_notebook=False)) for stage in stages)
         return next(((stage, reason) for stage, reason in reasons if reason), None)
 
+    def out_of_date(self, stage: Stage) -> str | None:
+        """Why what `stage` wrote is not this run's last word, by itself or by a stage before it; None where it is.
+
+        Its outputs themselves are the caller's to look at.
+        """
+        found = self.first_stale(ancestors(stage))
+        if found is None and (reason := self.stale_because(stage, with_notebook=False, with_outputs=False)):
+            found = stage, reason
+        return f"{found[0].name} is out of date: {found[1]}" if found else None
+
 
 def open_run(
-    profile: str = "auto",
-    run_dir: str | Path = "",
-    overrides: Mapping[str, Any] | None = None,
-    forget: bool = False,
+    profile: str = "auto", run_dir: str | Path = "", overrides: Mapping[str, Any] | None = None, fresh: bool = False
 ) -> RunDir:
-    """The run directory with its configuration in force: profile, then earlier overrides, then `overrides`.
-
-    With `forget`, earlier overrides are dropped.
+    """The run directory with its settings in force: config.yaml, or the profile where the run begins, with `overrides`.
 
     `profile` "auto" is the run directory's own, or demo without a CUDA GPU and t4 with one. `run_dir` "" is
-    runs/<profile> in the checkout (/kaggle/working/runs on Kaggle). Nothing is written: `save` does that.
-
-    Raises ConfigError and RunDirError.
+    runs/<profile> in the checkout (/kaggle/working/runs on Kaggle). `fresh` reads the profile again. Nothing is written:
+    `save` does that. Raises ConfigError and RunDirError.
     """
     if not run_dir:
         profile = default_profile() if profile == "auto" else profile
@@ -149,11 +177,10 @@ def open_run(
             f"{path} holds a run of the profile {manifest['profile']}, not {profile}; "
             f"name another run directory, or the profile {manifest['profile']}."
         )
-    load_config(profile, overrides)  # a message about what was just typed, before any about what was stored
-    given = {**({} if forget else manifest.get("overrides", {})), **absolute_overrides(overrides or {})}
-    config = load_config(profile, given)
+    given = absolute_overrides(overrides)
+    config = read_config(path / CONFIG, given) if manifest and not fresh else load_config(profile, given)
     require_disk(path, 0.1, "A run directory")
-    return RunDir(path, config, {key: _plain_value(config, key) for key in given})
+    return RunDir(path, config)
 
 
 def _somebody_elses(path: Path) -> str | None:
@@ -161,17 +188,13 @@ def _somebody_elses(path: Path) -> str | None:
 
     A run whose manifest was deleted is known by its state.json, or by the head of its config.yaml.
     """
-    settings = path / "config.yaml"
-    if is_there(path / "state.json"):
+    settings = path / CONFIG
+    if files.is_there(path / "state.json"):
         return None
-    if is_there(settings) and settings.is_file() and settings.read_bytes().startswith(_HEADER.splitlines()[0].encode()):
+    if files.is_there(settings) and settings.is_file() and settings.read_bytes().startswith(_KNOWN_HEADER):
         return None
-    written = (
-        "config.yaml",
-        *(name for stage in STAGES for name in (*stage.outputs, *stage.optional)),
-        "report/index.html",
-    )
-    return next((name for name in written if is_there(path / name)), None)
+    outputs = (name for stage in STAGES for name in (*stage.outputs, *stage.optional))
+    return next((name for name in (CONFIG, *outputs, "report/index.html") if files.is_there(path / name)), None)
 
 
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -184,9 +207,104 @@ def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     return f"{first} {word}" + (f", and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _plain_value(config: Config, dotted: str) -> Any:
-    """A setting as validated, in plain JSON values, so that it can be stored."""
-    value = config.model_dump(mode="json")
-    for part in dotted.split("."):
-        value = value[part]
-    return value
+def _below(name: str) -> str:
+    """A file's name as the manifest has it: one that points out of the run directory would be read, and uploaded."""
+    if files.relative_name(name) is None:
+        raise ValueError(f"{name!r} does not lie below the run directory")
+    return name
+
+
+class _File(BaseModel, extra="allow"):
+    sha256: StrictStr
+    bytes: int = 0
+    mtime_ns: int = 0
+
+
+_Files = dict[Annotated[str, AfterValidator(_below)], _File]
+
+
+class _Record(BaseModel, extra="allow"):
+    state: str = ""
+    settings: dict[str, Any] = {}
+    inputs: _Files = {}
+    outputs: _Files = {}
+    seconds: float = 0.0
+    peak_memory: dict[str, float] = {}
+    figures: dict[str, Any] = {}
+    versions: dict[str, str | None] = {}
+    computed_on: dict[str, str] = {}
+
+
+class _Registered(BaseModel, extra="allow"):
+    changed_after_answers: bool
+
+
+class _Manifest(BaseModel, extra="allow"):
+    profile: StrictStr
+    stages: dict[Literal[tuple(BY_NAME)], _Record] = {}
+    registered: _Registered | None = None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the run directory `path`; empty where there is none yet.
+
+    Raises RunDirError where the file is there and cannot be read.
+    """
+    file = path / "manifest.json"
+    try:
+        if not file.exists():
+            return {}
+        manifest = files.parse_json(file.read_text(encoding="utf-8"))
+        json.dumps(manifest, allow_nan=False)  # what could not be written again is none of ours
+        _Manifest.model_validate(manifest)
+        # What was kept there before config.yaml was the truth, and before files were hashed alone.
+        return {key: value for key, value in manifest.items() if key not in ("overrides", "seal")}
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].removeprefix('Value error, ')}"
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    raise RunDirError(
+        f"{file} cannot be read ({reason}); restore it, take a new --run-dir, or delete it to run every stage again: "
+        "nothing was changed."
+    )
+
+
+def altered_files(path: Path) -> list[str]:
+    """Rehash every output on record and name those that are missing or differ; an empty list is a clean bill.
+
+    What state.json says stayed in a session's scratch is not missed.
+    """
+    state = read_state(path)
+    left = state.left if state else lambda name: False
+    return [f"{name} {word}" for _, name, word in _altered(path) if word != _MISSING or not left(name)]
+
+
+def require_recorded(path: Path, names: tuple[str, ...]) -> None:
+    """Raise RunDirError for the first file among `names` (or below a folder there) that is not what its stage put on record.
+
+    What no stage has on record is not judged.
+    """
+    for stage, name, word in _altered(path, names):
+        word = f"{word}, and {stage} wrote it" if word == _MISSING else f"differs from what {stage} wrote"
+        raise RunDirError(f"{name} {word}; {command()} run --run-dir {path} makes it again, or bring the file back.")
+
+
+def _altered(path: Path, below: tuple[str, ...] = ("",)) -> Iterator[tuple[str, str, str]]:
+    """(stage, output, what became of it) of the outputs on record, below those names, that are not as they were written."""
+    for stage, record in read_manifest(path).get("stages", {}).items():
+        for name, entry in record.get("outputs", {}).items():
+            if not any(given in ("", name) or name.startswith(f"{given}/") for given in below):
+                continue
+            if not (path / name).is_file():
+                yield stage, name, _MISSING
+            elif files.sha256(path / name) != entry["sha256"]:
+                yield stage, name, "differs from what was written"
+
+
+def notebook_digest(stage: Stage) -> str:
+    """sha256 over the notebook's cell sources, blind to outputs and ids; empty where it is not beside us."""
+    if not stage.notebook.exists():
+        return ""
+    cells = json.loads(stage.notebook.read_text(encoding="utf-8"))["cells"]
+    return hashlib.sha256("\0".join("".join(cell["source"]) for cell in cells).encode()).hexdigest()

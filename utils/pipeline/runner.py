@@ -6,10 +6,8 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,53 +16,44 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.markup import escape
 
-from utils.disk import disk_error
+from utils.config import differing_settings
 from utils.errors import Interrupted, SessionOver, UserError
-from utils.pipeline.console import LiveLine
-from utils.pipeline.jupyter import Kernels
+from utils.files import disk_error
+from utils.pipeline.console import LiveLine, show
+from utils.pipeline.jupyter import check, execute, signal_kernels
 from utils.pipeline.lock import release_lock, take_lock
 from utils.pipeline.run_dir import RunDir, open_run
-from utils.pipeline.stage import require_ancestors
+from utils.pipeline.signals import StopRequest
+from utils.pipeline.stage import require_ancestors, require_hardware
 from utils.pipeline.stages import STAGES, Stage, find_stage
 from utils.pipeline.state import SeriesState, write_state
-from utils.pipeline.summary import summarise
-from utils.pipeline.time_limit import Deadline, note_start
-from utils.progress import VARIABLE
+from utils.pipeline.time_limit import Deadline, session_started
 from utils.project import ROOT, command
-from utils.redaction import redact
-from utils.report.index import executed_dir, write_report
+from utils.secrets import redact
 
 _OWNER = "python -m utils run"
-_ANSWERS = ("answers.jsonl", "forced.jsonl", "probe.jsonl")
-_GONE_ON_FROM = {  # by stage: what was saved on the way, with which it would go on
-    "00": ("data/registration.json",),
-    "01": tuple(f"baseline/{name}" for name in _ANSWERS),
+_ANSWERS = tuple(
+    f"{folder}/{name}" for folder in ("baseline", "tuned") for name in ("answers.jsonl", "forced.jsonl", "probe.jsonl")
+)
+_SAVED_ON_THE_WAY = {  # by stage: what it would resume from. With the registration go all answers that were given under it
+    "00": ("data/registration.json", *_ANSWERS),
+    "01": _ANSWERS[:3],
     "03": ("training/checkpoints",),
-    "04": tuple(f"tuned/{name}" for name in _ANSWERS),
+    "04": _ANSWERS[3:],
 }
 
 
-class SeriesFailed(Exception):
-    """A stage failed; the message is its sentence, `continue_with` the command that goes on from there."""
+class StageEnded(Exception):
+    """A run's end before its last stage was done: `kind` is the error's type, the message its sentence.
 
-    def __init__(self, run: RunDir, stage: Stage, sentence: str, kind: str = ""):
+    `exit_code` is 1 for a failure, 4 where the session was over first, 128 + n after signal n; `stage` and `resume`, the
+    command that resumes there, are filled in by `run_series`.
+    """
+
+    def __init__(self, kind: str, sentence: str, exit_code: int = 1):
         super().__init__(redact(sentence))
-        self.stage, self.kind = stage, kind
-        self.continue_with = (
-            f"{command()} run --profile {run.config.profile} --run-dir {run.path} --from {stage.number}"
-        )
-
-
-class SeriesPaused(SeriesFailed):
-    """The session's time is up before the work is done (hardware.max_hours); nothing failed."""
-
-
-class SeriesInterrupted(SeriesPaused):
-    """Somebody asked it to stop (Ctrl-C, SIGTERM); `status` is the exit status by which a shell knows that."""
-
-    def __init__(self, run: RunDir, stage: Stage, sentence: str, number: int):
-        super().__init__(run, stage, sentence, Interrupted.__name__)
-        self.status = 128 + number
+        self.kind, self.exit_code = kind, exit_code
+        self.stage, self.resume = STAGES[0], ""
 
 
 def run_series(
@@ -75,125 +64,140 @@ def run_series(
     last: str = "05",
     fresh: bool = False,
     console: Console | None = None,
+    conclude: Callable[[RunDir, bool], None] = lambda run, worked: None,
 ) -> RunDir:
-    """Run the stages `first` to `last` that are not current, then write the report.
+    """Run the stages `first` to `last` that are not current, then `conclude(run, whether any had to run)`.
 
-    Raises SeriesFailed with the failing cell's sentence; what finished stays. Raises SeriesPaused where the session is
-    over first, or SeriesInterrupted where it was asked to stop. How it ended is in state.json either way. `fresh` forgets
-    earlier overrides and runs every stage again. Raises RunDirError where another process is at work in `run_dir`.
+    `fresh` reads the profile again and runs every stage. Raises StageEnded, also on file as state.json, where it ends
+    early; what finished stays. Raises RunDirError where another process is at work in `run_dir`.
     """
     console = console or Console(force_terminal=sys.stdout.isatty())
-    run = open_run(profile, run_dir, overrides, forget=fresh)
-    lock = take_lock(run.path, _OWNER)
+    run = open_run(profile, run_dir, overrides, fresh)
+    take_lock(run.path, _OWNER)
+    series = _Series(run, _span(first, last), fresh, console)
     try:
-        with Kernels(lock) as kernels:
-            return _run_locked(run, first, last, fresh, console, kernels)
-    except OSError as error:
-        raise (disk_error(error, run.path) or error) from None
+        with series.stop:
+            try:
+                series.run_stages(conclude)
+            except (Exception, KeyboardInterrupt) as error:
+                ended = _ended_by(error, series)
+                if ended is None:
+                    raise
+                with suppress(OSError):  # on a full disk the failure itself is what has to be told
+                    series.write_state("failed" if ended.exit_code == 1 else "continue", ended)
+                raise ended from None
     finally:
         release_lock(run.path, _OWNER)
-
-
-def _run_locked(run: RunDir, first: str, last: str, fresh: bool, console: Console, kernels: Kernels) -> RunDir:
-    began = note_start()
-    try:
-        with _interruptible(run, find_stage(first), kernels):  # also between two stages, before and after them
-            return _run_to_the_end(run, first, last, fresh, console, kernels, began)
-    except SeriesFailed as failure:
-        state = "continue" if isinstance(failure, SeriesPaused) else "failed"
-        ended = SeriesState(
-            state=state,
-            stage=failure.stage.name,
-            kind=failure.kind,
-            sentence=str(failure),
-            started=began,
-            steps=checkpointed_steps(run.path),
-        )
-        try:
-            _note_end(run, ended)
-        except Interrupted:  # raised once: whoever asks only now changes nothing about how it ended
-            _note_end(run, ended)
-        raise
-
-
-def _note_end(run: RunDir, ended: SeriesState) -> None:
-    with suppress(OSError):  # a full disk, say: the failure itself is what has to be told
-        write_state(run.path, ended)
-
-
-def _run_to_the_end(
-    run: RunDir, first: str, last: str, fresh: bool, console: Console, kernels: Kernels, began: float
-) -> RunDir:
-    require_ancestors(run, find_stage(first))
-    if fresh:
-        run.save()  # the notebooks would find the earlier overrides otherwise
-        _set_aside(run, first, last)
-    if run.overrides:
-        kept = ", ".join(f"{key}={value}" for key, value in run.overrides.items())
-        console.print(
-            f"[dim]  settings beside the profile's: {escape(kept)} (--fresh forgets them)[/dim]",
-            highlight=False,
-            soft_wrap=True,
-        )
-    started = time.monotonic()
-    write_state(run.path, SeriesState(state="running", started=began))
-    run, worked = _run_stages(run, first, last, fresh, console, kernels)
-    if not worked:
-        run.save()  # a changed setting on which no stage rests
-    if worked or not run.file("report/index.html").exists():
-        with _interruptible(run, find_stage(last), kernels):
-            write_report(run)
-    write_state(run.path, SeriesState(state="done", started=began))
-    summarise(run, console, time.monotonic() - started)
     return run
 
 
-@contextmanager
-def _interruptible(run: RunDir, stage: Stage, kernels: Kernels) -> Iterator[None]:
-    """Whatever a wish to stop ends in, a sentence or a dead kernel, it is told as SeriesInterrupted."""
+class _Series:
+    """The stages of one call, and where they are."""
+
+    def __init__(self, run: RunDir, stages: Sequence[Stage], fresh: bool, console: Console):
+        self.run, self.stages, self.fresh, self.console = run, stages, fresh, console
+        self.stage, self.worked, self.started = stages[0], False, session_started()
+        self.stop = StopRequest(signal_kernels)
+
+    def run_stages(self, conclude: Callable[[RunDir, bool], None]) -> None:
+        require_ancestors(self.run, self.stage)
+        if self.fresh and self.run.manifest():
+            self.run.save()  # whoever resumes finds the profile's settings
+            _move_aside(self.run, self.stages)
+        if differing := differing_settings(self.run.config):
+            settings = ", ".join(f"{key}={value}" for key, value in differing.items())
+            text = f"settings other than the profile's: {settings} (--fresh reads the profile again)"
+            show(self.console, f"[dim]  {escape(text)}[/dim]")
+        self.write_state("running")
+        for stage in self.stages:
+            self.stage = stage
+            check(self.stop)
+            self._run_unless_current(stage)
+        check(self.stop)
+        self.run.save()  # a changed setting on which no stage rests
+        conclude(self.run, self.worked)
+        self.write_state("done")
+
+    def _run_unless_current(self, stage: Stage) -> None:
+        record = self.run.record(stage)
+        reason = "--fresh" if self.fresh else self.run.stale_because(stage)
+        if reason is None:
+            text = f"{stage.number} {stage.title}: unchanged, not run again (took {record.get('seconds', 0):.0f} s)"
+            show(self.console, f"[dim]  {text}[/dim]")
+            return
+        if record.get("state") == "done" and not self.fresh:
+            show(self.console, f"[dim]  {stage.number} {stage.title}: again, because {escape(reason)}[/dim]")
+        deadline = Deadline.of(self.run.config.hardware.max_hours)
+        if self.worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
+            raise StageEnded(SessionOver.__name__, deadline.sentence(), 4)
+        run_stage(self.run, stage, self.console, self.stop)
+        self.run.reload()  # a stage may have pinned what it found out
+        self.worked = True
+
+    def write_state(self, state: str, ended: StageEnded | None = None) -> None:
+        described = {"stage": self.stage.name, "kind": ended.kind, "sentence": str(ended)} if ended else {}
+        steps = checkpointed_steps(self.run.path) if ended else 0
+        write_state(self.run.path, SeriesState(state=state, started=self.started, steps=steps, **described))
+
+
+def run_stage(run: RunDir, stage: Stage, console: Console, stop: StopRequest) -> None:
+    """Execute one notebook into report/notebooks/; raises StageEnded where the machine cannot, and what papermill raises."""
     try:
-        kernels.check()
-        yield
-    except SeriesInterrupted:
-        raise
-    except (SeriesFailed, Interrupted, KeyboardInterrupt) as end:
-        if isinstance(end, KeyboardInterrupt):
-            raise SeriesInterrupted(run, stage, "stopped at once; what was saved stays", signal.SIGINT) from None
-        if not kernels.stop.asked:
-            raise
-        known = isinstance(end, SeriesFailed) and end.kind == Interrupted.__name__
-        told = (
-            str(end)
-            if known or isinstance(end, Interrupted)
-            else f"stopped by {kernels.stop.name}; what was saved stays"
+        require_hardware(run, stage)
+    except UserError as error:
+        raise StageEnded(type(error).__name__, str(error)) from None
+    run.save()
+    output = run.file(f"report/notebooks/{stage.name}.ipynb")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["SERIES_ROOT"] = str(ROOT)  # where the kernel finds this package
+    with LiveLine(console, stage, run):
+        execute(
+            stage.notebook, output, {"PROFILE": run.config.profile, "RUN_DIR": str(run.path), "OVERRIDES": {}}, stop
         )
-        raise SeriesInterrupted(run, stage, told, kernels.stop.number) from None
 
 
-def _run_stages(
-    run: RunDir, first: str, last: str, fresh: bool, console: Console, kernels: Kernels
-) -> tuple[RunDir, bool]:
-    """The run as its stages left it, and whether any had to run; raises SeriesFailed and SeriesPaused."""
-    worked = False
-    for stage in _span(first, last):
-        with _interruptible(run, stage, kernels):
-            reason = "--fresh" if fresh else run.stale_because(stage)
-            if reason is None:
-                seconds = run.record(stage).get("seconds", 0)
-                console.print(
-                    f"[dim]  {stage.number} {stage.title}: unchanged, not run again (took {seconds:.0f} s)[/dim]"
-                )
-                continue
-            if run.record(stage).get("state") == "done" and not fresh:
-                told = f"[dim]  {stage.number} {stage.title}: again, because {reason}[/dim]"
-                console.print(told, highlight=False, soft_wrap=True)
-            deadline = Deadline.of(run.config.hardware.max_hours)
-            if worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
-                raise SeriesPaused(run, stage, deadline.sentence(), SessionOver.__name__)
-            run_stage(run, stage, console, kernels)
-            run = open_run("auto", run.path)  # a stage may have pinned what it found out
-            worked = True
-    return run, worked
+def _ended_by(error: BaseException, series: _Series) -> StageEnded | None:
+    """How `error` ends the run; None where it is no stage's, and is for the caller."""
+    run, stage, stop = series.run, series.stage, series.stop
+    ename = getattr(error, "ename", type(error).__name__)  # papermill's: the error in the cell
+    number = 128 + (stop.number or signal.SIGINT)
+    interrupted = ename == Interrupted.__name__
+    if isinstance(error, StageEnded):
+        ended = error
+    elif isinstance(error, KeyboardInterrupt):
+        ended = StageEnded(Interrupted.__name__, "stopped at once; what was saved stays", number)
+    elif stop.asked or interrupted:
+        own = getattr(error, "evalue", str(error)) if interrupted else f"stopped by {stop.name}; what was saved stays"
+        ended = StageEnded(Interrupted.__name__, own, number)
+    elif ename == SessionOver.__name__:
+        ended = StageEnded(ename, error.evalue, 4)
+    elif isinstance(error, PapermillExecutionError):
+        ended = StageEnded(ename, _sentence(error))
+        _mark_failed(run, stage, error.evalue)
+    elif isinstance(error, DeadKernelError) or str(error).startswith("Kernel died"):  # nbclient's, and jupyter_client's
+        ended = StageEnded("killed", "its kernel died, most often because memory ran out; what was saved stays")
+        _mark_failed(run, stage, str(ended))
+    elif isinstance(error, OSError) and (refused := disk_error(error, run.path)):
+        ended = StageEnded(type(refused).__name__, str(refused))
+    else:
+        return None
+    ended.stage = stage
+    ended.resume = f"{command()} run --profile {run.config.profile} --run-dir {run.path} --from {stage.number}"
+    return ended
+
+
+def _mark_failed(run: RunDir, stage: Stage, message: str) -> None:
+    record = run.record(stage)
+    if record.get("state") == "running":
+        with suppress(OSError):  # on a full disk it stays "running", which means the same
+            run.write_record(stage, **{**record, "state": "failed", "error": redact(message)[:500]})
+
+
+def _sentence(error: PapermillExecutionError) -> str:
+    """A user error's own sentence; anything else with its type, so that it can be reported."""
+    if error.ename in {kind.__name__ for kind in UserError.__subclasses__()}:
+        return error.evalue
+    return f"{error.ename}: {error.evalue} (the executed notebook shows where)"
 
 
 def _span(first: str, last: str) -> Sequence[Stage]:
@@ -206,56 +210,13 @@ def checkpointed_steps(run_dir: Path) -> int:
     return max((int(folder.name.rpartition("-")[2]) for folder in folders if folder.name[-1].isdigit()), default=0)
 
 
-def _set_aside(run: RunDir, first: str, last: str) -> None:
-    """Rename what the stages `first` to `last` would go on from, so that `--fresh` begins anew and loses nothing."""
-    for stage in _span(first, last):
-        for name in _GONE_ON_FROM.get(stage.number, ()):
+def _move_aside(run: RunDir, stages: Sequence[Stage]) -> None:
+    """Rename what `stages` would resume from, so that `--fresh` begins anew and loses nothing."""
+    for stage in stages:
+        for name in _SAVED_ON_THE_WAY.get(stage.number, ()):
             place, aside = run.file(name), run.file(f"{name}.old")
             if place.exists():
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
                 place.rename(aside)
         if stage.number == "00":
             run.note("registered", None)
-
-
-def run_stage(run: RunDir, stage: Stage, console: Console, kernels: Kernels) -> None:
-    """Execute one notebook into report/notebooks/; raises SeriesFailed."""
-    output = executed_dir(run) / f"{stage.name}.ipynb"
-    parameters = {"PROFILE": run.config.profile, "RUN_DIR": str(run.path), "OVERRIDES": run.overrides}
-    with tempfile.TemporaryDirectory() as scratch, LiveLine(console, stage, Path(scratch) / "progress.json") as line:
-        os.environ[VARIABLE] = str(line.file)
-        os.environ["SERIES_ROOT"] = str(ROOT)
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            kernels.execute(stage.notebook, output, parameters)
-        except PapermillExecutionError as error:
-            if error.ename == SessionOver.__name__:
-                raise SeriesPaused(run, stage, error.evalue, error.ename) from None
-            if not kernels.stop.asked:
-                _mark_failed(run, stage, error.evalue)
-            raise SeriesFailed(run, stage, _sentence(error), error.ename) from None
-        except OSError as error:  # the executed notebook could not be saved
-            if told := disk_error(error, run.path):
-                raise SeriesFailed(run, stage, str(told), type(told).__name__) from None
-            raise
-        except DeadKernelError:
-            message = "its kernel died, most often because memory ran out; what was saved stays"
-            _mark_failed(run, stage, message)
-            raise SeriesFailed(run, stage, message, "killed") from None
-        finally:
-            del os.environ[VARIABLE]
-
-
-def _mark_failed(run: RunDir, stage: Stage, message: str) -> None:
-    record = run.record(stage)
-    if record.get("state") == "running":
-        with suppress(OSError):  # on a full disk it stays "running", which means the same
-            run.write_record(stage, **{**record, "state": "failed", "error": redact(message)[:500]})
-
-
-def _sentence(error: PapermillExecutionError) -> str:
-    """A user error's own sentence; anything else with its type, so that it can be reported."""
-    known = {kind.__name__ for kind in UserError.__subclasses__()}
-    if error.ename in known:
-        return error.evalue
-    return f"{error.ename}: {error.evalue} (the executed notebook shows where)"

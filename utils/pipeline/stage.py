@@ -9,40 +9,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from utils.config import load_config
-from utils.determinism import describe_determinism
-from utils.disk import tell_disk_errors
+from utils import hardware, progress
+from utils.config import flatten, read_config
 from utils.errors import StageOrderError
-from utils.files import is_folder, record_files, sweep_scratch
-from utils.hardware import (
-    CUDA_STACK,
-    STACK,
-    hub_cache,
-    installed,
-    peak_memory,
-    quiet_libraries,
-    require_disk,
-    require_gpu,
-    resolve_hardware,
-)
-from utils.pipeline.lock import release_lock, take_lock
-from utils.pipeline.manifest import notebook_digest
-from utils.pipeline.run_dir import RunDir, open_run
-from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
+from utils.files import is_folder, record_files, sweep_scratch, tell_disk_errors
+from utils.pipeline.lock import follow_cells, release_lock, take_lock
+from utils.pipeline.run_dir import CONFIG, RunDir, notebook_digest, open_run
+from utils.pipeline.stages import BY_NAME, Stage, ancestors
 from utils.project import source_digest
-from utils.redaction import hide_secrets
 from utils.schema import EMBEDDED
+from utils.secrets import hide_secrets
 
 
 @dataclass
 class StageRun(RunDir):
     """A stage at work: opened by a notebook's first cells, finished by its last.
 
-    What it writes in the run directory's manifest it writes with the lock: after a failed cell, which let it go, writing
-    raises RunDirError where another process is at work there by now. Processes that a stage starts write no manifest.
+    It writes settings and manifest with the lock: after a failed cell, which let it go, that raises RunDirError where
+    another process is at work there by now. Processes that a stage starts write neither.
     """
 
-    stage: Stage = STAGES[0]
+    stage: Stage
     started: float = field(default_factory=time.monotonic)
 
     def save(self) -> None:
@@ -56,10 +43,9 @@ class StageRun(RunDir):
         super().note(key, value)
 
     def pin(self, key: str, value: str | list | None) -> None:
-        """Keep a setting that was found out here, such as the commit behind a Hub id, for every later stage."""
+        """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml, for every later stage."""
         if value is not None:
-            self.overrides = {**self.overrides, key: value}
-            self.config = load_config(self.config.profile, self.overrides)
+            self.config = read_config(self.file(CONFIG), {key: value})
             self.save()
             self.write_record(self.stage, **{**self.record(self.stage), "settings": self.settings(self.stage)})
 
@@ -74,21 +60,22 @@ class StageRun(RunDir):
                 f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells, from the first."
             )
         take_lock(self.path, self.stage.name)  # refused before anything is hashed
-        record = self.record(self.stage)
-        record.update(
-            state="done",
-            finished=_now(),
-            seconds=round(time.monotonic() - self.started, 1),
-            peak_memory=peak_memory() | (peak or {}),
-            figures=figures,
-            rests_on={"seeds": _seeds(self.config.model_dump(mode="json")), **describe_determinism()},
-            outputs=record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
-        )
+        settings = flatten(self.config.model_dump(mode="json"))
+        seeds = {key: value for key, value in settings.items() if key.endswith(".seed")}
+        record = self.record(self.stage) | {
+            "state": "done",
+            "finished": _now(),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "peak_memory": hardware.peak_memory() | (peak or {}),
+            "figures": figures,
+            "provenance": {"seeds": seeds, **hardware.describe_determinism()},
+            "outputs": record_files(self.path, (*self.stage.outputs, *self.stage.optional)),
+        }
         self.write_record(self.stage, **record)
         release_lock(self.path, self.stage.name)
         print(f"{self.stage.name} done in {record['seconds']:.0f} s; written to {self.path}:")
         for name, entry in record["outputs"].items():
-            print(f"  {name}  ({_size(entry['bytes'])})")
+            print(f"  {name}  ({entry['bytes'] / 1024:,.1f} KiB)")
 
 
 def open_stage(
@@ -100,9 +87,8 @@ def open_stage(
     what the profile asks for, RunDirError where another process is at work there, and what `open_run` raises.
     """
     hide_secrets()
-    quiet_libraries()
-    stage = BY_NAME[name]
-    run = open_run(profile, run_dir, overrides)
+    hardware.quiet_libraries()
+    stage, run = BY_NAME[name], open_run(profile, run_dir, overrides)
     tell_disk_errors(run.path)
     if run.path.is_dir():
         take_lock(run.path, name)
@@ -116,13 +102,14 @@ def open_stage(
 def _begin(run: RunDir, stage: Stage) -> StageRun:
     require_ancestors(run, stage)
     require_hardware(run, stage)
-    computed_on = resolve_hardware(run.config.hardware)
+    computed_on = hardware.resolve_hardware(run.config.hardware)
     if stage.name == "04_comparison":
         _require_same_conditions(run, computed_on)
     take_lock(run.path, stage.name)  # which makes the folder: only now that nothing stands against it
     sweep_scratch(run.path)
     run.save()
-    opened = StageRun(run.path, run.config, run.overrides, stage)
+    opened = StageRun(run.path, run.config, stage)
+    packages = ("torch", *hardware.STACK, *hardware.CUDA_STACK)
     opened.write_record(
         stage,
         state="running",
@@ -130,11 +117,13 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
         settings=run.settings(stage),
         notebook=notebook_digest(stage),
         sources=source_digest(),
-        versions={package: installed(package) for package in ("torch", *STACK, *CUDA_STACK)},
+        versions={package: hardware.installed(package) for package in packages},
         computed_on=computed_on,
         inputs=record_files(run.path, stage.inputs),
         outputs={},
     )
+    follow_cells(run.path, stage.name)
+    progress.report_to(run.path)
     return opened
 
 
@@ -150,47 +139,24 @@ def require_ancestors(run: RunDir, stage: Stage) -> None:
 
 def require_hardware(run: RunDir, stage: Stage) -> None:
     """Raise HardwareError where this machine lacks what the profile asks for."""
-    hardware, profile = run.config.hardware, run.config.profile
-    if hardware.device == "cuda" and stage.name != "02_dataset_formatting":
-        require_gpu(profile, hardware.min_gpu_memory_gib)
+    wanted, profile = run.config.hardware, run.config.profile
+    if wanted.device == "cuda" and stage.name != "02_dataset_formatting":
+        hardware.require_gpu(profile, wanted.min_gpu_memory_gib)
     if stage.name == "00_setup":
-        require_disk(run.path, hardware.min_disk_gib, f"The profile {profile}")
+        hardware.require_disk(run.path, wanted.min_disk_gib, f"The profile {profile}")
         if run.config.model.name != EMBEDDED and not is_folder(run.config.model.name):
-            require_disk(hub_cache(), hardware.min_cache_gib, "The base model's download")
+            hardware.require_disk(hardware.hub_cache(), wanted.min_cache_gib, "The base model's download")
 
 
 def _require_same_conditions(run: RunDir, now: dict[str, str]) -> None:
-    """Both arms must compute alike: another backend or dtype in 04 than in 01 would be compared as fine-tuning."""
-    before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on")
+    """Another backend or dtype in 04 than in 01 would be compared as fine-tuning."""
+    before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on", {})
     if before != now:
         raise StageOrderError(
-            f"The baseline was answered on {_words(before)}, this is {_words(now)}; run 01_baseline_inference here again, "
-            "so that both arms answer under the same conditions."
+            f"The baseline was answered on {', '.join(before.values())}, this is {', '.join(now.values())}; run "
+            "01_baseline_inference here again, so that both models answer under the same conditions."
         )
-
-
-def _words(computed_on: dict[str, str] | None) -> str:
-    return ", ".join((computed_on or {}).values())
-
-
-def _seeds(settings: Mapping[str, Any], prefix: str = "") -> dict[str, int]:
-    """{dotted key: seed} of every seed in the configuration."""
-    found: dict[str, int] = {}
-    for key, value in settings.items():
-        if key == "seed":
-            found[f"{prefix}{key}"] = value
-        elif isinstance(value, Mapping):
-            found |= _seeds(value, f"{prefix}{key}.")
-    return found
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _size(count: int) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -32,41 +32,23 @@ class Stage:
 
 
 _MODEL = ("model", "prompt", "hardware.dtype", "hardware.backend", "hardware.device")
+_WHAT_IS_ASKED = ("data/eval.parquet", "data/benchmark.jsonl", "data/anecdote.json", "data/probe_items.jsonl")
+_MEASURED = ("primary", "questions", "benchmark", "probe", "more_benchmarks", "seed")
 STAGES = (
     Stage(
         name="00_setup",
         title="Setup and frozen split",
         needs=(),
         inputs=(),
-        outputs=(
-            "environment.json",
-            "data/train.parquet",
-            "data/eval.parquet",
-            "data/benchmark.jsonl",
-            "data/split.json",
-            "data/anecdote.json",
-            "data/registration.json",
-        ),
+        outputs=("environment.json", "data/train.parquet", "data/split.json", "data/registration.json", *_WHAT_IS_ASKED[:3]),
+        settings=("data", "generate", "prompt", "model.name", "model.revision", *(f"evaluate.{key}" for key in _MEASURED)),
         optional=("data/probe_items.jsonl",),
-        settings=(
-            "data",
-            "evaluate.primary",
-            "evaluate.questions",
-            "evaluate.benchmark",
-            "evaluate.probe",
-            "evaluate.more_benchmarks",
-            "evaluate.seed",
-            "generate",
-            "prompt",
-            "model.name",
-            "model.revision",
-        ),
     ),
     Stage(
         name="01_baseline_inference",
         title="Baseline answers",
         needs=("00_setup",),
-        inputs=("data/eval.parquet", "data/benchmark.jsonl", "data/anecdote.json", "data/probe_items.jsonl"),
+        inputs=_WHAT_IS_ASKED,
         outputs=("baseline/answers.jsonl", "baseline/forced.jsonl", "baseline/nll.parquet"),
         settings=(*_MODEL, "generate", "evaluate.questions", "evaluate.probe"),
         optional=("baseline/probe.jsonl",),
@@ -84,29 +66,15 @@ STAGES = (
         title="LoRA training",
         needs=("02_dataset_formatting",),
         inputs=("data/formatted",),
-        outputs=(
-            "training/adapter",
-            "training/log.csv",
-            "training/loss.png",
-            "training/fit.json",
-            "training/summary.json",
-        ),
+        outputs=tuple(f"training/{name}" for name in ("adapter", "log.csv", "loss.png", "step_plan.json", "summary.json")),
         settings=(*_MODEL, "lora", "train"),
     ),
     Stage(
         name="04_comparison",
         title="Comparison and verdict",
         needs=("01_baseline_inference", "03_lora_training"),
-        inputs=(
-            "data/eval.parquet",
-            "data/benchmark.jsonl",
-            "data/anecdote.json",
-            "data/probe_items.jsonl",
-            "data/registration.json",
-            "data/split.json",
-            "baseline",
-            "training/adapter",  # last: all before it is read when scores are recomputed
-        ),
+        # The adapter last: all before it is read when scores are recomputed.
+        inputs=(*_WHAT_IS_ASKED, "data/registration.json", "data/split.json", "baseline", "training/adapter"),
         outputs=("tuned/answers.jsonl", "tuned/forced.jsonl", "tuned/nll.parquet", "comparison"),
         settings=(*_MODEL, "generate", "evaluate"),
         optional=("tuned/probe.jsonl",),
@@ -120,7 +88,7 @@ STAGES = (
         settings=(*_MODEL, "export"),
         optional=("export/merged", "export/gguf"),
     ),
-)
+)  # fmt: skip
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 

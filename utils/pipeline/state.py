@@ -1,4 +1,4 @@
-"""How a run stands, in one small file: `state.json`, read by whoever brings the run home or goes on with it."""
+"""How a run stands, in one small file: `state.json`, read by whoever brings the run home or resumes it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from utils.files import parse_json
-from utils.sealed import SEAL, open_seal, write_sealed
+from utils.files import parse_json, write_json
 
 FILE = "state.json"
-_BEFORE_SEALS = {"state", "stage", "kind", "sentence", "steps", "left_in_scratch"}
 
 
 class SeriesState(BaseModel):
     """`running` on file means that the process died; `continue`, that the session ended before the work did."""
 
     state: Literal["running", "done", "continue", "failed"]
-    stage: str = ""  # the one that failed or goes on
+    stage: str = ""  # the one that failed or is to be resumed
     kind: str = ""  # the failure's type
     sentence: str = ""
     started: float = 0.0  # the session, in seconds since 1970: no two sessions have the same state
@@ -33,19 +31,12 @@ class SeriesState(BaseModel):
 def write_state(run_dir: Path, state: SeriesState) -> None:
     """Write `state.json` atomically; nothing where there is no run directory."""
     if run_dir.is_dir():
-        write_sealed(run_dir / FILE, state.model_dump(mode="json"))
+        write_json(run_dir / FILE, state.model_dump(mode="json"))
 
 
 def read_state(run_dir: Path) -> SeriesState | None:
-    """The state on file; None where there is none that is whole.
-
-    One without a seal is an earlier version's, which wrote these fields and no others: or a damaged one whose seal was hit
-    would pass for it.
-    """
+    """The state on file; None where there is none that can be read."""
     try:
-        values = parse_json((run_dir / FILE).read_text(encoding="utf-8"))
-        state = SeriesState.model_validate(open_seal(values))
+        return SeriesState.model_validate(parse_json((run_dir / FILE).read_bytes()))
     except (OSError, ValueError):
         return None
-    early = _BEFORE_SEALS <= values.keys() <= SeriesState.model_fields.keys()
-    return state if SEAL in values or early else None

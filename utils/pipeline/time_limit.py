@@ -6,43 +6,26 @@ if deadline.is_due(next_s=seconds_for_one_more_step): save, and stop
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 
 import psutil
 
 from utils.hardware import where
+from utils.processes import find_driver
 
-VARIABLE = "SERIES_SESSION_STARTED"  # seconds since 1970; set once, handed on to every process of the session
 RESERVE_S = 600.0  # for the last checkpoint, the report, and the platform's own saving
 
 
 def session_started() -> float:
     """When this session began, in seconds since 1970.
 
-    As an earlier process of the session noted it; else, on Kaggle and Colab, when the machine's first process started,
-    since their limits count from there; else when this process started.
+    On Kaggle and Colab with the machine's first process, since their limits count from there; elsewhere with the driver,
+    or with this process where a notebook was opened by hand.
     """
-    noted = os.environ.get(VARIABLE, "")
-    try:
-        return float(noted)
-    except ValueError:
-        pass
-    own = psutil.Process().create_time()
-    if where() == "local":
-        return own
-    try:
-        return min(own, psutil.Process(1).create_time())
-    except psutil.Error:
-        return own
-
-
-def note_start() -> float:
-    """Hand the session's start on to the processes that this one starts; returns it."""
-    started = session_started()
-    os.environ[VARIABLE] = repr(started)
-    return started
+    own = psutil.Process()
+    first = find_driver() if where() == "local" else (own.parents() or [own])[-1]
+    return min(own.create_time(), first.create_time()) if first else own.create_time()
 
 
 @dataclass(frozen=True)
@@ -71,6 +54,5 @@ class Deadline:
 
     def sentence(self, now: float | None = None) -> str:
         """Why it stops, with numbers."""
-        now = time.time() if now is None else now
-        spent = (now - self.started) / 3600
+        spent = ((time.time() if now is None else now) - self.started) / 3600
         return f"this session is {spent:.1f} h old and hardware.max_hours is {self.max_hours:g}"

@@ -16,8 +16,7 @@ from markupsafe import Markup
 
 from utils.errors import RunDirError
 from utils.files import write_text
-from utils.pipeline.manifest import require_recorded
-from utils.pipeline.run_dir import RunDir
+from utils.pipeline.run_dir import RunDir, require_recorded
 from utils.pipeline.stages import BY_NAME, STAGES, ancestors
 
 _FIGURES = (

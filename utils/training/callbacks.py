@@ -1,4 +1,4 @@
-"""What listens to the trainer: progress, tracking, health, and which layers recompute."""
+"""What listens to the trainer: progress, speed, tracking, health, the session's end, and which layers recompute."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from utils.progress import Progress
 from utils.report.tracking import Tracker
 
 _PATIENCE = 5  # non-finite steps in a row before a run is ended
-_SCALER_SETTLES = 10  # steps within which fp16's loss scaler finds its scale, skipping some
+_SMALLEST_SCALE = 1.0  # fp16's loss scaler starts at 65,536 and halves at each overflow until it has found its scale
 
 
 class ProgressCallback(TrainerCallback):
-    """Draws the bar: step, loss."""
+    """Draws the bar: step, loss. Close it where training ends by an error, of which the trainer does not inform it."""
 
     bar: Progress | None = None
 
@@ -37,9 +37,44 @@ class ProgressCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the bar where it stands; also where training ended by an error."""
+        """Leave the bar where it stands."""
         if self.bar is not None:
             self.bar.close()
+
+
+class Stopwatch(TrainerCallback):
+    """When each update ended (monotonic seconds, GPU work included) and how many tokens it held, padding not counted."""
+
+    def __init__(self, trainer):
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
+        take = trainer.get_batch_samples
+
+        def counted(*arguments, **keywords):
+            batches, items = take(*arguments, **keywords)
+            self.tokens.append(sum(_count_tokens(batch) for batch in batches))
+            return batches, items
+
+        trainer.get_batch_samples = counted
+        trainer.add_callback(self)
+
+    def on_step_end(self, args, state, control, **_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.monotonic())
+
+    def seconds(self) -> list[float]:
+        """How long each update after the first took."""
+        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+
+    def speeds(self) -> list[float]:
+        """Tokens per second of each update after the first."""
+        return [tokens / s for tokens, s in zip(self.tokens[1:], self.seconds(), strict=False)]
+
+
+def _count_tokens(batch: dict) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
 
 
 class TrackingCallback(TrainerCallback):
@@ -58,15 +93,14 @@ class TrackingCallback(TrainerCallback):
 
 
 class HealthCallback(TrainerCallback):
-    """Watches loss, gradient and fp16's scale: tells a step that was skipped, ends a run that stays non-finite.
+    """Watches loss, gradient and fp16's scale: names a step that was skipped, ends a run that stays non-finite.
 
-    It sees what is logged: every step while train.logging_steps is 1, else the mean of so many.
-
-    `scaler` is the trainer's `torch.amp.GradScaler`, or None where nothing is scaled.
+    It sees what is logged: every step while train.logging_steps is 1, else the mean of so many. `scaler` is the trainer's
+    `torch.amp.GradScaler`, or None where nothing is scaled.
     """
 
     def __init__(self, scaler=None):
-        self.scaler, self.bad_steps = scaler, 0
+        self.scaler, self.bad_steps, self.settled = scaler, 0, scaler is None
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in (logs or {}):
@@ -75,19 +109,20 @@ class HealthCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1]["scale"] = scale
         wrong = [name for name in ("loss", "grad_norm") if name in logs and not math.isfinite(float(logs[name]))]
-        self.bad_steps = self.bad_steps + 1 if wrong else 0
         if not wrong:
+            self.bad_steps, self.settled = 0, True
             return
+        settling = not self.settled and wrong == ["grad_norm"] and scale >= _SMALLEST_SCALE
+        self.bad_steps += 0 if settling else 1
         if self.bad_steps >= _PATIENCE:
+            at = f"last at step {state.global_step}" + ("" if scale is None else f" (fp16 scale {scale:g})")
             raise TrainingError(
-                f"Loss or gradient was not finite {_PATIENCE} times in a row, last at step {state.global_step}"
-                f"{'' if scale is None else f' (fp16 scale {scale:g})'}; "
+                f"Loss or gradient was not finite {_PATIENCE} times in a row, {at}; "
                 "lower train.learning_rate or train.max_grad_norm and run 03 again."
             )
-        normal = wrong == ["grad_norm"] and scale is not None and state.global_step <= _SCALER_SETTLES
-        what = " and ".join({"loss": "loss", "grad_norm": "gradient"}[name] for name in wrong)
+        what = " and ".join(wrong).replace("grad_norm", "gradient")
         after = "" if scale is None else f"; the update was skipped, fp16 scale now {scale:g}"
-        print(f"step {state.global_step}: {what} not finite{after}{' (normal in the first steps)' if normal else ''}")
+        print(f"step {state.global_step}: {what} not finite{after}{' (normal in the first steps)' if settling else ''}")
 
 
 class RecomputeCallback(TrainerCallback):
@@ -124,8 +159,7 @@ class SessionCallback(TrainerCallback):
 
 def _decided_together(decision: str) -> str:
     """The first process's decision, so that all of them stop at the same step."""
-    if not torch.distributed.is_initialized():
-        return decision
     decisions = [decision]
-    torch.distributed.broadcast_object_list(decisions, src=0)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(decisions, src=0)
     return decisions[0]

@@ -1,287 +1,222 @@
-"""Short trials of training steps: how fast a fit is on this GPU, and how much memory it takes."""
+"""The step plan: how an update is cut into micro-batches, and how many layers compute their activations again.
+
+It decides speed and memory, never what is learnt: every plan takes the same rows into the same update.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from datetime import datetime
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
-from transformers import TrainerCallback
 
-from utils.errors import HardwareError
-from utils.hardware import GIB, global_rank, gpus, installed, resolve_hardware, world_size
+from utils.errors import OutOfMemory
+from utils.files import parse_json, write_json
+from utils.hardware import GIB, global_rank, gpus, resolve_hardware, world_size
 from utils.models.load import transformer_layers
 from utils.models.memory import free_bytes, free_memory, is_out_of_memory
 from utils.pipeline.stage import StageRun
 from utils.schema import Config
-from utils.sealed import read_sealed, write_sealed
-from utils.training.callbacks import RecomputeCallback
-from utils.training.fit import DoesNotFit, Fit, Measured, safer, search
+from utils.training.callbacks import RecomputeCallback, Stopwatch
 
-FILE = "training/fit.json"
+FILE = "training/step_plan.json"
 _UPDATES = 3  # of one trial; the first warms up, of the others the faster one counts
 _SPARE_GIB = 0.25  # packs differ in how many documents they hold, and so a little in memory: a trial knows one kind
 
 
-class Stopwatch(TrainerCallback):
-    """When each update ended (seconds, GPU work included) and how many tokens it held, padding not counted."""
+@dataclass(frozen=True)
+class StepPlan:
+    """One way to compute an update on each GPU; the first `recompute_layers` layers do not keep their activations."""
 
-    def __init__(self, trainer):
-        self.ends: list[float] = []
-        self.tokens: list[int] = []
-        take = trainer.get_batch_samples
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    recompute_layers: int
 
-        def counted(*arguments, **keywords):
-            batches, items = take(*arguments, **keywords)
-            self.tokens.append(sum(_count_tokens(batch) for batch in batches))
-            return batches, items
-
-        trainer.get_batch_samples = counted
-        trainer.add_callback(self)
-
-    def on_step_end(self, args, state, control, **_):
-        _wait_for_gpu()
-        self.ends.append(time.monotonic())
-
-    def figures(self, run: StageRun) -> dict[str, float]:
-        """Seconds from the stage's start to the first update's end, and the median tokens per second of this process."""
-        if not self.ends:
-            return {}
-        began = datetime.fromisoformat(run.record(run.stage)["started"]).timestamp()
-        found = {"seconds_to_first_update": round(time.time() - (time.monotonic() - self.ends[0]) - began, 1)}
-        if self.speeds():
-            found["tokens_per_second"] = round(statistics.median(self.speeds()))
-            found["seconds_per_update"] = round(statistics.median(self.seconds()), 4)
-        return found
-
-    def seconds(self) -> list[float]:
-        """How long each update after the first took."""
-        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
-
-    def speeds(self) -> list[float]:
-        """Tokens per second of each update after the first."""
-        return [tokens / s for tokens, s in zip(self.tokens[1:], self.seconds(), strict=False)]
+    def __str__(self) -> str:
+        cut = f"{self.per_device_train_batch_size} x {self.gradient_accumulation_steps}"
+        return f"micro-batch {cut}, {self.recompute_layers} layers recompute"
 
 
-class TrialWatch(Stopwatch):
-    """A stopwatch that also times each update's second micro-batch; for short runs, since the GPU is waited for."""
+@dataclass(frozen=True)
+class Trial:
+    """What a few updates by `step_plan` showed: tokens per second, and the peak of allocated memory in GiB."""
 
-    def __init__(self, trainer):
-        super().__init__(trainer)
-        self.seconds_of_second: list[float] = []  # one for each update that has a second micro-batch
-        self._first_ended: float | None = None
-
-    def on_substep_end(self, args, state, control, **_):
-        _wait_for_gpu()
-        self._first_ended = time.monotonic()
-
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        if self._first_ended is not None:
-            _wait_for_gpu()
-            self.seconds_of_second.append(time.monotonic() - self._first_ended)
-
-    def speed_of(self, accumulate: int, tried: int) -> float:
-        """Tokens per second of an update of `accumulate` micro-batches, from the fastest update of `tried` (one or two).
-
-        What comes once in an update (the optimizer's step, logging) would count too often in one that is cut short.
-        """
-        seconds, tokens = min(self.seconds()), self.tokens[-1] / tried
-        if accumulate > tried:
-            seconds += (accumulate - tried) * min(self.seconds_of_second[1:])
-        return accumulate * tokens / seconds
+    step_plan: StepPlan
+    tokens_per_second: float
+    peak_gib: float
 
 
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def search(measure: Callable[[StepPlan], Trial | None], rows: int, layers: int) -> list[Trial]:
+    """A trial for each micro-batch of an update of `rows` rows, the fastest first; none where not even one row fits.
 
-
-def _count_tokens(batch: dict) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
-
-
-def rows_per_update(config: Config, packed: bool, mean_tokens: float) -> int:
-    """How many rows, or packs where the trainer packs, go into one update over all GPUs.
-
-    Where packing is wanted and the backend cannot pack, as many rows as the packs would hold.
+    Each recomputes as few layers as fit: none, or an eighth more until `measure` finds room. A larger micro-batch needs at
+    least as many as the smaller one before it, and is tried as long as it is faster.
     """
-    rows = config.train.rows_per_update
-    if config.train.packing and not packed:
-        rows *= max(1, round(config.model.max_seq_length / mean_tokens))
-    return rows
+    trials: list[Trial] = []
+    counts = [*range(0, layers, max(1, layers // 8)), layers]
+    for micro in _divisors(rows):
+        while counts and not (trial := measure(StepPlan(micro, rows // micro, counts[0]))):
+            counts.pop(0)
+        if not counts:
+            break
+        slower = any(trial.tokens_per_second <= other.tokens_per_second for other in trials)
+        trials.append(trial)
+        if slower:
+            break
+    return sorted(trials, key=lambda one: -one.tokens_per_second)
 
 
-def given_fit(config: Config, rows: int, layers: int) -> Fit:
-    """The configured micro-batch, or the largest below it that divides this process's `rows` of an update."""
-    micro = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= config.train.per_device_train_batch_size)
-    return Fit(micro, rows // micro, layers if config.train.gradient_checkpointing else 0)
+def _divisors(rows: int) -> list[int]:
+    return [n for n in range(1, rows + 1) if rows % n == 0]
 
 
-def choose_fit(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer: Callable, world: int = 1) -> Fit:
-    """The fit of this run for each of `world` processes: on file, found by trials on this GPU, or as configured.
+def smaller_plan(plan: StepPlan, layers: int) -> StepPlan | None:
+    """What to resume with after `plan` ran out of memory: more layers recompute, then smaller micro-batches; None at the end."""
+    if plan.recompute_layers < layers:
+        return replace(plan, recompute_layers=min(layers, plan.recompute_layers + max(1, layers // 4)))
+    rows = plan.per_device_train_batch_size * plan.gradient_accumulation_steps
+    smaller = [micro for micro in _divisors(rows) if micro < plan.per_device_train_batch_size]
+    return StepPlan(smaller[-1], rows // smaller[-1], layers) if smaller else None
 
-    It is kept in training/fit.json and found again there while settings, rows and GPU are the same. The LoRA weights
-    are left as they were. Trials need a process that is alone. Raises HardwareError where not even a single row fits.
+
+def choose_plan(
+    run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer: Callable, world: int = 1
+) -> StepPlan:
+    """The plan for each of `world` processes: on file, found by trials (a single process's), or as configured.
+
+    Raises OutOfMemory where not even a single row fits.
     """
-    known = fit_on_file(run, rows, world) if world_size() == 1 else _as_launched(run, world)
-    if known is not None:
+    if known := plan_on_file(run, rows, world):
         return known
-    config = run.config
-    packed = config.train.packing and resolve_hardware(config.hardware)["backend"] == "unsloth"
-    share = rows_per_update(config, packed, float(rows["tokens"].mean())) // world
-    layers = len(transformer_layers(model))
-    fit, trials = given_fit(config, share, layers), []
-    if wants_trials(config) and world_size() == 1:
-        fastest, trials = _search(model, tokenizer, config, rows, packed, make_trainer, share, layers, world)
-        if fastest is None:
-            raise HardwareError("A single training row does not fit into GPU memory; lower model.max_seq_length.")
-        fit = fastest
+    train, layers, share = run.config.train, len(transformer_layers(model)), rows_per_update(run.config, rows) // world
+    micro = max(n for n in _divisors(share) if n <= train.per_device_train_batch_size)
+    plan, trials = StepPlan(micro, share // micro, layers if train.gradient_checkpointing else 0), []
+    if wants_trials(run.config, rows, world) and world_size() == 1:
+        trials = try_plans(model, tokenizer, run.config, rows, make_trainer, share)
+        if not trials:
+            raise OutOfMemory("A single training row does not fit into GPU memory; lower model.max_seq_length.")
+        plan = trials[0].step_plan
     if global_rank() == 0:
-        shown = {"trials": [asdict(t) for t in trials], "basis": _basis(run, rows, world)}
-        write_sealed(run.file(FILE), {"fit": asdict(fit), "world": world, **shown})
-    return fit
+        found = {"step_plan": asdict(plan), "trials": [asdict(trial) for trial in trials]}
+        write_json(run.file(FILE), {**found, "for": _conditions(run, rows, world)})
+    return plan
 
 
-def _as_launched(run: StageRun, world: int) -> Fit | None:
-    """The fit that the launcher left, whatever this process's own GPU is: all have to cut an update alike."""
-    known = _read(run)
-    return Fit(**known["fit"]) if known.get("world") == world else None
+def plan_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> StepPlan | None:
+    """What training/step_plan.json holds for these settings, rows, GPU, and number of processes."""
+    try:
+        known = parse_json(run.file(FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    now = _conditions(run, rows, world)
+    if world_size() > 1:  # all of them cut an update alike, or would wait for each other, whatever their own GPU is
+        now["gpu"] = known["for"]["gpu"]
+    return StepPlan(**known["step_plan"]) if known["for"] == now else None
 
 
-def _read(run: StageRun) -> dict:
-    """What training/fit.json holds; nothing where there is none that is whole."""
-    return read_sealed(run.file(FILE))
+def _conditions(run: StageRun, rows: pd.DataFrame, world: int) -> dict:
+    sections = run.config.sections(
+        "model", "lora", "train", "hardware.backend", "hardware.dtype", "hardware.emulate_t4"
+    )
+    lengths = {"rows": len(rows), "tokens": int(rows["tokens"].sum()), "longest": int(rows["tokens"].max())}
+    return {"processes": world, "gpu": str(gpus()[:1]), **lengths, "settings": sections}
 
 
-def _leaves_fit_open(config: Config) -> bool:
-    return config.train.fit == "auto" and config.train.gradient_checkpointing
+def fall_back(run: StageRun, plan: StepPlan, layers: int) -> StepPlan:
+    """Put a smaller plan than `plan`, which ran out of memory, on file and return it; raises OutOfMemory at the end."""
+    smaller = smaller_plan(plan, layers if run.config.train.gradient_checkpointing else plan.recompute_layers)
+    if smaller is None:
+        raise OutOfMemory(f"Training ran out of memory even with {plan}; lower model.max_seq_length, or free the GPU.")
+    write_json(run.file(FILE), {**parse_json(run.file(FILE).read_bytes()), "step_plan": asdict(smaller)})
+    return smaller
 
 
-def recompute_as(trainer, config: Config, fit: Fit) -> None:
-    """Let the trainer's model recompute the layers that `fit` says, where fits are found by trials."""
-    if _leaves_fit_open(config):
-        trainer.add_callback(RecomputeCallback(fit.recompute_layers))
+def rows_per_update(config: Config, rows: pd.DataFrame) -> int:
+    """Rows, or packs, of one update over all GPUs; where the backend cannot pack, as many rows as the packs would hold."""
+    count = config.train.rows_per_update
+    if config.train.packing and resolve_hardware(config.hardware)["backend"] != "unsloth":
+        count *= max(1, round(config.model.max_seq_length / rows["tokens"].mean()))
+    return count
 
 
-def wants_trials(config: Config) -> bool:
-    """Whether the configuration leaves the fit to trials, and there is a GPU to try it on."""
-    return _leaves_fit_open(config) and resolve_hardware(config.hardware)["device"] == "cuda"
+def wants_trials(config: Config, rows: pd.DataFrame, world: int) -> bool:
+    """Whether to try plans: they are left open, there is a GPU, and the training has more updates than the trials."""
+    micro_batches = len(_divisors(rows_per_update(config, rows) // world))
+    updates = config.train.max_steps
+    if updates is None:
+        size = config.model.max_seq_length if config.train.packing else rows["tokens"].mean()
+        updates = config.train.num_train_epochs * rows["tokens"].sum() / size / config.train.rows_per_update
+    left_open = config.train.step_plan == "auto" and config.train.gradient_checkpointing
+    pays = updates > _UPDATES * micro_batches + 8  # an update for each time that an eighth more has to recompute
+    return left_open and pays and resolve_hardware(config.hardware)["device"] == "cuda"
 
 
-def fit_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> Fit | None:
-    """What training/fit.json holds for these settings, rows, GPU and number of processes."""
-    known = _read(run)
-    return Fit(**known["fit"]) if known.get("basis") == _basis(run, rows, world) else None
+def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, share: int) -> list[Trial]:
+    """Search on this GPU, on the row that takes most memory; the LoRA weights are left as they were."""
+    weights, longest = trainable_weights(model), rows.sort_values("tokens").tail(1)[["prompt", "completion"]]
+    if config.train.packing:  # one that fills a whole pack; the trainer cuts it there
+        times = config.model.max_seq_length // int(rows["tokens"].max()) + 2
+        longest = longest.assign(completion=longest["completion"] * times)
+
+    def measure(plan: StepPlan) -> Trial | None:
+        trial = run_trial(model, tokenizer, config, longest, make_trainer, plan)
+        model.load_state_dict(weights, strict=False)
+        found = f"{trial.tokens_per_second:,.0f} tokens/s, {trial.peak_gib:.1f} GiB" if trial else "does not fit"
+        print(f"  {plan}: {found}")
+        return trial
+
+    print(f"trials of {_UPDATES} updates:")
+    return search(measure, share, len(transformer_layers(model)))
 
 
-def fall_back(run: StageRun, fit: Fit, layers: int) -> Fit:
-    """Put a safer fit than `fit`, which ran out of memory, on file and return it; raises HardwareError at the end."""
-    known = _read(run)
-    if known and Fit(**known["fit"]) != fit:  # another process was here first
-        return Fit(**known["fit"])
-    instead = safer(fit, layers if run.config.train.gradient_checkpointing else fit.recompute_layers)
-    if instead is None:
-        raise HardwareError(
-            f"Training ran out of GPU memory even with {fit}; lower model.max_seq_length, or free the GPU."
-        )
-    given_up = [*known.get("ran_out_of_memory", []), asdict(fit)]
-    write_sealed(run.file(FILE), {**known, "fit": asdict(instead), "ran_out_of_memory": given_up})
-    return instead
-
-
-def _search(model, tokenizer, config, rows, packed, make_trainer, share, layers, world):
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    kept = [p.detach().to("cpu", copy=True) for p in trainable]
-    longest = _longest_rows(rows, packed, config.model.max_seq_length)
-    held = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0
-    room = (free_bytes(model.device) + held) / GIB - _SPARE_GIB
-    if world > 1:  # the buckets in which gradients travel between processes
-        room -= sum(p.numel() * p.element_size() for p in trainable) / GIB
-    print(f"trials of {_UPDATES} updates, {room:.1f} GiB to be had:")
-
-    def measure(fit: Fit) -> Measured:
-        try:
-            measured = run_trial(model, tokenizer, config, longest, make_trainer, fit)
-        finally:
-            with torch.no_grad():
-                for parameter, before in zip(trainable, kept, strict=True):
-                    parameter.copy_(before)
-        print(f"  {fit}: {measured.tokens_per_second:,.0f} tokens/s, {measured.peak_gib:.1f} GiB")
-        return measured
-
-    return search(measure, share, layers, room)
-
-
-def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, fit: Fit) -> Measured:
-    """A few updates on `rows` (repeated as needed) with at most two micro-batches each; raises DoesNotFit.
-
-    Two, since gradients of the first are held while the second is computed.
-    """
-    accumulate = min(2, fit.gradient_accumulation_steps)
-    count = fit.per_device_train_batch_size * accumulate * _UPDATES
+def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> Trial | None:
+    """A few updates by `plan` on `rows`, repeated as needed; None where they do not fit into memory."""
+    count = plan.per_device_train_batch_size * plan.gradient_accumulation_steps * _UPDATES
     few = pd.concat([rows] * -(-count // len(rows)), ignore_index=True).head(count)
-    fitted, failed = replace(fit, gradient_accumulation_steps=accumulate), False
-    trainer = watch = None
-    free_memory()
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
+    trainer = watch = trial = None
+    free_memory(model)
+    room = free_bytes(model.device) / GIB - _SPARE_GIB
+    if on_gpu := model.device.type == "cuda":
+        room += torch.cuda.memory_allocated(model.device) / GIB
         torch.cuda.reset_peak_memory_stats(model.device)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         try:
-            trainer = make_trainer(model, tokenizer, config, few, fitted, scratch)
+            trainer = make_trainer(model, tokenizer, config, few, plan, scratch)
             trainer.args.max_steps, trainer.args.save_strategy = _UPDATES, "no"
-            trainer.add_callback(RecomputeCallback(fit.recompute_layers))
-            watch = TrialWatch(trainer)
+            trainer.add_callback(RecomputeCallback(plan.recompute_layers))
+            watch = Stopwatch(trainer)
             trainer.train()
+            peak = torch.cuda.max_memory_allocated(model.device) / GIB if on_gpu else 0.0
+            trial = Trial(plan, round(max(watch.speeds()), 1), round(peak, 2)) if peak <= room else None
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            failed = True
     if trainer is not None:
-        let_go(trainer)
-    if failed:  # outside the handler, whose traceback would keep the tensors alive
-        del trainer, watch
-        free_memory(model)
-        raise DoesNotFit(str(fit))
-    peak = torch.cuda.max_memory_allocated(model.device) / GIB if on_gpu else 0.0
-    speed = watch.speed_of(fit.gradient_accumulation_steps, accumulate)
-    return Measured(fit, round(speed, 1), round(peak, 2))
+        release_trainer(trainer)
+    del trainer, watch  # outside the handler, whose traceback would keep the tensors alive
+    free_memory(model)
+    return trial
 
 
-def let_go(trainer) -> None:
-    """Take a trainer's hands off its model, so that another one can train it: gradients, autocast wrapper, optimizer."""
+def recompute_as(trainer, config: Config, plan: StepPlan) -> None:
+    """Let the trainer's model recompute the layers that `plan` says, where plans are found by trials."""
+    if config.train.step_plan == "auto":
+        trainer.add_callback(RecomputeCallback(plan.recompute_layers))
+
+
+def trainable_weights(model) -> dict[str, torch.Tensor]:
+    """A copy of what is trained, in main memory, for the model's load_state_dict."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def release_trainer(trainer) -> None:
+    """Free a trainer's model, so that another one can train it: of gradients, autocast wrapper, optimizer."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.zero_grad(set_to_none=True)
     trainer.accelerator.free_memory()
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.model_wrapped = trainer.model
-
-
-def _longest_rows(rows: pd.DataFrame, packed: bool, max_length: int) -> pd.DataFrame:
-    """The row that takes most memory: the longest one, or one that fills a whole pack (the trainer cuts it there)."""
-    longest = rows.sort_values("tokens").tail(1)[["prompt", "completion"]]
-    if not packed:
-        return longest
-    times = -(-max_length // int(rows["tokens"].max())) + 1
-    return longest.assign(completion=longest["completion"] * times)
-
-
-def _basis(run: StageRun, rows: pd.DataFrame, world: int) -> str:
-    """A digest of what a fit rests on; no GPU is touched for it."""
-    versions = {name: installed(name) for name in ("torch", "unsloth", "transformers", "trl", "peft", "bitsandbytes")}
-    lengths = (len(rows), int(rows["tokens"].max()), int(rows["tokens"].sum()))
-    sections = run.config.sections(
-        "model", "lora", "train", "hardware.backend", "hardware.dtype", "hardware.emulate_t4"
-    )
-    cards = [(gpu.name, gpu.memory_gib) for gpu in gpus()[:1]]
-    return hashlib.sha256(json.dumps([sections, lengths, world, cards, versions], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,168 @@
+"""Two processes by `accelerate launch`: killed and resumed, out of memory, asked to stop, on two machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks.recipe import notebook_source
+from tests.conftest import import_file
+from utils.errors import Interrupted
+from utils.project import python_path
+from utils.training import train_adapter
+from utils.training.launch import SUMMARY, write_recipe
+from utils.training.train import checkpoint_dir
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+TWO = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+TWO += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+# Notebook 03's functions from the module `cells`; {body} may change the trainer before it is handed out.
+CHANGED = """
+def load_with_lora(config):
+    from cells import load_with_lora
+
+    return load_with_lora(config)
+
+
+def make_trainer(*arguments):
+    import time
+    from pathlib import Path
+    from cells import make_trainer
+
+    trainer = make_trainer(*arguments)
+    real = trainer.training_step
+
+    def training_step(*given, **named):
+        {body}
+        return real(*given, **named)
+
+    trainer.training_step = training_step
+    return trainer
+"""
+SLOWER = "time.sleep(0.15)"  # so that there is a middle in which to be killed
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A function: notebook 03's two functions from a module on disk, with a line more in each training step."""
+    (tmp_path / "cells.py").write_text(notebook_source(), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # where launched processes find it
+
+    def make(body: str = ""):
+        path = tmp_path / ("changed.py" if body else "cells.py")
+        if body:
+            path.write_text(CHANGED.format(body=body), encoding="utf-8")
+        module = import_file(path)
+        return module.load_with_lora, module.make_trainer
+
+    return make
+
+
+def apart(one, other) -> float:
+    """The largest difference between two runs' adapters."""
+    a, b = (load_file(run.file("training/adapter/adapter_model.safetensors")) for run in (one, other))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def wait_for_checkpoint(folder: Path) -> None:
+    while not list(folder.glob("checkpoint-*/trainer_state.json")):
+        time.sleep(0.01)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": python_path()}
+
+
+def test_a_killed_run_of_two_processes_ends_with_the_same_weights_as_an_undisturbed_one(training_run, recipe):
+    whole = training_run("whole", hardware__processes=2)
+    figures = train_adapter(whole, *recipe())["figures"]
+    assert figures["processes"] == 2
+    assert figures["per_device_train_batch_size"] * figures["gradient_accumulation_steps"] * 2 == 4
+
+    torn = training_run("torn", hardware__processes=2)
+    write_recipe(torn, *recipe(SLOWER))
+    command = [*LAUNCH, *TWO, "-m", "utils.training.launch", str(torn.path)]
+    started = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(checkpoint_dir(torn))
+    top = psutil.Process(started.pid)
+    for process in [top, *top.children(recursive=True)]:
+        process.kill()
+    started.wait()
+    assert not torn.file(SUMMARY).exists()  # it was not done yet
+    train_adapter(torn, *recipe())
+    assert apart(whole, torn) == 0
+    logs = [pd.read_csv(run.file("training/log.csv")) for run in (whole, torn)]
+    pd.testing.assert_frame_equal(*logs)
+
+    # The same rows in every update: what differs between one process and two is the order of sums.
+    alone = training_run("alone")
+    train_adapter(alone, *recipe())
+    assert (pd.read_csv(alone.file("training/log.csv"))["loss"] - logs[0]["loss"]).abs().max() < 1e-3
+
+
+def test_out_of_memory_in_one_process_starts_all_of_them_with_a_smaller_plan(training_run, recipe, tmp_path, capsys):
+    mark = tmp_path / "mark"
+    once = f"""if trainer.state.global_step == 7 and not Path({str(mark)!r}).exists():
+            Path({str(mark)!r}).touch()
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")"""
+    run = training_run(hardware__processes=2)
+    summary = train_adapter(run, *recipe(once))
+    shown = capsys.readouterr().out
+    assert (
+        "Out of memory with micro-batch 2 x 1" in shown and "resuming from checkpoint-6 with micro-batch 1 x 2" in shown
+    )
+    assert summary["figures"]["steps"] == 12 and summary["figures"]["per_device_train_batch_size"] == 1
+    assert list(pd.read_csv(run.file("training/log.csv"))["step"]) == list(range(1, 13))
+
+
+def test_ctrl_c_stops_two_processes_at_one_step_with_a_checkpoint(training_run, recipe):
+    run = training_run(hardware__processes=2)
+
+    def ask():
+        wait_for_checkpoint(checkpoint_dir(run))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ask, daemon=True).start()
+    stopped = r"stopped at step \d+ of 12 with a checkpoint, because it was asked to"
+    with pytest.raises(Interrupted, match=stopped) as raised:
+        train_adapter(run, *recipe(SLOWER))
+    step = int(re.search(r"step (\d+)", str(raised.value))[1])
+    assert 3 <= step < 12 and (checkpoint_dir(run) / f"checkpoint-{step}" / "rng_state_1.pth").exists()
+    assert list(pd.read_csv(run.file("training/log.csv"))["step"]) == list(range(1, step + 1))
+
+
+def test_two_machines_by_accelerates_own_configuration_files(training_run, recipe):
+    run = training_run()
+    write_recipe(run, *recipe())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in (0, 1):
+        config = run.file(f"machine-{rank}.yaml")
+        config.write_text(
+            f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 2\n"
+            f"machine_rank: {rank}\nmain_process_ip: 127.0.0.1\nmain_process_port: {port}\nmixed_precision: 'no'\n"
+            "rdzv_backend: static\nsame_network: true\nuse_cpu: false\n"
+        )
+        command = [*LAUNCH, "--config_file", str(config), "-m", "utils.training.launch", str(run.path)]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, env=environment(), **pipe))
+    shown = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], shown
+    assert json.loads(run.file(SUMMARY).read_text())["figures"]["processes"] == 2
