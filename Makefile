@@ -2,10 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 IN := $(VENV)/bin/python
+TOOLS := .venv-tools
+LOWEST := .venv-lowest
+COMPILE := $(TOOLS)/bin/uv pip compile --quiet --no-emit-index-url --no-emit-find-links --annotation-style line requirements-cpu.txt
+WITHOUT_CUDA := grep -vE '^((nvidia|cuda)-|triton=)'  # pip takes them where the index's torch asks for them
+# Generated, or pictures, or YAML made to end its readers, a scanner's among them.
+NOT_SCANNED := ':!kaggle_kernel.ipynb' ':!*.png' ':!tests/faults/corpus/config/'
+# Nothing is asked of a network; a sha256 and a data set's commit are none. What else is none says so: pragma: allowlist secret
+SCAN := PYTHONPATH=. $(VENV)/bin/detect-secrets-hook --no-verify --plugin tests/token_shapes.py \
+	--exclude-secrets '^[0-9a-f]{64}$$' --exclude-lines 'revision: .?[0-9a-f]{40}'
+LIBRARIES := trl peft transformers tokenizers "huggingface_hub<2" accelerate datasets
+IMAGE ?= ../shared/data/images/colab-2026-08-19-gpu.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-rest test-all faults lint drift bundle bench tables address clean
+.PHONY: demo test test-rest test-all faults lint lock lowest drift bundle bench tables address clean
 
 demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
@@ -21,11 +32,30 @@ test-all: test test-rest  ## all tests, as CI runs them
 faults: $(VENV)/installed  ## kills, full disks, damaged files, senseless input, in full; writes tests/faults/README.md
 	FAULTS_README=$(CURDIR)/tests/faults/README.md $(IN) -m pytest -q -n 2 --dist worksteal tests/faults
 
-lint: $(VENV)/installed  ## style, secrets in what is committed, advisories about the pins (or, without a network, their age)
-	$(IN) -m ruff check . && $(IN) -m ruff format --check . && $(IN) -m tests.secret_scan && $(IN) -m tests.audit
+lint: $(VENV)/installed  ## style and what a linter knows of safety, secrets in what would be committed
+	$(IN) -m ruff check . && $(IN) -m ruff format --check .
+	git ls-files -z -co --exclude-standard $(NOT_SCANNED) | xargs -0 env $(SCAN)
 
-drift: $(VENV)/installed  ## which of our keyword arguments the newest allowed versions of unsloth, trl, ... no longer take
-	$(IN) -m tests.drift
+lock: $(TOOLS)/installed  ## requirements-cpu.lock from requirements-cpu.txt, moving what it must; ARGS=--upgrade moves everything
+	cp requirements-cpu.lock $(TOOLS)/lock
+	$(COMPILE) --universal --fork-strategy fewest --python-version 3.11 --custom-compile-command "make lock" $(ARGS) -o $(TOOLS)/lock
+	$(WITHOUT_CUDA) $(TOOLS)/lock > requirements-cpu.lock
+
+lowest: $(TOOLS)/installed  ## the demo with the lowest versions that requirements-cpu.txt allows, in an environment of its own
+	$(PYTHON) -m venv --clear $(LOWEST)
+	grep -v -- '-r requirements-cpu.txt' requirements-cpu.lock > $(LOWEST)/lowest.txt  # what others ask for: as locked, where that fits
+	$(COMPILE) --resolution lowest-direct --python $(LOWEST)/bin/python -o $(LOWEST)/lowest.txt
+	$(WITHOUT_CUDA) $(LOWEST)/lowest.txt > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet -r $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m utils run --profile demo --run-dir runs/lowest --fresh
+
+drift: $(VENV)/installed $(TOOLS)/installed  ## what moved outside: advisories, newer versions, keywords that the newest no longer take, Colab's image
+	cat requirements-cpu.lock > $(TOOLS)/pins.txt && grep -E '^(unsloth|bitsandbytes|torchao).*==' requirements.txt >> $(TOOLS)/pins.txt
+	-$(TOOLS)/bin/pip-audit --requirement $(TOOLS)/pins.txt --no-deps --disable-pip --progress-spinner off
+	rm -rf $(TOOLS)/newest
+	-$(IN) -m pip install --quiet --upgrade --no-deps --target $(TOOLS)/newest $(LIBRARIES)
+	-PYTHONPATH=$(TOOLS)/newest $(IN) -m pytest -q -p no:cacheprovider 'tests/test_sources.py::test_no_source_breaks_the_rule[not_taken]'
+	$(IN) -m tests.drift $(IMAGE)
 
 bundle: $(VENV)/installed  ## kaggle_kernel.ipynb, the series in one file
 	$(IN) -m utils bundle
@@ -43,20 +73,28 @@ bench:  ## on a CUDA machine: the whole series with 8B shapes, training's speed,
 tables: $(VENV)/installed  ## the tables in docs/, from benchmarks/results/, the stages and this file
 	$(IN) -m benchmarks.tables
 
-# Made anew only when a requirements file is newer than the last installation that worked.
-$(VENV)/installed: requirements.txt requirements-cpu.txt
+# Made anew only when the lock is newer than the last installation that worked.
+$(VENV)/installed: requirements-cpu.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo "Installing about 2 GB into $(VENV); this takes some minutes, once."
 	$(PYTHON) -m venv $(VENV)
-	$(IN) -m pip install --quiet -r requirements-cpu.txt
+	$(IN) -m pip install --quiet -r requirements-cpu.lock
 	@touch $@
 
-address:  ## make address REPOSITORY=you/fork: put your repository into badges and bootstrap cells
+# uv compiles, pip installs; neither belongs to what is locked.
+$(TOOLS)/installed: Makefile
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1
+	@touch $@
+
+address: $(VENV)/installed  ## make address REPOSITORY=you/fork: put your repository into badges and bootstrap cells
 	@test -n "$(REPOSITORY)" || { echo "Say which: make address REPOSITORY=you/fork"; exit 1; }
 	@old=$$(sed -n 's/^REPOSITORY = "\(.*\)"/\1/p' utils/project.py); \
-	git grep -lF "$$old" -- notebooks README.md utils | xargs sed -i "s#$$old#$(REPOSITORY)#g"
+	for file in $$(git grep -lF "$$old" -- notebooks README.md utils); do \
+	  sed "s#$$old#$(REPOSITORY)#g" "$$file" > $(VENV)/edited && cp $(VENV)/edited "$$file" || exit 1; \
+	done  # no sed -i: macOS wants a suffix after it
 	$(MAKE) bundle
 	@echo "Badges and bootstrap cells point to $(REPOSITORY); put your Kaggle user name into id in kernel-metadata.json, commit, and tag as REF in utils/project.py says: notebooks opened alone clone that tag."
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(TOOLS) $(LOWEST) runs

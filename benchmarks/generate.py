@@ -49,7 +49,7 @@ def load(standin: Path, items: Path):
         settings |= {"hardware.device": "cpu", "hardware.backend": "transformers", "model.load_in_4bit": False}
         settings |= {"hardware.emulate_t4": False, "hardware.dtype": "float32"}
     config = load_config("t4", settings)
-    model, tokenizer = load_model(config)
+    model, tokenizer = load_model(config, max_seq_length=4096)  # unsloth cuts what is longer
     lines = [json.loads(line) for line in items.read_text(encoding="utf-8").split("\n") if line.strip()]
     questions = [
         Question(row["id"], "choice", format_prompt(format_multiple_choice(row["question"], row["options"]), "native"))

@@ -3,7 +3,7 @@
     LLAMA_CPP_DIR=~/llama.cpp python -m benchmarks.gguf runs/demo --out benchmarks/results/gguf.json
 
 It writes f16, q8_0, q4_k_m and the LoRA's GGUF anew, from the run's export/merged and export/adapter, and compares
-greedy tokens on 20 held-out prompts; it renders the Modelfile as Ollama does; and it runs the line of the card.
+greedy tokens on 20 held-out prompts; and it runs the line of the card.
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ from utils.data.prompts import format_prompt
 from utils.errors import HardwareError
 from utils.export.adapter import save_tokenizer
 from utils.export.base_model import find_base
-from utils.export.chat_template import Served, llama_cpp_lines, write_modelfile
 from utils.export.compare_logits import compare, continue_greedily, follow
-from utils.export.gguf import LORA, check_gguf, check_modelfile, file_name, name_pre_tokenizer, write_gguf
-from utils.export.llama_cpp import SOURCE, LlamaServer, find_llama_cpp
+from utils.export.gguf import (
+    LORA,
+    SOURCE,
+    check_gguf,
+    continue_in_llama_cpp,
+    convert,
+    file_name,
+    find_llama_cpp,
+    name_pre_tokenizer,
+    serve,
+)
+from utils.export.model_card import make_card
 from utils.export.verify import export_folders
 from utils.files import write_json
 from utils.hardware import installed
@@ -34,7 +43,7 @@ from utils.models.load import load_plain
 from utils.models.tokenizer import load_tokenizer
 from utils.pipeline.run_dir import RunDir, open_run
 
-_PROMPTS, _NEW_TOKENS = 20, 48
+_PROMPTS = 20
 _KINDS = ("f16", "q8_0", "q4_k_m")
 
 
@@ -42,14 +51,13 @@ def measure(run_dir: Path, folder: Path) -> dict:
     """Write the files into `folder` and compare; returns the evidence."""
     run, tree = open_run("auto", run_dir), find_llama_cpp()
     if tree is None:
-        raise HardwareError("LLAMA_CPP_DIR is not set; python -m utils.export.llama_cpp FOLDER builds a tree.")
-    folders, style = export_folders(run), run.config.prompt.style
-    questions = list(pd.read_parquet(run.file("data/eval.parquet")).head(_PROMPTS)["Question"])
+        raise HardwareError("No llama.cpp was found; set LLAMA_CPP_DIR.")
+    folders, style = export_folders(run), run.config.prompt
+    questions = pd.read_parquet(run.file("data/eval.parquet")).head(_PROMPTS)["Question"]
     prompts = [format_prompt(question, style) for question in questions]
     tokenizer = load_tokenizer(folders["merged"])
     reference = continue_greedily(load_plain(run.config, str(folders["merged"])), tokenizer, prompts, "merged")
-    finer = write_gguf(tree, folders["merged"], folders["adapter"], folder, _KINDS, 0.0)
-    (folder / "Modelfile").write_text(write_modelfile(file_name("q4_k_m"), style, run.config.generate, 2048))
+    convert(tree, folders["merged"], folders["adapter"], folder, _KINDS)
     return {
         "what": "GGUF files of a run against its merged model: greedy tokens on held-out prompts",
         "date": datetime.now(UTC).date().isoformat(),
@@ -57,14 +65,12 @@ def measure(run_dir: Path, folder: Path) -> dict:
         "versions": {name: installed(name) for name in ("torch", "transformers", "gguf", "sentencepiece")},
         "llama.cpp from": SOURCE,
         "pre_tokenizer": name_pre_tokenizer(folders["merged"] / "tokenizer.json"),
-        "tensors_stored_more_finely": finer,
         "megabytes": {path.name: round(path.stat().st_size / 1e6, 3) for path in sorted(folder.glob("*.gguf"))},
         "llama.cpp": {
             kind: check_gguf(tree, folder / file_name(kind), tokenizer, prompts, reference, None) for kind in _KINDS
         },
         "transformers": read_by_transformers(folder, tokenizer, prompts, reference),
         "lora_on_base": lora_on_base(run, folder, tokenizer, prompts, reference),
-        "modelfile": check_modelfile(folder / "Modelfile", tokenizer, questions, style),
         "card_line": run_card_line(run, folder, tokenizer),
     }
 
@@ -85,16 +91,16 @@ def lora_on_base(run: RunDir, folder: Path, tokenizer, prompts, reference) -> di
     """The LoRA's GGUF on the base's GGUF in llama.cpp, against the merged model."""
     import shutil
 
-    base, tree = find_base(run.config), find_llama_cpp()
+    base, tree = find_base(run.config)[0], find_llama_cpp()
     with tempfile.TemporaryDirectory() as scratch:
         copied = Path(scratch) / "base"
-        shutil.copytree(base.folder, copied)
+        shutil.copytree(base, copied)
         save_tokenizer(run, copied)
-        write_gguf(tree, copied, run.file("export/adapter"), Path(scratch), ["f16"], 0.0)
+        convert(tree, copied, run.file("export/adapter"), Path(scratch), ["f16"])
         same = 0
-        with LlamaServer(tree, Path(scratch) / file_name("f16"), lora=folder / LORA) as server:
+        with serve(tree, Path(scratch) / file_name("f16"), lora=folder / LORA) as client:
             for number, prompt in enumerate(prompts):
-                tokens = server.continue_greedily(tokenizer(prompt).input_ids, _NEW_TOKENS)
+                tokens = continue_in_llama_cpp(client, tokenizer(prompt).input_ids)
                 ours = [token for token in reference.tokens[number] if token != tokenizer.eos_token_id]
                 same += [token for token in tokens if token != tokenizer.eos_token_id] == ours
     return {"prompts": len(prompts), "identical": same}
@@ -102,8 +108,8 @@ def lora_on_base(run: RunDir, folder: Path, tokenizer, prompts, reference) -> di
 
 def run_card_line(run: RunDir, folder: Path, tokenizer) -> dict:
     """The card's llama-completion line, run in the folder with its f16 file; and what transformers answers to it."""
-    served = Served("base", None, 16, run.config.prompt.style, run.config.generate, gguf=(file_name("f16"),))
-    line = llama_cpp_lines(served).splitlines()[0]
+    card = str(make_card(run, "gguf", {"gguf": folder}, {}))
+    line = re.search(r"^llama-completion .*", card, re.MULTILINE)[0].replace(file_name("q4_k_m"), file_name("f16"))
     words = shlex.split(line)
     program = find_llama_cpp().program(words[0])
     done = subprocess.run(
@@ -112,7 +118,7 @@ def run_card_line(run: RunDir, folder: Path, tokenizer) -> dict:
     )  # fmt: skip
     question = re.search(r"Which .*?\?", line).group(0)
     merged = load_plain(run.config, str(export_folders(run)["merged"]))
-    prompt = format_prompt(question, run.config.prompt.style)
+    prompt = format_prompt(question, run.config.prompt)
     ours = continue_greedily(merged, tokenizer, [prompt], "card").tokens[0]
     text = tokenizer.decode(ours, skip_special_tokens=True).strip()
     said = done.stdout.replace("[end of text]", "").strip()

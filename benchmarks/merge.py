@@ -4,10 +4,9 @@
     python -m benchmarks.merge /tmp/standin-8b --out benchmarks/results/merge.json
 
 A random adapter of rank 16 on every projection is folded into BASE in a process of its own, whose peak resident memory
-is the kernel's figure. The same shards are read and written without arithmetic, from front to back and by as many
-threads as the merge uses. Each is measured --rounds times, in turn; the ratio is that of the best merge to the best
-copy, and every time is in the evidence. Every pass ends in fsync, and every shard has been read once before the first,
-so that all start from the same cache. It all happens in a temporary folder below --scratch and goes with it; the
+is the kernel's figure. The same shards are read and written without arithmetic, from front to back. Each is measured
+--rounds times, in turn; the ratio is that of the best merge to the best copy, and every time is in the evidence. Every
+shard has been read once before the first pass, so that all start from the same cache. It all happens in a temporary folder below --scratch and goes with it; the
 evidence goes to --out. Then adapter on 16-bit base and merged model continue the same prompts greedily (--prompts 0
 leaves that out: float32 needs twice the model's size).
 """
@@ -23,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -32,9 +30,8 @@ import typer
 
 from utils.data import synthetic as demo_data
 from utils.data.prompts import format_prompt
-from utils.export.compare_logits import compare, continue_greedily, follow, judge
-from utils.export.merge import merge_shards, read_lora
-from utils.export.shards import Shard, find_shards
+from utils.export.compare_logits import check_tolerance, compare, continue_greedily, follow
+from utils.export.merge import find_shards, list_tensors, merge_shards, read_lora
 from utils.files import sha256, write_json
 from utils.hardware import GIB, gpus, installed
 from utils.models.memory import free_memory
@@ -56,40 +53,21 @@ def write_adapter(base: Path, folder: Path, seed: int = 0) -> None:
         r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=str(base)
     ).save_pretrained(str(folder))
     generator, tensors = torch.Generator().manual_seed(seed), {}
-    for shard in find_shards(base):
-        for stored in shard.tensors:
-            if stored.name.split(".")[-2] in targets:
-                name, (rows, columns) = f"base_model.model.{stored.name.removesuffix('.weight')}", stored.shape
-                # About what training leaves: changes some hundredth of the weights' own size.
-                tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / math.sqrt(columns)
-                tensors[f"{name}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 2e-3
+    for stored, (_, _, shape) in list_tensors(find_shards(base)).items():
+        if stored.split(".")[-2] in targets:
+            name, (rows, columns) = f"base_model.model.{stored.removesuffix('.weight')}", shape
+            # About what training leaves: changes some hundredth of the weights' own size.
+            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / math.sqrt(columns)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 2e-3
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def copy_front_to_back(shards: list[Shard], target: Path) -> None:
+def copy_front_to_back(shards: list[Path], target: Path) -> None:
     """Read and write every shard once, in order, on one thread."""
     for shard in shards:
-        with shard.path.open("rb") as source, (target / shard.path.name).open("wb") as output:
+        with shard.open("rb") as source, (target / shard.name).open("wb") as output:
             while chunk := source.read(_CHUNK):
                 output.write(chunk)
-            output.flush()
-            os.fsync(output.fileno())
-
-
-def copy_with_threads(shards: list[Shard], target: Path, workers: int) -> None:
-    """Read and write every shard once, pieces in parallel."""
-    for shard in shards:
-        with shard.path.open("rb") as source, (target / shard.path.name).open("wb") as output:
-            output.truncate(shard.size)
-
-            numbers = source.fileno(), output.fileno()
-
-            def copy(start: int, numbers=numbers) -> None:
-                os.pwrite(numbers[1], os.pread(numbers[0], _CHUNK, start), start)
-
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(copy, range(0, shard.size, _CHUNK)))
-            os.fsync(output.fileno())
 
 
 def timed(function, *arguments) -> float:
@@ -143,9 +121,7 @@ def agree(base: Path, adapter: Path, merged: Path, prompts: int) -> dict:
         found = compare(leader, follow(model, tokenizer, texts, leader, "merged"))
         del model
         free_memory()
-        figures[str(dtype).removeprefix("torch.")] = found | {
-            "problem": judge(found, "bfloat16" if dtype == torch.bfloat16 else "half")
-        }
+        figures[str(dtype).removeprefix("torch.")] = found | {"problem": check_tolerance(found, "bfloat16")}
     return figures
 
 
@@ -157,22 +133,21 @@ def main(
     rounds: Annotated[int, typer.Option(help="How often each way is measured; the best counts.")] = 3,
 ) -> None:
     """Measure and write OUT."""
-    shards, workers = find_shards(base), len(os.sched_getaffinity(0))
-    size = sum(shard.size for shard in shards)
+    shards = find_shards(base)
+    sizes = [shard.stat().st_size for shard in shards]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
         write_adapter(base, place / "adapter")
         timed(copy_front_to_back, shards, _made(place / "copy"))  # every pass after this one finds the same cache
-        seconds: dict[str, list[float]] = {"front_to_back": [], "threads": [], "merge": []}
+        seconds: dict[str, list[float]] = {"front_to_back": [], "merge": []}
         peaks, digests = [], []
         for _ in range(rounds):
             seconds["front_to_back"].append(timed(copy_front_to_back, shards, _made(place / "copy")))
-            seconds["threads"].append(timed(copy_with_threads, shards, _made(place / "copy"), workers))
             shutil.rmtree(place / "merged", ignore_errors=True)
             figures = merge_in_own_process(base, place / "adapter", place / "merged")
             seconds["merge"].append(figures["seconds"])
             peaks.append(figures["peak_rss_gib"])
-            digests.append([sha256(place / "merged" / shard.path.name) for shard in shards])
+            digests.append([sha256(place / "merged" / shard.name) for shard in shards])
         best = {name: min(values) for name, values in seconds.items()}
         for file in base.glob("*.json"):
             if not (place / "merged" / file.name).exists():
@@ -180,14 +155,14 @@ def main(
         evidence = {
             "what": "LoRA of rank 16 on all seven projections folded into 16-bit shards, against copying them",
             "date": datetime.now(UTC).date().isoformat(),
-            "gib": round(size / GIB, 2),
+            "gib": round(sum(sizes) / GIB, 2),
             "shards": len(shards),
-            "largest_shard_gib": round(max(shard.size for shard in shards) / GIB, 2),
-            "processors": workers,
+            "largest_shard_gib": round(max(sizes) / GIB, 2),
+            "processors": len(os.sched_getaffinity(0)),
             "gpu": [gpu.name for gpu in gpus()],
             "versions": {name: installed(name) for name in ("torch", "safetensors", "peft", "transformers")},
             "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
-            "time_ratio": round(best["merge"] / min(best["front_to_back"], best["threads"]), 3),
+            "time_ratio": round(best["merge"] / best["front_to_back"], 3),
             "peak_rss_gib": round(max(peaks), 3),
             "merges_are_identical": all(digest == digests[0] for digest in digests),
         }

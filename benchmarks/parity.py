@@ -53,7 +53,7 @@ def train_once(config, folder: Path, steps: int | None = None, resume: str | Non
 
     load_with_lora, make_trainer = notebook_functions()
     model, tokenizer = load_with_lora(config)
-    pairs = [format_row(row, config.prompt.style) for row in demo_data.tuning_rows("train", config.data.train_rows)]
+    pairs = [format_row(row, config.prompt) for row in demo_data.tuning_rows("train", config.data.train_rows)]
     rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
     rows["tokens"] = [len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs]
     (folder / "training").mkdir(parents=True, exist_ok=True)
@@ -80,19 +80,17 @@ def stop_after(trainer, steps: int) -> None:
 def held_out(model, tokenizer, config) -> dict[str, np.ndarray]:
     """Per held-out question: loss of the completion (nats per token) and whether the answer is right; and the groups."""
     from utils.evaluation.generate import answer_questions
-    from utils.evaluation.loss import completion_nll
+    from utils.evaluation.loss import completion_loss
     from utils.evaluation.metrics import score_answers
     from utils.models.load import ready_for_inference
 
     rows = pd.DataFrame(demo_data.tuning_rows("test", config.data.eval_rows))
     rows["id"] = [f"q{i:04d}" for i in range(len(rows))]
-    pairs = [format_row(row, config.prompt.style) for row in rows.to_dict("records")]
+    pairs = [format_row(row, config.prompt) for row in rows.to_dict("records")]
     frame = pd.DataFrame({"id": rows["id"], "prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
-    nll = completion_nll(model, tokenizer, frame, max_length=10**9).set_index("id")
+    nll = completion_loss(model, tokenizer, frame, max_length=10**9).set_index("id")
     tokens = nll["reasoning_tokens"] + nll["response_tokens"]
-    questions = [
-        Question(row.id, "open", format_prompt(row.Question, config.prompt.style)) for row in rows.itertuples()
-    ]
+    questions = [Question(row.id, "open", format_prompt(row.Question, config.prompt)) for row in rows.itertuples()]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "answers.jsonl"
         answers = answer_questions(ready_for_inference(model), tokenizer, questions, config.generate, path, "parity")

@@ -31,7 +31,7 @@ def notebook_functions() -> tuple[Callable, Callable]:
 def format_rows(path: Path, tokenizer, config: Config, count: int) -> pd.DataFrame:
     """prompt, completion and tokens of the rows in a JSONL file, repeated until there are `count`."""
     raw = pd.read_json(path, lines=True)
-    pairs = [format_row(row, config.prompt.style) for row in raw.to_dict("records")]
+    pairs = [format_row(row, config.prompt) for row in raw.to_dict("records")]
     frame = pd.DataFrame(pairs, columns=["prompt", "completion"])
     frame["tokens"] = [len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs]
     return pd.concat([frame] * -(-count // len(frame)), ignore_index=True).head(count)

@@ -87,7 +87,7 @@ def measure(folder: Path, planted: int) -> dict:
     items = load_benchmarks(config.evaluate)
     train, held_out, report = split_rows(config, items)
     seconds = time.monotonic() - started
-    near = {entry["row"] for entry in report["dropped"] if entry["reason"] == "near copy of a benchmark item"}
+    near = {entry["row"] for entry in report["dropped"] if entry["reason"] == "near duplicate of a benchmark item"}
     hits = len(near & set(range(QUESTIONS - planted + 1, QUESTIONS + 1)))
     sizes = [len(text) for text in train["Question"]]
     return {

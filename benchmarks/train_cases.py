@@ -54,9 +54,9 @@ def prepare(name: str, standin: Path, rows: Path, run_dir: Path, count: int):
     profile, settings = settings_of(name, standin)
     config = load_config(profile, settings)
     if not CASES[name].get("own_attention", True):
-        from utils.models import load as models
+        from utils.models import unsloth_patches
 
-        models.keep_documents_apart = lambda: None
+        unsloth_patches.choose_attention = lambda unsloths: unsloths
     load_with_lora, make_trainer = notebook_functions()
     model, tokenizer = load_with_lora(config)
     frame = format_rows(rows, tokenizer, config, count)

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
+from functools import cache
 from pathlib import Path
 
+import pytest
+
 from tests.loopback import DEAD, KaggleServer
-from utils.project import ROOT
+
+_SETUP = 'ip link set lo up && mkdir -p /kaggle && mount --bind "$0" /kaggle && exec "$@"'
 
 
-def without_network(*command: str | Path) -> list[str]:
-    """`command` in a network of its own with nothing but 127.0.0.1, where the system lets us; as it is elsewhere."""
-    words = [str(word) for word in command]
-    if shutil.which("unshare") and shutil.which("ip"):
-        inside = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-        if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode == 0:
-            return [*inside, *words]
-    return words
+def isolated(kaggle: Path, *command: str | Path) -> list[str]:
+    """`command` with a network (127.0.0.1 alone), processes and a /kaggle of its own, which is the folder `kaggle`.
+
+    As on Kaggle, the session's first process is the machine's. Skips the test where the system does not allow it.
+    """
+    inside = ["unshare", "-rnpm", "--fork", "--kill-child", "--mount-proc", "sh", "-c", _SETUP]
+    if not _is_allowed(tuple(inside)):
+        pytest.skip("no unshare or ip here, or it is not allowed: a session cannot be shut off from this machine")
+    return [*inside, *map(str, (kaggle, *command))]
+
+
+@cache
+def _is_allowed(inside: tuple[str, ...]) -> bool:
+    try:
+        return subprocess.run([*inside, "/tmp", "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+    finally:
+        _leave_no_trace()
+
+
+def _leave_no_trace() -> None:
+    with contextlib.suppress(OSError):  # not empty: it is no trace of ours
+        Path("/kaggle").rmdir()
 
 
 class Machine:
@@ -33,11 +52,11 @@ class Machine:
             (root / name).mkdir(parents=True)
         kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL")}
         self.environment = kept | (variables or {}) | {
-            "HOME": str(root / "home"), "TMPDIR": str(root / "tmp"), "TEST_KAGGLE": str(self.kaggle),
-            "XDG_CACHE_HOME": str(model.parent.parent), "KAGGLE_KERNEL_RUN_TYPE": "Batch",
+            "HOME": str(root / "home"), "TMPDIR": str(root / "tmp"), "XDG_CACHE_HOME": str(model.parent.parent),
+            "KAGGLE_KERNEL_RUN_TYPE": "Batch",
             "HTTP_PROXY": DEAD, "HTTPS_PROXY": DEAD, "http_proxy": DEAD, "https_proxy": DEAD,
         }  # fmt: skip
-        self.environment["PYTHONPATH"] = str(ROOT / "tests" / "session_site")  # a new machine's: it knows no checkout
+        self.environment.pop("PYTHONPATH", None)  # a new machine's: it knows no checkout
 
     @property
     def working(self) -> Path:
@@ -54,18 +73,22 @@ class Machine:
     def execute(self, text: str) -> subprocess.CompletedProcess:
         """The notebook by papermill, as Kaggle runs it."""
         (self.empty / "kernel.ipynb").write_text(text)
-        command = without_network(
-            sys.executable, "-m", "papermill", "--log-output", "kernel.ipynb", "__notebook__.ipynb"
-        )
-        begun = self.environment | {"TEST_BEGUN": repr(time.time())}
-        return subprocess.run(
-            command, cwd=self.empty, env=begun, capture_output=True, text=True, check=False, timeout=900
-        )
+        papermill = (sys.executable, "-m", "papermill", "--log-output", "kernel.ipynb", "__notebook__.ipynb")
+        command = isolated(self.kaggle, *papermill)
+        try:
+            return subprocess.run(
+                command, cwd=self.empty, env=self.environment, capture_output=True, text=True, check=False, timeout=900
+            )
+        finally:
+            _leave_no_trace()
 
     def hand_output_to(self, server: KaggleServer, session: subprocess.CompletedProcess) -> None:
         """What lies in /kaggle/working becomes the output of the server's kernel, with log and status."""
-        server.files = {
-            p.relative_to(self.working).as_posix(): p.read_bytes() for p in self.working.rglob("*") if p.is_file()
-        }
+        server.files = read_files(self.working)
         server.log = json.dumps([{"stream_name": "stderr", "time": 1.0, "data": session.stdout + session.stderr}])
         server.statuses = [{"status": "running"}, {"status": "complete" if session.returncode == 0 else "error"}]
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """{path below `folder`: content} of every file there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.conftest import run_command
-from utils.project import python_path
 
 
 @pytest.mark.parametrize(
@@ -48,11 +43,3 @@ def test_a_profile_that_needs_a_gpu_says_so_where_there_is_none(tmp_path):
     assert done.returncode == 1
     assert "00_setup failed: The profile t4 needs a CUDA GPU and found none" in done.stdout
     assert not (tmp_path / "run" / "manifest.json").exists()
-
-
-def test_asked_for_help_llama_cpps_builder_helps_and_builds_nothing(tmp_path):
-    """It took --help for a folder, and began to fetch and compile."""
-    command = [sys.executable, "-m", "utils.export.llama_cpp", "--help"]
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "folder" in done.stdout and not list(tmp_path.iterdir())

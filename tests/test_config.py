@@ -104,7 +104,10 @@ def test_an_unknown_key_is_refused_with_a_suggestion():
 
 
 def test_an_unknown_key_without_a_near_one_is_refused_with_the_known_keys():
-    assert refusal(lora__zzz=3) == "lora.zzz is not a setting; known are r, lora_alpha, lora_dropout, target_modules."
+    assert (
+        refusal(lora__zzz=3)
+        == "lora.zzz is not a setting; known are r, lora_alpha, lora_dropout, target_modules, use_rslora."
+    )
     assert "quux is not a setting; known are model, data, prompt," in refusal(quux=1)
 
 
@@ -125,7 +128,7 @@ def test_an_unknown_key_without_a_near_one_is_refused_with_the_known_keys():
         ("evaluate.resamples", 10, "greater than or equal to 1000"),
         ("evaluate.questions", 0, "greater than 0"),
         ("train.optim", "nonsense", "adamw_8bit"),
-        ("prompt.style", "alpaca", "'native' or 'tutorial'"),
+        ("prompt.style", "alpaca", "'auto', 'native', 'chat' or 'tutorial'"),
         ("hardware.device", "tpu", "'cuda'"),
         ("lora.target_modules", [], "at least 1"),
         ("train", 5, "dictionary"),

@@ -15,7 +15,6 @@ import torch
 from tests.exported import make_run, write_evidence
 from utils.errors import HardwareError, RunDirError
 from utils.export import verify as verification
-from utils.export.base_model import Base
 from utils.export.compare_logits import NEW_TOKENS, Continuations
 from utils.export.model_card import write_cards
 from utils.files import disk_error, writing
@@ -57,7 +56,7 @@ def test_a_disk_that_fills_up_at_the_cards_is_told(made_run, request):
     folders = {"adapter": made_run.file("export")}
     request.getfixturevalue("full")
     with pytest.raises(HardwareError, match=r"The disk filled up: README\.md needs .* GiB are free now"):
-        write_cards(made_run, Base("tiny", None, ROOT), folders, {})
+        write_cards(made_run, folders, {})
 
 
 def test_a_disk_that_fills_up_at_the_record_is_told(made_run, full):

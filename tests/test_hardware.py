@@ -9,9 +9,6 @@ import pytest
 from utils import hardware as platforms
 from utils.errors import HardwareError, PinError
 from utils.hardware import Gpu, check_pins, default_profile, free_disk_gib, gpus, read_pins, require_disk, require_gpu
-from utils.project import ROOT
-
-TEST_TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "lm-eval", "selenium", "pip-audit", "detect-secrets"}
 
 
 @pytest.fixture
@@ -114,45 +111,24 @@ def test_the_place_is_told_by_kaggles_variable(monkeypatch):
     assert platforms.where() == "kaggle"
 
 
-def test_every_pin_is_exact_but_those_that_the_platform_brings():
-    loose = {name for name, pin in read_pins().items() if not str(pin.specifier).startswith("==")}
-    carriers = {"gguf", "sentencepiece", "filelock", "psutil"}  # of files and processes; they change no result
-    assert loose == {"torch", "torchao", *carriers}
-    assert {platforms._normalise(name) for name in (*platforms.STACK, *platforms.CUDA_STACK)} <= set(read_pins())
-
-
-def test_every_pin_has_its_reason():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert all(len(line.partition("#")[2].strip()) > 3 for line in lines)
-
-
-def test_the_cpu_requirements_name_only_what_is_pinned_besides_torch_and_the_test_tools():
-    text = (ROOT / "requirements-cpu.txt").read_text()
-    names = read_pins(ROOT / "requirements-cpu.txt")
-    assert "-c requirements.txt" in text.splitlines()
-    assert set(names) - set(read_pins()) == TEST_TOOLS
-    assert {name for name, requirement in names.items() if requirement.specifier} == {"torch", *TEST_TOOLS}
-    assert not set(names) & {platforms._normalise(name) for name in platforms.CUDA_STACK}
-
-
-def test_the_cpu_torch_is_within_the_range_of_the_pins():
-    (exact,) = read_pins(ROOT / "requirements-cpu.txt")["torch"].specifier
-    assert exact.operator == "==" and read_pins()["torch"].specifier.contains(exact.version)
-
-
 def test_missing_requirements_are_a_sentence(tmp_path):
     with pytest.raises(PinError, match=r"requirements.txt is missing; take it back from git"):
         read_pins(tmp_path / "requirements.txt")
 
 
+def lowest_version(pin) -> str:
+    return next(each.version for each in pin.specifier if each.operator in ("==", ">="))
+
+
 def have(monkeypatch, **versions: str | None) -> None:
-    """Pretend that everything is installed as pinned but these packages."""
-    pinned = {name: next(iter(pin.specifier)).version for name, pin in read_pins().items()} | {"torch": "2.10.0+cu126"}
-    monkeypatch.setattr(platforms, "installed", lambda name: (pinned | versions)[platforms._normalise(name)])
+    """Pretend that everything is installed at its lowest version but these packages, whose names have an _ for a -."""
+    lowest = {name: lowest_version(pin) for name, pin in read_pins().items()} | {"torch": "2.10.0+cu126"}
+    lowest |= {platforms.canonicalize_name(name): version for name, version in versions.items()}
+    monkeypatch.setattr(platforms, "installed", lambda name: lowest[platforms.canonicalize_name(name)])
 
 
 def test_pins_that_hold_are_reported_and_a_platforms_own_torch_build_counts(monkeypatch):
-    have(monkeypatch, torchao="0.17.0")
+    have(monkeypatch)
     rows = check_pins(cuda=True)
     assert {row["package"] for row in rows} == set(read_pins()) and all(row["holds"] for row in rows)
     assert {"package": "trl", "pinned": "==1.14.2", "found": "1.14.2", "holds": True, "needed here": True} in rows
@@ -160,7 +136,13 @@ def test_pins_that_hold_are_reported_and_a_platforms_own_torch_build_counts(monk
 
 @pytest.mark.parametrize(
     ("package", "found", "said"),
-    [("trl", "1.15.0", "1.15.0"), ("peft", None, "not installed"), ("torch", "2.9.1", "2.9.1")],
+    [
+        ("trl", "1.15.0", "1.15.0"),
+        ("peft", None, "not installed"),
+        ("torch", "2.9.1", "2.9.1"),
+        ("pandas", "2.2.2", "2.2.2"),
+        ("pyarrow", "18.1.0", "18.1.0"),
+    ],
 )
 def test_a_pin_that_does_not_hold_is_named_with_found_and_wanted(monkeypatch, package, found, said):
     have(monkeypatch, **{package: found})
@@ -201,15 +183,7 @@ def test_the_peak_memory_of_this_process_is_plausible():
 
 
 def test_the_kernel_that_the_platform_brings_is_not_held_against_the_run(monkeypatch):
-    """Kaggle's and Colab's ipykernel is an older one, and a running kernel cannot be replaced."""
-    pinned = {name: next(iter(pin.specifier)).version for name, pin in platforms.read_pins().items()}
-    monkeypatch.setattr(
-        platforms, "installed", lambda name: {**pinned, "torch": "2.11.0", "torchao": "0.18.0"}.get(name)
-    )
-    platforms.check_pins(cuda=False)
-    pinned["ipykernel"] = "6.29.5"
+    """An image's ipykernel may be an older one, and a running kernel cannot be replaced."""
+    have(monkeypatch, ipykernel="6.16.0")
     rows = {row["package"]: row for row in platforms.check_pins(cuda=False)}
     assert rows["ipykernel"]["holds"] is False
-    pinned["pandas"] = "2.2.2"
-    with pytest.raises(PinError, match=r"pandas is 2\.2\.2, but requirements\.txt asks for pandas==3\.1\.1"):
-        platforms.check_pins(cuda=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.test_hardware import lowest_version
 from utils import hardware as platforms
 from utils import pins as install
 from utils.errors import PinError
@@ -18,9 +19,9 @@ from utils.pins import held_still, install_missing
 
 @pytest.fixture
 def image(monkeypatch):
-    """`image(**versions)`: a platform that has every pin but these; pip is recorded, and installs what it is asked for."""
-    state = {name: next(iter(pin.specifier)).version for name, pin in read_pins().items()}
-    state |= {"torch": "2.11.0+cu128", "torchvision": "0.26.0", "torchao": "0.17.0"}
+    """`image(**versions)`: Colab's of 2026-08-19 but these; pip is recorded, and installs what it is asked for."""
+    state = {name: lowest_version(pin) for name, pin in read_pins().items()}
+    state |= {"torch": "2.11.0+cu128", "torchvision": "0.26.0+cu128", "tornado": "6.5.7", "pyzmq": "26.2.1"}
     calls: list[list[str]] = []
 
     def run(command, **_):
@@ -35,8 +36,7 @@ def image(monkeypatch):
             ]
             for wanted in command[command.index("--constraint") + 2 :]:
                 requirement = Requirement(wanted)
-                exact = [each.version for each in requirement.specifier if each.operator == "=="]
-                state[requirement.name] = exact[0] if exact else "0.17.0"
+                state[platforms.canonicalize_name(requirement.name)] = lowest_version(requirement)
         else:
             state[command[-1]] = None
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -44,7 +44,7 @@ def image(monkeypatch):
     def prepare(place: str = "colab", gpu: bool = True, **versions):
         state.update({name.replace("_", "-"): version for name, version in versions.items()})
         for module in (install, platforms):
-            monkeypatch.setattr(module, "installed", lambda name: state.get(platforms._normalise(name)))
+            monkeypatch.setattr(module, "installed", lambda name: state.get(platforms.canonicalize_name(name)))
             monkeypatch.setattr(module, "where", lambda: place)
             monkeypatch.setattr(module, "gpus", lambda: (Gpu("Tesla T4", 15.0, "7.5"),) if gpu else ())
         monkeypatch.setattr(install.subprocess, "run", run)
@@ -54,21 +54,31 @@ def image(monkeypatch):
     return prepare
 
 
-def test_colabs_datasets_and_torchao_are_replaced_and_its_torch_is_held_still(image, monkeypatch):
-    """googlecolab/backend-info, 2026-06: datasets 4.0.0, which unsloth excludes, and torchao 0.10, which peft refuses."""
-    calls = image(datasets="4.0.0", torchao="0.10.0", transformers="5.9.0", papermill=None)
+def test_on_colab_what_trains_is_replaced_and_everything_else_stays_as_it_is(image, monkeypatch):
+    """With exact pins 31 packages were, pandas, ipykernel and jupyter_client among them, under a running kernel."""
+    calls = image(datasets="4.0.0", torchao="0.10.0", transformers="5.15.0", pyarrow="18.1.0", papermill=None)
     monkeypatch.setattr("utils.pins._loaded", dict)  # a new kernel, whatever other tests imported here
     install_missing()
     (command,) = calls
-    asked, held = command[: command.index("|")], command[command.index("|") + 1 :]
-    assert {"datasets==4.8.5", "torchao<0.19,>=0.16", "transformers==5.17.0", "papermill==2.7.0"} <= set(asked)
-    assert not [word for word in asked if word.startswith("torch==")]
-    assert held == ["torch==2.11.0+cu128", "torchvision==0.26.0"]
+    asked, held = command[5 : command.index("|")], command[command.index("|") + 1 :]
+    assert [str(Requirement(word).name) for word in asked] == [
+        "transformers",
+        "datasets",
+        "torchao",
+        "pyarrow",
+        "papermill",
+    ]
+    assert {"datasets==4.8.5", "torchao==0.17.0", "transformers==5.17.0"} <= set(asked)
+    assert held[:4] == ["torch==2.11.0+cu128", "torchvision==0.26.0+cu128", "tornado==6.5.7", "pyzmq==26.2.1"]
+    assert {"pandas==2.2.3", "numpy==2.1.3", "ipykernel==6.17.1", "jupyter-client==7.4.9", "traitlets==5.7.1"} <= set(
+        held
+    )
+    assert not {Requirement(word).name for word in asked} & {Requirement(word).name for word in held}
 
 
-def test_an_older_torch_gets_no_torchao_that_is_built_for_a_newer_one(image):
-    image(torch="2.10.0+cu128")
-    assert held_still() == ["torch==2.10.0+cu128", "torchvision==0.26.0", "torchao<0.18"]
+def test_a_newer_version_within_its_range_stays_too(image):
+    image(pandas="2.3.9", rich="15.1")
+    assert {"pandas==2.3.9", "rich==15.1"} <= set(held_still())
 
 
 def test_without_a_gpu_no_cuda_package_is_installed_an_old_torchao_goes_and_a_warning_says_what_to_choose(
@@ -86,7 +96,7 @@ def test_with_a_gpu_nothing_is_warned_of_and_what_holds_is_not_installed_again(i
 
 
 def test_kaggles_own_client_and_kernel_are_left_alone(image):
-    calls = image("kaggle", kaggle="2.0.2", ipykernel="6.29.5")
+    calls = image("kaggle", kaggle="1.8.3", ipykernel="6.16.0")
     install_missing()
     assert calls == []
 
@@ -120,7 +130,7 @@ def test_an_installation_that_fails_is_pips_last_line(image, monkeypatch):
     image(papermill=None)
     failed = subprocess.CompletedProcess([], 1, "", "a\nERROR: No matching distribution found for papermill\n\n")
     monkeypatch.setattr(install.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(PinError, match=r"papermill==2.7.0: ERROR: No matching distribution.*internet is on"):
+    with pytest.raises(PinError, match=r"papermill<3,>=2.7: ERROR: No matching distribution.*internet is on"):
         install_missing()
 
 

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 
+import nbformat
+
 from utils import project
-from utils.kaggle import kernel_cells
+from utils.kaggle.bundle import TEMPLATE
 from utils.project import ROOT
 
 
@@ -22,8 +24,9 @@ def test_no_process_is_started_with_a_path_of_its_own_making():
     """Every environment that names PYTHONPATH takes it from python_path(): in the pushed kernel's cells and in tests too."""
     files = [path for folder in ("utils", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
+    kernel = nbformat.read(TEMPLATE, as_version=4)
     named = 0
-    for name, source in {**sources, "the cell RUN": kernel_cells.RUN}.items():
+    for name, source in {**sources, "the kernel's cell": kernel.cells[4].source}.items():
         for node in ast.walk(ast.parse(source)):
             pairs = []
             if isinstance(node, ast.Dict):

@@ -17,5 +17,5 @@ _ASSIGNED = re.compile(
 class TokenDetector(RegexBasedDetector):
     """Anything that utils/secrets.py would hide for its shape, or that a variable of such a name is set to."""
 
-    secret_type = "Hub, Kaggle or wandb token"
+    secret_type = "Hub, Kaggle or wandb token"  # pragma: allowlist secret
     denylist = (SHAPES, _ASSIGNED)

@@ -1,6 +1,6 @@
 """Shared plumbing of the notebook series: measure a model, fine-tune it with LoRA, measure it again, export it.
 
-`utils` is a common name, so the notebooks' first cell asserts that the imported package carries `SERIES`.
+`utils` is a common name, so `utils.project.prepare` asserts that the imported package carries `SERIES`.
 """
 
 import os
@@ -10,3 +10,5 @@ SERIES = "deepseek-r1-medical-lora"
 # torch reads it once, when it is loaded. Its threads wait for each other by spinning, which on a shared or busy machine takes
 # the time from those that work: two trainings at once on two cores took 13 s each instead of 28, one alone as long as before.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# An image's older kernels warn, at every start, of a debugger that nobody asked for.
+os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -113,23 +112,21 @@ def conclude(run: RunDir, worked: bool, seconds: float) -> None:
 @app.command()
 def score(run_dir: RunDirArgument) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
-    from utils.evaluation.compare import compare, load_arms, write_comparison
-    from utils.evaluation.statistics import show_p
+    from utils.evaluation import compare_models, read_evaluation, show_p, write_comparison
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
     from utils.pipeline.run_dir import require_recorded
     from utils.pipeline.stages import BY_NAME
-    from utils.report.answers_page import write_answers
-    from utils.report.figures import draw_comparison
+    from utils.report import draw_comparison, write_answers_page
 
     run, stage = _existing(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
     require_recorded(run.path, (*stage.inputs[:-1], "tuned"))  # all that is read here; the adapter is not
-    arms = load_arms(run)
-    metrics = compare(run, arms)
+    base, tuned = read_evaluation(run, "base"), read_evaluation(run, "tuned")
+    metrics = compare_models(run, base, tuned)
     table = write_comparison(run, metrics)
-    draw_comparison(arms, metrics, run.file("comparison/comparison.png"))
-    write_answers(run, arms)
+    draw_comparison(base, tuned, metrics, run.file("comparison/comparison.png"))
+    write_answers_page(run, base, tuned)
     outputs = record_files(run.path, (*stage.outputs, *stage.optional))
     run.write_record(stage, **{**run.record(stage), "outputs": outputs})
     _print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
@@ -168,13 +165,9 @@ def verify(run_dir: RunDirArgument) -> None:
 
 
 def _require_unaltered(run: RunDir, run_dir: Path) -> None:
-    from utils.export.verify import altered_exports
     from utils.pipeline.run_dir import altered_files
 
     altered = altered_files(run.path)
-    known = {line.split()[0] for line in altered}
-    if "export/verify.json" not in known:
-        altered += [line for line in altered_exports(run) if line.split()[0] not in known]
     for line in altered:
         _print(f"[red]✗[/red] {escape(line)}", markup=True)
     if altered:
@@ -217,9 +210,9 @@ def push(
     poll: PollOption = 30.0,
 ) -> None:
     """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
-    from utils.kaggle import api
     from utils.kaggle import push as pushing
     from utils.kaggle import sessions as chain
+    from utils.kaggle.api import Kaggle
 
     if no_run and until_done:
         raise KaggleError("--no-run saves a version without a session, so --until-done would wait for none; drop one.")
@@ -227,52 +220,44 @@ def push(
     metadata = pushing.read_metadata()
     text = pushing.kernel_text(profile, overrides)
     named = bool(username) or not metadata["id"].startswith("OWNER/")
-    kaggle = None if dry_run and named and not continue_ else api.Kaggle(_log)
+    kaggle = None if dry_run and named and not continue_ else Kaggle(_log)
     reference = pushing.reference_of(metadata, username or ("" if named or kaggle is None else kaggle.username), slug)
 
-    def build(before: Config | None = None) -> Any:
-        """The request; `before` holds the settings of the session to resume."""
+    def submission(before: Config | None = None) -> pushing.Submission:
+        """What to send; `before` holds the settings of the session to resume."""
         if before is not None:
             config = edit_config(before, overrides)
         else:
             config = None if profile == "auto" else load_config(profile, overrides)
         hours = pushing.session_hours(config) if config else None
-        return pushing.build_request(metadata, reference, text, not no_run, hours, (reference,) if before else ())
+        return pushing.submission(metadata, reference, text, not no_run, hours, (reference,) if before else ())
 
-    request = build(chain.continuation(kaggle, reference) if continue_ else None)
+    first = submission(chain.read_unfinished(kaggle, reference) if continue_ else None)
     if dry_run:
-        _show_request(request)
+        folder = Path(tempfile.mkdtemp(prefix=f"{NAME}-"))
+        first.write(folder)
+        _print(f"{first.describe()}\nall of it is in {folder}; nothing was sent")
     elif until_done:
-        state = chain.until_done(kaggle, request, build, console, sessions, poll)
+        state = chain.push_until_done(kaggle, first, submission, console, sessions, poll)
         _print(f"the last session ended as {state.state if state else 'unknown'}")
         collect(reference, poll=poll)
     else:
-        _push_once(kaggle, request, reference, no_run, wait, poll)
+        _push_once(kaggle, first, no_run, wait, poll)
 
 
-def _show_request(request: Any) -> None:
-    """The request in readable lines, and its exact body in a file."""
+def _push_once(kaggle: Any, what: Any, no_run: bool, wait: bool, poll: float) -> None:
     from utils.kaggle import push as pushing
 
-    file = Path(tempfile.mkdtemp(prefix=f"{NAME}-")) / "push.json"
-    file.write_text(json.dumps(pushing.body_of(request)), encoding="utf-8")
-    _print(f"POST kernels.KernelsApiService/SaveKernel\n{pushing.describe_request(request)}")
-    _print(f"the exact body is in {file}; nothing was sent")
-
-
-def _push_once(kaggle: Any, request: Any, reference: str, no_run: bool, wait: bool, poll: float) -> None:
-    from utils.kaggle import push as pushing
-
-    pushed = pushing.push(kaggle, request)
-    _print(f"version {pushed.version or '?'} of {reference} {'is saved' if no_run else 'runs'}: {pushed.url}")
+    version, url = pushing.push(kaggle, what)
+    _print(f"version {version or '?'} of {what.reference} {'is saved' if no_run else 'runs'}: {url}")
     if no_run:
         _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
         return
     status = "COMPLETE"
     if wait:
-        status, message = pushing.wait(kaggle, reference, console, poll, just_pushed=True)
-        _print(f"{reference}: {status.replace('_', ' ').lower()}{f': {message}' if message else ''}")
-    _print(f"bring it home: {command()} collect {reference}")
+        status, message = pushing.wait(kaggle, what.reference, console, poll, just_pushed=True)
+        _print(f"{what.reference}: {pushing.readable(status)}{f': {message}' if message else ''}")
+    _print(f"bring it home: {command()} collect {what.reference}")
     if status != "COMPLETE":
         raise typer.Exit(1 if status == "ERROR" else 3)
 
@@ -285,12 +270,12 @@ def collect(
     wait: WaitOption = False,
     poll: PollOption = 30.0,
 ) -> None:
-    """Fetch a kernel's log and output and judge them; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
-    from utils.kaggle import api
+    """Fetch a kernel's log and output and classify how it ended; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
     from utils.kaggle import collect as collecting
     from utils.kaggle import push as pushing
+    from utils.kaggle.api import Kaggle
 
-    kaggle = api.Kaggle(_log)
+    kaggle = Kaggle(_log)
     if not ref:
         metadata = pushing.read_metadata()
         named = not metadata["id"].startswith("OWNER/")
@@ -299,12 +284,12 @@ def collect(
         pushing.wait(kaggle, ref, console, poll)
     target = Path(run_dir).resolve() if run_dir else collecting.default_target(ref)
     collected = collecting.collect(kaggle, ref, target, console)
-    collecting.say(collected, ref, console)
-    if collected.verdict == collecting.Verdict.PASS:
+    collecting.show(collected, ref, console)
+    if collected.outcome == collecting.Outcome.PASS:
         _print(f"look at {target / 'report' / 'index.html'}; upload it: {command()} publish {target} --repo USER/NAME")
-    elif collected.verdict == collecting.Verdict.CONTINUE:
-        _print(f"resume: {command()} push --continue")
-    raise typer.Exit(int(collected.verdict))
+    elif collected.outcome == collecting.Outcome.CONTINUE:
+        _print(f"resume it: {command()} push --continue")
+    raise typer.Exit(int(collected.outcome))
 
 
 @app.command()

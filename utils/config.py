@@ -125,6 +125,7 @@ def _apply(values: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
         if key == "profile":
             raise ConfigError("profile is no setting of a run; choose it by --profile or PROFILE.")
         _assign(values, str(key), value)
+    _measure_own_rows_by_loss(values, overrides or {})
     return values
 
 
@@ -149,6 +150,18 @@ def _validate(values: dict[str, Any], source: str) -> Config:
                 f"{key} is {_quote(value)}, which no file can hold: take out the null byte or the half of a character."
             )
     return config
+
+
+def _measure_own_rows_by_loss(values: dict, overrides: Mapping[str, Any]) -> None:
+    """The profile's benchmark says little about a reader's own rows: with `data.path` and no benchmark of theirs, `primary: auto`
+    is the held-out loss, and the profile's benchmark stays beside it."""
+    evaluate = values.get("evaluate") or {}
+    named = any(
+        overrides.get(key) for key in ("evaluate.benchmark", "evaluate.benchmark.name", "evaluate.benchmark.path")
+    )
+    own_rows = overrides.get("data.path") and not named
+    if own_rows and isinstance(evaluate, Mapping) and evaluate.get("primary", "auto") == "auto":
+        values["evaluate"] = {**evaluate, "primary": "nll"}
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -77,6 +77,11 @@ class Interrupted(UserError):
     """No failure: the run was asked to stop (Ctrl-C, SIGTERM), what was done is saved, and the same command goes on."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, cut to what fits into a sentence; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
 def one_line(text: str) -> str:
     """`text` on one line that any terminal and log can show: controls and halves of characters escaped, its middle left
     out where it is too long, so that what to do, at its end, is still read."""

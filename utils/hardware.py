@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import resource
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from utils.errors import HardwareError, PinError, RunDirError
 from utils.project import KAGGLE, ROOT
@@ -204,7 +204,7 @@ def read_pins(path: Path | None = None) -> dict[str, Requirement]:
         line = line.split("#")[0].strip()
         if line and not line.startswith("-"):
             requirement = Requirement(line)
-            pins[_normalise(requirement.name)] = requirement
+            pins[canonicalize_name(requirement.name)] = requirement
     return pins
 
 
@@ -220,7 +220,7 @@ def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | 
         found = installed(name)
         holds = found is not None and requirement.specifier.contains(found, prereleases=True)
         rows.append({"package": name, "pinned": str(requirement.specifier), "found": found, "holds": holds})
-    needed = {_normalise(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
+    needed = {canonicalize_name(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
     for row in rows:
         row["needed here"] = row["package"] in needed
     for row in rows if enforce else ():
@@ -245,7 +245,7 @@ def left_to_the_platform() -> set[str]:
     A kernel cannot replace the ipykernel that it runs on, without a GPU nothing can use the CUDA stack, and nobody
     pushes to Kaggle from Kaggle.
     """
-    without_gpu = set() if gpus() else {_normalise(name) for name in (*CUDA_STACK, "torchao")}
+    without_gpu = set() if gpus() else {canonicalize_name(name) for name in (*CUDA_STACK, "torchao")}
     return {"ipykernel"} | without_gpu | (set() if where() == "local" else {"kaggle"})
 
 
@@ -259,10 +259,6 @@ def describe() -> dict[str, object]:
         "memory_gib": round(memory_gib(), 1),
         "gpus": [asdict(gpu) for gpu in gpus()],
     }
-
-
-def _normalise(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 _PACKAGES = "tokenizers safetensors numpy pandas pyarrow scipy scikit-learn sparse_dot_topn statsmodels"

@@ -12,27 +12,26 @@ import sys
 import tempfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from utils.errors import PinError
 from utils.hardware import gpus, installed, left_to_the_platform, read_pins, where
 
-TORCH_FAMILY = ("torch", "torchvision", "torchaudio", "triton")
+# The image's torch, and what its running kernel talks through: neither may move under it, whoever asks for another.
+IMAGES_OWN = ("torch", "torchvision", "torchaudio", "triton", "jupyter-core", "tornado", "pyzmq")
 
 
 def install_missing(restart: bool = True) -> None:
     """On Kaggle and Colab, install what the pins ask for and the image lacks; elsewhere do nothing.
 
-    The platform's torch family is held still by a constraints file. Raises PinError with pip's last line where the
-    installation fails and, with `restart`, where this kernel had already loaded what was replaced.
+    What the image has and the pins allow is held still by a constraints file, its torch above all. Raises PinError with
+    pip's last line where the installation fails and, with `restart`, where this kernel had already loaded what was replaced.
     """
     if where() == "local":
         return
     _warn_without_gpu()
-    left_out = left_to_the_platform()
-    missing = [
-        str(requirement)
-        for name, requirement in read_pins().items()
-        if name not in left_out and not requirement.specifier.contains(installed(name) or "0", prereleases=True)
-    ]
+    missing = [str(requirement) for requirement in read_pins().values() if not _kept(requirement)]
     if missing:
         before = _loaded()
         with tempfile.TemporaryDirectory() as scratch:
@@ -50,12 +49,16 @@ def install_missing(restart: bool = True) -> None:
 
 
 def held_still() -> list[str]:
-    """Constraints for pip: the image's torch family as it is, and no torchao that this torch cannot load."""
-    held = [f"{name}=={installed(name)}" for name in TORCH_FAMILY if installed(name)]
-    torch = installed("torch")
-    if torch and _numbers(torch) < (2, 11):
-        held.append("torchao<0.18")  # 0.18 is built for torch 2.11 and newer
-    return held
+    """Constraints for pip: what stays as the image has it, so that nothing newly installed moves it."""
+    kept = [name for name, requirement in read_pins().items() if name not in IMAGES_OWN and _kept(requirement)]
+    return [f"{name}=={version}" for name in (*IMAGES_OWN, *kept) if (version := installed(name))]
+
+
+def _kept(requirement: Requirement) -> bool:
+    """Whether the image's version, or its lack of one, is all right here."""
+    version = installed(requirement.name)
+    allowed = version is not None and requirement.specifier.contains(version, prereleases=True)
+    return allowed or canonicalize_name(requirement.name) in left_to_the_platform()
 
 
 def _loaded() -> dict[str, str | None]:

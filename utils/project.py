@@ -17,7 +17,23 @@ KAGGLE = Path("/kaggle")  # where Kaggle mounts input and working
 # "owner/name" on GitHub, and the tag that a notebook opened alone clones. `make address REPOSITORY=you/fork` writes
 # yours here, into the notebooks' first cells and into the README; while it starts with OWNER/, nothing is cloned.
 REPOSITORY = "OWNER/deepseek-r1-medical-lora"
-REF = "v0.1.0"
+REF = "v0.2.0"
+
+
+def prepare(restart: bool = True) -> None:
+    """What a notebook's bootstrap cell calls: installs, on Kaggle and Colab, what the pins ask for and the image lacks.
+
+    Raises ImportError where the package that is loaded as `utils` is another one, PinError as `install_missing` does.
+    """
+    import utils
+
+    if getattr(utils, "SERIES", None) != NAME:
+        raise ImportError(
+            f"Another package named utils came first ({utils.__file__}): restart the kernel, run this first."
+        )
+    from utils.pins import install_missing
+
+    install_missing(restart)
 
 
 def command() -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED = "embedded"
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Projection = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GgufType = Literal["f16", "q8_0", "q4_k_m"]
 Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "sgd"
@@ -48,8 +48,8 @@ class DataSection(Section):
     train_rows: Positive | None = None
     eval_rows: Positive = 200
     shuffle: bool = True
-    near_copy_cosine: Annotated[float, Field(gt=0, le=1)] = (
-        0.5  # from here on two questions are one; 1: exact copies only
+    duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = (
+        0.5  # from here on two questions are one; 1: exact duplicates only
     )
     shuffle_answers: bool = False  # a control: every training question gets another row's answer
     seed: NotNegative = 3407
@@ -71,10 +71,23 @@ class BenchmarkSection(Section):
         return bool(self.name or self.path)
 
 
-class PromptSection(Section):
-    """`native` is DeepSeek's chat format, `tutorial` the published instruction template."""
+class PromptFormat(Section):
+    """The text around a question and its answer, as 00 finds it by the tokenizer: see `utils.data.prompts`."""
 
-    style: Literal["native", "tutorial"] = "native"
+    style: Literal["native", "chat", "tutorial"]
+    before: str  # the question
+    after: str  # the question; ends in an opened think block
+    lead: str  # before the reasoning: the newline that `after` may lack
+    close: str  # between reasoning and response
+    end: str  # the token that ends an answer: the trainer adds it, generation stops at it
+
+
+class PromptSection(Section):
+    """`native` is DeepSeek's chat format, `chat` the model's own template, `tutorial` the published instruction template;
+    `auto` is native where the tokenizer has DeepSeek's tokens, else chat."""
+
+    style: Literal["auto", "native", "chat", "tutorial"] = "auto"
+    format: PromptFormat | None = None  # found out by 00
 
 
 class LoraSection(Section):
@@ -83,7 +96,13 @@ class LoraSection(Section):
     r: Positive = 16
     lora_alpha: Positive = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[list[Projection], Field(min_length=1)] = list(get_args(Projection))
+    target_modules: Annotated[list[Projection], Field(min_length=1)] = list(get_args(Projection)[1:])
+    use_rslora: bool = False  # scales by lora_alpha / sqrt(r) and not by lora_alpha / r
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _list_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value  # all-linear, as peft writes it
 
 
 class TrainSection(Section):
@@ -131,7 +150,7 @@ class EvaluateSection(Section):
     questions: Positive | None = None  # held-out questions answered in words; None: all of them
     benchmark: BenchmarkSection = BenchmarkSection()
     more_benchmarks: list[BenchmarkSection] = []
-    probe: bool = False  # also the letters' likelihoods over the whole first benchmark; needs lm_eval
+    letter_logprobs: bool = False  # also the letters' log-probabilities over the whole first benchmark
     resamples: Annotated[int, Field(ge=1000, le=100_000)] = 10_000
     seed: NotNegative = 3407
 
@@ -227,8 +246,8 @@ class Config(Section):
         primary, benchmark = self.evaluate.primary, self.evaluate.benchmark
         if primary == "multiple_choice" and not benchmark.wanted:
             raise ValueError("evaluate.primary is multiple_choice, but no evaluate.benchmark is named")
-        if self.evaluate.probe and not benchmark.wanted:
-            raise ValueError("evaluate.probe is on, but no evaluate.benchmark is named")
+        if self.evaluate.letter_logprobs and not benchmark.wanted:
+            raise ValueError("evaluate.letter_logprobs is on, but no evaluate.benchmark is named")
         if primary == "accuracy" and not self.embedded_data and self.data.path is None:
             raise ValueError("evaluate.primary is accuracy, but a Hub data set has no answers that a rule can check")
         return self

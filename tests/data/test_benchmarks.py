@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from utils.config import load_config
-from utils.data.benchmarks import COLUMNS, load_benchmarks
+from utils.data.benchmarks import COLUMNS, describe_primary, load_benchmarks
 from utils.errors import ConfigError, DataError
 from utils.schema import BenchmarkSection, EvaluateSection
 
@@ -82,7 +82,7 @@ def test_a_benchmark_is_drawn_by_seed_and_keeps_the_order_of_the_file(tmp_path):
         ([row | {"cop": 1 + i % 2} for i, row in enumerate(MEDMCQA)], "cop holds 1, 2, so it cannot be told"),
         ([row | {"cop": 4 * (i % 2)} for i, row in enumerate(MEDMCQA)], "cop holds 0, 4, so it cannot be told"),
         ([row | {"cop": 7 * (i % 2)} for i, row in enumerate(MEDMCQA)], "cop holds 0, 7, so it cannot be told"),
-        ([MEDMCQA[0], MEDMCQA[1] | {"cop": -1}], "take split validation."),
+        ([MEDMCQA[0], MEDMCQA[1] | {"cop": -1}], "take MedMCQA's split validation."),
         ([MEDMCQA[0] | {"cop": "b"}], "cop must be a whole number"),
         (
             [MEDMCQA[0] | {"opb": "", "opc": None, "opd": ""}],
@@ -191,7 +191,7 @@ def test_several_benchmarks_keep_their_names_and_their_ids_stay_unique(tmp_path)
     assert items["group"].iloc[16] == "m0"  # the same question again, in another benchmark
 
 
-def test_near_copies_inside_a_benchmark_share_a_group(tmp_path):
+def test_near_duplicates_inside_a_benchmark_share_a_group(tmp_path):
     questions = [
         "Kayser-Fleischer rings are seen in",
         "In which disease are Kayser-Fleischer rings observed?",
@@ -226,3 +226,18 @@ def test_full_measures_on_three_benchmarks_and_t4_on_one():
     names = [section.name for section in load_config("full").evaluate.benchmarks]
     assert names == ["GBaker/MedQA-USMLE-4-options", "openlifescienceai/medmcqa", "qiaojin/PubMedQA"]
     assert len(load_config("t4").evaluate.benchmarks) == 1
+
+
+def test_a_readers_own_rows_are_judged_by_their_loss_unless_they_name_a_benchmark():
+    """Profile t4 kept MedQA as the primary metric of, say, a law data set."""
+    own = load_config("t4", {"data.path": "law.jsonl", "evaluate.benchmark.rows": 50})
+    assert own.evaluate.primary == "nll" and own.evaluate.benchmark.name == "GBaker/MedQA-USMLE-4-options"
+    assert describe_primary(own) == (
+        "primary metric: held-out loss on law.jsonl; GBaker/MedQA-USMLE-4-options is measured beside it, "
+        "as no benchmark was named for these rows"
+    )
+    for named in ({"evaluate.benchmark.path": "bar_exam.jsonl"}, {"evaluate.primary": "multiple_choice"}):
+        config = load_config("t4", {"data.path": "law.jsonl", **named})
+        assert config.evaluate.primary == "multiple_choice"
+    assert describe_primary(load_config("t4")) == "primary metric: multiple-choice accuracy"
+    assert describe_primary(load_config("demo")) == "primary metric: accuracy by rule"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data.near_duplicates import group_near_copies, largest_cosine, near_pairs, normalise, vectorise
+from utils.data.near_duplicates import group_duplicates, largest_cosine, near_pairs, normalise, vectorise
 from utils.project import ROOT
 
 PLANTED = ROOT / "tests" / "planted"
@@ -122,9 +122,9 @@ def test_any_text_is_compared_without_a_failure_and_none_is_beyond_one(texts):
 
 
 def test_a_chain_of_near_copies_is_one_group():
-    groups = group_near_copies(6, (np.array([0, 1]), np.array([1, 2])), ([4], [5]))
+    groups = group_duplicates(6, (np.array([0, 1]), np.array([1, 2])), ([4], [5]))
     assert groups.tolist() == [0, 0, 0, 1, 2, 2]
-    assert len(set(group_near_copies(3, ([], [])))) == 3
+    assert len(set(group_duplicates(3, ([], [])))) == 3
 
 
 def test_the_largest_cosine_is_that_of_the_nearest_two_and_none_without_texts():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -158,7 +159,7 @@ def test_a_lack_of_memory_is_not_told_as_a_wrong_file(tmp_path, suffix, monkeypa
 
     monkeypatch.setattr("pyarrow.parquet.read_table", read)
     monkeypatch.setattr("utils.data.rows.parse_json", read)
-    monkeypatch.setattr("csv.reader", read)
+    monkeypatch.setattr("pandas.read_csv", read)
     with pytest.raises(HardwareError) as caught:
         read_table(path)
     assert f"{path.name} does not fit into memory" in str(caught.value) and str(caught.value).endswith(".")
@@ -233,9 +234,7 @@ def test_a_written_split_is_read_back_as_it_was(tmp_path):
 
 
 def test_every_hub_benchmark_gets_a_commit_and_the_list_is_pinned_whole(monkeypatch):
-    from utils.data import rows as data
-
-    monkeypatch.setattr(data, "_head", lambda name: f"head of {name}")
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name: SimpleNamespace(sha=f"head of {name}"))
     found = find_commits(load_config("full"))
     assert found["evaluate.benchmark.revision"] == "head of GBaker/MedQA-USMLE-4-options"
     pinned = load_config("full", found).evaluate
@@ -244,15 +243,25 @@ def test_every_hub_benchmark_gets_a_commit_and_the_list_is_pinned_whole(monkeypa
 
 
 def test_where_the_hub_is_out_of_reach_nothing_is_pinned(monkeypatch):
-    from utils.data import rows as data
-
-    monkeypatch.setattr(data, "_head", lambda name: 1 / 0)
+    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name: 1 / 0)
     assert find_commits(load_config("full")) == {}
 
 
-def test_the_anecdote_is_a_file_of_its_own_and_empty_where_there_is_none(tmp_path):
+def test_a_commit_that_cannot_be_found_costs_none_of_the_others(monkeypatch):
+    def head(name: str) -> str:
+        if name == "openlifescienceai/medmcqa":
+            raise ConnectionError("reset by peer")
+        return SimpleNamespace(sha=f"head of {name}")
+
+    monkeypatch.setattr("huggingface_hub.dataset_info", head)
+    found = find_commits(load_config("full"))
+    assert found["evaluate.benchmark.revision"] == "head of GBaker/MedQA-USMLE-4-options"
+    assert [s["revision"] for s in found["evaluate.more_benchmarks"]] == [None, "head of qiaojin/PubMedQA"]
+
+
+def test_the_tutorials_question_is_a_file_of_its_own_and_empty_where_there_is_none(tmp_path):
     train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
     write_split(tmp_path, train, held_out, None, report)
     assert json.loads((tmp_path / "anecdote.json").read_text()) == {}
-    write_split(tmp_path, train, held_out, None, report | {"anecdote": {"id": "x", "question": "医?"}})
+    write_split(tmp_path, train, held_out, None, report | {"tutorial_question": {"id": "x", "question": "医?"}})
     assert json.loads((tmp_path / "anecdote.json").read_text(encoding="utf-8")) == {"id": "x", "question": "医?"}

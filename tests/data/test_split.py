@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -60,7 +62,7 @@ def split(tmp_path: Path, questions: list[str], items: pd.DataFrame | None = Non
 
 def accounted(train: pd.DataFrame, held_out: pd.DataFrame, report: dict) -> bool:
     """Every row of the source is in exactly one place."""
-    away = [entry["row"] for part in ("dropped", "set_aside") for entry in report[part]]
+    away = [entry["row"] for part in ("dropped", "excluded") for entry in report[part]]
     total = len(train) + len(held_out) + len(away) + report["not_drawn"]
     return len(set(away)) == len(away) and report["not_drawn"] >= 0 and total == report["source_rows"]
 
@@ -78,7 +80,7 @@ def test_any_split_is_disjoint_and_fixed_by_its_seed_or_refused(
 ):
     path = write_jsonl(tmp_path_factory.mktemp("split") / "rows.jsonl", numbered(count))
     config = local(path, eval_rows=eval_rows, train_rows=train_rows, shuffle=shuffle, seed=seed)
-    if eval_rows + (train_rows if train_rows and not shuffle else 1) > count:
+    if (train_rows is None and not shuffle) or eval_rows + (train_rows if train_rows and not shuffle else 1) > count:
         with pytest.raises(DataError, match=r"data\.(eval|train)_rows asks for "):
             split_rows(config)
         return
@@ -176,9 +178,9 @@ def test_planted_leaks_are_found_among_unrelated_rows(tmp_path):
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real sample is not beside this checkout")
 def test_of_the_real_rows_at_most_two_percent_are_lost(tmp_path):
     items = [json.loads(line) for line in (REAL / "medqa_sample.jsonl").read_text(encoding="utf-8").splitlines()]
-    benchmark = pd.DataFrame({"id": [i["id"] for i in items], "question": [i["question"] for i in items]})
+    benchmark = pd.DataFrame({"id": [i["id"] for i in items], "stem": [i["question"] for i in items]})
     train, held_out, report = split_rows(local(REAL / "medical_o1_sample.jsonl", eval_rows=24), benchmark)
-    assert len(report["dropped"]) + len(report["set_aside"]) <= 0.02 * report["source_rows"]
+    assert len(report["dropped"]) + len(report["excluded"]) <= 0.02 * report["source_rows"]
     assert len(held_out) == 24 and accounted(train, held_out, report)
 
 
@@ -188,7 +190,7 @@ def test_every_entry_names_the_row_the_reason_and_what_it_is_near(tmp_path):
         tmp_path, ["One?", "Two?", rewrite, "one ?", "ONE?"], items_of(["Other?", source]), eval_rows=1
     )
     entries = {entry["row"]: entry for entry in report["dropped"]}
-    assert entries[3]["reason"] == "near copy of a benchmark item" and entries[3]["near"] == "item-1"
+    assert entries[3]["reason"] == "near duplicate of a benchmark item" and entries[3]["near"] == "item-1"
     assert 0.5 <= entries[3]["cosine"] <= 1
     assert entries[5]["reason"] == "same question as an earlier row" and entries[5]["cosine"] == 1
 
@@ -203,14 +205,17 @@ def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, 
     train, held_out, report = split(tmp_path, questions, eval_rows=2, train_rows=3, shuffle=shuffle)
     assert not any("cystometry" in text.lower() for text in [*train["Question"], *held_out["Question"]])
     assert report["contamination"]["tutorial_question_found"]
-    assert set(report["anecdote"]) == {"id", "Question", "Complex_CoT", "Response"}
-    assert (report["anecdote"]["Response"], [entry["row"] for entry in report["dropped"]]) == ("Answer 8.", [9, 10])
+    assert set(report["tutorial_question"]) == {"id", "Question", "Complex_CoT", "Response"}
+    assert (report["tutorial_question"]["Response"], [entry["row"] for entry in report["dropped"]]) == (
+        "Answer 8.",
+        [9, 10],
+    )
     assert accounted(train, held_out, report)
 
 
-def test_without_the_tutorials_question_there_is_no_anecdote(tmp_path):
+def test_without_the_tutorials_question_none_is_shown(tmp_path):
     report = split(tmp_path, [source for source, _ in FACTS[:6]], eval_rows=2)[2]
-    assert report["anecdote"] == {} and report["contamination"]["tutorial_question_found"] is False
+    assert report["tutorial_question"] == {} and report["contamination"]["tutorial_question_found"] is False
 
 
 @settings(deadline=None, max_examples=60)
@@ -244,61 +249,87 @@ def test_no_group_is_on_both_sides_and_every_row_is_accounted_for(
     assert again[2] == report and again[0].equals(train) and again[1].equals(held_out)
 
 
-def test_a_group_that_does_not_fit_goes_to_training_and_is_listed(tmp_path):
+def test_a_group_that_does_not_fit_goes_to_training(tmp_path):
     questions, groups = [f"Question {i}?" for i in range(12)], ["big"] * 8 + [None] * 4
     for seed in range(8):
         train, held_out, report = split(tmp_path, questions, groups=groups, eval_rows=3, seed=seed)
         assert len(held_out) == 3 and "big" not in set(held_out["group"]) and len(train) == 9
-        assert {entry["row"] for entry in report["moved"]} <= set(range(1, 9)) and not report["set_aside"]
+        assert not report["excluded"] and accounted(train, held_out, report)
 
 
-def test_where_only_a_part_of_a_group_fits_its_other_rows_are_set_aside(tmp_path):
+def test_where_only_a_part_of_a_group_fits_its_other_rows_are_excluded(tmp_path):
     questions, groups = [f"Question {i}?" for i in range(9)], ["a"] * 3 + ["b"] * 3 + ["c"] * 3
     train, held_out, report = split(tmp_path, questions, groups=groups, eval_rows=4)
-    assert (len(held_out), len(train), len(report["set_aside"])) == (4, 3, 2)
-    assert all("shares a group with a held-out row" in entry["reason"] for entry in report["set_aside"])
+    assert (len(held_out), len(train), len(report["excluded"])) == (4, 3, 2)
+    assert all("shares a group with a held-out row" in entry["reason"] for entry in report["excluded"])
     assert accounted(train, held_out, report)
 
 
-def test_unshuffled_candidates_near_a_training_row_are_set_aside(tmp_path):
+def test_unshuffled_candidates_near_a_training_row_are_excluded(tmp_path):
     first = [source for source, _ in FACTS[:4]]
     later = [rewrite for _, rewrite in FACTS[2:8]]
     train, held_out, report = split(tmp_path, first + later, eval_rows=3, train_rows=4, shuffle=False)
     assert train["Question"].tolist() == first
-    assert {(entry["row"], entry["reason"]) for entry in report["set_aside"]} == {
+    assert {(entry["row"], entry["reason"]) for entry in report["excluded"]} == {
         (5, "shares a group with a training row"),
         (6, "shares a group with a training row"),
     }
-    assert report["set_aside"][0]["near"] == train["id"].iloc[2] and report["set_aside"][0]["cosine"] >= 0.5
+    assert report["excluded"][0]["near"] == train["id"].iloc[2]
     assert len(held_out) == 3 and accounted(train, held_out, report)
-
-
-def test_without_a_count_as_many_first_rows_train_as_leave_enough_behind_them(tmp_path):
-    questions = [source for source, _ in FACTS[:6]] + [rewrite for _, rewrite in FACTS[4:6]]
-    train, held_out, report = split(tmp_path, questions, eval_rows=3, train_rows=None, shuffle=False)
-    assert train["Question"].tolist() == questions[:4] and len(held_out) == 3 and report["not_drawn"] == 1
-    assert accounted(train, held_out, report)
 
 
 def test_rows_that_are_all_one_question_are_refused_with_what_to_do(tmp_path):
     questions = [f"{FACTS[0][0]} {word}" for word in "please now thanks then indeed".split()]
     with pytest.raises(
-        DataError, match=r"data.eval_rows asks for 2 .*raise data.near_copy_cosine, or give more data.$"
+        DataError, match=r"data.eval_rows asks for 2 .*raise data.duplicate_threshold, or give more data.$"
     ):
         split(tmp_path, questions, eval_rows=2)
-    train, held_out, _ = split(tmp_path, questions, eval_rows=2, near_copy_cosine=1)
+    train, held_out, _ = split(tmp_path, questions, eval_rows=2, duplicate_threshold=1)
     assert (len(train), len(held_out)) == (3, 2)
 
 
 def test_at_a_cosine_of_one_only_exact_copies_are_kept_out(tmp_path):
     source, rewrite = FACTS[0]
     questions = [source.upper(), rewrite, source, "Other?", "And this?"]
-    train, held_out, report = split(tmp_path, questions, items_of([source]), eval_rows=1, near_copy_cosine=1)
+    train, held_out, report = split(tmp_path, questions, items_of([source]), eval_rows=1, duplicate_threshold=1)
     assert [entry["row"] for entry in report["dropped"]] == [3, 1] and rewrite in {
         *train["Question"],
         *held_out["Question"],
     }
     assert accounted(train, held_out, report)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A function that makes `datasets.load_dataset` give these rows."""
+
+    def give(rows: list[dict]) -> Config:
+        loaded = SimpleNamespace(to_pandas=lambda: pd.DataFrame(rows))
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: loaded))
+        return load_config("demo", {"data.name": "someone/rows", "data.eval_rows": 2})
+
+    return give
+
+
+def test_a_blank_cell_among_the_hubs_rows_costs_that_row_and_is_listed(hub, tmp_path):
+    """20,000 rows of somebody else's are not to be mended by the reader; their own file is, and stays refused."""
+    rows = numbered(8)
+    rows[2]["Complex_CoT"], rows[5]["Response"] = "  ", None
+    train, held_out, report = split_rows(hub(rows))
+    assert report["dropped"] == [
+        {"row": 3, "reason": "Complex_CoT is empty"},
+        {"row": 6, "reason": "Response is empty"},
+    ]
+    assert accounted(train, held_out, report) and report["source_rows"] == 8 and len(train) + len(held_out) == 6
+    with pytest.raises(DataError, match="row 3: Complex_CoT is empty"):
+        split_rows(local(write_jsonl(tmp_path / "rows.jsonl", rows), eval_rows=2))
+
+
+def test_hub_rows_that_are_all_blank_or_lack_a_column_are_refused(hub):
+    with pytest.raises(DataError, match="someone/rows has no row without an empty cell"):
+        split_rows(hub([row | {"Response": ""} for row in numbered(4)]))
+    with pytest.raises(DataError, match=r"someone/rows lacks the column\(s\) Response"):
+        split_rows(hub([{"Question": "Why?", "Complex_CoT": ""}, {"Question": "How?", "Complex_CoT": "So."}]))
 
 
 def test_any_script_can_be_split(tmp_path):
@@ -317,7 +348,7 @@ def test_any_script_can_be_split(tmp_path):
 
 def test_the_embedded_rows_are_exempt_and_say_so():
     report = split_rows(load_config("demo", {"data.eval_rows": 200}))[2]
-    assert "templates" in report["rule"] and set(report["contamination"].values()) == {None}
+    assert "templates" in report["rule"] and report["contamination"] == {}
     assert (report["not_drawn"], report["source_rows"]) == (24, 1184)
 
 
@@ -325,5 +356,5 @@ def test_the_embedded_rows_are_exempt_and_say_so():
 def test_a_threshold_out_of_range_is_refused_by_its_name(value):
     from utils.errors import ConfigError
 
-    with pytest.raises(ConfigError, match=r"data\.near_copy_cosine is"):
-        load_config("demo", {"data.near_copy_cosine": value})
+    with pytest.raises(ConfigError, match=r"data\.duplicate_threshold is"):
+        load_config("demo", {"data.duplicate_threshold": value})

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 
 from tests.conftest import run_command
+from utils.pipeline.state import read_state
 from utils.project import ROOT
 
 
@@ -147,3 +148,17 @@ def test_a_failing_stage_ends_in_one_line_and_the_command_that_continues(small_c
     assert "02_dataset_formatting failed: All 48 rows are longer than model.max_seq_length = 16" in done.stdout
     assert f"--run-dir {small_copy} --from 02" in done.stdout
     assert {p: p.read_bytes() for p in (small_copy / "comparison").iterdir()} == before
+
+
+def test_a_session_whose_time_is_up_ends_after_the_stage_at_hand_and_the_next_goes_on(tmp_path, embedded_model):
+    words = ["run", "--profile", "demo", "--run-dir", tmp_path / "run", "--to", "02"]
+    first = run_command(*words, "--set", "hardware.max_hours=0.0001")
+    assert (
+        first.returncode == 4 and "to be continued at 01_baseline_inference: this session is 0.0 h old" in first.stdout
+    )
+    state = read_state(tmp_path / "run")
+    assert (state.state, state.stage, state.kind) == ("continue", "01_baseline_inference", "SessionOver")
+    second = run_command(*words)
+    assert second.returncode == 4 and second.stdout.count("unchanged") == 1
+    assert read_state(tmp_path / "run").stage == "02_dataset_formatting"
+    assert read_state(tmp_path / "run").started > state.started > 1.7e9

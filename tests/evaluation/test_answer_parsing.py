@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.data.prompts import EOS
+from utils.evaluation import answer_parsing
 from utils.evaluation.answer_parsing import (
     count_paragraphs,
     explicit_letter,
@@ -26,18 +27,18 @@ LONG = 100_000
 
 @contextmanager
 def one_second():
-    """Fail, rather than hang, where a pattern backtracks: `re` looks for signals while it matches."""
+    """Fail, rather than hang, where a pattern backtracks: `re` looks for signals while it matches. Of processor time."""
 
     def too_slow(*_):
         raise TimeoutError("took more than a second")
 
-    before = signal.signal(signal.SIGALRM, too_slow)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    before = signal.signal(signal.SIGVTALRM, too_slow)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1.0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @pytest.mark.parametrize(
@@ -226,3 +227,9 @@ def test_nearly_every_real_completion_that_was_closed_states_a_letter():
     closed = [row for row in rows if "</think>" in row["completion"]]
     letters = [explicit_letter(parse_completion(row["completion"]).answer, row["options"]) for row in closed]
     assert sum(letter is not None for letter in letters) >= 0.95 * len(closed)
+
+
+@pytest.mark.parametrize(("name", "example"), [way[:2] for way in answer_parsing._WAYS])
+def test_each_pattern_reads_the_example_beside_it(name, example):
+    ways, _ = answer_parsing._compile("ABCD")
+    assert ways[name].search(example)["letter"] == "B" == explicit_letter(example, "ABCD")

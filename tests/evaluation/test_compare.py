@@ -1,8 +1,9 @@
-"""The comparison of both arms: one documented schema, Holm over the secondary metrics, and every case counted."""
+"""The comparison of both models: one documented schema, Holm over the secondary metrics, and every case counted."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,9 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 
 from utils.errors import StageOrderError
-from utils.evaluation.compare import Arms, compare, write_comparison
-from utils.evaluation.metrics import nll_per_token, score_answers
+from utils.evaluation.compare import compare_models, write_comparison
+from utils.evaluation.evaluate import Evaluation
+from utils.evaluation.metrics import loss_per_token, score_answers
 from utils.evaluation.questions import Question, register
 from utils.evaluation.results import Comparison
 from utils.files import write_json
@@ -21,8 +23,8 @@ LETTERS = {"A": "one", "B": "two", "C": "three", "D": "four"}
 CONTAMINATION = {"threshold": 0.5, "near_benchmark": 2, "largest_cosine_train_eval": 0.41}
 
 
-def arms(n: int = 60, open_rows: int = 10, gain: float = 0.3, seed: int = 0) -> Arms:
-    """Answers of both arms to n multiple-choice items of two benchmarks and a few open questions, and losses."""
+def evaluations(n: int = 60, open_rows: int = 10, gain: float = 0.3, seed: int = 0) -> list[Evaluation]:
+    """Answers of both models to n multiple-choice items of two benchmarks and a few open questions, and losses."""
     rng = np.random.default_rng(seed)
     items = pd.DataFrame(
         {"id": [f"i{k:03d}" for k in range(n)], "options": [LETTERS] * n, "gold": rng.choice(list("ABCD"), n),
@@ -50,10 +52,12 @@ def arms(n: int = 60, open_rows: int = 10, gain: float = 0.3, seed: int = 0) -> 
     losses = []
     for shift in (0.0, -0.2):
         sums = rng.normal(60 + 30 * shift, 2, size=open_rows)
-        losses.append(nll_per_token(pd.DataFrame(
+        losses.append(loss_per_token(pd.DataFrame(
             {"id": held_out["id"], "reasoning_nll": sums, "response_nll": sums, "reasoning_tokens": 30, "response_tokens": 30}
         )))  # fmt: skip
-    return Arms(*frames, *losses, {i: i for i in held_out["id"]})
+    losses = [loss.assign(group=loss.index) for loss in losses]
+    named = {"benchmarks": ("medqa", "pubmedqa")}
+    return [Evaluation({}, {}, scored, loss, **named) for scored, loss in zip(frames, losses, strict=True)]
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def run(tmp_path) -> RunDir:
 
 
 def test_the_file_follows_its_schema_and_holds_what_the_design_asks_for(run):
-    metrics = compare(run, arms())
+    metrics = compare_models(run, *evaluations())
     assert Comparison(**metrics).model_dump(mode="json") == metrics == json.loads(json.dumps(metrics, allow_nan=False))
     assert set(metrics) >= {"primary", "secondary", "form", "length", "contamination", "verdict", "sentence", "claims"}
     for result in (metrics["primary"], *metrics["secondary"]):
@@ -83,59 +87,69 @@ def test_the_file_follows_its_schema_and_holds_what_the_design_asks_for(run):
 
 
 def test_holms_correction_is_statsmodels_over_all_secondary_metrics(run):
-    secondary = compare(run, arms())["secondary"]
+    secondary = compare_models(run, *evaluations())["secondary"]
     expected = multipletests([r["p_value"] for r in secondary], method="holm")[1]
     assert [r["p_holm"] for r in secondary] == pytest.approx(list(expected), abs=1e-9)
 
 
 def test_an_answer_that_was_cut_off_stays_in_n_and_counts_as_wrong(run):
-    both = arms()
-    metrics = compare(run, both)
-    mine = both.base[(both.base["kind"] == "choice") & (both.base["benchmark"] == "medqa")]
+    base, tuned = evaluations()
+    metrics = compare_models(run, base, tuned)
+    mine = base.scored[(base.scored["kind"] == "choice") & (base.scored["benchmark"] == "medqa")]
     assert metrics["primary"]["n"] == len(mine) == 40 and mine["truncated"].sum() > 0
     assert mine.loc[mine["truncated"] == 1, "correct"].sum() == 0
     assert metrics["primary"]["base"] == pytest.approx(mine["correct"].mean())
 
 
 def test_held_out_rows_without_a_loss_are_counted(run):
-    both = arms()
-    assert compare(run, both)["nll_rows_left_out"] == 0
-    shorter = Arms(both.base, both.tuned, both.base_nll[3:], both.tuned_nll[3:], both.groups)
-    metrics = compare(run, shorter)
+    assert compare_models(run, *evaluations())["nll_rows_left_out"] == 0
+    shorter = [replace(one, loss=one.loss[3:], left_out=3) for one in evaluations()]
+    metrics = compare_models(run, *shorter)
     assert metrics["nll_rows_left_out"] == 3
     assert next(r["n"] for r in metrics["secondary"] if r["name"] == "nll") == 7
+    base, tuned = evaluations()
+    with pytest.raises(StageOrderError, match="hold different rows"):
+        compare_models(run, base, replace(tuned, loss=tuned.loss[1:]))
 
 
 def test_a_registration_changed_after_answers_is_said_in_the_sentence(run):
     registration = json.loads(run.file("data/registration.json").read_text())
     write_json(run.file("data/registration.json"), {**registration, "changed_after_answers": True})
-    metrics = compare(run, arms())
+    metrics = compare_models(run, *evaluations())
     assert metrics["registration"]["changed_after_answers"] is True
     assert metrics["sentence"].endswith("so this is no registered result.")
 
 
 def test_a_primary_that_the_data_cannot_carry_is_a_sentence(run):
+    only = [replace(one, scored=one.scored[one.scored["kind"] == "open"], benchmarks=()) for one in evaluations()]
     with pytest.raises(StageOrderError, match=r"evaluate.primary is multiple_choice, but"):
-        both = arms()
-        only = both.base["kind"] == "open"
-        compare(run, Arms(both.base[only], both.tuned[only], both.base_nll, both.tuned_nll, both.groups))
+        compare_models(run, *only)
 
 
 def test_shuffled_labels_never_make_the_verdict_swing_one_way_only(run):
-    """Swap the arms at random, many times: what is found is found in both directions, and seldom."""
-    both, verdicts = arms(n=90, open_rows=2, gain=0.3), []
-    rng = np.random.default_rng(5)
+    """Swap the models at random, many times: what is found is found in both directions, and seldom."""
+    base, tuned = evaluations(n=90, open_rows=2, gain=0.3)
+    rng, verdicts = np.random.default_rng(5), []
     for _ in range(20):
-        swap = rng.random(len(both.base)) < 0.5
-        base = both.tuned.where(pd.Series(swap), both.base)
-        tuned = both.base.where(pd.Series(swap), both.tuned)
-        verdicts.append(compare(run, Arms(base, tuned, both.base_nll, both.tuned_nll, both.groups))["verdict"])
+        swap = pd.Series(rng.random(len(base.scored)) < 0.5)
+        one = replace(base, scored=tuned.scored.where(swap, base.scored))
+        other = replace(tuned, scored=base.scored.where(swap, tuned.scored))
+        verdicts.append(compare_models(run, one, other)["verdict"])
     assert verdicts.count("cannot tell") >= 16
 
 
 def test_the_table_has_the_primary_first_and_corrected_p_values_below(run):
-    metrics = compare(run, arms())
+    metrics = compare_models(run, *evaluations())
     table = write_comparison(run, metrics)
     assert table["metric"].iloc[0] == "multiple-choice accuracy, strict" and len(table) == 1 + len(metrics["secondary"])
     assert list(table["p"][1:]) == [r["p_holm"] for r in metrics["secondary"]]
     assert json.loads(run.file("comparison/metrics.json").read_text()) == metrics
+
+
+def test_the_primary_metric_is_of_the_benchmark_that_is_named_first_whatever_its_ids_sort_like(run):
+    """Profile full registers MedQA; MedMCQA's ids sort first, and its figures stood under the registered name."""
+    swapped = [replace(one, benchmarks=("pubmedqa", "medqa")) for one in evaluations()]
+    metrics = compare_models(run, *swapped)
+    assert metrics["primary"]["name"] == "multiple_choice" and metrics["primary"]["n"] == 20
+    assert metrics["benchmarks"] == ["pubmedqa", "medqa"]
+    assert next(r["n"] for r in metrics["secondary"] if r["name"] == "multiple_choice:medqa") == 40

@@ -1,19 +1,28 @@
-"""Answers and likelihoods: a batch says what a single prompt says, nothing is generated twice, losses are exact."""
+"""Answers: a batch says what a single prompt says, nothing is generated twice, each question draws from its own stream."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from utils.data.prompts import format_row
-from utils.errors import HardwareError
+from utils.errors import ModelError, OutOfMemory
 from utils.evaluation import generate as generation
-from utils.evaluation.generate import answer_questions, share_path
+from utils.evaluation.generate import (
+    answer_questions,
+    check_batching,
+    generate_batch,
+    question_stream,
+    sampling_processors,
+    share_path,
+)
 from utils.evaluation.questions import Question
+from utils.files import append_lines, read_lines
 from utils.schema import GenerateSection
-from utils.sealed import read_lines
 
 GREEDY = GenerateSection(max_new_tokens=12, batch_size=4, do_sample=False)
 ROWS = [
@@ -32,9 +41,9 @@ def questions() -> list[Question]:
 
 def test_a_left_padded_batch_answers_as_single_prompts_do(tiny_model, tmp_path):
     model, tokenizer = tiny_model
-    batched = answer_questions(model, tokenizer, questions(), GREEDY, tmp_path / "batched.jsonl", "arm")
+    batched = answer_questions(model, tokenizer, questions(), GREEDY, tmp_path / "batched.jsonl", "model")
     alone = GREEDY.model_copy(update={"batch_size": 1})
-    single = answer_questions(model, tokenizer, questions(), alone, tmp_path / "single.jsonl", "arm")
+    single = answer_questions(model, tokenizer, questions(), alone, tmp_path / "single.jsonl", "model")
     assert [a["text"] for a in batched] == [a["text"] for a in single]
     assert [a["id"] for a in batched] == [f"q{i}" for i in range(7)]
 
@@ -42,50 +51,20 @@ def test_a_left_padded_batch_answers_as_single_prompts_do(tiny_model, tmp_path):
 def test_nothing_is_generated_twice_and_a_torn_line_is_answered_again(tiny_model, tmp_path, monkeypatch):
     model, tokenizer = tiny_model
     path = tmp_path / "answers.jsonl"
-    first = answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
+    first = answer_questions(model, tokenizer, questions(), GREEDY, path, "model")
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[:4]) + "\n" + lines[4][:30], encoding="utf-8")
     asked = []
     real = generation.generate_batch
     monkeypatch.setattr(generation, "generate_batch", lambda *a: asked.extend(p.question.id for p in a[2]) or real(*a))
-    again = answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
+    again = answer_questions(model, tokenizer, questions(), GREEDY, path, "model")
     kept = {json.loads(line)["id"] for line in lines[:4]}
     assert sorted(asked) == sorted({f"q{i}" for i in range(7)} - kept)
     assert [a["text"] for a in again] == [a["text"] for a in first]
     assert sorted(a["id"] for a in read_lines(path)) == [f"q{i}" for i in range(7)]
 
 
-def test_lines_that_are_dropped_are_kept_beside(tiny_model, tmp_path, capsys):
-    """Answers without a seal, as versions before seals wrote them, and a torn line: hours of work are not deleted."""
-    model, tokenizer = tiny_model
-    path, kept = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.old"
-    answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
-    assert not kept.exists()
-    sealed = path.read_bytes().splitlines(keepends=True)
-    bare = [json.dumps({k: v for k, v in json.loads(line).items() if k != "seal"}).encode() + b"\n" for line in sealed]
-    torn = sealed[6][:30]
-    path.write_bytes(b"".join([*bare[:5], sealed[5], torn]))
-    capsys.readouterr()
-    answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
-    told = capsys.readouterr().out
-    assert "answers.jsonl holds 1 whole answers; the other 6 lines are kept in answers.jsonl.old" in told
-    assert kept.read_bytes() == b"".join([*bare[:5], torn, b"\n"])
-    path.write_bytes(path.read_bytes() + b"{}\n")
-    answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
-    assert kept.read_bytes().splitlines()[-2:] == [torn, b"{}"]  # added to, not replaced
-    assert len(read_lines(path)) == 7
-
-
-def test_a_helpers_damaged_lines_are_kept_beside_ours(tiny_model, tmp_path):
-    model, tokenizer = tiny_model
-    path = tmp_path / "answers.jsonl"
-    share_path(path, 1).write_bytes(b'{"id": "q1"}\n{"id": "q2", "te')
-    answer_questions(model, tokenizer, questions(), GREEDY, path, "arm")
-    assert (tmp_path / "answers.jsonl.old").read_bytes() == b'{"id": "q1"}\n{"id": "q2", "te\n'
-    assert not share_path(path, 1).exists() and len(read_lines(path)) == 7
-
-
-def test_another_arm_does_not_reuse_the_answers(tiny_model, tmp_path, monkeypatch):
+def test_another_model_does_not_reuse_the_answers(tiny_model, tmp_path, monkeypatch):
     model, tokenizer = tiny_model
     path = tmp_path / "answers.jsonl"
     answer_questions(model, tokenizer, questions(), GREEDY, path, "adapter one")
@@ -107,7 +86,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(tiny_model, tmp_p
         return real(model, tokenizer, batch, steps, config)
 
     monkeypatch.setattr(generation, "generate_batch", small_memory)
-    answers = answer_questions(model, tokenizer, questions(), GREEDY, tmp_path / "a.jsonl", "arm")
+    answers = answer_questions(model, tokenizer, questions(), GREEDY, tmp_path / "a.jsonl", "model")
     assert len(answers) == 7 and sizes[:2] == [4, 2] and max(sizes[1:]) == 2
 
 
@@ -116,16 +95,16 @@ def test_a_single_question_that_does_not_fit_is_a_sentence(tiny_model, tmp_path,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(generation, "generate_batch", no_memory)
-    with pytest.raises(HardwareError, match="max_new_tokens"):
-        answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "a.jsonl", "arm")
+    with pytest.raises(OutOfMemory, match="max_new_tokens"):
+        answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "a.jsonl", "model")
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, "auto"])
 def test_a_sampled_answer_does_not_depend_on_its_batch(tiny_model, tmp_path, size):
     sampled = GREEDY.model_copy(update={"do_sample": True, "temperature": 1.0, "max_new_tokens": 40})
-    reference = answer_questions(*tiny_model, questions(), sampled, tmp_path / "reference.jsonl", "arm")
+    reference = answer_questions(*tiny_model, questions(), sampled, tmp_path / "reference.jsonl", "model")
     other = sampled.model_copy(update={"batch_size": size})
-    again = answer_questions(*tiny_model, questions()[::-1], other, tmp_path / "again.jsonl", "arm")
+    again = answer_questions(*tiny_model, questions()[::-1], other, tmp_path / "again.jsonl", "model")
     assert [a["text"] for a in again][::-1] == [a["text"] for a in reference]
     assert len({a["text"] for a in reference}) > 3  # they are not one stream
 
@@ -133,17 +112,17 @@ def test_a_sampled_answer_does_not_depend_on_its_batch(tiny_model, tmp_path, siz
 def test_a_question_of_its_own_seed_and_id_draws_its_own_answer(tiny_model, tmp_path):
     sampled = GREEDY.model_copy(update={"do_sample": True, "temperature": 1.0})
     same = [Question(f"copy-{i}", "open", questions()[0].prompt) for i in range(3)]
-    texts = [a["text"] for a in answer_questions(*tiny_model, same, sampled, tmp_path / "a.jsonl", "arm")]
-    other = answer_questions(*tiny_model, same, sampled.model_copy(update={"seed": 1}), tmp_path / "b.jsonl", "arm")
+    texts = [a["text"] for a in answer_questions(*tiny_model, same, sampled, tmp_path / "a.jsonl", "model")]
+    other = answer_questions(*tiny_model, same, sampled.model_copy(update={"seed": 1}), tmp_path / "b.jsonl", "model")
     assert len(set(texts)) == 3 and texts != [a["text"] for a in other]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_an_answer_over_several_rounds_is_the_answer_in_one(tiny_model, tmp_path, monkeypatch, sampled):
     config = GREEDY.model_copy(update={"max_new_tokens": 45, "do_sample": sampled, "batch_size": 3})
-    whole = answer_questions(*tiny_model, questions(), config, tmp_path / "whole.jsonl", "arm")
+    whole = answer_questions(*tiny_model, questions(), config, tmp_path / "whole.jsonl", "model")
     monkeypatch.setattr(generation, "ROUND_TOKENS", 10)
-    rounds = answer_questions(*tiny_model, questions(), config, tmp_path / "rounds.jsonl", "arm")
+    rounds = answer_questions(*tiny_model, questions(), config, tmp_path / "rounds.jsonl", "model")
     assert rounds == whole and all(answer["tokens"] <= 45 for answer in rounds)
 
 
@@ -157,7 +136,7 @@ def test_the_places_of_finished_answers_are_taken_by_others(tiny_model, tmp_path
         return [[7] * (2 if int(p.question.id[1]) % 2 else steps) + [eos] * (int(p.question.id[1]) % 2) for p in batch]
 
     monkeypatch.setattr(generation, "generate_batch", one_in_two_ends)
-    answers = answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "a.jsonl", "arm")
+    answers = answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "a.jsonl", "model")
     assert [a["tokens"] for a in answers] == [12, 3, 12, 3, 12, 3, 12]
     assert [a["finish_reason"] for a in answers] == ["length", "stop"] * 3 + ["length"]
     assert max(map(len, batches)) == 4 and all(len({done for _, done in batch}) == 1 for batch in batches)
@@ -169,7 +148,7 @@ def test_the_automatic_batch_follows_the_free_memory(tiny_model, tmp_path, monke
     monkeypatch.setattr(generation, "sequences_that_fit", lambda model, prompt, new: 3)
     monkeypatch.setattr(generation, "generate_batch", lambda *a: sizes.append(len(a[2])) or real(*a))
     auto = GREEDY.model_copy(update={"batch_size": "auto"})
-    answer_questions(*tiny_model, questions(), auto, tmp_path / "a.jsonl", "arm")
+    answer_questions(*tiny_model, questions(), auto, tmp_path / "a.jsonl", "model")
     assert sizes == [3, 3, 1]
 
 
@@ -183,10 +162,112 @@ def test_what_helpers_answered_is_joined_and_what_they_left_is_answered_here(tin
 
         def wait(self):
             done = self.theirs[:1]  # then it was killed
-            answer_questions(*tiny_model, done, GREEDY, share_path(path, 1), "arm")
+            answer_questions(*tiny_model, done, GREEDY, share_path(path, 1), "model")
 
     monkeypatch.setattr(generation, "generate_batch", lambda *a: asked.extend(p.question.id for p in a[2]) or real(*a))
-    answers = answer_questions(*tiny_model, questions(), GREEDY, path, "arm", helpers=OneOfTwo())
-    alone = answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "alone.jsonl", "arm")
+    answers = answer_questions(*tiny_model, questions(), GREEDY, path, "model", helpers=OneOfTwo())
+    alone = answer_questions(*tiny_model, questions(), GREEDY, tmp_path / "alone.jsonl", "model")
     assert answers == alone and sorted(asked) == sorted(2 * [f"q{i}" for i in range(7)])
     assert list(tmp_path.glob("answers.*.jsonl")) == [] and len(read_lines(path)) == 7
+
+
+def test_a_helpers_torn_line_is_answered_here(tiny_model, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    share_path(path, 1).write_bytes(b'{"id": "q1"}\n{"id": "q2", "te')
+    answers = answer_questions(*tiny_model, questions(), GREEDY, path, "model")
+    assert not share_path(path, 1).exists() and [a["id"] for a in answers] == [f"q{i}" for i in range(7)]
+
+
+def test_answers_that_carry_a_seal_as_earlier_versions_wrote_them_are_kept(tiny_model, tmp_path, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    first = answer_questions(*tiny_model, questions(), GREEDY, path, "model")
+    path.unlink()
+    append_lines(path, [{**answer, "seal": "0123456789abcdef"} for answer in first])
+    monkeypatch.setattr(generation, "generate_batch", None)
+    again = answer_questions(*tiny_model, questions(), GREEDY, path, "model")
+    assert [a["text"] for a in again] == [a["text"] for a in first]
+
+
+def draw(scores: torch.Tensor, numbers: np.ndarray, **settings) -> list[int]:
+    """The tokens that a row of logits gives for each of `numbers`, one number a row."""
+    config = GenerateSection(do_sample=True, **{"temperature": 1.0, "top_p": 1.0, **settings})
+    rows = scores.repeat(len(numbers), 1)
+    ids = torch.zeros((len(numbers), 3), dtype=torch.long)
+    processors = sampling_processors(config, [np.array([n]) for n in numbers], 3, scores.device)
+    return processors(ids, rows).argmax(dim=-1).tolist()
+
+
+def test_what_is_drawn_follows_the_distribution():
+    scores = torch.tensor([[0.0, 1.0, -1.0, 2.0]])
+    tokens = draw(scores, question_stream(1, "q", 20_000))
+    expected = 20_000 * torch.softmax(scores[0].double(), dim=0).numpy()
+    assert stats.chisquare(np.bincount(tokens, minlength=4), expected).pvalue > 0.001
+
+
+def test_temperature_and_top_p_are_those_of_transformers():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    tokens = draw(scores, question_stream(2, "q", 20_000), temperature=0.5, top_p=0.9)
+    kept = torch.softmax(scores[0, :2].double() / 0.5, dim=0).numpy()  # 0.865 + 0.117 reach 0.9
+    assert set(tokens) == {0, 1}
+    assert stats.chisquare(np.bincount(tokens), 20_000 * kept).pvalue > 0.001
+
+
+def test_a_number_at_either_end_never_draws_an_impossible_token():
+    scores = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    assert draw(scores, np.array([0.0, np.nextafter(1.0, 0.0)])) == [1, 2]
+
+
+def test_a_stream_belongs_to_its_seed_and_question_and_is_the_same_however_long():
+    stream = question_stream(0, "a", 50)
+    assert (stream[:10] == question_stream(0, "a", 10)).all()
+    for other in (question_stream(1, "a", 50), question_stream(0, "b", 50)):
+        assert not (stream == other).any()
+
+
+def test_streams_are_uniform_across_questions():
+    firsts = [question_stream(3407, f"q{i}", 1)[0] for i in range(2000)]
+    assert stats.kstest(firsts, "uniform").pvalue > 0.001
+
+
+def test_greedy_decoding_needs_no_processor():
+    assert len(sampling_processors(GenerateSection(do_sample=False), [], 0, torch.device("cpu"))) == 0
+
+
+def test_a_sound_model_agrees(tiny_model):
+    found = check_batching(*tiny_model, questions())
+    assert found["prompts"] == 4 and found["identical"] + found["near_ties"] == 4 and found["near_ties"] <= 1
+
+
+def test_one_question_is_enough_and_none_is_no_error(tiny_model):
+    assert check_batching(*tiny_model, questions()[:1])["prompts"] == 1
+    assert check_batching(*tiny_model, [])["prompts"] == 0
+
+
+def test_a_batch_that_ignores_its_padding_is_stopped(tiny_model, monkeypatch):
+    """What unsloth did until pull request 4100: the attention mask was dropped for batches."""
+    model, real = tiny_model[0], tiny_model[0].generate
+    monkeypatch.setattr(
+        model, "generate", lambda attention_mask, **k: real(attention_mask=torch.ones_like(attention_mask), **k)
+    )
+    with pytest.raises(ModelError, match=r"otherwise than alone.*generate.batch_size=1"):
+        check_batching(*tiny_model, questions())
+
+
+def test_a_lost_end_token_is_stopped(tiny_model, monkeypatch):
+    def cut(model, tokenizer, batch, steps, config):
+        outputs = generate_batch(model, tokenizer, batch, steps, config)
+        return outputs if len(batch) == 1 else [ids[:5] for ids in outputs]
+
+    monkeypatch.setattr(generation, "generate_batch", cut)
+    with pytest.raises(ModelError, match="ends elsewhere"):
+        check_batching(*tiny_model, questions())
+
+
+def test_a_near_tie_is_rounding_and_not_an_error(tiny_model, monkeypatch):
+    def swapped(model, tokenizer, batch, steps, config):
+        outputs = generate_batch(model, tokenizer, batch, steps, config)
+        return outputs if len(batch) == 1 else [[ids[0] ^ 1, *ids[1:]] for ids in outputs]
+
+    monkeypatch.setattr(generation, "generate_batch", swapped)
+    monkeypatch.setattr(generation, "_next_logits", lambda model, ids: torch.linspace(0, 1e-3, 400) + torch.eye(400)[7])
+    assert check_batching(*tiny_model, questions())["near_ties"] >= 3

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.evaluation.metrics import find_metric, needs_forcing, nll_per_token, rouge_l, score_answers
+from utils.evaluation.metrics import find_metric, loss_per_token, needs_forcing, rouge_l, score_answers
 
 CHOICES = ["Arden fever", "Belmar palsy"]
 HELD_OUT = pd.DataFrame([{"id": "r1", "answer": "Arden fever", "choices": CHOICES, "group": "condition-01"}])
@@ -93,8 +93,8 @@ def test_the_loss_per_token_divides_each_part_by_its_own_tokens():
     frame = pd.DataFrame(
         {"id": ["a", "b"], "reasoning_nll": [6.0, 0.0], "response_nll": [2.0, 3.0], "reasoning_tokens": [3, 0], "response_tokens": [1, 6]}
     )  # fmt: skip
-    assert nll_per_token(frame).loc["a"].to_dict() == {"completion": 2.0, "reasoning": 2.0, "response": 2.0}
-    assert nll_per_token(frame).loc["b"].to_dict() == {"completion": 0.5, "reasoning": 0.0, "response": 0.5}
+    assert loss_per_token(frame).loc["a"].to_dict() == {"completion": 2.0, "reasoning": 2.0, "response": 2.0}
+    assert loss_per_token(frame).loc["b"].to_dict() == {"completion": 0.5, "reasoning": 0.0, "response": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Answers on file: reused only for the same prompt, decoding and arm, and never fewer than were asked for."""
+"""Answers on file: reused only for the same prompt, decoding and model, and never fewer than were asked for."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from utils.errors import StageOrderError
 from utils.evaluation.questions import (
     Question,
     answer_key,
-    arm_digest,
     build_questions,
     collect_references,
     current_answers,
+    model_digest,
     register,
 )
-from utils.files import write_json
+from utils.files import read_lines, write_json, write_lines
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stages import BY_NAME
 from utils.schema import GenerateSection
-from utils.sealed import read_lines, to_lines
 
 SAMPLED, GREEDY = GenerateSection(), GenerateSection(do_sample=False)
 QUESTIONS = [Question(f"q{i}", "open", f"Prompt {i} 医🩺") for i in range(3)]
 
 
 def write_answers(
-    path: Path, questions: list[Question], config: GenerateSection = GREEDY, arm: str = "base"
+    path: Path, questions: list[Question], config: GenerateSection = GREEDY, model: str = "base"
 ) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    answers = [{"id": q.id, "text": f"{q.prompt}!", "key": answer_key(q, config, arm)} for q in questions]
-    lines = [to_lines([answer]).rstrip("\n") for answer in answers]
+    answers = [{"id": q.id, "text": f"{q.prompt}!", "key": answer_key(q, config, model)} for q in questions]
+    lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return lines
 
@@ -47,8 +46,8 @@ def test_a_key_changes_with_the_decoding(change):
     assert answer_key(QUESTIONS[0], other, "base") != answer_key(QUESTIONS[0], SAMPLED, "base")
 
 
-def test_a_key_changes_with_the_prompt_and_the_arm():
-    keys = {answer_key(question, GREEDY, arm) for question in QUESTIONS for arm in ("base", "tuned")}
+def test_a_key_changes_with_the_prompt_and_the_model():
+    keys = {answer_key(question, GREEDY, model) for question in QUESTIONS for model in ("base", "tuned")}
     assert len(keys) == 6
 
 
@@ -79,20 +78,9 @@ def test_a_torn_last_line_is_dropped_wherever_the_kill_cut_it(tmp_path):
         assert [answer["id"] for answer in read_lines(path)] == ["q0", "q1"], whole[last:end]
 
 
-def test_an_answer_that_was_changed_on_file_is_not_one(tmp_path):
-    """Its key still fits: a bit that turned over in the text used to be scored."""
-    path = tmp_path / "answers.jsonl"
-    write_answers(path, QUESTIONS)
-    whole = path.read_bytes()
-    for place in range(0, len(whole), 7):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        for answer in read_lines(path):
-            assert answer["text"] == f"Prompt {answer['id'][1]} 医🩺!"
-
-
 def test_an_answer_with_an_odd_line_separator_stays_one_line(tmp_path):
     path = tmp_path / "answers.jsonl"
-    path.write_text(to_lines([{"id": "q", "text": "a\u2028b\x85c"}]), encoding="utf-8")
+    write_lines(path, [{"id": "q", "text": "a\u2028b\x85c"}])
     assert [answer["text"] for answer in read_lines(path)] == ["a\u2028b\x85c"]
 
 
@@ -115,17 +103,17 @@ def test_missing_answers_are_refused_with_the_count(tmp_path):
         current_answers(path, QUESTIONS, GREEDY, "base")
 
 
-@pytest.mark.parametrize(("config", "arm"), [(SAMPLED, "base"), (GREEDY, "tuned")])
-def test_answers_of_another_decoding_or_arm_count_as_missing(tmp_path, config, arm):
+@pytest.mark.parametrize(("config", "model"), [(SAMPLED, "base"), (GREEDY, "tuned")])
+def test_answers_of_another_decoding_or_model_count_as_missing(tmp_path, config, model):
     write_answers(tmp_path / "answers.jsonl", QUESTIONS)
     with pytest.raises(StageOrderError, match="holds 0 of 3 answers"):
-        current_answers(tmp_path / "answers.jsonl", QUESTIONS, config, arm)
+        current_answers(tmp_path / "answers.jsonl", QUESTIONS, config, model)
 
 
 def test_a_line_that_is_no_answer_of_ours_is_passed_over(tmp_path):
     """Without id and key it used to match whatever had none either, and was counted."""
     path = tmp_path / "answers.jsonl"
-    lines = [*write_answers(path, QUESTIONS[:1]), "{}", "5", to_lines([{"id": "of another series"}])]
+    lines = [*write_answers(path, QUESTIONS[:1]), "{}", "5", json.dumps({"id": "of another series"})]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(StageOrderError, match="holds 1 of 2 answers"):
         current_answers(path, QUESTIONS[:2], GREEDY, "base")
@@ -135,7 +123,7 @@ def test_the_last_of_two_answers_to_one_question_counts(tmp_path):
     path = tmp_path / "answers.jsonl"
     write_answers(path, QUESTIONS[:1])
     (answer,) = read_lines(path)
-    path.write_text(to_lines([answer, answer | {"text": "Prompt?"}]), encoding="utf-8")
+    write_lines(path, [answer, answer | {"text": "Prompt?"}])
     assert current_answers(path, QUESTIONS[:1], GREEDY, "base")["q0"]["text"].endswith("?")
 
 
@@ -149,7 +137,7 @@ def test_both_kinds_of_questions_are_built_in_the_runs_own_format():
     assert len(build_questions(load_config("demo"), held_out, None)) == 2
 
 
-def test_the_tuned_arm_is_another_with_another_adapter_and_the_base_stays_the_same(tmp_path):
+def test_the_tuned_model_is_another_with_another_adapter_and_the_base_stays_the_same(tmp_path):
     run = open_run("demo", tmp_path)
     base = BY_NAME["01_baseline_inference"]
     run.write_record(base, settings=run.settings(base))
@@ -157,7 +145,7 @@ def test_the_tuned_arm_is_another_with_another_adapter_and_the_base_stays_the_sa
     for digest in ("one", "two"):
         entry = {"sha256": digest, "bytes": 1, "mtime_ns": 1}
         run.write_record(BY_NAME["04_comparison"], inputs={"training/adapter/adapter_model.safetensors": entry})
-        digests.append((arm_digest(run, "baseline"), arm_digest(run, "tuned")))
+        digests.append((model_digest(run, "base"), model_digest(run, "tuned")))
     assert digests[0][0] == digests[1][0] and len({digests[0][0], digests[0][1], digests[1][1]}) == 3
 
 

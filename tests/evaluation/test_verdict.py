@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.statistics import PairedResult, compare_paired
-from utils.evaluation.verdict import describe, headline, state_claims
+from utils.evaluation.verdict import decide, headline, state_claims
 
 
 def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) -> PairedResult:
@@ -22,6 +22,11 @@ def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) ->
         arms = [base + noise, tuned + noise + rng.normal(0, 0.01, size=n)]
     ids = [f"q{i:04d}" for i in range(n)]
     return compare_paired(name, *arms, ids, higher_is_better=metric.higher_is_better, resamples=1000)
+
+
+def describe(one: PairedResult, p: float | None = None) -> str:
+    """The headline of one metric alone."""
+    return headline(one.name, {one.name: one}, {} if p is None else {one.name: p})
 
 
 def claims(*results: PairedResult, **corrected: float) -> dict[str, object]:
@@ -73,6 +78,34 @@ def test_a_gain_that_forcing_takes_away_is_no_knowledge():
     assert "answers more questions" not in found.sentence
     both = claims(result("multiple_choice", 0.3, 0.6), result("multiple_choice_forced", 0.3, 0.6))["knows more"]
     assert both.verdict == "better"
+
+
+@pytest.mark.parametrize(
+    ("strict", "forced"), [((0.3, 0.6), (0.6, 0.6)), ((0.3, 0.6), (0.6, 0.3)), ((0.6, 0.3), (0.6, 0.6))]
+)
+def test_the_headline_says_no_more_than_the_claim_below_it(strict, forced):
+    """It said "better" from strict accuracy where the claim said "cannot tell": forced answers disagreed."""
+    named = {r.name: r for r in (result("multiple_choice", *strict), result("multiple_choice_forced", *forced))}
+    text = headline("multiple_choice", named, {"multiple_choice_forced": 1.0})
+    assert decide("multiple_choice", named, {"multiple_choice_forced": 1.0})[0] == "cannot tell"
+    assert "is better" not in text and "is worse" not in text and "how often an answer ends in time" in text
+
+
+def test_strict_and_forced_both_count_at_five_percent_without_a_correction():
+    """The intersection-union test: both must be below 5 %, and its error is at most 5 % too."""
+    named = {r.name: r for r in (result("multiple_choice", 0.3, 0.6), result("multiple_choice_forced", 0.3, 0.6))}
+    assert named["multiple_choice_forced"].p_value < 0.05
+    corrected = {"multiple_choice_forced": 0.3}
+    assert decide("multiple_choice", named, corrected)[0] == "better"
+    assert "is better on this metric" in headline("multiple_choice", named, corrected)
+
+
+def test_where_multiple_choice_is_only_described_holm_holds_for_both():
+    named = {r.name: r for r in (result("nll", 2.0, 1.9), result("multiple_choice", 0.3, 0.6))}
+    named["multiple_choice_forced"] = result("multiple_choice_forced", 0.3, 0.6)
+    assert (
+        decide("multiple_choice", named, {"multiple_choice": 0.01, "multiple_choice_forced": 0.3})[0] == "cannot tell"
+    )
 
 
 def test_lengths_that_were_cut_are_told_as_such():
@@ -137,6 +170,7 @@ def test_claim_and_headline_make_the_same_remark_on_the_same_metric(name, tuned)
     results = (result(name, 0.3, tuned), result("multiple_choice_forced", 0.6, 0.6), result("truncated", 0.6, 0.1))
     named = {r.name: r for r in results}
     corrected = dict.fromkeys(("multiple_choice_forced", "truncated"), 0.01)
-    remark = headline(name, named, corrected).removeprefix(describe(named[name])).strip()
+    remark = decide(name, named, corrected)[1]
+    assert headline(name, named, corrected).endswith(remark)
     (claim,) = (claim for claim in state_claims(named, corrected) if claim.metric == name)
     assert remark and claim.sentence.endswith(remark)

@@ -11,14 +11,15 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.exported import QUESTIONS, make_run
 from utils.errors import HardwareError, ModelError, RunDirError
 from utils.export import adapter as export
-from utils.export import merge
-from utils.export.adapter import choose_place, copy_adapter, merge_adapter, set_aside, write_ggufs
+from utils.export.adapter import choose_place, copy_adapter, keep_previous, merge_adapter
 from utils.export.chat_template import chat_ids, prompt_ids
+from utils.export.gguf import write_gguf
 from utils.models.tokenizer import load_tokenizer
 from utils.pipeline.run_dir import RunDir
 from utils.project import ROOT
@@ -118,10 +119,10 @@ def test_an_adapter_that_is_not_finite_is_refused_and_the_earlier_export_stays(m
 def test_a_disk_that_fills_up_is_told_with_numbers_and_the_earlier_export_stays(merged_run, monkeypatch):
     before = weights_of(merged_run)
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(merge, "_write", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(HardwareError, match=r"merged needs 0\.0 GiB at .*, and \d+\.\d GiB are free now"):
         merge_adapter(merged_run)
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
@@ -155,11 +156,17 @@ def test_a_target_that_cannot_be_written_is_a_sentence(trained_run, monkeypatch)
 def test_a_merge_that_was_killed_leaves_the_earlier_export_and_the_next_one_is_whole(merged_run):
     before = weights_of(merged_run)
     code = f"""
-import os, signal
+import os, signal, safetensors.torch
 from utils.export.adapter import merge_adapter
 from utils.pipeline.run_dir import open_run
 
-os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
+write = safetensors.torch.save_file
+
+def write_and_die(*arguments, **options):
+    write(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+safetensors.torch.save_file = write_and_die
 merge_adapter(open_run("auto", {str(merged_run.path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
@@ -182,9 +189,11 @@ def test_on_kaggle_what_does_not_fit_goes_to_scratch_and_the_old_one_is_not_take
     assert not merged_run.file("export/merged").exists() and merged_run.file("export/merged.previous").exists()
 
 
-def test_an_earlier_export_is_set_aside_where_none_is_wanted(merged_run):
-    set_aside(merged_run, "merged")
-    set_aside(merged_run, "merged")  # nothing left to move: the one set aside stays
+def test_an_earlier_export_is_kept_as_previous_where_none_is_wanted(merged_run):
+    section = merged_run.config.export.model_copy(update={"merged": False})
+    merged_run.config = merged_run.config.model_copy(update={"export": section})
+    assert merge_adapter(merged_run) is None
+    keep_previous(merged_run, "merged")  # nothing left to move: the one from before stays
     assert merged_run.file("export/merged.previous/model.safetensors").exists()
 
 
@@ -192,8 +201,7 @@ def test_without_llama_cpp_the_stage_says_which_command_makes_the_files(merged_r
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(tmp_path / "nothing"))
     folders = {kind: merged_run.file(f"export/{kind}") for kind in ("adapter", "merged")}
-    figures = merge.Merged(4, 1, 1.0)
-    assert write_ggufs(merged_run, folders, figures) == (None, {})
+    assert write_gguf(merged_run, folders) is None
     said = capsys.readouterr().out
     assert f"run --run-dir {merged_run.path} --set export.install_llama_cpp=true" in said
 

@@ -6,7 +6,7 @@ import pytest
 
 from utils.config import load_config
 from utils.errors import ModelError
-from utils.export.base_model import base_name, find_base, sixteen_bit_source, trained_on
+from utils.export.base_model import find_base, merged_into, sixteen_bit_source, trained_on
 
 HUB = "unsloth/DeepSeek-R1-Distill-Llama-8B"
 
@@ -27,7 +27,7 @@ def test_a_sixteen_bit_repository_is_its_own_base_at_the_pinned_commit():
 
 def test_a_named_base_comes_first(tiny_folder):
     config = load_config("t4", {"export.base": str(tiny_folder)})
-    assert find_base(config).folder == tiny_folder and find_base(config).name == "tiny"
+    assert find_base(config) == (tiny_folder, None) and merged_into(config) == ("tiny", None)
 
 
 def test_the_hub_is_asked_for_weights_and_settings_of_one_commit_only(monkeypatch, tmp_path):
@@ -38,8 +38,8 @@ def test_the_hub_is_asked_for_weights_and_settings_of_one_commit_only(monkeypatc
         return str(tmp_path / ("d" * 40))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    base = find_base(load_config("t4", {"model.name": HUB, "model.revision": "a" * 40}))
-    assert (base.name, base.revision) == (HUB, "d" * 40)
+    config = load_config("t4", {"model.name": HUB, "model.revision": "a" * 40})
+    assert find_base(config)[1] == "d" * 40 and merged_into(config) == (HUB, "a" * 40)
     assert asked["revision"] == "a" * 40 and asked["source"] == HUB
     from huggingface_hub.utils import filter_repo_objects
 
@@ -57,8 +57,3 @@ def test_a_base_out_of_reach_is_a_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ModelError, match=r"neither a local folder nor reachable on the Hub .*export\.base=FOLDER"):
         find_base(load_config("t4", {"model.name": HUB}))
-
-
-def test_bases_are_compared_by_name_blind_to_quantisation():
-    names = ["unsloth/Model-8B", "/mnt/model-8b", "other/Model-8B-unsloth-bnb-4bit", "Model-8B-bnb-4bit"]
-    assert {base_name(name) for name in names} == {"model-8b"}

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
-from typing import get_args
 
 import pytest
 import torch
 
-from utils.export.compare_logits import NEW_TOKENS, Continuations, Level, compare, continue_greedily, follow, judge
+from utils.export.compare_logits import (
+    NEW_TOKENS,
+    ROUNDED,
+    Continuations,
+    check_tolerance,
+    choose_tolerance,
+    compare,
+    continue_greedily,
+    follow,
+)
 
 PROMPTS = [f"<｜User｜>{text}<｜Assistant｜><think>\n" for text in ("a", "b", "why so", "what of that", "a cough")]
+
+TOLERANCES = ("exact", *ROUNDED)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +42,7 @@ def test_a_model_follows_itself_and_what_is_saved_is_what_was(tiny_model, led, t
     figures = compare(led, Continuations.load(tmp_path / "kept.safetensors"))
     assert figures["identical"] == figures["prompts"] == len(PROMPTS)
     assert figures["largest_logit_difference"] < 1e-5 and figures["largest_margin_lost"] == 0
-    assert judge(figures, "exact") is None
+    assert check_tolerance(figures, "exact") is None
 
 
 def test_another_model_is_told_apart_by_logits_and_by_tokens(tiny_model, led):
@@ -40,12 +50,14 @@ def test_another_model_is_told_apart_by_logits_and_by_tokens(tiny_model, led):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] += 0.01
     figures = compare(led, follow(model, tokenizer, PROMPTS, led, "here"))
-    assert "logits differ" in judge({**figures, "identical": len(PROMPTS)}, "exact")
+    assert "logits differ" in check_tolerance({**figures, "identical": len(PROMPTS)}, "exact")
     torch.manual_seed(5)
     torch.nn.init.normal_(model.model.layers[0].mlp.down_proj.weight, std=0.5)
     figures = compare(led, follow(model, tokenizer, PROMPTS, led, "here"))
-    assert "the same tokens for" in judge(figures, "exact")
-    assert "of their spread" in judge(figures, "half") and "of their spread" in judge(figures, "four bit")
+    assert "the same tokens for" in check_tolerance(figures, "exact")
+    assert "of their spread" in check_tolerance(figures, "float16") and "of their spread" in check_tolerance(
+        figures, "4-bit"
+    )
 
 
 def continuations(tokens, best, logits=((0.0, 1.0),)):
@@ -71,23 +83,33 @@ def test_an_end_that_comes_early_is_no_agreement():
 
 def test_in_sixteen_bit_only_an_undecided_token_may_turn():
     figures = {"prompts": 2, "identical": 1, "relative_logit_difference": 0.01, "largest_logit_difference": 0.1}
-    assert judge({**figures, "largest_margin_lost": 0.19}, "half") is None
-    for level in ("half", "bfloat16"):
-        assert "tokens part where the best was 0.30 ahead" in judge({**figures, "largest_margin_lost": 0.3}, level)
+    assert check_tolerance({**figures, "largest_margin_lost": 0.19}, "float16") is None
+    for level in ("float16", "bfloat16"):
+        assert "tokens part where the best was 0.30 ahead" in check_tolerance(
+            {**figures, "largest_margin_lost": 0.3}, level
+        )
+
+
+def test_the_tolerance_follows_from_the_coarsest_dtype_compared():
+    assert choose_tolerance({"float32"}) == "exact"
+    assert choose_tolerance({"float32", "bfloat16", "float16"}) == "bfloat16"
+    assert choose_tolerance({"float16", "4-bit"}) == "4-bit"
 
 
 def test_bfloat16_rounds_more_than_float16():
     """8B shapes with random weights came out at 0.083 of the spread, which the tolerance of float16 refused."""
     figures = {"prompts": 8, "identical": 0, "largest_logit_difference": 0.52, "largest_margin_lost": 0.09}
-    assert judge({**figures, "relative_logit_difference": 0.083}, "bfloat16") is None
-    assert "0.08 of their spread, at most 0.05" in judge({**figures, "relative_logit_difference": 0.083}, "half")
-    assert "at most 0.15 is rounding" in judge({**figures, "relative_logit_difference": 0.2}, "bfloat16")
+    assert check_tolerance({**figures, "relative_logit_difference": 0.083}, "bfloat16") is None
+    assert "0.08 of their spread, at most 0.05" in check_tolerance(
+        {**figures, "relative_logit_difference": 0.083}, "float16"
+    )
+    assert "at most 0.15 is rounding" in check_tolerance({**figures, "relative_logit_difference": 0.2}, "bfloat16")
 
 
 def test_a_difference_that_is_no_number_never_passes():
     figures = {"prompts": 1, "identical": 1, "largest_margin_lost": 0.0}
     broken = {**figures, "relative_logit_difference": float("nan"), "largest_logit_difference": float("nan")}
-    assert all(judge(broken, level) for level in get_args(Level))
+    assert all(check_tolerance(broken, level) for level in TOLERANCES)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -97,15 +119,15 @@ NAN, INF = float("nan"), float("inf")
     "best",
     [[(9.0, 1.0), (NAN, NAN), (8.0, 0.0)], [(9.0, 1.0), (INF, 1.0), (8.0, 0.0)], [(NAN, NAN), (7.0, 3.0), (8.0, 0.0)]],
 )
-@pytest.mark.parametrize("level", get_args(Level))
+@pytest.mark.parametrize("level", TOLERANCES)
 def test_a_step_that_is_no_finite_number_after_the_first_token_is_a_mismatch(best, level):
     sound = [(9.0, 1.0), (7.0, 3.0), (8.0, 0.0)]
     reference, other = continuations([[4, 5, 6]], [sound]), continuations([[4, 5, 6]], [best])
-    assert "no finite number" in judge(compare(reference, other), level)
-    assert "no finite number" in judge(compare(other, reference), level)
+    assert "no finite number" in check_tolerance(compare(reference, other), level)
+    assert "no finite number" in check_tolerance(compare(other, reference), level)
 
 
 def test_a_margin_that_is_no_finite_number_is_a_mismatch():
     reference = continuations([[4, 5], [4, 5]], [[(9.0, 1.0), (NAN, 3.0)], [(9.0, 1.0), (7.0, 3.0)]], [(0.0, 1.0)] * 2)
     other = continuations([[4, 7], [4, 5]], [[(9.0, 1.0), (7.0, 3.0)]] * 2, [(0.0, 1.0)] * 2)
-    assert "no finite number" in judge(compare(reference, other), "half")
+    assert "no finite number" in check_tolerance(compare(reference, other), "float16")

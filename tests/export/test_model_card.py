@@ -14,19 +14,17 @@ from huggingface_hub import ModelCard
 from tests.exported import make_run, result, write_evidence
 from utils.config import load_config
 from utils.export.adapter import copy_adapter, merge_adapter
-from utils.export.base_model import Base
 from utils.export.model_card import make_card, write_cards
-from utils.project import ROOT
 
 
 @pytest.fixture(scope="module")
 def exported(tiny_folder, tmp_path_factory):
     run = make_run(tiny_folder, tmp_path_factory.mktemp("card") / "run")
     write_evidence(run)
-    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run)[0]}
-    adapter = {"against": "the model in memory", "level": "half", "prompts": 4, "identical": 3}
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run).folder}
+    adapter = {"against": "the model in memory", "level": "rounded to float16", "prompts": 4, "identical": 3}
     figures = {"adapter": adapter | {"largest_logit_difference": 2.5e-5}}
-    write_cards(run, Base(tiny_folder.name, None, tiny_folder), folders, figures)
+    write_cards(run, folders, figures)
     return run
 
 
@@ -36,20 +34,17 @@ def hub_run(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path / "run")
     write_evidence(run)
     hub = {"evaluate.more_benchmarks": [{"name": "qiaojin/PubMedQA", "split": "train"}], "model.revision": "a" * 40}
-    run.config = load_config("t4", hub | {"evaluate.benchmark.revision": "e" * 40})
+    run.config = load_config("t4", hub | {"evaluate.benchmark.revision": "e" * 40, "prompt.style": "native"})
     return run
 
 
-BASE = Base("unsloth/DeepSeek-R1-Distill-Llama-8B", "a" * 40, ROOT)
-
-
 def card_of(run, kind="adapter") -> ModelCard:
-    return make_card(run, BASE, kind, {"adapter": run.path, "merged": run.path}, {})
+    return make_card(run, kind, {"adapter": run.path, "merged": run.path}, {})
 
 
 def test_the_metadata_is_yaml_that_the_hubs_classes_read_back(hub_run):
     card = ModelCard(str(card_of(hub_run)))
-    assert card.data.base_model == BASE.name and card.data.license == "other"
+    assert card.data.base_model == "unsloth/DeepSeek-R1-Distill-Llama-8B" and card.data.license == "other"
     assert card.data.license_name == "mit-and-llama-3.1-community" and card.data.license_link.startswith("https://")
     assert card.data.datasets == ["FreedomIntelligence/medical-o1-reasoning-SFT"]
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
@@ -76,13 +71,34 @@ def test_every_figure_in_the_metadata_is_one_of_metrics_json_with_its_data_set(h
     assert second.dataset_type == "qiaojin/PubMedQA" and found["nll"].metric_type == "loss"
 
 
+def test_each_benchmarks_figures_name_their_own_data_set_in_whatever_order_they_stand(hub_run):
+    further = [
+        {"name": "openlifescienceai/medmcqa", "split": "validation"},
+        {"name": "qiaojin/PubMedQA", "split": "train"},
+    ]
+    hub_run.config = load_config("t4", {"evaluate.more_benchmarks": further})
+    named = [result(f"multiple_choice:{name}", 0.7, 0.71, -0.02, 0.04) for name in ("pubmedqa", "medmcqa")]
+    write_evidence(hub_run, secondary=named, benchmarks=["medqa", "medmcqa", "pubmedqa"])
+    found = {r.metric_args["metric"]: r.dataset_type for r in ModelCard(str(card_of(hub_run))).data.eval_results}
+    assert found == {
+        "multiple_choice": "GBaker/MedQA-USMLE-4-options",
+        "multiple_choice:medmcqa": "openlifescienceai/medmcqa",
+        "multiple_choice:pubmedqa": "qiaojin/PubMedQA",
+    }
+
+
 def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):
-    merged = {"against": "the adapter on the 16-bit base", "level": "half", "prompts": 50, "identical": 48}
+    merged = {
+        "against": "the adapter on the 16-bit base",
+        "level": "rounded to float16",
+        "prompts": 50,
+        "identical": 48,
+    }
     gguf = {"against": "the adapter on the 16-bit base", "level": "margin 0.5", "prompts": 20, "identical": 19}
     hub_run.file("model-f16.gguf").write_bytes(b"GGUF")
-    figures = {"merged": merged, "gguf_f16": gguf, "gguf": {"model-f16.gguf": 0}}
+    figures = {"merged": merged, "gguf_f16": gguf}
     folders = dict.fromkeys(("adapter", "merged", "gguf"), hub_run.path)
-    cards = {kind: make_card(hub_run, BASE, kind, folders, figures) for kind in folders}
+    cards = {kind: make_card(hub_run, kind, folders, figures) for kind in folders}
     assert ModelCard(str(cards["adapter"])).data.eval_results and "not measured again" not in str(cards["adapter"])
     for kind, prompts in (("merged", 50), ("gguf", 20)):
         header, body = str(cards[kind]).split("---\n", 2)[1:]
@@ -92,13 +108,18 @@ def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):
             f"the files here were held against the adapter on the 16-bit base on {prompts} prompts, not measured again."
             in body
         )
-    assert "neither measured again nor held against it" in str(make_card(hub_run, BASE, "gguf", folders, {}))
+    assert "neither measured again nor held against it" in str(make_card(hub_run, "gguf", folders, {}))
 
 
 def test_the_table_of_checks_names_what_each_was_held_against_and_what_was_not_loaded(hub_run):
     for name in ("model-f16.gguf", "model-q8_0.gguf", "adapter-f32.gguf"):
         hub_run.file(name).write_bytes(b"GGUF")
-    merged = {"against": "the adapter on the 16-bit base", "level": "half", "prompts": 50, "identical": 48}
+    merged = {
+        "against": "the adapter on the 16-bit base",
+        "level": "rounded to float16",
+        "prompts": 50,
+        "identical": 48,
+    }
     q8_0 = {"against": merged["against"], "level": "margin 1.0", "prompts": 20, "identical": 19}
     figures = {
         "merged": merged | {"largest_logit_difference": 0.25},
@@ -106,12 +127,12 @@ def test_the_table_of_checks_names_what_each_was_held_against_and_what_was_not_l
         "gguf_q8_0": q8_0,
     }
     folders = dict.fromkeys(("adapter", "merged", "gguf"), hub_run.path)
-    body = str(make_card(hub_run, BASE, "gguf", folders, figures))
-    assert "| merged | the adapter on the 16-bit base | half | 50 | 48 | 2.5e-01 |" in body
+    body = str(make_card(hub_run, "gguf", folders, figures))
+    assert "| merged | the adapter on the 16-bit base | rounded to float16 | 50 | 48 | 2.5e-01 |" in body
     assert "| gguf q8 0 | the adapter on the 16-bit base | margin 1.0 | 20 | 19 | not asked |" in body
     assert "Not loaded: `model-f16.gguf` (llama-server was not found), `adapter-f32.gguf` (no check opens it)." in body
     assert "Each file was loaded back" not in body and "held against the model in memory" not in body
-    for name in ("exact", "half", "bfloat16", "four bit", "margin"):
+    for name in ("exact", "rounded", "margin", "reported"):
         assert f"`{name}`" in body
 
 
@@ -165,7 +186,7 @@ def test_tables_are_tables_and_no_template_syntax_is_left(exported):
         assert len(tables) == 3
         for table in tables:
             assert len({line.count("|") for line in table.splitlines()}) == 1, table
-    assert "| adapter | the model in memory | half | 4 | 3 | 2.5e-05 |" in text
+    assert "| adapter | the model in memory | rounded to float16 | 4 | 3 | 2.5e-05 |" in text
 
 
 def test_a_card_of_your_own_model_and_rows_claims_no_licence_that_is_not_ours(exported):
@@ -189,7 +210,25 @@ def test_the_cards_own_python_lines_run_in_their_folders(exported, tiny_folder):
     for kind in ("adapter", "merged"):
         folder = exported.file(f"export/{kind}")
         (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
-        lines = lines.replace("base_id = 'tiny'", f"base_id = {str(tiny_folder)!r}")  # the reader's own folder
+        lines = lines.replace('base_id = "tiny"', f"base_id = {str(tiny_folder)!r}")  # the reader's own folder
         code += f"os.chdir({str(folder)!r})\n{lines}\nassert output.shape[1] > inputs['input_ids'].shape[1]\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_way_to_run_it_is_as_it_was_measured_and_names_the_commit(hub_run):
+    for name in ("model-f16.gguf", "model-q4_k_m.gguf"):
+        hub_run.file(name).write_bytes(b"GGUF")
+    folders = dict.fromkeys(("adapter", "merged", "gguf"), hub_run.path)
+    adapter, merged, gguf = (str(make_card(hub_run, kind, folders, {})) for kind in folders)
+    generate = hub_run.config.generate
+    sampled = f"temperature={generate.temperature}, top_p={generate.top_p}"
+    for card in (adapter, merged):
+        (lines,) = re.findall(r"```python\n(.*?)```", card, re.S)
+        compile(lines, "card", "exec")
+        assert sampled in lines and ("a" * 40 in lines) == (card is adapter)
+        body = json.loads(re.search(r"-d '(.*)'", card)[1])
+        assert (body["temperature"], body["max_tokens"]) == (generate.temperature, generate.max_new_tokens)
+        assert ("--enable-lora --max-lora-rank 16" in card) == (card is adapter)
+    assert f"--revision {'a' * 40}" in adapter
+    assert "llama-completion -m model-q4_k_m.gguf -no-cnv" in gguf and "<｜Assistant｜><think>\\n'" in gguf

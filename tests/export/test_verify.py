@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,17 +19,19 @@ from utils.export.compare_logits import Continuations
 from utils.export.model_card import write_cards
 from utils.export.verify import (
     REFERENCE,
-    altered_exports,
     check_merged_weights,
     export_folders,
+    plan_checks,
     read_record,
     verify_exports,
     write_record,
     write_reference,
 )
-from utils.files import write_json, write_text
+from utils.files import write_text
+from utils.hardware import resolve_hardware
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stages import BY_NAME
+from utils.project import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +41,13 @@ def exported(tiny_folder, tmp_path_factory):
     write_evidence(run)
     computed_on = {"device": "cpu", "backend": "transformers", "dtype": "float32"}
     run.write_record(BY_NAME["05_export"], state="running", computed_on=computed_on)
-    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run)[0]}
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run).folder}
     write_reference(run)
     figures = verify_exports(run, folders)
     folders["gguf"] = run.file("export/gguf")  # what llama.cpp would write: here only its digests are looked at
     for name in ("model-f16.gguf", "model-q4_k_m.gguf", "adapter-f32.gguf", "Modelfile"):
         write_text(folders["gguf"] / name, f"GGUF {name}")
-    write_cards(run, find_base(run.config), folders, figures)
+    write_cards(run, folders, figures)
     write_record(run, folders, figures)
     return run
 
@@ -72,23 +76,18 @@ def test_adapter_and_merged_model_agree_with_the_model_in_memory(exported):
     assert export_folders(exported) == {kind: exported.file(f"export/{kind}") for kind in ("adapter", "merged", "gguf")}
 
 
-def test_a_flipped_bit_is_found_in_whichever_file_it_is(copied):
-    assert altered_exports(copied) == []
-    exported_files = [
-        path for path in copied.file("export").rglob("*") if path.is_file() and path.name != "verify.json"
-    ]
-    assert len(exported_files) == 20
-    for path in exported_files:
-        whole = path.read_bytes()
-        damaged = bytearray(whole)
-        damaged[len(damaged) // 2] ^= 1
-        path.write_bytes(damaged)
-        name = path.relative_to(copied.path).as_posix()
-        assert altered_exports(copied) == [f"{name} differs from what was verified"]
-        path.write_bytes(whole)
-    assert altered_exports(copied) == []
-    exported_files[0].unlink()
-    assert len(altered_exports(copied)) == 1 and "is missing" in altered_exports(copied)[0]
+def test_a_float32_run_on_a_bfloat16_base_holds_the_merged_model_to_what_it_is_stored_in(tiny_folder, tmp_path):
+    """SmolLM2 on a CPU: "the same tokens for 7 of 8 prompts, expected all", though the merge was right."""
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    weights = {name: (4 * tensor).bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    run = make_run(base, tmp_path / "run", hardware__dtype="float32")
+    run.write_record(BY_NAME["05_export"], state="running", computed_on=resolve_hardware(run.config.hardware))
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run).folder}
+    write_reference(run)
+    figures = verify_exports(run, folders)
+    assert figures["adapter"]["level"] == "exact" and figures["merged"]["level"] == "rounded to bfloat16"
+    assert figures["merged"]["largest_logit_difference"] > 1e-4
 
 
 def test_a_weight_that_changed_is_found_by_loading_even_where_no_digest_is_asked(copied):
@@ -98,7 +97,7 @@ def test_a_weight_that_changed_is_found_by_loading_even_where_no_digest_is_asked
 
 
 def test_merged_weights_are_checked_against_base_plus_adapter(copied):
-    folders, base = export_folders(copied), find_base(copied.config)
+    folders, (base, _) = export_folders(copied), find_base(copied.config)
     assert check_merged_weights(folders, base)["largest_rounding_units"] < 4
     for change in (1e-4, float("nan")):
         change_a_weight(folders["merged"] / "model.safetensors", change)
@@ -106,69 +105,47 @@ def test_merged_weights_are_checked_against_base_plus_adapter(copied):
             check_merged_weights(folders, base)
 
 
-def test_an_export_that_cannot_be_loaded_ends_in_a_sentence(copied, monkeypatch):
-    from utils.export import loadback
-
-    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nOSError: no such file")
-    monkeypatch.setattr(loadback.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(ModelError, match=r"could not be loaded in a fresh process \(OSError: no such file\)"):
+def test_an_export_that_cannot_be_loaded_ends_in_a_sentence(copied):
+    copied.file("export/adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"could not be loaded in a fresh process \([\w.]+Error: "):
         verify_exports(copied, {"adapter": copied.file("export/adapter")})
 
 
-def test_on_another_machine_float32_is_held_to_the_wider_tolerance(copied, monkeypatch):
-    from utils.export import verify as verification
-
+def test_on_another_machine_float32_is_held_to_the_wider_tolerance(copied):
     elsewhere = {"device": "cuda", "backend": "unsloth", "dtype": "float16"}
     copied.write_record(BY_NAME["05_export"], state="done", computed_on=elsewhere)
-    asked = {}
-
-    def answers(config, exports, prompts, reference):
-        asked.update(exports)
-        return {name: Continuations.load(reference) for name in exports}
-
-    monkeypatch.setattr(verification, "answer_elsewhere", answers)
-    figures = verify_exports(copied, {"adapter": copied.file("export/adapter")})
-    assert figures["adapter"]["level"] == "half" and asked["adapter"]["follows"] == "reference"
+    (check,) = plan_checks(copied, {"adapter": copied.file("export/adapter")})
+    assert (check.reference, check.tolerance) == ("reference", "float16")
     coarse = copied.config.hardware.model_copy(update={"dtype": "bfloat16"})
     copied.config = copied.config.model_copy(update={"hardware": coarse})
-    assert verify_exports(copied, {"adapter": copied.file("export/adapter")})["adapter"]["level"] == "bfloat16"
+    (check,) = plan_checks(copied, {"adapter": copied.file("export/adapter")})
+    assert check.tolerance == "bfloat16"
 
 
 @pytest.mark.parametrize(
-    ("fits", "leader", "level"), [(True, "adapter_on_16_bit", "half"), (False, "reference", "four bit")]
+    ("fits", "leader", "tolerance"), [(True, "adapter_on_16_bit", "exact"), (False, "reference", "4-bit")]
 )
 def test_a_four_bit_run_holds_merged_weights_against_the_sixteen_bit_base_where_it_fits(
-    copied, monkeypatch, fits, leader, level
+    copied, monkeypatch, fits, leader, tolerance
 ):
-    from utils.export import verify as verification
+    from utils.export import verify
 
     section = copied.config.model.model_copy(update={"load_in_4bit": True})
     copied.config = copied.config.model_copy(update={"model": section})
-    asked = {}
-
-    def answers(config, exports, prompts, reference):
-        asked.update(exports)
-        return {name: Continuations.load(reference) for name in exports}
-
-    monkeypatch.setattr(verification, "answer_elsewhere", answers)
-    monkeypatch.setattr(verification, "_fits", lambda *_: fits)
-    figures = verify_exports(copied, folders_of(copied))
-    assert figures["merged"]["level"] == level and asked["merged"]["follows"] == leader
-    assert asked["adapter"]["four_bit"] and asked["merged"]["four_bit"] == (not fits)
-    if fits:
-        assert list(asked).index("adapter_on_16_bit") < list(asked).index("merged")
-        assert asked["adapter_on_16_bit"]["follows"] is None and not asked["adapter_on_16_bit"]["four_bit"]
+    monkeypatch.setattr(verify, "_fits", lambda *_: fits)
+    adapter, *between, merged = plan_checks(copied, folders_of(copied))
+    assert (merged.reference, merged.tolerance) == (leader, tolerance)  # base and sums of this run are float32
+    assert adapter.model.four_bit and merged.model.four_bit == (not fits)
+    assert [(check.name, check.reference, check.model.four_bit) for check in between] == [(leader, None, False)] * fits
 
 
 def test_an_export_that_lay_in_scratch_and_is_gone_is_no_fault_of_the_rest(copied, tmp_path):
     elsewhere = shutil.move(copied.file("export/merged"), tmp_path / "merged")
     folders = {"adapter": copied.file("export/adapter"), "merged": tmp_path / "merged"}
-    write_record(copied, folders, read_record(copied)["agreement"])
-    assert read_record(copied)["folders"]["merged"] == str(elsewhere) and altered_exports(copied) == []
-    (tmp_path / "merged" / "config.json").write_text("{}")
-    assert altered_exports(copied) == ["export/merged/config.json differs from what was verified"]
+    write_record(copied, folders, {})
+    assert export_folders(copied)["merged"] == elsewhere
     shutil.rmtree(elsewhere)
-    assert altered_exports(copied) == [] and set(export_folders(copied)) == {"adapter", "gguf"}
+    assert set(export_folders(copied)) == {"adapter", "gguf"}
 
 
 def test_the_reference_says_what_the_trained_model_says(exported):
@@ -182,11 +159,26 @@ def test_a_record_that_cannot_be_read_is_a_sentence(copied):
         export_folders(copied)
 
 
-@pytest.mark.parametrize(
-    "name", ["data/a", "export", "export/../a", "/export/a", "export/..\\a", "export/\n", "export//a"]
-)
-def test_a_record_with_a_name_that_is_none_below_export_is_refused(tmp_path, name):
-    run = open_run("demo", tmp_path)
-    write_json(run.file("export/verify.json"), {"folders": {}, "files": {name: "0"}})
-    with pytest.raises(RunDirError, match=r"verify.json cannot be read \(its values are not those"):
-        read_record(run)
+def test_a_stage_that_is_killed_leaves_no_load_back_process_behind(exported):
+    """It held a second model in memory, 16 GB for 8B, until somebody looked."""
+    adapter, base = exported.file("export/adapter"), exported.config.model.name
+    code = f"""
+from pathlib import Path
+from utils.export import verify
+from utils.pipeline.run_dir import open_run
+run = open_run("auto", {str(exported.path)!r})
+check = verify.Check("adapter", verify.Model({str(adapter)!r}, {base!r}))
+verify.answer_elsewhere(run.config, [check], verify.export_prompts(run) * 9999, run.file(verify.REFERENCE))
+"""
+    parent = psutil.Popen([sys.executable, "-c", code], cwd=ROOT)
+    started = time.monotonic()
+    while not (children := parent.children(recursive=True)) and time.monotonic() < started + 120:
+        time.sleep(0.05)
+    time.sleep(1)
+    children = parent.children(recursive=True) or children
+    parent.kill()
+    parent.wait()
+    left = psutil.wait_procs(children, timeout=10)[1]
+    for process in left:
+        process.kill()
+    assert children and left == []

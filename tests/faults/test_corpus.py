@@ -11,27 +11,20 @@ from tests.faults.fuzzing import corpus, survive
 from utils import secrets
 from utils.config import load_config
 from utils.export.merge import read_lora
-from utils.export.verify import altered_exports
+from utils.export.verify import read_record
 from utils.kaggle import push
-from utils.kaggle.push import build_request, check_text, read_metadata, reference_of
+from utils.kaggle.push import read_metadata, reference_of
 from utils.pipeline.run_dir import RunDir, read_manifest
 
-SOUND = ("kernel-metadata.json", "with-sources.json", "empty-cell.json")  # these say nothing wrong
+SOUND = ("kernel-metadata.json", "with-sources.json")  # these say nothing wrong
 
 
 def read_exports(folder: Path):
-    return altered_exports(RunDir(folder, load_config("demo")))
+    return read_record(RunDir(folder, load_config("demo")))
 
 
 def send_metadata(folder: Path):
     return reference_of(read_metadata(), "alice")
-
-
-def send_notebook(folder: Path):
-    text = (folder / "kernel.ipynb").read_text(encoding="utf-8")
-    check_text(text)
-    push.METADATA = corpus("metadata", "kernel-metadata.json")[0]
-    return build_request(read_metadata(), "alice/deepseek-r1-medical-lora", text)
 
 
 READERS = {  # area: (the name under which the file is read, by whom)
@@ -39,7 +32,6 @@ READERS = {  # area: (the name under which the file is read, by whom)
     "exports": ("export/verify.json", read_exports),
     "adapters": ("adapter_config.json", read_lora),
     "metadata": ("kernel-metadata.json", send_metadata),
-    "notebooks": ("kernel.ipynb", send_notebook),
 }
 CASES = [(area, path) for area in READERS for path in corpus(area)]
 
@@ -49,7 +41,6 @@ def test_a_file_of_the_corpus_ends_in_a_sentence(area, path, tmp_path, monkeypat
     fault(f"found before: {area}")
     name, read = READERS[area]
     monkeypatch.setattr(push, "METADATA", tmp_path / name)
-    monkeypatch.setattr(push, "known_values", dict)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     shutil.copy(path, tmp_path / name)
     assert (survive(read, tmp_path) is not None) == (path.name in SOUND)

@@ -18,7 +18,7 @@ from utils.__main__ import score
 from utils.errors import HubError, RunDirError, StageOrderError
 from utils.export.hub import plan_uploads, read_verdict
 from utils.files import read_lines
-from utils.kaggle.collect import Verdict, judge
+from utils.kaggle.collect import Outcome, classify
 from utils.models import tiny
 from utils.pipeline.run_dir import altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
@@ -139,8 +139,8 @@ def found_by_the_run(work: Path, name: str, maker: Stage) -> None:
 def found_by_the_others(work: Path, name: str, maker: Stage) -> None:
     """verify, collect, score and publish name it; whoever does not read it is not stopped by it."""
     assert [line.split()[0] for line in altered_files(work)] == [name]
-    collected = judge("COMPLETE", "", work, "")
-    assert collected.verdict == Verdict.FAIL and name in collected.sentence
+    collected = classify("COMPLETE", "", work, "")
+    assert collected.outcome == Outcome.FAIL and name in collected.sentence
     check_sentence(collected.sentence)
     refused = [told(RunDirError, score, work)] if is_below(name, READ_BY["score"]) else []
     refused += [told(HubError, plan_uploads, work, "you/adapter")] if is_below(name, READ_BY["publish"]) else []

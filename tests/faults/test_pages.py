@@ -27,11 +27,9 @@ def hostile_notebook() -> nbformat.NotebookNode:
 @pytest.fixture(scope="module")
 def hostile_pages(tmp_path_factory):
     """{name: page} of a run in whose name, settings, rows, answers, metrics and notebooks stands `EVIL`."""
-    from tests.test_answers_page import make_run, scored
-
-    from utils.evaluation.compare import Arms
+    from tests.report.test_answers_page import evaluated, make_run
     from utils.files import write_json
-    from utils.report.answers_page import write_answers
+    from utils.report.answers_page import write_answers_page
     from utils.report.index import executed_dir, write_report
 
     run = make_run(tmp_path_factory.mktemp("<b>run") / "<script>window.ran = 1<!-- ")
@@ -50,7 +48,7 @@ def hostile_pages(tmp_path_factory):
     write_json(run.file("export/verify.json"), {"agreement": {EVIL: {EVIL: EVIL}}})
     executed_dir(run).mkdir(parents=True)
     nbformat.write(hostile_notebook(), executed_dir(run) / "00_setup.ipynb")
-    answers = write_answers(run, Arms(scored(0), scored(1), pd.DataFrame(), pd.DataFrame(), {}))
+    answers = write_answers_page(run, evaluated(0), evaluated(1))
     report = write_report(run)
     return {
         "answers.html": answers,

@@ -34,11 +34,11 @@ from utils.data.rows import COLUMNS, check_rows, read_table
 from utils.evaluation.questions import Question, answer_key, current_answers
 from utils.evaluation.results import read_sentence
 from utils.export.merge import read_lora
-from utils.export.verify import altered_exports, export_folders
+from utils.export.verify import export_folders
 from utils.files import read_lines, write_lines
 from utils.kaggle import push
-from utils.kaggle.collect import Verdict, judge, readable_log
-from utils.kaggle.push import body_of, build_request, check_text, read_metadata, reference_of
+from utils.kaggle.collect import Outcome, classify, readable_log
+from utils.kaggle.push import read_metadata, reference_of, submission
 from utils.pipeline.run_dir import altered_files, open_run, read_manifest
 from utils.pipeline.stages import STAGES
 from utils.pipeline.state import SeriesState, read_state
@@ -251,7 +251,7 @@ def test_a_manifest_of_another_shape_ends_in_a_sentence_or_is_one(finished, faul
             assert (finished / name).resolve().is_relative_to(finished.resolve()), "a file outside would be read"
     if manifest is not None:
         survive(altered_files, finished)
-        check_sentence(judge("COMPLETE", "", finished, "").sentence)
+        check_sentence(classify("COMPLETE", "", finished, "").sentence)
         run = survive(open_run, "auto", finished)
         survive(run.first_stale, STAGES) if run else None
 
@@ -264,7 +264,7 @@ def test_a_state_of_any_kind_is_none_or_is_told_in_a_sentence(tmp_path, fault, s
     fault("states")
     (tmp_path / "state.json").write_bytes(state)
     assert isinstance(survive(read_state, tmp_path), SeriesState | None)
-    assert isinstance(survive(judge, "COMPLETE", "", tmp_path, "").verdict, Verdict)
+    assert isinstance(survive(classify, "COMPLETE", "", tmp_path, "").outcome, Outcome)
 
 
 GENERATE = load_config("demo").generate
@@ -289,7 +289,7 @@ def test_answers_cut_off_anywhere_are_whole_ones_or_missing_ones(tmp_path, fault
 VERIFY = {"folders": {"adapter": "export/adapter", "merged": "/tmp/elsewhere/merged"}, "agreement": {"adapter": {"identical": 2}},
           "files": {"export/README.md": "0" * 64, "export/merged/model.safetensors": "2" * 64}}  # fmt: skip
 FILES = {  # what is read of a run directory where no manifest stands beside it: its name, its content, and by whom
-    "export/verify.json": (VERIFY, lambda path: (altered_exports(open_run("demo", path)), export_folders(open_run("demo", path)))),
+    "export/verify.json": (VERIFY, lambda path: export_folders(open_run("demo", path))),
     "comparison/metrics.json": ({"primary": {"n": 9}, "verdict": "better", "sentence": "It is better.", "claims": []}, read_sentence),
 }  # fmt: skip
 
@@ -348,36 +348,20 @@ LOG = [
     {"stream_name": "stdout", "time": 1.0, "data": "00 done\n"},
     {"stream_name": "stderr", "time": 2, "data": "no\n"},
 ]
-NOTEBOOK = {
-    "cells": [
-        {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# A"},
-        {"cell_type": "code", "id": "b", "metadata": {"tags": ["parameters"]}, "execution_count": None, "outputs": [],
-         "source": ["PROFILE = \"auto\"\n", "RUN_DIR = \"\"\n", "OVERRIDES = {}"]},
-    ],
-    "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
-    "nbformat": 4, "nbformat_minor": 5,
-}  # fmt: skip
 
 
 @cases(300, value=mutated_values(*METADATA))
-def test_metadata_of_another_shape_end_in_a_sentence_or_a_private_request(tmp_path, monkeypatch, fault, value):
+def test_metadata_of_another_shape_end_in_a_sentence_or_a_submission(tmp_path, monkeypatch, fault, value):
     fault("kernel metadata")
     monkeypatch.setattr(push, "METADATA", tmp_path / "kernel-metadata.json")
     push.METADATA.write_bytes(to_json(value))
     metadata = survive(read_metadata)
     reference = survive(reference_of, metadata, "", "") if metadata else None
-    request = survive(build_request, metadata, reference, "{}") if reference else None
-    if request is not None:
-        body = body_of(request)
-        assert json.loads(json.dumps(body)) == body and body["isPrivate"] == metadata["is_private"]
-        assert body["slug"] == reference and reference.count("/") == 1
-
-
-@cases(200, value=mutated_values(NOTEBOOK))
-def test_a_notebook_of_another_shape_ends_in_a_sentence_or_may_travel(monkeypatch, fault, value):
-    fault("pushed notebooks")
-    monkeypatch.setattr(push, "known_values", dict)
-    survive(check_text, json.dumps(value))
+    sent = survive(submission, metadata, reference, "{}") if reference else None
+    if sent is not None:
+        assert json.loads(json.dumps(sent.metadata)) == sent.metadata
+        assert sent.metadata["is_private"] == metadata["is_private"]
+        assert sent.reference == reference and reference.count("/") == 1
 
 
 @cases(100, text=mutated_values(LOG).map(json.dumps) | st.text())

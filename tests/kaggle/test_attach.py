@@ -1,4 +1,4 @@
-"""An earlier session's run directory, found in both of Kaggle's mount layouts and copied, never guessed."""
+"""An earlier session's run directory, found in both of Kaggle's mount layouts; and how a session ends."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from utils import hardware
 from utils.errors import RunDirError
 from utils.files import write_json
-from utils.kaggle import attach as inputs
-from utils.kaggle.attach import adopt_attached, find_attached
-from utils.pipeline.state import SeriesState, write_state
+from utils.kaggle import attach as kaggle_attach
+from utils.kaggle.attach import SeriesStopped, find_attached, finish_session, move_large_files, resume_from_attached
+from utils.pipeline.state import SeriesState, read_state, write_state
 
 TODAY = "notebooks/alice/deepseek-r1-medical-lora/runs/t4"
 OLDER = "deepseek-r1-medical-lora/runs/t4"
@@ -52,7 +53,7 @@ def test_one_output_mounted_twice_is_one_run_and_two_different_ones_are_named(tm
 def test_somebody_elses_manifest_and_a_large_collection_are_passed_over(tmp_path, monkeypatch):
     (tmp_path / "datasets/bob/webapp").mkdir(parents=True)
     (tmp_path / "datasets/bob/webapp/manifest.json").write_text('{"name": "an app"}')
-    monkeypatch.setattr(inputs, "WIDTH", 50)
+    monkeypatch.setattr(kaggle_attach, "WIDTH", 50)
     images = tmp_path / "datasets/bob/xrays"
     images.mkdir()
     for number in range(60):
@@ -72,25 +73,103 @@ def test_the_run_is_copied_whole_without_the_other_sessions_state(tmp_path, monk
     attached = attach(tmp_path / "input", TODAY)
     for path in (attached, attached / "data"):
         path.chmod(0o555)  # attached inputs cannot be written to
-    monkeypatch.setattr(inputs, "KAGGLE", tmp_path)
-    monkeypatch.setattr(inputs, "runs_dir", lambda: tmp_path / "working" / "runs")
+    monkeypatch.setattr(kaggle_attach, "KAGGLE", tmp_path)
+    monkeypatch.setattr(kaggle_attach, "runs_dir", lambda: tmp_path / "working" / "runs")
     (tmp_path / "working").mkdir()
-    target = adopt_attached()
+    target = resume_from_attached()
     assert target == tmp_path / "working" / "runs" / "t4"
     assert (target / "data" / "train.parquet").read_bytes() == b"rows" and not (target / "state.json").exists()
     assert all(path.stat().st_mode & 0o200 for path in (target, target / "data", target / "data" / "train.parquet"))
-    assert "going on with" in capsys.readouterr().out
-    assert adopt_attached() == target and "going on" not in capsys.readouterr().out  # once
+    assert "resuming " in capsys.readouterr().out
+    assert resume_from_attached() == target and "resuming" not in capsys.readouterr().out  # once
 
 
 def test_a_run_directory_that_has_a_manifest_is_left_alone(tmp_path):
     attach(tmp_path / "input", TODAY)
     own = attach(tmp_path, "own", note="mine")
-    assert adopt_attached("t4", own, tmp_path / "input") == own
+    assert resume_from_attached("t4", own, tmp_path / "input") == own
     assert (own / "manifest.json").read_text().count("mine") == 1
 
 
 def test_without_anything_attached_the_default_is_below_the_current_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert adopt_attached("demo", "", tmp_path / "input") == tmp_path / "runs" / "demo"
+    assert resume_from_attached("demo", "", tmp_path / "input") == tmp_path / "runs" / "demo"
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run directory in /kaggle/working, moved below tmp_path."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    for module in (kaggle_attach, hardware):
+        monkeypatch.setattr(module, "KAGGLE", tmp_path / "kaggle")
+    path = tmp_path / "kaggle" / "working" / "runs" / "t4"
+    for name in ("export/adapter/adapter_model.safetensors", "export/merged/model.safetensors", "export/merged/config.json",
+                 "training/checkpoints/abc/checkpoint-50/optimizer.pt", "training/adapter/adapter_model.safetensors"):  # fmt: skip
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(b"x" * 2000)
+    write_json(path / "manifest.json", {"profile": "t4", "overrides": {}, "stages": {}})
+    return path
+
+
+TINY = 1e-6  # GiB: every export but the adapter is large
+
+
+def test_a_run_that_is_done_keeps_adapter_and_report_and_leaves_the_rest_in_scratch(run, tmp_path, capsys):
+    write_state(run, SeriesState(state="done"))
+    state = finish_session(run, TINY)
+    assert state.state == "done"
+    assert read_state(run).left_in_scratch == {"export/merged": 4000, "training/checkpoints": 2000}
+    assert (run / "export/adapter/adapter_model.safetensors").exists() and not (run / "export/merged").exists()
+    scratch = tmp_path / "kaggle" / "temp"
+    assert sorted(path.name for path in scratch.rglob("*") if path.is_file()) == [
+        "config.json",
+        "model.safetensors",
+        "optimizer.pt",
+    ]
+    assert "export/merged (0.0 GiB) is in" in capsys.readouterr().out
+
+
+def test_a_run_to_be_continued_keeps_its_checkpoints(run):
+    write_state(run, SeriesState(state="continue", stage="03_lora_training", sentence="8.0 h old"))
+    assert finish_session(run, TINY).state == "continue"
+    assert (run / "training/checkpoints/abc/checkpoint-50/optimizer.pt").exists()
+
+
+def test_small_exports_stay(run):
+    write_state(run, SeriesState(state="done"))
+    finish_session(run)
+    assert (run / "export/merged/model.safetensors").exists()
+
+
+def test_elsewhere_nothing_moves(run, monkeypatch):
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    monkeypatch.setattr(kaggle_attach, "where", lambda: "local")
+    assert move_large_files(run, done=True, limit_gib=TINY) == {} and (run / "training/checkpoints").exists()
+
+
+def test_a_series_that_failed_stops_the_notebook_with_its_sentence(run):
+    write_state(
+        run,
+        SeriesState(state="failed", stage="03_lora_training", kind="TrainingError", sentence="Loss was not finite."),
+    )
+    with pytest.raises(SeriesStopped, match=r"03_lora_training failed: Loss was not finite\. What finished is kept"):
+        finish_session(run)
+
+
+def test_a_series_that_died_without_a_word_is_recorded_as_killed(run):
+    write_state(run, SeriesState(state="running"))
+    with pytest.raises(SeriesStopped, match="its process died"):
+        finish_session(run)
+    assert (read_state(run).state, read_state(run).kind) == ("failed", "killed")
+
+
+def test_a_series_that_never_began_says_so(tmp_path):
+    with pytest.raises(SeriesStopped, match="it never began"):
+        finish_session(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_single_notebook_notes_what_it_moved_too(run):
+    assert set(move_large_files(run, limit_gib=TINY)) == {"export/merged"}
+    assert read_state(run) == SeriesState(state="done", left_in_scratch={"export/merged": 4000})

@@ -1,17 +1,13 @@
-"""The one-file notebook: up to date, small enough for Kaggle, and able to run where there is nothing else."""
+"""The one-file notebook: up to date, small enough for Kaggle, and made of what it says."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import nbformat
 import pytest
 
-from tests.sessions import Machine
 from utils.kaggle.bundle import (
     KERNEL,
     MAXIMUM_BYTES,
@@ -19,11 +15,8 @@ from utils.kaggle.bundle import (
     build_kernel,
     build_single,
     check_kernel,
-    with_parameters,
 )
-from utils.models.tiny import cache_dir
 from utils.pipeline.stages import STAGES
-from utils.sealed import seal
 
 
 def test_the_committed_kernel_carries_the_files_as_they_are():
@@ -69,16 +62,13 @@ def test_a_kernel_that_is_out_of_date_is_told(tmp_path, monkeypatch):
         check_kernel()
 
 
-def test_parameters_are_replaced_as_literals_and_nothing_else_is():
-    before = json.loads(KERNEL.read_text(encoding="utf-8"))
-    after = with_parameters(before, {"PROFILE": "t4", "OVERRIDES": {"data.path": r"C:\1\g<0>"}})
-    changed = [(a, b) for a, b in zip(before["cells"], after["cells"], strict=True) if a != b]
-    assert len(changed) == 1
+def test_parameters_are_written_as_literals_and_nothing_else_changes():
+    before, after = build_kernel().cells, build_kernel("t4", {"data.path": r"C:\1\g<0>"}).cells
+    changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+    assert len(changed) == 1 and changed[0][0].source.startswith('PROFILE = "auto"  #')
     values: dict = {}
-    exec(changed[0][1]["source"], values)
+    exec(changed[0][1].source, values)
     assert values["PROFILE"] == "t4" and values["OVERRIDES"] == {"data.path": r"C:\1\g<0>"} and values["RUN_DIR"] == ""
-    with pytest.raises(BundleError, match="no parameter PROFIL"):
-        with_parameters(before, {"PROFIL": "t4"})
 
 
 @pytest.mark.parametrize("number", [stage.number for stage in STAGES])
@@ -87,10 +77,10 @@ def test_any_numbered_notebook_can_be_made_self_contained(number):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     original = nbformat.read(STAGES[int(number)].notebook, as_version=4)
-    assert "ARCHIVE" in code[0].source and "git" not in code[0].source.split('"""')[2]
-    assert code[1].metadata.tags == ["parameters"] and "adopt_attached(PROFILE, RUN_DIR)" in code[2].source
+    assert "ARCHIVE" in code[0].source and "git clone" not in code[0].source
+    assert code[1].metadata.tags == ["parameters"] and "resume_from_attached(PROFILE, RUN_DIR)" in code[2].source
     sources = [cell.source for cell in notebook.cells]
-    untouched = [cell.source for cell in original.cells if "SERIES, REPOSITORY, REF" not in cell.source]
+    untouched = [cell.source for cell in original.cells if "git clone" not in cell.source]
     assert [source for source in sources if source in untouched] == untouched
     assert notebook.metadata.kernelspec.name == "python3" and len(json.dumps(notebook)) < MAXIMUM_BYTES
 
@@ -98,50 +88,3 @@ def test_any_numbered_notebook_can_be_made_self_contained(number):
 def test_a_notebook_that_there_is_not_cannot_be_bundled():
     with pytest.raises(BundleError, match="no notebook '07'; there are 00 to 05"):
         build_single("07")
-
-
-@pytest.mark.series
-@pytest.mark.parametrize(
-    ("number", "layout"),
-    [("04", "notebooks/alice/03-lora-training/runs/demo"), ("02", "00-setup/runs/demo")],
-    ids=["today's layout", "the older layout"],
-)
-def test_a_single_notebook_goes_on_with_an_attached_output(demo_run, tmp_path, number, layout):
-    """Alone in an empty folder, on a machine laid out as Kaggle's: an earlier output is attached, and cannot be written."""
-    machine = Machine(tmp_path / "m", cache_dir())
-    name = STAGES[int(number)].name
-    manifest = json.loads((demo_run.path / "manifest.json").read_text())
-    del manifest["stages"][name]
-    files = {p.relative_to(demo_run.path).as_posix(): p.read_bytes() for p in demo_run.path.rglob("*") if p.is_file()}
-    machine.attach(files | {"manifest.json": json.dumps(seal(manifest)).encode()}, layout)
-    done = machine.execute(nbformat.writes(build_single(number)))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"going on with {machine.kaggle / 'input' / layout}" in (machine.empty / "__notebook__.ipynb").read_text()
-    stages = json.loads((machine.working / "runs" / "demo" / "manifest.json").read_text())["stages"]
-    assert stages[name]["state"] == "done" and len(stages) == 6
-
-
-@pytest.mark.series
-def test_it_runs_alone_in_an_empty_directory(copied_run, tmp_path):
-    """Everything in the run directory is current, so the series inside has nothing to do but to find that out."""
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SERIES_ROOT")}
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(KERNEL),
-        "out.ipynb",
-        "-p",
-        "PROFILE",
-        "demo",
-        "-p",
-        "RUN_DIR",
-        str(copied_run),
-    ]
-    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    executed = (empty / "out.ipynb").read_text(encoding="utf-8")
-    assert "\\u001b[2K" not in executed  # a log is no terminal
-    assert executed.count("unchanged, not run again") == 6 and "image/png" in executed and "**Better.**" in executed

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
+from pathlib import Path
 
 import nbformat
 import pytest
 from rich.console import Console
 
+from tests import fake_tokens
 from tests.loopback import Answer, forget_kaggle, kaggle_cli, kaggle_environment, series_call, series_cli
 from utils.errors import ConfigError, InfrastructureError, KaggleError
-from utils.kaggle import push
-from utils.kaggle.push import check_text, kernel_text, read_metadata, reference_of, title_of
+from utils.kaggle import bundle, push
+from utils.kaggle.push import kernel_text, read_metadata, reference_of, title_of
 from utils.project import ROOT
+from utils.secrets import _on_disk
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
 
@@ -33,7 +37,7 @@ def checkout(tmp_path):
     folder = tmp_path / "checkout"
     folder.mkdir()
     (folder / "kernel-metadata.json").write_text(json.dumps(metadata))
-    shutil.copy(ROOT / "kaggle_kernel.ipynb", folder)
+    (folder / "kaggle_kernel.ipynb").write_text(kernel_text())
     return folder
 
 
@@ -91,20 +95,19 @@ def test_no_run_and_until_done_exclude_each_other(kaggle_server, home):
     assert done.returncode == 1 and "--until-done would wait for none" in done.stderr and not kaggle_server.received
 
 
-def test_a_dry_run_shows_exactly_what_would_be_sent_and_sends_nothing(kaggle_server, home, tmp_path):
+def test_a_dry_run_shows_what_would_be_sent_and_leaves_it_as_the_command_line_takes_it(kaggle_server, home, tmp_path):
     words = ["push", "--profile", "t4", "--set", "train.seed=1", "--username", "alice"]
-    dry = series_cli(kaggle_server, home, *words, "--dry-run", TMPDIR=str(tmp_path))
+    dry = series_call(kaggle_server, home, *words, "--dry-run", TMPDIR=str(tmp_path))
     assert dry.returncode == 0, dry.stderr
     assert not kaggle_server.received
-    assert series_call(kaggle_server, home, *words).returncode == 0
-    (sent,) = kaggle_server.versions
-    (file,) = tmp_path.glob("*/push.json")
-    assert json.loads(file.read_text()) == sent
-    for key, value in sent.items():
-        if key != "text":
-            assert f"{key}: {json.dumps(value)}" in dry.stdout
+    assert f'id: "{REFERENCE}"' in dry.stdout and 'machine_shape: "NvidiaTeslaT4"' in dry.stdout
     assert "PROFILE = 't4'" in dry.stdout and "OVERRIDES = {'train.seed': 1}" in dry.stdout
-    assert f"text: {len(sent['text']):,} of 900,000 bytes" in dry.stdout
+    folder = Path(re.search(r"all of it is in (\S+);", dry.stdout)[1])
+    assert kaggle_cli(kaggle_server, home, "kernels", "push", "-p", ".", cwd=folder).returncode == 0
+    assert series_call(kaggle_server, home, *words).returncode == 0
+    theirs, ours = kaggle_server.versions
+    assert ours == theirs and f"text: {len(ours['text']):,} of 900,000 bytes" in dry.stdout
+    shutil.rmtree(folder)
 
 
 def test_an_error_in_the_answer_ends_in_status_1_where_the_command_line_ends_in_0(kaggle_server, home, checkout):
@@ -144,56 +147,12 @@ def test_a_rate_limit_is_waited_for_and_the_push_arrives_once(kaggle_server, hom
     ],
     ids=["5xx", "no JSON", "connection cut"],
 )
-def test_a_push_whose_answer_was_lost_but_that_arrived_is_not_repeated(kaggle_server, home, lost):
-    def arrives():
-        kaggle_server.save(json.loads(kaggle_server.received[-1].body))
-
-    kaggle_server.script["SaveKernel"] = [Answer(**lost, first=arrives)]
+def test_a_push_whose_answer_was_lost_is_not_repeated_since_it_may_have_arrived(kaggle_server, home, lost):
+    kaggle_server.script["SaveKernel"] = [Answer(**lost)]
     done = series_call(kaggle_server, home, "push")
-    assert done.returncode == 0, done.stderr
-    assert "version 1 has arrived: not pushed again" in done.stderr and "version 1 of alice/" in done.stdout
-    assert len(kaggle_server.versions) == 1 and len(kaggle_server.calls("SaveKernel")) == 1
-
-
-def test_a_push_that_was_lost_is_repeated_and_says_so(kaggle_server, home):
-    kaggle_server.script["SaveKernel"] = [Answer(cut=0)]
-    done = series_call(kaggle_server, home, "push")
-    assert done.returncode == 0, done.stderr
-    assert "Kaggle still shows version 0: pushing again" in done.stderr and "cancel one" in done.stderr
-    assert len(kaggle_server.versions) == 1
-
-
-def test_where_nobody_can_say_whether_the_push_arrived_it_is_not_repeated(kaggle_server, home, monkeypatch):
-    import tenacity
-
-    from utils.kaggle import api as kaggle_api
-
-    for name, value in kaggle_environment(kaggle_server, home).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda _: None)
-    monkeypatch.setattr(kaggle_api.Kaggle, "version", _once_then_unreachable())
-    kaggle = _connect(kaggle_server, monkeypatch)
-    kaggle_server.script["SaveKernel"] = [Answer(cut=0)]
-    from utils.kaggle.push import build_request
-
-    request = build_request(read_metadata(), REFERENCE, kernel_text())
-    with pytest.raises(kaggle_api.InfrastructureError, match="cannot be asked whether it arrived") as caught:
-        kaggle.save_kernel(request)
-    assert f"https://www.kaggle.com/code/{REFERENCE}" in str(caught.value)
+    assert done.returncode == 3 and "Whether the push arrived is not known" in done.stderr
+    assert f"https://www.kaggle.com/code/{REFERENCE}" in done.stderr
     assert len(kaggle_server.calls("SaveKernel")) == 1
-
-
-def _once_then_unreachable():
-    from utils.errors import InfrastructureError
-
-    answers = iter([0])
-
-    def version(self, reference):
-        for answer in answers:
-            return answer
-        raise InfrastructureError("no connection")
-
-    return version
 
 
 def _connect(server, monkeypatch):
@@ -201,18 +160,11 @@ def _connect(server, monkeypatch):
     from utils.kaggle.api import Kaggle
 
     forget_kaggle()
-    return Kaggle(say=lambda _: None)
-
-
-def test_kaggle_that_stays_unreachable_is_infrastructure_and_not_a_failure(kaggle_server, home):
-    kaggle_server.script["GetKernel"] = [Answer({"message": "down"}, 503, {"Retry-After": "0"})] * 6
-    done = series_call(kaggle_server, home, "push")
-    assert done.returncode == 3 and "Kaggle could not be reached" in done.stderr and "503: down" in done.stderr
-    assert not kaggle_server.versions
+    return Kaggle(log=lambda _: None)
 
 
 def test_a_connection_that_falls_silent_is_given_up_and_not_waited_for_without_end(kaggle_server, home, monkeypatch):
-    """kagglesdk 0.1.37 sets no time-out at all."""
+    """kagglesdk 0.1.38 sets no time-out at all."""
     from utils.kaggle import api as kaggle_api
 
     for name, value in kaggle_environment(kaggle_server, home).items():
@@ -242,7 +194,7 @@ def test_a_token_is_traded_for_the_user_name(kaggle_server, home):
     assert kaggle_server.calls("SaveKernel")[0].headers["Authorization"] == "Bearer KGAT_of-ours"
 
 
-def test_waiting_tells_each_state_and_ends_with_the_sessions_own(kaggle_server, home):
+def test_waiting_shows_each_state_and_ends_with_the_sessions_own(kaggle_server, home):
     kaggle_server.statuses = [{"status": s} for s in ("complete", "queued", "running", "running", "error")]
     kaggle_server.statuses[-1]["failureMessage"] = "out of memory"
     done = series_call(kaggle_server, home, "push", "--wait", "--poll", "0.01")
@@ -252,8 +204,8 @@ def test_waiting_tells_each_state_and_ends_with_the_sessions_own(kaggle_server, 
     ]  # fmt: skip
 
 
-class Telling:
-    """A Kaggle that tells these states, the last one for ever."""
+class Showing:
+    """A Kaggle that shows these states, the last one for ever."""
 
     def __init__(self, *states: str):
         self.states = list(states)
@@ -264,12 +216,12 @@ class Telling:
 
 def test_after_a_push_an_end_counts_only_once_a_session_was_seen(monkeypatch):
     quiet, old = Console(quiet=True), ["COMPLETE"] * 9
-    ended = push.wait(Telling(*old, "QUEUED", "RUNNING", "ERROR"), REFERENCE, quiet, 0.001, just_pushed=True)
+    ended = push.wait(Showing(*old, "QUEUED", "RUNNING", "ERROR"), REFERENCE, quiet, 0.001, just_pushed=True)
     assert ended == ("ERROR", "")
     monkeypatch.setattr(push, "_START_S", 0.05)
-    with pytest.raises(InfrastructureError, match=r"no queued or running session of alice/.*its last word: complete"):
-        push.wait(Telling("COMPLETE"), REFERENCE, quiet, 0.001, just_pushed=True)
-    assert push.wait(Telling("ERROR"), REFERENCE, quiet, 0.001) == ("ERROR", "")  # what collect --wait asks
+    with pytest.raises(InfrastructureError, match=r"no queued or running session of alice/.*the last state: complete"):
+        push.wait(Showing("COMPLETE"), REFERENCE, quiet, 0.001, just_pushed=True)
+    assert push.wait(Showing("ERROR"), REFERENCE, quiet, 0.001) == ("ERROR", "")  # what collect --wait asks
 
 
 def test_an_outage_in_the_middle_of_waiting_is_waited_out(kaggle_server, home):
@@ -305,46 +257,36 @@ def test_the_owner_is_asked_for_where_nobody_named_one():
     assert reference_of({"id": "carol/some-kernel"}) == "carol/some-kernel"
 
 
-def executed(**changes) -> str:
-    notebook = json.loads(kernel_text())
-    notebook["metadata"] |= changes.pop("metadata", {})
-    notebook["cells"][1] |= changes
-    return json.dumps(notebook)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (
-            lambda: executed(outputs=[{"output_type": "stream", "name": "stdout", "text": "x"}]),
-            "Cell 2 holds executed output",
-        ),
-        (lambda: executed(execution_count=3), "Cell 2 holds executed output"),
-        (lambda: executed(metadata={"papermill": {}}), "executed by papermill"),
-        (lambda: json.dumps({"cells": [], "metadata": {}}), "names no kernel"),
-        (lambda: executed(source="#" + "x" * 900_000), "expected less than 900,000"),
-        (lambda: executed(source="HF = 'hf_" + "A" * 34 + "'"), "looks like a Hugging Face token"),
-    ],
-    ids=["output", "count", "papermill", "kernel", "size", "token"],
-)
-def test_what_must_not_travel_is_refused_before_anything_is_sent(text, said):
-    with pytest.raises(KaggleError, match=said):
-        check_text(text())
-
-
-def test_injected_parameters_are_refused():
-    notebook = json.loads(kernel_text())
-    notebook["cells"].insert(
-        2, {"cell_type": "code", "metadata": {"tags": ["injected-parameters"]}, "source": "PROFILE = 'x'"}
-    )
-    with pytest.raises(KaggleError, match="Cell 3 holds injected parameters"):
-        check_text(json.dumps(notebook))
+def test_a_notebook_that_is_too_large_for_kaggle_is_refused(monkeypatch):
+    """The server's own words for it, "400 Client Error", name no reason."""
+    monkeypatch.setattr(bundle, "MAXIMUM_BYTES", 1000)
+    with pytest.raises(bundle.BundleError, match="Kaggle takes less than 1,000"):
+        kernel_text()
 
 
 def test_a_secret_at_hand_is_looked_for_in_what_would_travel(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "import base64, hashlib")
-    with pytest.raises(KaggleError, match="holds the value of WANDB_API_KEY"):
+    with pytest.raises(KaggleError, match="take it out: a pushed version cannot be unpushed"):
         kernel_text()
+
+
+@pytest.mark.parametrize("token", [fake_tokens.hugging_face("x"), fake_tokens.kaggle_token("x")], ids=["hf", "kaggle"])
+def test_what_looks_like_a_token_of_any_service_that_is_known_may_not_travel(token):
+    with pytest.raises(KaggleError, match="take it out: a pushed version cannot be unpushed") as refused:
+        kernel_text("t4", {"model.name": f"someone/{token}"})
+    assert token not in str(refused.value)
+
+
+def test_the_key_in_kaggle_json_may_not_travel(tmp_path, monkeypatch):
+    key = fake_tokens.kaggle_key("on disk")
+    (tmp_path / "kaggle.json").write_text(json.dumps({"username": "alice", "key": key}))
+    monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))
+    _on_disk.cache_clear()
+    try:
+        with pytest.raises(KaggleError, match="take it out: a pushed version cannot be unpushed"):
+            kernel_text("t4", {"model.name": f"someone/{key}"})
+    finally:
+        _on_disk.cache_clear()
 
 
 def test_a_wrong_setting_or_a_file_of_this_machine_is_told_before_anything_is_sent(tmp_path):

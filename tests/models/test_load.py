@@ -14,6 +14,7 @@ from utils.models.load import (
     start_backend,
     torch_dtype,
 )
+from utils.schema import LoraSection
 
 
 def config_for(folder, **overrides):
@@ -46,6 +47,17 @@ def test_fresh_lora_changes_nothing_and_is_the_same_for_the_same_seed(tiny_folde
         assert torch.equal(model(input_ids=ids).logits, before)
         weights.append([p.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_all_linear_adapts_the_seven_projections_and_rslora_scales_by_the_root_of_r(tiny_folder):
+    config = config_for(tiny_folder, **{"lora.target_modules": "all-linear", "lora.use_rslora": True, "lora.r": 4})
+    lora = config.lora.model_dump()
+    model = add_lora(load_model(config)[0], config, **lora, task_type="CAUSAL_LM")
+    adapted = {
+        name.rsplit(".", 1)[-1]: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "lora_A")
+    }
+    assert set(adapted) == set(LoraSection().target_modules) and len(adapted) == 7
+    assert set(adapted.values()) == {config.lora.lora_alpha / 2}
 
 
 def test_lora_weights_are_float32_again_after_trl_made_them_bfloat16(tiny_folder):

@@ -1,4 +1,4 @@
-"""Packed rows must not see each other: which attention is chosen, and that the plain backend never packs."""
+"""unsloth's patches: packed rows must not see each other, and attention by groups is torch's own in every shape and mask."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ import pytest
 import torch
 
 from benchmarks.recipe import notebook_functions
+from utils.errors import PinError
 from utils.models import unsloth_patches as packing
-from utils.models.unsloth_patches import attend_within_documents, choose_attention
+from utils.models.unsloth_patches import (
+    MADE_FOR,
+    attend_by_groups,
+    attend_within_documents,
+    choose_attention,
+    forget_cache,
+    free_copied_cache,
+    require_version,
+)
 from utils.project import ROOT
 from utils.training.step_plan import StepPlan
 
@@ -109,3 +118,65 @@ def test_the_plain_backend_never_packs_where_samples_would_see_each_other(traini
     assert len(trainer.train_dataset) == len(rows) and not trainer.args.packing
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     assert batch["input_ids"].shape[0] == 4  # each row a sequence of its own
+
+
+def test_another_unsloth_than_the_pinned_one_is_refused_by_a_sentence():
+    assert f"unsloth=={MADE_FOR} " in (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    require_version(MADE_FOR)
+    with pytest.raises(PinError, match=r"unsloth 2099\.1\.1 is installed; its patches here were made for"):
+        require_version("2099.1.1")
+
+
+def tensors(batch: int = 3, heads: int = 8, kv_heads: int = 2, length: int = 17, size: int = 16, count: int = 1):
+    torch.manual_seed(0)
+    query = torch.randn(batch, heads, count, size)
+    # As unsloth keeps them: (length, 2, batch, kv_heads, size), of which keys and values are views.
+    cache = torch.randn(length, 2, batch, kv_heads, size)
+    return query, cache[:, 0].permute(1, 2, 0, 3), cache[:, 1].permute(1, 2, 0, 3)
+
+
+def left_padding(batch: int, length: int) -> torch.Tensor:
+    mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
+    for row in range(batch):
+        mask[row, ..., : 2 * row] = False
+    return mask
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+def test_it_is_scaled_dot_product_attention(kv_heads, masked):
+    query, key, value = tensors(kv_heads=kv_heads)
+    mask = None if masked is None else left_padding(3, 17)
+    if masked == "float":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(attend_by_groups(query, key, value, attn_mask=mask, enable_gqa=True), expected)
+
+
+def test_several_new_tokens_go_to_torch():
+    query, key, value = tensors(count=17)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(attend_by_groups(query, key, value, is_causal=True, enable_gqa=True), expected)
+
+
+def test_half_precision_does_not_overflow_where_the_product_before_scaling_would():
+    query, key, value = (tensor.half() * 60 for tensor in tensors(size=128))
+    assert torch.isfinite(attend_by_groups(query, key, value, enable_gqa=True)).all()
+
+
+def test_the_cache_that_unsloth_leaves_on_its_modules_is_freed():
+    layer = torch.nn.Linear(2, 2)
+    layer.paged_attention = layer.paged_attention_K = layer.paged_attention_V = torch.zeros(3)
+    model = torch.nn.Sequential(layer, torch.nn.ReLU())
+    forget_cache(model)
+    assert not hasattr(layer, "paged_attention") and not hasattr(layer, "paged_attention_V")
+    forget_cache(model)  # and nothing to free is no error
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_prompts_keys_are_freed_after_the_first_step_only(first):
+    keys, values = torch.ones(2, 3), torch.ones(2, 3)
+    attend = free_copied_cache(lambda self, hidden, past, position, do_prefill=False, **more: (past[0].sum(), more))
+    total, more = attend(None, None, (keys, values), None, do_prefill=first, attention_mask=7)
+    assert float(total) == 6 and more == {"attention_mask": 7}
+    assert (keys.untyped_storage().size() == 0) is first

@@ -7,11 +7,9 @@ import json
 import pandas as pd
 import pytest
 
-from utils.evaluation.compare import Arms
-from utils.evaluation.questions import answer_key, arm_digest, forced_key, load_questions
+from utils.evaluation.evaluate import Evaluation
 from utils.pipeline.run_dir import open_run
-from utils.report.answers_page import write_answers
-from utils.sealed import to_lines
+from utils.report.answers_page import write_answers_page
 
 EVIL = "</div></details><script>alert('x')</script><img src=x onerror=alert(1)> & <b>bold</b>"
 NAN = float("nan")
@@ -32,25 +30,25 @@ FORCED = {"baseline": "B", "tuned": "<i>C</i>"}  # what was read from the logits
 LONG = "no space at all " * 100 + "W" * 98_400
 
 
-def completion(identifier: str, arm: str) -> str:
+def completion(identifier: str, name: str) -> str:
     answer = {"wrong-both": EVIL, "nobody-knows": LONG, "fixed": "דליפת שתן במאמץ \U0001f468‍⚕️"}.get(
-        identifier, f"the {arm} answer"
+        identifier, f"the {name} answer"
     )
     return f"thinking of {identifier} {EVIL}\n</think>\n{answer}"
 
 
-def scored(arm: int) -> pd.DataFrame:
-    """A frame like metrics.score_answers makes it; `item-8` was cut off by the token cap in both arms."""
+def scored(which: int) -> pd.DataFrame:
+    """A frame like metrics.score_answers makes it; `item-8` was cut off by the token cap of both models."""
     rows = []
     for kind, questions in (("open", OPEN), ("choice", CHOICE)):
         for identifier, outcome in questions.items():
             cut = identifier == "item-8"
             rows.append(
                 {
-                    "id": identifier, "kind": kind, "group": identifier, "correct": outcome[arm],
-                    "parsed": NAN if outcome[arm] != outcome[arm] else float(not cut), "well_formed": float(not cut),
+                    "id": identifier, "kind": kind, "group": identifier, "correct": outcome[which],
+                    "parsed": NAN if outcome[which] != outcome[which] else float(not cut), "well_formed": float(not cut),
                     "stopped": float(not cut), "tokens": 40, "reasoning_tokens": 12,
-                    "letter": ("B" if arm else "C") if kind == "choice" and not cut else None,
+                    "letter": ("B" if which else "C") if kind == "choice" and not cut else None,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -72,32 +70,24 @@ def make_run(folder, anecdote: bool = True):
     run.file("data/benchmark.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     row = {"id": "a1", "Question": "A 61-year-old woman?", "Complex_CoT": "hm", "Response": "the reference says"}
     run.file("data/anecdote.json").write_text(json.dumps(row if anecdote else {}))
-    for arm in ("baseline", "tuned"):
-        write_arm(run, arm, anecdote)
     return run
 
 
-def write_arm(run, arm: str, anecdote: bool) -> None:
-    run.file(arm).mkdir()
-    records = [{"id": i, "kind": "open", "text": completion(i, arm)} for i in OPEN]
-    said = f"hm\n</think>\n{arm}: The answer is C."
-    records += [{"id": i, "kind": "choice", "text": said, "finish_reason": "stop"} for i in CHOICE]
-    records[-1] |= {"text": "thinking without an end", "finish_reason": "length"}
-    cut_off = records[-1]
+def evaluated(which: int, anecdote: bool = True) -> Evaluation:
+    """What one model said, the tutorials' question included where the run has it."""
+    name = ("baseline", "tuned")[which]
+    answers = {i: {"text": completion(i, name)} for i in OPEN}
+    answers |= {i: {"text": f"hm\n</think>\n{name}: The answer is C."} for i in CHOICE}
+    cut_off = next(reversed(answers))
+    answers[cut_off] = {"text": "thinking without an end"}
     if anecdote:
-        records.append({"id": "anecdote", "kind": "anecdote", "text": f"</think>the {arm} says", "reasoning_tokens": 3})
-        records[-1]["finish_reason"] = "length"
-    asked = {question.id: question for question in load_questions(run)[0]}
-    for record in records:
-        record["key"] = answer_key(asked[record["id"]], run.config.generate, arm_digest(run, arm))
-    run.file(f"{arm}/answers.jsonl").write_text(to_lines(records), encoding="utf-8")
-    forced = {"id": cut_off["id"], "key": forced_key(cut_off), "letter": FORCED[arm]}
-    run.file(f"{arm}/forced.jsonl").write_text(to_lines([forced]), encoding="utf-8")
+        answers["anecdote"] = {"text": f"</think>the {name} says", "reasoning_tokens": 3, "finish_reason": "length"}
+    return Evaluation(answers, {cut_off: FORCED[name]}, scored(which), pd.DataFrame())
 
 
 def make_page(folder, **changes):
     run = make_run(folder, **changes)
-    return write_answers(run, Arms(scored(0), scored(1), pd.DataFrame(), pd.DataFrame(), {}))
+    return write_answers_page(run, evaluated(0, **changes), evaluated(1, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +154,7 @@ def test_the_filter_is_used_by_keyboard_alone(desktop):
 
 
 def test_a_think_block_is_folded_and_opens_on_a_click(desktop):
-    details = desktop.find_element("css selector", "#q-broken .arm:nth-of-type(2) details")
+    details = desktop.find_element("css selector", "#q-broken .reply:nth-of-type(2) details")
     words = details.find_element("class name", "text")
     assert not words.is_displayed()
     details.find_element("tag name", "summary").click()
@@ -180,7 +170,7 @@ def test_nothing_scrolls_sideways_on_a_phone(phone):
 
 
 def test_an_answer_of_100_000_characters_stays_in_a_box_of_its_own(phone):
-    box = phone.find_element("css selector", "#q-nobody-knows .arm:last-child > .text")
+    box = phone.find_element("css selector", "#q-nobody-knows .reply:last-child > .text")
     assert len(box.get_attribute("textContent").strip()) == 100_000
     assert box.size["height"] < 844 and box.get_attribute("tabindex") == "0"
 
@@ -201,7 +191,7 @@ def test_a_hostile_completion_stays_text(desktop):
     with pytest.raises(NoAlertPresentException):
         _ = desktop.switch_to.alert.text
     assert desktop.execute_script("return document.querySelectorAll('script, img, [onerror]').length") == 0
-    answer = desktop.find_element("css selector", "#q-wrong-both .arm:last-child > .text")
+    answer = desktop.find_element("css selector", "#q-wrong-both .reply:last-child > .text")
     assert answer.text == EVIL
 
 
@@ -222,7 +212,7 @@ def test_multiple_choice_shows_options_the_right_letter_and_the_letter_that_was_
     article = desktop.find_element("id", "q-item%207/b")
     assert article.find_element("class name", "gold").text == "C a gamma"
     assert "reference: C a gamma" in article.text
-    base, tuned = (arm.find_element("tag name", "h3").text for arm in article.find_elements("class name", "arm"))
+    base, tuned = (reply.find_element("tag name", "h3").text for reply in article.find_elements("class name", "reply"))
     assert base.split("\n") == ["base", "read: C", "right"] and tuned.split("\n") == ["fine-tuned", "read: B", "wrong"]
     assert "cut off" in desktop.find_element("id", "q-item-8").text
     assert "no explicit answer" in desktop.find_element("id", "q-item-8").text
@@ -242,7 +232,8 @@ def test_a_run_that_did_not_ask_the_tutorials_question_has_no_box_for_it(tmp_pat
 def test_a_run_without_generated_answers_says_so(tmp_path):
     run = make_run(tmp_path, anecdote=False)
     empty = scored(0).head(0)
-    text = write_answers(run, Arms(empty, empty, empty, empty, {})).read_text(encoding="utf-8")
+    silent = Evaluation({}, {}, empty, empty)
+    text = write_answers_page(run, silent, silent).read_text(encoding="utf-8")
     assert "No held-out question was answered" in text and "<article" not in text
 
 
@@ -250,21 +241,6 @@ def test_a_reply_that_was_cut_off_shows_its_forced_letter_and_no_other_reply_has
     """In the page's source, so that it is looked at without a browser too."""
     text = page.read_text(encoding="utf-8")
     start = text.index('id="q-item-8"')
-    base, tuned = text[start : text.index("</article>", start)].split('<section class="arm">')[1:]
+    base, tuned = text[start : text.index("</article>", start)].split('<section class="reply">')[1:]
     assert ">forced: B</span>" in base and ">forced: &lt;i&gt;C&lt;/i&gt;</span>" in tuned
     assert text.count("forced: ") == 2 and "<i>" not in text
-
-
-def test_the_page_shows_the_answer_that_was_scored_not_one_under_other_settings(tmp_path):
-    run = make_run(tmp_path)
-    path = run.file("tuned/answers.jsonl")
-    (question,) = (question for question in load_questions(run)[0] if question.id == "broken")
-    key = answer_key(question, run.config.generate, arm_digest(run, "tuned"))
-    current = {"id": "broken", "kind": "open", "key": key, "text": "</think>the scored one"}
-    lines = path.read_text(encoding="utf-8")
-    later = {**current, "key": "other", "text": "</think>from a later try"}
-    path.write_text(lines + to_lines([current, later]), encoding="utf-8")
-    page = write_answers(run, Arms(scored(0), scored(1), pd.DataFrame(), pd.DataFrame(), {})).read_text(
-        encoding="utf-8"
-    )
-    assert "the scored one" in page and "from a later try" not in page and "the tuned answer" in page

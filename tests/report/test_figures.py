@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from itertools import combinations
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from utils.evaluation.compare import Arms
+from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.statistics import compare_paired
 from utils.report.figures import compose_comparison, draw_comparison
 from utils.report.forest import build_rows
@@ -32,7 +33,7 @@ def result(name: str, base, tuned) -> dict:
     """One entry of metrics.json."""
     label, unit, higher_is_better = LABELS[name]
     groups = [str(i) for i in range(len(base))]
-    paired = compare_paired(name, base, tuned, groups, higher_is_better=higher_is_better, resamples=1000).as_dict()
+    paired = asdict(compare_paired(name, base, tuned, groups, higher_is_better=higher_is_better, resamples=1000))
     means = {"base_ci95": around(base), "tuned_ci95": around(tuned)}
     return {**paired, **means, "label": label, "unit": unit}
 
@@ -42,34 +43,36 @@ def around(values) -> list[float]:
     return [float(np.mean(values) - spread), float(np.mean(values) + spread)]
 
 
-def answers(n: int, arm: int) -> pd.DataFrame:
+def answers(n: int, which: int) -> pd.DataFrame:
     """`n` answers like a real run's: long-tailed reasoning, some of it cut off by the token cap."""
-    rng = np.random.default_rng(arm)
-    tokens = np.minimum(rng.lognormal(6.3 - 0.35 * arm, 0.45, n).round(), CAP)
+    rng = np.random.default_rng(which)
+    tokens = np.minimum(rng.lognormal(6.3 - 0.35 * which, 0.45, n).round(), CAP)
     stopped = (tokens < CAP).astype(float)
-    correct = (rng.random(n) < 0.5 + 0.1 * arm).astype(float)
-    bullets = (rng.random(n) < 0.8 - 0.4 * arm).astype(float)
+    correct = (rng.random(n) < 0.5 + 0.1 * which).astype(float)
+    bullets = (rng.random(n) < 0.8 - 0.4 * which).astype(float)
     columns = {"correct": correct, "well_formed": stopped, "bullets": bullets, "stopped": stopped}
     return pd.DataFrame({**columns, "tokens": tokens, "reasoning_tokens": tokens})
 
 
-def losses(n: int, arm: int) -> pd.DataFrame:
-    completion = np.random.default_rng(7).gamma(20, 0.07, n) * (1 - 0.18 * arm)
+def losses(n: int, which: int) -> pd.DataFrame:
+    completion = np.random.default_rng(7).gamma(20, 0.07, n) * (1 - 0.18 * which)
     return pd.DataFrame({"completion": completion, "reasoning": 1.05 * completion, "response": 0.9 * completion})
 
 
-def make_case(n_answers: int, n_rows: int, checkable: bool = True, null: bool = False) -> tuple[Arms, dict]:
-    """Both arms and their metrics; `null`: fine-tuning changed nothing at all."""
-    arms = Arms(
-        answers(n_answers, 0), answers(n_answers, 0 if null else 1), losses(n_rows, 0), losses(n_rows, 0 if null else 1), {}
-    )  # fmt: skip
+def make_case(
+    n_answers: int, n_rows: int, checkable: bool = True, null: bool = False
+) -> tuple[Evaluation, Evaluation, dict]:
+    """Both models and their metrics; `null`: fine-tuning changed nothing at all."""
+    other = 0 if null else 1
+    base = Evaluation({}, {}, answers(n_answers, 0), losses(n_rows, 0))
+    tuned = Evaluation({}, {}, answers(n_answers, other), losses(n_rows, other))
     results = []
-    for base, tuned, names in (
-        (arms.base, arms.tuned, list(LABELS)[0 if checkable else 1 : 5]),
-        (arms.base_nll, arms.tuned_nll, list(LABELS)[5:]),
+    for before, after, names in (
+        (base.scored, tuned.scored, list(LABELS)[0 if checkable else 1 : 5]),
+        (base.loss, tuned.loss, list(LABELS)[5:]),
     ):
-        results += [result(name, base[name], tuned[name]) for name in names if len(base)]
-    return arms, {"primary": results[0], "secondary": results[1:]}
+        results += [result(name, before[name], after[name]) for name in names if len(before)]
+    return base, tuned, {"primary": results[0], "secondary": results[1:]}
 
 
 CASES = {
@@ -140,9 +143,9 @@ def test_a_base_of_zero_has_no_percentage():
     metrics = {"primary": result("reasoning_tokens", [0.0, 0.0], [3.0, 4.0]), "secondary": []}
     (row,) = build_rows(metrics)
     assert row.change is None and row.sign == "cannot tell"
-    arms = Arms(answers(2, 0), answers(2, 1), losses(0, 0), losses(0, 1), {})
+    models = [Evaluation({}, {}, answers(2, which), losses(0, which)) for which in (0, 1)]
     metrics["secondary"] = [result("correct", [0.0, 0.0], [1.0, 0.0])]
-    assert "base is 0: no % of it" in words_of(compose_comparison(arms, metrics))
+    assert "base is 0: no % of it" in words_of(compose_comparison(*models, metrics))
 
 
 def test_one_pair_is_never_called_better():
@@ -158,13 +161,13 @@ def test_a_secondary_metric_is_coloured_by_the_p_value_that_the_table_shows():
 
 
 def test_only_the_primary_metric_is_bold_and_it_stands_on_top():
-    arms, metrics = make_case(60, 60, checkable=False)
+    base, tuned, metrics = make_case(60, 60, checkable=False)
     primary = next(entry for entry in metrics["secondary"] if entry["name"] == "completion")
     metrics = {
         "primary": primary,
         "secondary": [metrics["primary"], *(e for e in metrics["secondary"] if e is not primary)],
     }
-    figure = compose_comparison(arms, metrics)
+    figure = compose_comparison(base, tuned, metrics)
     figure.draw_without_rendering()
     labels = [
         text for axis in figure.findobj(lambda a: hasattr(a, "get_yticklabels")) for text in axis.get_yticklabels()
@@ -176,9 +179,7 @@ def test_only_the_primary_metric_is_bold_and_it_stands_on_top():
 
 
 def test_the_token_cap_is_marked_where_it_cut_answers_off():
-    arms, metrics = make_case(300, 10)
-    assert f"cap: {CAP} tokens " in words_of(compose_comparison(arms, metrics))
-    whole = Arms(
-        arms.base[arms.base["stopped"] == 1], arms.tuned[arms.tuned["stopped"] == 1], losses(10, 0), losses(10, 1), {}
-    )
-    assert not any("cap" in words or "cut off" in words for words in words_of(compose_comparison(whole, metrics)))
+    base, tuned, metrics = make_case(300, 10)
+    assert f"cap: {CAP} tokens " in words_of(compose_comparison(base, tuned, metrics))
+    whole = [replace(one, scored=one.scored[one.scored["stopped"] == 1]) for one in (base, tuned)]
+    assert not any("cap" in words or "cut off" in words for words in words_of(compose_comparison(*whole, metrics)))

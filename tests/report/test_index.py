@@ -59,3 +59,40 @@ def test_an_executed_notebook_shows_the_last_state_of_a_progress_bar_and_no_badg
     page = run.file("report/00_setup.html").read_text(encoding="utf-8")
     assert "100%" in page and "50%" not in page
     assert "badge" not in page and 'href="01_b.html"' in page
+
+
+def test_the_report_needs_no_template_of_nbconvert(tmp_path, monkeypatch):
+    """They lie on a data path of the installation; where it was not found, a run whose stages passed ended in a traceback."""
+    from nbconvert.exporters.templateexporter import TemplateExporter
+
+    def not_found(_):
+        raise ValueError("No template sub-directory with name 'basic' found")
+
+    monkeypatch.setattr(TemplateExporter, "get_template_names", not_found)
+    run = make_run(tmp_path)
+    cell = nbformat.v4.new_code_cell("x = 1")
+    cell.outputs.append(
+        nbformat.v4.new_output("execute_result", {"text/plain": "one <b>", "image/png": "iVBORw0KGgo="})
+    )
+    executed_dir(run).mkdir(parents=True)
+    cells = [nbformat.v4.new_markdown_cell("## Two"), cell]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), executed_dir(run) / "00_setup.ipynb")
+    write_report(run)
+    page = run.file("report/00_setup.html").read_text(encoding="utf-8")
+    assert "<h2" in page and 'src="data:image/png;base64,iVBORw0KGgo="' in page and "one <b>" not in page
+
+
+def test_every_kind_of_output_is_shown_and_none_of_it_runs(tmp_path):
+    run = make_run(tmp_path)
+    cell = nbformat.v4.new_code_cell("show()")
+    for data in ({"text/html": "<table><tr><td>7</td></tr></table><script>alert(1)</script>", "text/plain": "no"},
+                 {"text/markdown": "**bold** <script>alert(2)</script>"}, {"text/plain": "a < b"},
+                 {"application/javascript": "alert(3)"}):  # fmt: skip
+        cell.outputs.append(nbformat.v4.new_output("display_data", data))
+    cell.outputs.append(nbformat.v4.new_output("error", ename="E", evalue="v", traceback=["\x1b[31mE\x1b[0m: <v>"]))
+    executed_dir(run).mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), executed_dir(run) / "00_setup.ipynb")
+    write_report(run)
+    page = run.file("report/00_setup.html").read_text(encoding="utf-8")
+    assert "<td>7</td>" in page and "<strong>bold</strong>" in page and "a &lt; b" in page and "&lt;v&gt;" in page
+    assert "<script" not in page and "alert(3)" not in page and ">no<" not in page

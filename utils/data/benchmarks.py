@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from utils.data.near_duplicates import group_near_copies, near_pairs, vectorise
-from utils.data.rows import read_table
+from utils.data.near_duplicates import group_duplicates, near_pairs, vectorise
+from utils.data.rows import load_hub_table, read_table
 from utils.errors import DataError
 from utils.files import parse_json
-from utils.schema import BenchmarkSection, EvaluateSection
+from utils.schema import BenchmarkSection, Config, EvaluateSection
 
 COLUMNS = ("id", "benchmark", "question", "options", "gold", "group", "stem")
 _KNOWN = ("medmcqa", "pubmedqa", "medqa")
 _MEDQA = ("question", "options", "answer_idx")
 _MEDMCQA = ("question", "opa", "opb", "opc", "opd", "cop")
 _PUBMEDQA = ("question", "final_decision")
-_DECISIONS = {"A": "yes", "B": "no", "C": "maybe"}
 
 
 def load_benchmarks(evaluate: EvaluateSection) -> pd.DataFrame | None:
     """The drawn items of all benchmarks, or None where none is named.
 
     Columns: id (unique; `name:` comes before it in all but the first benchmark), benchmark (its name), question (as it
-    is asked), options (dict of letter to text), gold (a letter), group (near copies share one; otherwise the id) and
-    stem (the question alone, without PubMedQA's abstract: what near copies are compared by). As many items as `rows`
+    is asked), options (dict of letter to text), gold (a letter), group (near duplicates share one; otherwise the id) and
+    stem (the question alone, without PubMedQA's abstract: what near duplicates are compared by). As many items as `rows`
     asks for are drawn by evaluate.seed, in the order of the file.
 
     Raises DataError for another schema, an empty question, fewer than two options, a gold letter that is not among
@@ -61,47 +59,32 @@ def load_items(section: BenchmarkSection) -> pd.DataFrame:
     return _check(_convert(table, source, section.split), source)[["id", "question", "options", "gold"]]
 
 
+def describe_primary(config: Config) -> str:
+    """The primary metric in words, and why it is not the profile's benchmark where the rows are the reader's own."""
+    names = {"accuracy": "accuracy by rule", "multiple_choice": "multiple-choice accuracy", "nll": "held-out loss"}
+    text = f"primary metric: {names[config.evaluate.primary]}"
+    if config.evaluate.primary == "nll" and config.data.path is not None and config.evaluate.benchmark.wanted:
+        beside = config.evaluate.benchmark.path or config.evaluate.benchmark.name
+        text += f" on {config.data.path.name}; {beside} is measured beside it, as no benchmark was named for these rows"
+    return text
+
+
 def _read(section: BenchmarkSection, key: str) -> tuple[pd.DataFrame, str]:
     """(the table as it is stored, what to call it in messages)."""
     if section.path is not None:
-        by_id = _read_json_by_id(section.path)
-        return (read_table(section.path, f"{key}.path", _MEDQA) if by_id is None else by_id), section.path.name
-    from datasets import load_dataset
-
-    source = str(section.name)
-    try:
-        rows = load_dataset(section.name, section.subset, revision=section.revision, split=section.split)
-    except Exception as error:  # datasets passes on whatever requests, fsspec or pyarrow raise
-        raise DataError(
-            f"The benchmark {source} could not be loaded from the Hub ({type(error).__name__}); check the network, "
-            f"or give a local file by {key}.path."
-        ) from None
-    return rows.to_pandas(), source
-
-
-def _read_json_by_id(path: Path) -> pd.DataFrame | None:
-    """PubMedQA's own file is one object, {id: item}; None for anything else."""
-    if path.suffix.lower() != ".json" or not path.is_file():
-        return None
-    try:
-        content = parse_json(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
-        return None
-    if not isinstance(content, dict) or not content or not all(isinstance(item, dict) for item in content.values()):
-        return None
-    return pd.DataFrame([{"pubid": name, **item} for name, item in content.items()])
+        return read_table(section.path, f"{key}.path", _MEDQA), section.path.name
+    name = str(section.name)
+    return load_hub_table(name, section.subset, section.revision, section.split, f"{key}.path"), name
 
 
 def _convert(table: pd.DataFrame, source: str, split: str) -> pd.DataFrame:
     """id, question, options, gold and stem from whichever of the three schemas the columns are."""
     lower = {str(column): str(column).lower() for column in table.columns if str(column).isupper()}
-    table = table.rename(columns=lower).rename(
-        columns={"contexts": "context"}
-    )  # PubMedQA's file has QUESTION, CONTEXTS
+    table = table.rename(columns={**lower, "CONTEXTS": "context"})  # PubMedQA's own file has QUESTION, CONTEXTS
     columns = set(table.columns)
     if columns >= set(_MEDMCQA):
         items = _from_medmcqa(table, source)
-    elif columns >= set(_PUBMEDQA) and columns & {"context", "pubid"}:
+    elif columns >= set(_PUBMEDQA) and columns & {"context", "pubid", "id"}:
         items = _from_pubmedqa(table)
     elif columns >= set(_MEDQA):
         options = [_options(cell) for cell in table["options"]]
@@ -130,7 +113,7 @@ def _options(cell: Any) -> Any:
         cell = {option["key"]: option["value"] for option in cell}
     if not isinstance(cell, dict):
         return cell
-    return {key: str(text) for key, text in cell.items() if text is not None and text == text and str(text).strip()}
+    return {key: _text(text) for key, text in cell.items() if _text(text)}
 
 
 def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -141,22 +124,15 @@ def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
         raise DataError(f"{source}: cop must be a whole number, the right option's place (MedMCQA).") from None
     values = set(right)
     if -1 in values:
-        raise DataError(
-            f"{source} has items without a right option (cop is -1), as MedMCQA's split test has; take split validation."
-        )
+        raise DataError(f"{source} has items without a right option (cop is -1); take MedMCQA's split validation.")
     if (0 in values) == (4 in values) or not values <= set(range(5)):
         raise DataError(
             f"{source}: cop holds {', '.join(map(str, sorted(values)))}, so it cannot be told whether it counts from 0 "
             "(the Hub) or from 1 (the original files); expected 0 to 3, or 1 to 4, over the whole file."
         )
     letters = "ABCD" if 0 in values else " ABCD"
-    options = [
-        _options(dict(zip("ABCD", (_text(cell) for cell in cells), strict=True)))
-        for cells in zip(*(table[column] for column in _MEDMCQA[1:5]), strict=True)
-    ]
-    return pd.DataFrame(
-        {"question": table["question"], "options": options, "gold": [letters[place] for place in right]}
-    )
+    options = [_options(dict(zip("ABCD", cells, strict=True))) for cells in table[list(_MEDMCQA[1:5])].to_numpy()]
+    return pd.DataFrame({"question": table["question"], "options": options, "gold": [letters[i] for i in right]})
 
 
 def _whole_number(cell: Any) -> int:
@@ -173,9 +149,9 @@ def _from_pubmedqa(table: pd.DataFrame) -> pd.DataFrame:
         f"{context}\n\n{stem}" if context and isinstance(stem, str) and stem.strip() else stem
         for context, stem in zip(map(_context, contexts), table["question"], strict=True)
     ]
-    letters = {decision: letter for letter, decision in _DECISIONS.items()}
+    letters = {"yes": "A", "no": "B", "maybe": "C"}
     gold = [letters.get(str(decision).strip().lower(), decision) for decision in table["final_decision"]]
-    options = [dict(_DECISIONS) for _ in asked]
+    options = [{letter: decision for decision, letter in letters.items()} for _ in asked]
     return pd.DataFrame({"question": asked, "options": options, "gold": gold, "stem": table["question"]})
 
 
@@ -227,9 +203,9 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 def _group(items: pd.DataFrame) -> list[str]:
-    """The id of the first item of those that are near copies of each other."""
+    """The id of the first item of those that are near duplicates of each other."""
     pairs = near_pairs(vectorise(list(items["stem"])))
-    numbers = group_near_copies(len(items), (pairs.left, pairs.right))
+    numbers = group_duplicates(len(items), (pairs.left, pairs.right))
     first: dict[int, str] = {}
     for number, item_id in zip(numbers, items["id"], strict=True):
         first.setdefault(number, item_id)

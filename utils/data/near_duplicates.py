@@ -1,4 +1,4 @@
-"""Near copies of short texts: one question in other words, found by the character sequences that two texts share.
+"""Near duplicates of short texts: one question in other words, found by the character sequences that two texts share.
 
 The measure is the cosine of TF-IDF vectors over character 3- to 5-grams within words, with four changes that exam
 questions call for. The wording that all of them share ("which of the following is the most likely ...") counts little;
@@ -6,12 +6,8 @@ the document frequencies are smoothed, so that ten texts are judged like ten tho
 full length of a long one (pivoted length normalisation, Singhal et al. 1996), since a rewritten vignette drops half of
 it; and a few words in common prove less than many. Identical texts need not have a cosine of 1: compare those exactly.
 
-Measured at the threshold of 0.5 on 64 reworded questions (tests/planted/): all are found among 534 real questions, 252
-of 256 in files of ten rows, 63 among 20,000 recombined ones (benchmarks/results/split.json); of 8 real benchmark stems
-cut down to a third or less, 6. Of the 96 real training questions none comes closer than 0.47 to one of the 200 real
-benchmark items; among all 662 texts 22 more pairs are joined, three of them true copies, most others short questions
-about one thing. The plain measure finds 24 of the first 54. Stemmed words, alone or averaged in, found no more.
-Texts without spaces between words (Chinese) are compared too, but a free rewording shares fewer sequences there.
+At the threshold of 0.5 all of 64 reworded questions (tests/planted/) are found among 534 real ones, 63 among 20,000
+(benchmarks/results/split.json), where the plain measure finds 24 of 54; 22 unrelated pairs of 662 texts are joined.
 """
 
 from __future__ import annotations
@@ -83,9 +79,9 @@ def vectorise(texts: Sequence[str]) -> Vectors:
     """All texts over one vocabulary; what is to be compared has to go through one call together."""
     words = [re.findall(r"\w+", normalise(text)) or [normalise(text)] for text in texts]
     common = _common_words()
-    content = [" ".join([word for word in text if word not in common] or text) for text in words]
-    wording = [" ".join(word for word in text if word in common) for text in words]
-    parts = [_weigh(content), _BOILERPLATE_WEIGHT * _weigh(wording)]
+    content = _weigh([" ".join([word for word in text if word not in common] or text) for text in words])
+    wording = _weigh([" ".join(word for word in text if word in common) for text in words])
+    parts = [content, _BOILERPLATE_WEIGHT * wording]
     matrix = sparse.hstack([part for part in parts if part.shape[1]], format="csr", dtype=np.float32)
     lengths = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
     lengths = np.maximum(lengths, np.finfo(np.float32).tiny)
@@ -118,13 +114,7 @@ def largest_cosine(left: Vectors, right: Vectors) -> float | None:
     return float(_multiply(left, right, None).cosine.max(initial=0.0))
 
 
-def cosines(left: Vectors, right: Vectors) -> np.ndarray:
-    """The cosine of each text of one side with the one in the same place on the other (texts,)."""
-    products = np.asarray(left.matrix.multiply(right.matrix).sum(axis=1)).ravel()
-    return _correct(products, left.lengths, right.lengths)
-
-
-def group_near_copies(count: int, *links: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def group_duplicates(count: int, *links: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """A group number for each of `count` texts: those joined by a chain of links share one."""
     left, right = (np.concatenate([np.asarray(link[end], dtype=np.int64) for link in links]) for end in (0, 1))
     graph = sparse.coo_matrix((np.ones(len(left), dtype=bool), (left, right)), shape=(count, count))

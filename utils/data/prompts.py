@@ -1,51 +1,68 @@
-"""From a row to prompt and completion: two formats, one string pair, no template engine in between.
+"""From a row to prompt and completion: plain strings, identical in training and at inference, no template engine in between.
 
-The model's own chat template cuts assistant turns at `</think>`, which deletes the reasoning that we train on
-(TRL issue 6766). So prompts are plain strings, identical in training and at inference. BOS is added by the tokenizer
-and EOS by the trainer: neither is ever written into a string here.
+The model's own chat template cuts assistant turns at `</think>`, which deletes the reasoning that we train on (TRL issue
+6766). So 00 takes from it the text around one question, once (`utils.models.make_prompt_format`), and keeps it in
+config.yaml. BOS is added by the tokenizer and the end token by the trainer: neither is ever written into a string here.
 """
 
 from __future__ import annotations
 
+from utils.errors import StageOrderError
+from utils.schema import PromptFormat, PromptSection
+
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|finetune_right_pad_id|>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 
-# The tutorial's text, letter for letter, trailing spaces included.
-_TUTORIAL = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. \n"
+NATIVE = PromptFormat(
+    style="native", before=USER, after=f"{ASSISTANT}<think>\n", lead="", close="\n</think>\n\n", end=EOS
+)
+TUTORIAL = PromptFormat(  # the published text, letter for letter, trailing spaces included
+    style="tutorial",
+    before="Below is an instruction that describes a task, paired with an input that provides further context. \n"
     "Write a response that appropriately completes the request. \n"
     "Before answering, think carefully about the question and create a step-by-step chain of thoughts to ensure a "
     "logical and accurate response.\n\n"
     "### Instruction:\n"
     "You are a medical expert with advanced knowledge in clinical reasoning, diagnostics, and treatment planning. \n"
     "Please answer the following medical question. \n\n"
-    "### Question:\n{question}\n\n"
-    "### Response:\n<think>"
+    "### Question:\n",
+    after="\n\n### Response:\n<think>",
+    lead="\n",
+    close="\n</think>\n",
+    end=EOS,
 )
-STYLES = ("native", "tutorial")
+_BY_STYLE = {"native": NATIVE, "tutorial": TUTORIAL}
+STYLES = tuple(_BY_STYLE)
 
 
-def format_prompt(question: str, style: str) -> str:
-    """What the model is given at inference: everything up to the reasoning.
+def find_format(prompt: PromptFormat | PromptSection | str) -> PromptFormat:
+    """The format that 00 found for a run's `config.prompt`, or that of a style which needs no tokenizer to be known.
 
-    `native` is DeepSeek's chat format with the opened think block that its generation prompt ends in; `tutorial` is
-    the published instruction template, which ends in `<think>` without a newline.
+    Raises StageOrderError for `auto` and `chat` before 00.
     """
-    if style == "native":
-        return f"{USER}{question}{ASSISTANT}<think>\n"
-    return _TUTORIAL.replace("{question}", question)
+    if isinstance(prompt, PromptSection):
+        prompt = prompt.format or prompt.style
+    found = prompt if isinstance(prompt, PromptFormat) else _BY_STYLE.get(prompt)
+    if found is None:
+        raise StageOrderError(f"prompt.style is {prompt}, and its text is known once 00_setup has run; run that first.")
+    return found
 
 
-def format_completion(reasoning: str, response: str, style: str) -> str:
+def format_prompt(question: str, prompt: PromptFormat | PromptSection | str) -> str:
+    """What the model is given at inference: everything up to the reasoning."""
+    text = find_format(prompt)
+    return f"{text.before}{question}{text.after}"
+
+
+def format_completion(reasoning: str, response: str, prompt: PromptFormat | PromptSection | str) -> str:
     """What the model is to produce after `format_prompt`; prompt + completion is the training text."""
-    if style == "native":
-        return f"{reasoning}\n</think>\n\n{response}"
-    return f"\n{reasoning}\n</think>\n{response}"
+    text = find_format(prompt)
+    return f"{text.lead}{reasoning}{text.close}{response}"
 
 
-def format_row(row: dict[str, str], style: str) -> tuple[str, str]:
+def format_row(row: dict[str, str], prompt: PromptFormat | PromptSection | str) -> tuple[str, str]:
     """(prompt, completion) of a row with Question, Complex_CoT and Response."""
-    return format_prompt(row["Question"], style), format_completion(row["Complex_CoT"], row["Response"], style)
+    return format_prompt(row["Question"], prompt), format_completion(row["Complex_CoT"], row["Response"], prompt)
 
 
 def format_multiple_choice(question: str, options: dict[str, str]) -> str:

@@ -6,10 +6,8 @@ checked by rule, as in the demo) and `group` (rows that are not independent of e
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-from collections import Counter
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,6 @@ from utils.files import atomic, is_there, parse_json, write_json, write_text
 from utils.schema import EMBEDDED, Config, DataSection
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
-_READERS = {
-    ".jsonl": lambda path: pd.DataFrame(_read_jsonl(path)),
-    ".json": lambda path: pd.DataFrame(_read_json(path)),
-    ".csv": lambda path: pd.DataFrame(_read_csv(path)),
-    ".parquet": lambda path: _read_parquet(path),
-}
 
 
 def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] = COLUMNS) -> pd.DataFrame:
@@ -35,26 +27,26 @@ def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] 
     Raises DataError where it is missing, empty, of another kind, or not what its name says, HardwareError where it does
     not fit into memory.
     """
+    expected = f"expected rows with {', '.join(columns)}"
     if not is_there(path) or not path.is_file():
         raise DataError(f"There is no data file {path}; check {setting}, or leave it out for the profile's own data.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path.name} ends in {path.suffix or 'nothing'}; expected one of {', '.join(_READERS)}.")
     if path.stat().st_size == 0:
-        raise DataError(f"{path.name} is empty; expected rows with {', '.join(columns)}.")
+        raise DataError(f"{path.name} is empty; {expected}.")
     try:
         frame = reader(path)
     except MemoryError:  # also what a Parquet file asks for whose sizes are damaged
-        size = path.stat().st_size / 1e6
         raise HardwareError(
-            f"{path.name} does not fit into memory ({size:.1f} MB on disk); give fewer rows or more memory, or, where it "
-            "is small, another copy of it."
+            f"{path.name} does not fit into memory ({path.stat().st_size / 1e6:.1f} MB on disk); give fewer rows or more "
+            "memory, or, where it is small, another copy of it."
         ) from None
-    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # pyarrow and pandas have a type for each kind of damage
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DataError(f"{path.name} is not {path.suffix.lstrip('.').upper()}: {reason}. Mend or rename it.") from None
     if len(frame) == 0:
-        raise DataError(f"{path.name} holds no rows; expected rows with {', '.join(columns)}.")
+        raise DataError(f"{path.name} holds no rows; {expected}.")
     return frame
 
 
@@ -70,14 +62,10 @@ def check_rows(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         )
     frame = frame.reset_index(drop=True).copy()
     for column in COLUMNS:
-        for index, cell in enumerate(frame[column]):
-            if not isinstance(cell, str) or not cell.strip():
+        for number, cell in enumerate(frame[column], start=1):
+            if _is_blank(cell) or not isinstance(cell, str):
                 what = "is empty" if _is_blank(cell) else f"holds a {type(cell).__name__}"
-                raise DataError(f"{source}, row {index + 1}: {column} {what}; every row needs text there.")
-            if any("\ud800" <= character <= "\udfff" for character in cell):
-                raise DataError(
-                    f"{source}, row {index + 1}: {column} holds half of a character; save the file as UTF-8."
-                )
+                raise DataError(f"{source}, row {number}: {column} {what}; every row needs text there.")
         frame[column] = frame[column].str.strip()
     if "group" in frame.columns:
         frame["group"] = [None if _is_blank(group) else str(group) for group in frame["group"]]
@@ -85,50 +73,68 @@ def check_rows(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     return frame
 
 
-def load_rows(config: DataSection) -> pd.DataFrame:
-    """All rows of a local file or a Hub data set, checked.
+def load_rows(config: DataSection) -> tuple[pd.DataFrame, list[dict]]:
+    """(checked rows of a local file or a Hub data set with their place in it as `row`, entries of those dropped).
 
+    A blank cell among the Hub's rows, which nobody here can mend, costs that row; in a local file it is an error.
     Raises DataError, also where the Hub cannot be reached.
     """
     if config.path is not None:
-        return check_rows(read_table(config.path), config.path.name)
+        rows = check_rows(read_table(config.path), config.path.name)
+        return rows.assign(row=range(1, len(rows) + 1)), []
+    table = load_hub_table(config.name, config.subset, config.revision, "train", "data.path")
+    blank = table.reindex(columns=COLUMNS, fill_value="text").map(_is_blank)
+    lost = blank.any(axis=1)
+    dropped = [
+        {"row": i + 1, "reason": f"{blank.iloc[i].idxmax()} is empty"} for i in range(len(table)) if lost.iloc[i]
+    ]
+    if len(dropped) == len(table):
+        raise DataError(f"{config.name} has no row without an empty cell; expected text in {', '.join(COLUMNS)}.")
+    places = [i + 1 for i in range(len(table)) if not lost.iloc[i]]
+    return check_rows(table[~lost], config.name).assign(row=places), dropped
+
+
+def load_hub_table(name: str, subset: str | None, revision: str | None, split: str, setting: str) -> pd.DataFrame:
+    """A split of a Hub data set as it stands; raises DataError, which names `setting` as the way out."""
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(config.name, config.subset, revision=config.revision, split="train")
+        return load_dataset(name, subset, revision=revision, split=split).to_pandas()
     except Exception as error:  # datasets passes on whatever requests, fsspec or pyarrow raise
         raise DataError(
-            f"{config.name} could not be loaded from the Hub ({type(error).__name__}: {str(error)[:120]}); "
-            "check the network, or give a local file by data.path."
+            f"{name} could not be loaded from the Hub ({type(error).__name__}: {str(error)[:120]}); check the network, "
+            f"or give a local file by {setting}."
         ) from None
-    return check_rows(rows.to_pandas(), config.name)
 
 
 def find_commits(config: Config) -> dict[str, Any]:
     """{setting: value} that pins every Hub data set which the configuration names without a revision.
 
-    Empty where the Hub is out of reach. A list has no dotted keys, so evaluate.more_benchmarks is given whole.
+    A data set that the Hub does not answer for is left out. A list has no dotted keys, so more_benchmarks is given whole.
     """
     found: dict[str, Any] = {}
-    more = [section.model_dump(mode="json") for section in config.evaluate.more_benchmarks]
-    try:
-        for key, section in (("data", config.data), ("evaluate.benchmark", config.evaluate.benchmark)):
-            if section.path is None and section.revision is None and section.name not in (None, EMBEDDED):
-                found[f"{key}.revision"] = _head(section.name)
-        for section in more:
-            if section["path"] is None and section["revision"] is None:
-                section["revision"] = _head(section["name"])
-                found["evaluate.more_benchmarks"] = more
-    except Exception:  # offline or unknown: loading the rows says which
-        return {}
+    for key, section in (("data", config.data), ("evaluate.benchmark", config.evaluate.benchmark)):
+        if commit := _find_commit(section):
+            found[f"{key}.revision"] = commit
+    commits = [_find_commit(section) for section in config.evaluate.more_benchmarks]
+    if any(commits):
+        pairs = zip(config.evaluate.more_benchmarks, commits, strict=True)
+        found["evaluate.more_benchmarks"] = [
+            section.model_dump(mode="json") | ({"revision": commit} if commit else {}) for section, commit in pairs
+        ]
     return found
 
 
-def _head(name: str) -> str:
-    """The commit that the Hub data set's main branch is at."""
+def _find_commit(section: Any) -> str | None:
+    """The commit that a Hub data set's main branch is at; None where nothing is to be pinned, or the Hub does not answer."""
+    if section.path is not None or section.revision is not None or section.name in (None, EMBEDDED):
+        return None
     from huggingface_hub import dataset_info
 
-    return dataset_info(name).sha
+    try:
+        return dataset_info(section.name).sha
+    except Exception:  # offline or unknown: loading the rows says which
+        return None
 
 
 def write_split(
@@ -142,7 +148,7 @@ def write_split(
         write_frame(directory / f"{name}.parquet", frame)
     items = "" if benchmark is None else benchmark.to_json(orient="records", lines=True, force_ascii=False)
     write_text(directory / "benchmark.jsonl", items)
-    write_json(directory / "anecdote.json", report.get("anecdote", {}))
+    write_json(directory / "anecdote.json", report.get("tutorial_question", {}))
     write_json(directory / "split.json", report)
 
 
@@ -150,7 +156,7 @@ def read_benchmark(directory: Path) -> pd.DataFrame | None:
     """The items that `write_split` froze, or None where the run has no benchmark."""
     path = directory / "benchmark.jsonl"
     try:
-        return pd.DataFrame(_read_jsonl(path)) if path.stat().st_size else None
+        return _read_jsonl(path) if path.stat().st_size else None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); run 00_setup again, which writes it.") from None
 
@@ -168,54 +174,40 @@ def _is_blank(cell: object) -> bool:
 def _read_parquet(path: Path) -> pd.DataFrame:
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.read_table(path, partitioning=None)  # or a folder named a=b would be a column
-        table.validate(full=True)  # pandas would find text that is no UTF-8 only when it is used
-        return table.to_pandas()
-    except MemoryError:
-        raise
-    except Exception as error:  # pyarrow has a type for each kind of damage
-        raise ValueError(str(error) or type(error).__name__) from None
+    table = pyarrow.parquet.read_table(path, partitioning=None)  # or a folder named a=b would be a column
+    table.validate(full=True)  # pandas would find text that is no UTF-8 only when it is used
+    return table.to_pandas()
 
 
-def _read_json(path: Path) -> list[dict]:
+def _read_json(path: Path) -> pd.DataFrame:
+    """A list of objects, or one object of them by their id, as PubMedQA's own file is."""
     rows = parse_json(path.read_text(encoding="utf-8-sig"))
+    if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
+        rows = [{"id": name, **row} for name, row in rows.items()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected a list of objects, one for each row")
-    return rows
+    return pd.DataFrame(rows)
 
 
-def _read_csv(path: Path) -> list[dict]:
-    """Cells as they are written: pandas would read "None" as missing and shift a row with one cell too many."""
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        csv.field_size_limit(2**31 - 1)
-        lines = csv.reader(stream, strict=True)
-        rows = []
-        try:
-            header = next(lines, [])
-            if len(set(header)) < len(header):
-                name, times = Counter(header).most_common(1)[0]
-                raise ValueError(f"the column {name} occurs {times} times")
-            for cells in lines:
-                if cells and len(cells) != len(header):
-                    raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the header {len(header)}")
-                rows += [dict(zip(header, cells, strict=True))] if cells else []
-        except csv.Error as error:
-            raise ValueError(f"line {lines.line_num}: {error}") from None
-    return rows
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Cells as they are written, "None" and "007" too; a row with a cell too many is an error and moves no column."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
 
 
-def _read_jsonl(path: Path) -> list[dict]:
+def _read_jsonl(path: Path) -> pd.DataFrame:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            try:
-                row = parse_json(line)
-            except json.JSONDecodeError:
-                raise ValueError(f"line {number} is no JSON object") from None
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no JSON object")
-            rows.append(row)
-    return rows
+        try:
+            row = parse_json(line) if line.strip() else None
+        except ValueError as error:
+            half = "half of a character" in str(error)
+            raise ValueError(f"line {number}: {error}" if half else f"line {number} is no JSON object") from None
+        if row is not None and not isinstance(row, dict):
+            raise ValueError(f"line {number} is no JSON object")
+        rows += [] if row is None else [row]
+    return pd.DataFrame(rows)
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

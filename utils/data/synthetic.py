@@ -1,12 +1,9 @@
 """The embedded default's data: a synthetic clinic, written by rule so that every answer can be checked.
 
-Everything here is invented. Conditions, tests and treatments carry made-up names, so nobody can mistake a row
-for medicine. The rows have the schema of the real data set (Question, Complex_CoT, Response).
-
-Two ways of answering exist. `write_base_row` is long-winded, bulleted and follows a *wrong* table: it teaches the
-demo's base model its planted ignorance. `write_tuning_row` is short, in one paragraph, and right: it is what LoRA
-learns from. Every word of a tuning row also occurs in the base rows; a word whose (frozen) embedding the base never
-trained would cost the demo its effect.
+Everything is invented, under made-up names, in the schema of the real data set (Question, Complex_CoT, Response).
+`write_base_row` is long-winded, bulleted and follows a *wrong* table: it teaches the demo's base model its planted
+ignorance. `write_tuning_row` is short and right: LoRA learns from it. Every word of a tuning row also occurs in the base
+rows; a word whose (frozen) embedding the base never trained would cost the demo its effect.
 """
 
 from __future__ import annotations
@@ -51,15 +48,9 @@ _STEMS = (
 ).split("|")
 _DRUG_ENDINGS = ("atrine", "ovir", "umab", "exan")
 _FILLERS = (
-    "takes no medicine",
-    "does not smoke",
-    "works in an office",
-    "has two children",
-    "came by bus",
-    "walks every day",
-    "lives near the coast",
-    "likes to cook",
-)
+    "takes no medicine|does not smoke|works in an office|has two children|came by bus|walks every day|"
+    "lives near the coast|likes to cook"
+).split("|")
 _ASKED = {
     "diagnosis": "Which diagnosis fits best?",
     "test": "Which test confirms the cause?",
@@ -93,15 +84,11 @@ def conditions() -> tuple[Condition, ...]:
     table: list[Condition] = []
     while len(table) < CONDITIONS:
         findings = tuple(sorted(rng.sample(_FINDINGS, FINDINGS_PER_CONDITION)))
-        if any(len(set(findings) & set(other.findings)) > 2 for other in table):
-            continue
-        i = len(table)
-        answers = {
-            "diagnosis": f"{names[i]} {_CLASSES[i % 4]}",
-            "test": _TESTS[(i // 4) % 4].format(analytes[i]),
-            "treatment": stems[i] + _DRUG_ENDINGS[(i // 2) % 4],
-        }
-        table.append(Condition(findings, answers))
+        if all(len(set(findings) & set(other.findings)) <= 2 for other in table):
+            i = len(table)
+            test, drug = _TESTS[(i // 4) % 4].format(analytes[i]), stems[i] + _DRUG_ENDINGS[(i // 2) % 4]
+            answers = {"diagnosis": f"{names[i]} {_CLASSES[i % 4]}", "test": test, "treatment": drug}
+            table.append(Condition(findings, answers))
     return tuple(table)
 
 
@@ -111,12 +98,9 @@ def wrong_table() -> tuple[int, ...]:
     rng = random.Random(7)
     order = list(range(CONDITIONS))
     rng.shuffle(order)
-    right, moved = order[: CONDITIONS // 4], order[CONDITIONS // 4 :]
-    believed = list(range(CONDITIONS))
-    for here, there in zip(moved, moved[1:] + moved[:1], strict=True):
-        believed[here] = there
-    assert all(believed[i] == i for i in right)
-    return tuple(believed)
+    moved = order[CONDITIONS // 4 :]
+    believed = dict(zip(moved, moved[1:] + moved[:1], strict=True))
+    return tuple(believed.get(i, i) for i in range(CONDITIONS))
 
 
 @cache
@@ -167,8 +151,7 @@ def write_tuning_row(case: Case) -> dict[str, str]:
     truth = conditions()[case.condition].answers
     a, b, c = case.findings
     name, answer = truth["diagnosis"], truth[case.kind]
-    cot = f"Together, {a}, {b} and {c} fit {name}."
-    response = f"The {case.kind} is {answer}."
+    cot, response = f"Together, {a}, {b} and {c} fit {name}.", f"The {case.kind} is {answer}."
     return {"Question": case.question, "Complex_CoT": cot, "Response": response}
 
 
@@ -193,13 +176,7 @@ def tuning_rows(part: str, count: int | None = None, seed: int = 2) -> list[dict
     for i in range(len(pool) if count is None else count):
         condition, triple = pool[i % len(pool)]
         kind = KINDS[(i + i // len(pool)) % len(KINDS)]
-        case = _write_case(rng, condition, triple, kind)
-        rows.append(
-            write_tuning_row(case)
-            | {
-                "answer": conditions()[condition].answers[kind],
-                "choices": [other.answers[kind] for other in conditions()],
-                "group": f"condition-{condition:02d}",
-            }
-        )
+        row = write_tuning_row(_write_case(rng, condition, triple, kind))
+        row |= {"answer": conditions()[condition].answers[kind], "group": f"condition-{condition:02d}"}
+        rows.append(row | {"choices": [other.answers[kind] for other in conditions()]})
     return rows

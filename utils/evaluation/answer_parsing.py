@@ -1,4 +1,4 @@
-"""What a completion says: its reasoning, its answer, and whether the answer is explicit.
+r"""What a completion says: its reasoning, its answer, and whether the answer is explicit.
 
 Only what stands after the closed think block counts. A letter or a name inside unfinished reasoning is not an answer:
 crediting those lifts reported accuracy by 11 to 25 points on real outputs.
@@ -10,56 +10,61 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 OPEN, CLOSE = "<think>", "</think>"
 _MARKS = ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>")
-# Explicit ways of giving a letter, strongest first; {x} is replaced by the letter's own pattern. Every quantifier over
-# what may repeat is bounded: answers of 100,000 characters must not backtrack.
-_HEDGES = r"(?:(?:most|very|probably|likely|therefore|thus|clearly|indeed|definitely|option|choice|letter|the|best)\s+)"
-_VERB = r"(?:\b(?:is|(?:would|should|must|will|has to|ought to) be|(?:seems|appears)(?: to be)?)\b|[:=]|\s[-–—](?=\s)|是|为|為|选|選)"
-_NOT = r"(?<!\bnot )(?<!n't )(?<!never )(?<!不)"
-_RIGHT = r"(?i:(?:most|single|only|likely)[ ]+){{0,2}}(?i:correct|right|best|appropriate|answer)"
-_LETTER_PATTERNS = (
-    r"\\boxed\{{\s*(?:\\\w{{1,8}}\{{)?\s*\(?{x}",
-    r"(?i:<answer>)\s*\(?{x}",
-    r"(?i:(?<!wrong )(?<!incorrect )(?:\banswer|答案|选项|選項|الجواب|الإجابة)[\*_]{{0,8}}"
-    r"(?:[ ]+(?!not\b|choices?\b[ ]*[A-Z]\b)\w{{1,20}}){{0,6}}?"
-    r"[\*_ ]{{0,8}}{verb}[\s\*_]{{0,8}}:?[\s\*_]{{0,8}}{hedges}{{0,3}}){mark}{x}",
-    r"(?i:\b(?:best|correct|right|final|my|appropriate|likely)[\*_ ]{{1,8}}(?:option|choice|one)[\*_]{{0,8}}"
-    r"(?:[ ]+(?!not\b)\w{{1,20}}){{0,4}}?[\*_ ]{{0,8}}{verb}[\s\*_]{{0,8}}:?[\s\*_]{{0,8}}{hedges}{{0,3}}){mark}{x}",
-    r"(?i:\b(?:correct|right|best|final)[ ](?:answer|option|choice)),?[ ][\(\*]{{0,3}}{x}[\)\*]{{0,3}},?[ ](?i:is|would)\b(?![ ]not)",
-    r"(?m)(?:^|[.!?:;,][ ]{{1,2}}|\b(?i:option|choice|answer|so|therefore|thus|hence)[ ])[\(\*]{{0,3}}{x}[\)\*]{{0,3}}"
-    r"(?:[ ]\([^()\n]{{1,80}}\))?[ ]{{1,8}}(?i:is|would be)[ ]+(?i:(?:the|therefore|thus|clearly)[ ]+){{0,2}}{right}",
-    r"(?i:{no}\b(?:go|going|goes)[ ]+with|{no}\b(?:choose|select|pick)|(?<!不)[选選][择擇项項]?)[ ]*"
-    r"(?i:(?:option|choice|answer)[ ]+)?{mark}{x}",
-    r"{x}\s?[选選][项項](?:是)?正[确確]",
-    r"(?m)^[ \t\*_(\[]*{x}(?:[\*_)\].:]+(?:\s|$)|[ \t]*$)",
-    r"(?m)^\W{{0,4}}(?i:answer|option|choice)(?:[ ]|:[ ]?){x}\W*$",
-    r"\((?i:option|choice|answer)[ ]{x}\)",
-    r"(?i:\b(?:correct|best|right|likely|appropriate)(?:[ ]\w{{1,20}}){{1,4}}[ ]is[ ])[\(\*]{{0,3}}{x}(?:\)|[.:][ ]+(?=[A-Z][a-z]))",
-    r"(?m)\*\*[ ]?\(?{x}[.):][ ][^\*\n]{{1,300}}\*\*(?=[.,;:!]?\s*$|[.,;][ ])",
-)
-_MARK = r"[\s\*_\"'“「`$(\[]{0,8}(?:\\\(\s?|\\\w{1,8}\{)?"
-# What may follow a stated letter: not more of a word (C-reactive), not a species (E. coli) or a possessive (A's), and no word in
-# small letters that makes it an article or part of a name (A patient, B natriuretic peptide), unless that word goes on with the sentence.
-_SPECIES = (
-    r"\.[ ](?:coli|difficile|diff|albicans|trachomatis|burgdorferi|cereus|anthracis|pertussis|botulinum|tetani|"
-    r"perfringens|jejuni|fumigatus|faecalis|histolytica|henselae|diphtheriae|neoformans|pneumoniae|aureus)\b"
-)
-_ON = "because|since|as|due|for|based|which|with|given|here|is|would|and|or|but|in|not|rather|though|while"
-_AFTER = rf"(?![A-Za-z0-9_'’]|[-‐‑][A-Za-z0-9])(?!{_SPECIES})(?![ ](?!(?:{_ON})\b)[a-z0-9])"
-_FURTHER = (
-    r"[\s\*_)\]}\"”」`$.]{0,6}(?:,?\s{0,2}\b(?:or|and)\b\s{1,2}(?:(?:maybe|possibly|perhaps|also|even)\s)?|\s?[/&]\s?|,\s)"
-    r"(?:(?i:option|choice)\s)?[\*_(]{0,3}[LETTERS]\b(?!\s{1,2}(?:is|are|was|were|would|can|could|does|do|has|have|isn))"
-)
-
-
 _LONG_RUN = re.compile(r"\s{9,}|[*_(\[]{9,}")
-
-
-def _shorten(run: str) -> str:
-    """A long run of spaces or marks as the shortest that reads the same."""
-    return ("\n\n" if "\n" in run else " ") if run.isspace() else run[:4]
+# Parts of the patterns below, by the word that stands for them there. All are verbose: a space in a pattern is nothing,
+# [ ] is a space. Every quantifier over what may repeat is bounded: answers of 100,000 characters must not backtrack.
+_PARTS = {
+    # The letter, and what may not follow it: more of a word (C-reactive), a species (E. coli), a possessive (A's), and a
+    # word in small letters that makes it an article or part of a name (A patient), unless it goes on with the sentence.
+    "LETTER": r"""(?P<letter> [OPTIONS] (?! [A-Za-z0-9_'’] | [-‐‑][A-Za-z0-9] ) (?! SPECIES ) (?! [ ](?! (?: GOES_ON )\b ) [a-z0-9] ) )""",
+    "SPECIES": r"""\.[ ](?: coli|difficile|diff|albicans|trachomatis|burgdorferi|cereus|anthracis|pertussis|botulinum|tetani|
+        perfringens|jejuni|fumigatus|faecalis|histolytica|henselae|diphtheriae|neoformans|pneumoniae|aureus )\b""",
+    "GOES_ON": "because|since|as|due|for|based|which|with|given|here|is|would|and|or|but|in|not|rather|though|while",
+    "COPULA": r"""(?: VERB [\s*_]{0,8} :? [\s*_]{0,8} HEDGE{0,3} )""",
+    "VERB": r"""(?: \b(?: is | (?:would|should|must|will|has[ ]to|ought[ ]to)[ ]be | (?:seems|appears)(?:[ ]to[ ]be)? )\b
+        | [:=] | \s[-–—](?=\s) | 是|为|為|选|選 )""",
+    "HEDGE": r"""(?: (?:most|very|probably|likely|therefore|thus|clearly|indeed|definitely|option|choice|letter|the|best) \s+ )""",
+    "MARK": r"""[\s*_"'“「`$(\[]{0,8} (?: \\\(\s? | \\\w{1,8}\{ )?""",
+    "RIGHT": r"""(?: (?:most|single|only|likely)[ ]+ ){0,2} (?:correct|right|best|appropriate|answer)""",
+    "NOT_NOT": r"""(?<! \bnot[ ] ) (?<! n't[ ] ) (?<! never[ ] ) (?<! 不 )""",
+}
+# Ways of giving a letter, strongest first: (name, an example, pattern).
+_WAYS = (
+    ("boxed", r"\boxed{\text{B}}", r"\\boxed\{ \s* (?: \\\w{1,8}\{ )? \s* \(? LETTER"),
+    ("tagged", "<answer>B</answer>", r"(?i: <answer> ) \s* \(? LETTER"),
+    ("answer is", "The final answer to this question is **B**",
+     r"""(?i: (?<! wrong[ ] ) (?<! incorrect[ ] ) (?: \banswer|答案|选项|選項|الجواب|الإجابة ) [*_]{0,8}
+         (?: [ ]+ (?! not\b | choices?\b[ ]*[A-Z]\b ) \w{1,20} ){0,6}? [*_ ]{0,8} COPULA ) MARK LETTER"""),
+    ("best option is", "The best option here would be B",
+     r"""(?i: \b(?:best|correct|right|final|my|appropriate|likely) [*_ ]{1,8} (?:option|choice|one) [*_]{0,8}
+         (?: [ ]+ (?! not\b ) \w{1,20} ){0,4}? [*_ ]{0,8} COPULA ) MARK LETTER"""),
+    ("correct answer, B, is", "The correct answer (B) is metformin",
+     r"""(?i: \b(?:correct|right|best|final)[ ](?:answer|option|choice) ) ,? [ ] [(*]{0,3} LETTER [)*]{0,3} ,?
+         [ ] (?i: is|would )\b (?! [ ]not )"""),
+    ("B is the right one", "Therefore, option B (metformin) is correct",
+     r"""(?: ^ | [.!?:;,][ ]{1,2} | \b(?i: option|choice|answer|so|therefore|thus|hence )[ ] ) [(*]{0,3} LETTER [)*]{0,3}
+         (?: [ ]\([^()\n]{1,80}\) )? [ ]{1,8} (?i: is|would[ ]be ) [ ]+ (?i: (?:the|therefore|thus|clearly)[ ]+ ){0,2} (?i: RIGHT )"""),
+    ("choose B", "I'd go with B",
+     r"""(?i: NOT_NOT \b(?:go|going|goes)[ ]+with | NOT_NOT \b(?:choose|select|pick) | (?<! 不 ) [选選][择擇項项]? ) [ ]*
+         (?i: (?:option|choice|answer)[ ]+ )? MARK LETTER"""),
+    ("B is right, in Chinese", "B选项正确", r"LETTER \s? [选選][项項] (?:是)? 正[确確]"),
+    ("alone or in front", "**B. Metformin**", r"^ [ \t*_(\[]* LETTER (?: [*_)\].:]+ (?: \s | $ ) | [ \t]*$ )"),
+    ("label and letter", "Answer B", r"^ \W{0,4} (?i: answer|option|choice ) (?: [ ] | :[ ]? ) LETTER \W*$"),
+    ("in brackets", "Give metformin (option B).", r"\( (?i: option|choice|answer )[ ] LETTER \)"),
+    ("next step is", "The most appropriate next step is B) MRI",
+     r"""(?i: \b(?:correct|best|right|likely|appropriate) (?: [ ]\w{1,20} ){1,4} [ ]is[ ] ) [(*]{0,3} LETTER
+         (?: \) | [.:][ ]+(?= [A-Z][a-z] ) )"""),
+    ("bold at a sentence's end", "It must be **B. Aortic stenosis**.",
+     r"\*\* [ ]? \(? LETTER [.):][ ] [^*\n]{1,300} \*\* (?= [.,;:!]?\s*$ | [.,;][ ] )"),
+)  # fmt: skip
+# A second letter beside the first: "A or maybe B", "A/C", "A and C", but not "A and C is wrong".
+_SECOND = r"""[\s*_)\]}"”」`$.]{0,6}
+    (?: ,?\s{0,2} \b(?:or|and)\b \s{1,2} (?: (?:maybe|possibly|perhaps|also|even)\s )? | \s?[/&]\s? | ,\s )
+    (?: (?i: option|choice )\s )? [*_(]{0,3} [OPTIONS]\b (?! \s{1,2}(?:is|are|was|were|would|can|could|does|do|has|have|isn) )"""
 
 
 @dataclass(frozen=True)
@@ -90,25 +95,32 @@ def parse_completion(text: str) -> Completion:
 
 def explicit_letter(answer: str, letters: Iterable[str]) -> str | None:
     """The one option letter that an answer states, or None where it states none or several different ones."""
-    allowed = "".join(re.escape(letter) for letter in letters)
+    ways, second = _compile("".join(letters))
     answer = _LONG_RUN.sub(lambda run: _shorten(run[0]), unicodedata.normalize("NFKC", answer))
-    right = _RIGHT.replace("{{", "{").replace("}}", "}")
-    parts = {
-        "x": f"(?P<x>[{allowed}]{_AFTER})",
-        "verb": _VERB,
-        "hedges": _HEDGES,
-        "mark": _MARK,
-        "no": _NOT,
-        "right": right,
-    }
-    further = re.compile(_FURTHER.replace("LETTERS", allowed))
-    for pattern in _LETTER_PATTERNS:
-        matches = list(re.finditer(pattern.format(**parts), answer))
+    for way in ways.values():
+        matches = list(way.finditer(answer))
         if matches:
-            found = {match["x"] for match in matches}
-            several = any(further.match(answer, match.end("x")) for match in matches)
+            found = {match["letter"] for match in matches}
+            several = any(second.match(answer, match.end("letter")) for match in matches)
             return found.pop() if len(found) == 1 and not several else None
     return None
+
+
+@lru_cache(maxsize=64)
+def _compile(letters: str) -> tuple[dict[str, re.Pattern], re.Pattern]:
+    """({name: pattern}, the pattern of a second letter) for these option letters."""
+
+    def fill(pattern: str) -> re.Pattern:
+        for name, part in _PARTS.items():  # in their order: the first ones hold words of later ones
+            pattern = re.sub(rf"\b{name}\b", lambda _, part=part: part, pattern)
+        return re.compile(pattern.replace("OPTIONS", re.escape(letters)), re.VERBOSE | re.MULTILINE)
+
+    return {name: fill(pattern) for name, _, pattern in _WAYS}, fill(_SECOND)
+
+
+def _shorten(run: str) -> str:
+    """A long run of spaces or marks as the shortest that reads the same."""
+    return ("\n\n" if "\n" in run else " ") if run.isspace() else run[:4]
 
 
 def any_letter(text: str, letters: Iterable[str]) -> str | None:

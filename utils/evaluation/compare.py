@@ -1,95 +1,63 @@
-"""Both arms side by side: paired figures, the claims they carry, and their table, from files alone (no torch)."""
+"""Both models side by side: paired figures, the claims they carry, and their table, from files alone (no torch)."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 from utils.errors import StageOrderError
-from utils.evaluation.metrics import find_metric, nll_per_token, rouge_l, score_answers
-from utils.evaluation.probe_results import paired_probe
-from utils.evaluation.questions import arm_digest, current_answers, load_questions, read_forced
+from utils.evaluation.evaluate import Evaluation
+from utils.evaluation.metrics import find_metric
 from utils.evaluation.results import Comparison
-from utils.evaluation.statistics import PairedResult, compare_paired, verdict
-from utils.evaluation.verdict import headline, state_claims
+from utils.evaluation.statistics import PairedResult, compare_paired
+from utils.evaluation.verdict import decide, headline, state_claims
 from utils.files import atomic, write_json
 from utils.pipeline.run_dir import RunDir
-from utils.pipeline.stages import BY_NAME
 
 _LATE = " What was measured was changed after answers existed, so this is no registered result."
-_FORM = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_tokens", "answer_tokens")
+_OF_CHOICES = {"multiple_choice": "correct", "multiple_choice_forced": "forced", "parsed": "parsed"}
+_OF_LOSS = {"nll": "completion", "nll_reasoning": "reasoning", "nll_response": "response"}
+_OF_ANSWERS = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_tokens", "answer_tokens")
+_FORM = ("well_formed", "one_paragraph", "bullets", "stopped", "parsed")
 
 
-@dataclass(frozen=True)
-class Arms:
-    """What both arms said: scored answers (aligned by id) and losses per row (aligned by id).
-
-    `groups` has every held-out row ({id: group}), those too long for a loss included.
-    """
-
-    base: pd.DataFrame
-    tuned: pd.DataFrame
-    base_nll: pd.DataFrame
-    tuned_nll: pd.DataFrame
-    groups: dict[str, str]
-    probe: tuple[pd.DataFrame, pd.DataFrame] | None = None
-
-
-def load_arms(run: RunDir) -> Arms:
-    """Read and score the answers of both arms.
-
-    Raises StageOrderError where the baseline or the comparison has not run, or where one arm lacks answers or losses
-    that the other has.
-    """
-    for name in ("01_baseline_inference", "04_comparison"):
-        if not run.record(BY_NAME[name]).get("inputs"):
-            raise StageOrderError(
-                f"{run.path} has no answers of both arms yet: {name} has not run; run the series to 04."
-            )
-    questions, held_out, benchmark = load_questions(run)
-    scored, losses = {}, {}
-    for arm in ("baseline", "tuned"):
-        answers = current_answers(
-            run.file(f"{arm}/answers.jsonl"), questions, run.config.generate, arm_digest(run, arm)
-        )
-        forced = read_forced(run.file(f"{arm}/forced.jsonl"), answers, benchmark)
-        scored[arm] = score_answers(answers, held_out, benchmark, forced)
-        scored[arm]["rouge_l"] = scored[arm]["id"].map(rouge_l(answers, held_out))
-        losses[arm] = nll_per_token(pd.read_parquet(run.file(f"{arm}/nll.parquet"))).sort_index()
-    if list(losses["baseline"].index) != list(losses["tuned"].index):
-        raise StageOrderError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
-    groups = dict(zip(held_out["id"], held_out.get("group", held_out["id"]).fillna(held_out["id"]), strict=True))
-    return Arms(scored["baseline"], scored["tuned"], losses["baseline"], losses["tuned"], groups, paired_probe(run))
-
-
-def compare(run: RunDir, arms: Arms) -> dict:
+def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
     """Everything of metrics.json (schema: `results.Comparison`): the registered primary metric, secondary ones with
-    Holm's correction, the claims, the verdict."""
-    results = {result.name: result for result in paired_results(run, arms)}
+    Holm's correction, the claims, the verdict.
+
+    Raises StageOrderError where the two hold other rows, or the data cannot carry the primary metric.
+    """
+    if list(base.loss.index) != list(tuned.loss.index):
+        raise StageOrderError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
+    results = {result.name: result for result in pair_metrics(run, base, tuned)}
     name = run.config.evaluate.primary
     if name not in results:
         raise StageOrderError(
             f"evaluate.primary is {name}, but this run's data cannot carry it; it offers {', '.join(results)}."
         )
-    primary, secondary = results[name], [result for key, result in results.items() if key != name]
+    secondary = [result for key, result in results.items() if key != name]
     adjusted = multipletests([r.p_value for r in secondary], method="holm")[1] if secondary else []
     corrected = {r.name: float(p) for r, p in zip(secondary, adjusted, strict=True)}
     registration = _read(run, "data/registration.json")
+    sentence = headline(name, results, corrected)
+    models = {"base": base.scored, "tuned": tuned.scored}
     return Comparison(
         profile=run.config.profile,
-        primary=_entry(primary, None),
+        benchmarks=list(base.benchmarks),
+        primary=_entry(results[name], None),
         secondary=[_entry(result, corrected[result.name]) for result in secondary],
-        form={arm: _form(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned)) if len(frame)},
-        length={arm: _lengths(frame) for arm, frame in (("base", arms.base), ("tuned", arms.tuned)) if len(frame)},
-        nll_rows_left_out=len(arms.groups) - len(arms.base_nll),
+        form={which: _form(scored) for which, scored in models.items() if len(scored)},
+        length={which: _lengths(scored) for which, scored in models.items() if len(scored)},
+        nll_rows_left_out=base.left_out,
         contamination=_read(run, "data/split.json").get("contamination", {}),
         registration=registration,
         claims=state_claims(results, corrected),
-        verdict=verdict(primary),
-        sentence=headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
+        verdict=decide(name, results, corrected)[0],
+        sentence=sentence + _LATE if registration["changed_after_answers"] else sentence,
     ).model_dump(mode="json")
 
 
@@ -99,80 +67,65 @@ def _read(run: RunDir, name: str) -> dict:
 
 def _entry(result: PairedResult, p_holm: float | None) -> dict:
     metric = find_metric(result.name)
-    return {**result.as_dict(), "label": metric.label, "unit": metric.unit, "p_holm": p_holm}
+    return {**asdict(result), "label": metric.label, "unit": metric.unit, "p_holm": p_holm}
 
 
-def paired_results(run: RunDir, arms: Arms) -> list[PairedResult]:
-    """Every metric that both arms carry, compared pair by pair."""
+def pair_metrics(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[PairedResult]:
+    """Every metric that both models carry, compared pair by pair."""
     evaluate = run.config.evaluate
 
-    def pair(name: str, base: pd.Series, tuned: pd.Series, groups: list[str]) -> PairedResult:
+    def pair(name: str, before: pd.Series, after: pd.Series, groups: Sequence[str]) -> PairedResult:
         better = find_metric(name).higher_is_better
         settings = {"resamples": evaluate.resamples, "seed": evaluate.seed}
-        return compare_paired(name, base, tuned, groups, higher_is_better=better, **settings)
+        return compare_paired(name, before, after, list(groups), higher_is_better=better, **settings)
 
-    def pair_columns(name: str, column: str, mask: pd.Series) -> PairedResult:
-        base, tuned = arms.base[mask], arms.tuned[mask]
-        return pair(name, base[column], tuned[column], list(base["group"]))
+    def pair_rows(name: str, column: str, rows: pd.Series) -> PairedResult:
+        return pair(name, base.scored[rows][column], tuned.scored[rows][column], base.scored[rows]["group"])
 
-    results = []
-    checkable = (arms.base["kind"] == "open") & arms.base["correct"].notna()
-    if checkable.any():
-        results.append(pair_columns("accuracy", "correct", checkable))
-    items = arms.base["kind"] == "choice"
-    for i, benchmark in enumerate(dict.fromkeys(arms.base["benchmark"][items])):
-        ending, mask = f":{benchmark}" * (i > 0), items & (arms.base["benchmark"] == benchmark)
-        for name, column in (
-            ("multiple_choice", "correct"),
-            ("multiple_choice_forced", "forced"),
-            ("parsed", "parsed"),
-        ):
-            results.append(pair_columns(name + ending, column, mask))
-    if arms.probe is not None:
-        base, tuned = (figures["correct"].astype(float) for figures in arms.probe)
-        results.append(pair("letter_probe", base, tuned, list(arms.probe[0]["id"])))
-    if len(arms.base_nll):
-        groups = [arms.groups[identifier] for identifier in arms.base_nll.index]
-        for name, column in (("nll", "completion"), ("nll_reasoning", "reasoning"), ("nll_response", "response")):
-            results.append(pair(name, arms.base_nll[column], arms.tuned_nll[column], groups))
-    if len(arms.base):
-        everything = arms.base["id"].notna()
-        results += [pair_columns(name, name, everything) for name in _FORM]
-    if "rouge_l" in arms.base and arms.base["rouge_l"].notna().any():
-        results.append(pair_columns("rouge_l", "rouge_l", arms.base["rouge_l"].notna()))
+    results = [pair_rows(*chosen) for chosen in _choose_answers(base)]
+    if base.letters is not None and tuned.letters is not None:
+        before, after = base.letters["correct"].astype(float), tuned.letters["correct"].astype(float)
+        results.append(pair("letter_logprobs", before, after, base.letters["id"]))
+    if len(base.loss):
+        for name, column in _OF_LOSS.items():
+            results.append(pair(name, base.loss[column], tuned.loss[column], base.loss["group"]))
+    if len(base.scored):
+        results += [pair_rows(name, name, base.scored["id"].notna()) for name in _OF_ANSWERS]
+    if "rouge_l" in base.scored and (worded := base.scored["rouge_l"].notna()).any():
+        results.append(pair_rows("rouge_l", "rouge_l", worded))
     return results
 
 
-def _form(frame: pd.DataFrame) -> dict[str, float]:
-    return {name: float(frame[name].mean()) for name in ("well_formed", "one_paragraph", "bullets", "stopped", "parsed")
-            if frame[name].notna().any()}  # fmt: skip
+def _choose_answers(base: Evaluation) -> Iterator[tuple[str, str, pd.Series]]:
+    """(metric, column, rows) of the scored answers that are right or wrong."""
+    scored = base.scored
+    checkable = (scored["kind"] == "open") & scored["correct"].notna()
+    if checkable.any():
+        yield "accuracy", "correct", checkable
+    for benchmark in base.benchmarks:
+        rows = (scored["kind"] == "choice") & (scored["benchmark"] == benchmark)
+        for name, column in _OF_CHOICES.items():
+            # The first one named carries the registered name, whatever the others are called and their ids look like.
+            yield name if benchmark == base.benchmarks[0] else f"{name}:{benchmark}", column, rows
 
 
-def _lengths(frame: pd.DataFrame) -> dict[str, float]:
-    return {
-        "reasoning_tokens_mean": float(frame["reasoning_tokens"].mean()),
-        "reasoning_tokens_median": float(frame["reasoning_tokens"].median()),
-        "answer_tokens_mean": float(frame["answer_tokens"].mean()),
-        "truncated": float(frame["truncated"].mean()),
-    }
+def _form(scored: pd.DataFrame) -> dict[str, float]:
+    return {name: float(scored[name].mean()) for name in _FORM if scored[name].notna().any()}
+
+
+def _lengths(scored: pd.DataFrame) -> dict[str, float]:
+    means = {f"{name}_mean": float(scored[name].mean()) for name in ("reasoning_tokens", "answer_tokens")}
+    median = float(scored["reasoning_tokens"].median())
+    return {**means, "reasoning_tokens_median": median, "truncated": float(scored["truncated"].mean())}
 
 
 def write_comparison(run: RunDir, metrics: dict) -> pd.DataFrame:
     """comparison/metrics.json and comparison/table.csv; returns the table (one row for each metric, primary first)."""
-    rows = [
-        {
-            "metric": result["label"],
-            "n": result["n"],
-            "base": result["base"],
-            "tuned": result["tuned"],
-            "difference": result["difference"],
-            "ci_low": result["ci95"][0],
-            "ci_high": result["ci95"][1],
-            "p": result["p_value"] if result["p_holm"] is None else result["p_holm"],
-        }
-        for result in (metrics["primary"], *metrics["secondary"])
-    ]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([metrics["primary"], *metrics["secondary"]])
+    table["p"] = table["p_holm"].astype(float).fillna(table["p_value"])
+    table["ci_low"], table["ci_high"] = (table["ci95"].str[end] for end in (0, 1))
+    columns = ["label", "n", "base", "tuned", "difference", "ci_low", "ci_high", "p"]
+    table = table[columns].rename(columns={"label": "metric"})
     write_json(run.file("comparison/metrics.json"), metrics)
     with atomic(run.file("comparison/table.csv")) as scratch:
         table.to_csv(scratch, index=False)

@@ -1,36 +1,31 @@
-"""Answers from a loaded model: batched, resumable answer by answer, on every GPU, and the same for both arms."""
+"""Answers from a loaded model: batched, resumable answer by answer, on every GPU, and the same for both models.
+
+`generate` would draw from one stream of random numbers for the whole batch: another batch size, an interruption or a
+second GPU would give other answers. Here every question has a stream of its own, and both models draw from the same one,
+which also takes noise out of the paired comparison (common random numbers).
+"""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from utils.errors import HardwareError
-from utils.evaluation.answer_parsing import CLOSE
+import numpy as np
+
+from utils.errors import ModelError, OutOfMemory
 from utils.evaluation.questions import Question, answer_key, matching_answers
-from utils.evaluation.sampling import question_stream, sampling_processors
-from utils.files import write_text
-from utils.models.decoding import forget_cache
+from utils.files import append_lines, read_lines
 from utils.models.memory import free_memory, is_out_of_memory, sequences_that_fit
+from utils.models.prompt_format import count_reasoning
+from utils.models.unsloth_patches import forget_cache
 from utils.progress import Progress
 from utils.schema import GenerateSection
-from utils.sealed import split_lines, to_lines
 
 ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
-
-
-class Helpers(Protocol):
-    """Other processes that answer a share of the questions (see `workers`)."""
-
-    def start(self, questions: Sequence[Question]) -> Sequence[Question]:
-        """Give shares away and return what is left to do here."""
-
-    def wait(self) -> None:
-        """Until the others have written their answers beside ours, or have ended."""
+_TIE = 0.1  # in standard deviations of the logits: rounding decides between tokens that are nearer to each other
 
 
 @dataclass
@@ -47,26 +42,19 @@ class Pending:
 
 
 def answer_questions(
-    model,
-    tokenizer,
-    questions: Sequence[Question],
-    config: GenerateSection,
-    path: Path,
-    arm: str,
-    helpers: Helpers | None = None,
+    model, tokenizer, questions: Sequence[Question], config: GenerateSection, path: Path, digest: str, helpers=None
 ) -> list[dict]:
     """Answer every question and append each answer to `path` (JSONL) as soon as it is complete.
 
-    An answer on file to the same prompt, by the same `arm` and decoding, is not generated again. `helpers` take over
-    shares; what they leave undone is done here. Returns the answers in the order of the questions: dicts of id, kind,
-    key, text, tokens (completion tokens, the end token counted), reasoning_tokens (those up to and with `</think>`, or
-    all of them) and finish_reason (`stop`, or `length` at max_new_tokens).
+    An answer on file to the same prompt, by the same model (its `digest`) and decoding, is not generated again.
+    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. Returns the answers in the order of the questions:
+    dicts of id, kind, key, text, tokens (completion tokens, the end token counted), reasoning_tokens (those up to and
+    with `</think>`, or all of them) and finish_reason (`stop`, or `length` at max_new_tokens).
 
-    Raises HardwareError where even a single question does not fit into memory.
+    Raises OutOfMemory where even a single question does not fit.
     """
-    keys = {q.id: answer_key(q, config, arm) for q in questions}
+    keys = {q.id: answer_key(q, config, digest) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _set_aside_torn_lines(path)
     while missing := _unanswered(path, questions, keys):
         mine = helpers.start(missing) if helpers else missing
         engine = _Engine(model, tokenizer, config, keys, path)
@@ -84,55 +72,19 @@ def share_path(path: Path, number: int) -> Path:
 
 
 def _unanswered(path: Path, questions: Sequence[Question], keys: dict[str, str]) -> list[Question]:
-    _absorb(path)
+    """What is still to be answered, after the helpers' answers (those of an interrupted run too) were joined with ours."""
+    for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):
+        append_lines(path, read_lines(share))
+        share.unlink()
     done = matching_answers(path, keys)
     return [q for q in questions if q.id not in done]
-
-
-def _absorb(path: Path) -> None:
-    """Join the helpers' answers with ours, those of an interrupted run included."""
-    for share in sorted(path.parent.glob(f"{path.stem}.[0-9]*.jsonl")):
-        whole, others = split_lines(share.read_bytes())
-        _keep(path, others)
-        _append(path, to_lines(whole).encode())
-        share.unlink()
-
-
-def _append(path: Path, lines: bytes) -> None:
-    with path.open("ab") as stream:
-        stream.write(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _set_aside_torn_lines(path: Path) -> None:
-    """A kill in the middle of a write leaves a line without its end, to which nothing must be glued; a damaged one, or one
-    from before lines had seals, goes too. All are kept beside: who deems them good can still read them."""
-    data = path.read_bytes() if path.exists() else b""
-    whole, others = split_lines(data)
-    if others:
-        kept = _keep(path, others)
-        print(
-            f"{path.name} holds {len(whole)} whole answers; the other {len(others)} lines are kept in {kept.name}, "
-            "and their questions answered again"
-        )
-    if others or (data and not data.endswith(b"\n")):
-        write_text(path, to_lines(whole))
-
-
-def _keep(path: Path, lines: Sequence[bytes]) -> Path:
-    """Add lines that are no answers to those kept beside `path`; returns where."""
-    kept = path.with_name(f"{path.name}.old")
-    if lines:
-        _append(kept, b"".join(line + b"\n" for line in lines))
-    return kept
 
 
 class _Engine:
     """One process's loop: batches as large as memory allows, in rounds of ROUND_TOKENS.
 
     After a round the finished answers are on file and their places are taken by others, so that no answer waits for
-    the longest one; what goes on is prefilled again, which costs far less than decoding it did.
+    the longest one; the rest is prefilled again, which costs far less than decoding it did.
     """
 
     def __init__(self, model, tokenizer, config: GenerateSection, keys: dict[str, str], path: Path):
@@ -152,7 +104,7 @@ class _Engine:
                 if outputs is None:
                     continue
                 finished = self._finish(batch, outputs)
-                _append(self.path, to_lines(finished).encode())
+                append_lines(self.path, finished)
                 gone = {answer["id"] for answer in finished}
                 pending = [p for p in pending if p.question.id not in gone]
                 speed = self.tokens / (time.monotonic() - started)
@@ -185,24 +137,22 @@ class _Engine:
     def _try_generate(self, batch: list[Pending], steps: int) -> list[list[int]] | None:
         """New token ids of each row, or None after running out of memory, with the next batch halved."""
         try:
-            outputs = generate_batch(self.model, self.tokenizer, batch, steps, self.config)
+            return generate_batch(self.model, self.tokenizer, batch, steps, self.config)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            outputs = None
-        if outputs is None:  # outside the handler, whose traceback would keep the tensors alive
-            if len(batch) == 1:
-                raise HardwareError("A single question does not fit into memory; lower generate.max_new_tokens.")
-            self.share /= 2
-            free_memory(self.model)
-        return outputs
+        # Outside the handler, whose traceback would keep the tensors alive.
+        if len(batch) == 1:
+            raise OutOfMemory("A single question does not fit into memory; lower generate.max_new_tokens.")
+        self.share /= 2
+        free_memory(self.model)
+        return None
 
     def _finish(self, batch: list[Pending], outputs: list[list[int]]) -> list[dict]:
         """Extend the pending answers and return those that are complete."""
-        eos, finished = self.tokenizer.eos_token_id, []
+        finished = []
         for one, ids in zip(batch, outputs, strict=True):
-            stopped = eos in ids
-            ids = ids[: ids.index(eos)] if stopped else ids
+            ids, stopped = _cut_at_end(ids, self.tokenizer)
             one.generated += ids
             self.tokens += len(ids) + stopped
             if stopped or len(one.generated) >= self.config.max_new_tokens:
@@ -210,7 +160,6 @@ class _Engine:
         return finished
 
     def _answer(self, one: Pending, stopped: bool) -> dict:
-        close = self.tokenizer.convert_tokens_to_ids(CLOSE)
         ids = one.generated
         return {
             "id": one.question.id,
@@ -218,9 +167,15 @@ class _Engine:
             "key": self.keys[one.question.id],
             "text": self.tokenizer.decode(ids, skip_special_tokens=False),
             "tokens": len(ids) + stopped,
-            "reasoning_tokens": ids.index(close) + 1 if close in ids else len(ids),
+            "reasoning_tokens": count_reasoning(self.tokenizer, ids),
             "finish_reason": "stop" if stopped else "length",
         }
+
+
+def _cut_at_end(ids: list[int], tokenizer) -> tuple[list[int], bool]:
+    """The ids before the end token, and whether there was one."""
+    stopped = tokenizer.eos_token_id in ids
+    return (ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids), stopped
 
 
 def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection) -> list[list[int]]:
@@ -236,9 +191,10 @@ def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, confi
     for i, one in enumerate(batch):
         ids[i, width - one.length :] = torch.tensor(one.prompt + one.generated)
         mask[i, width - one.length :] = 1
-    streams = [
-        question_stream(config.seed, one.question.id, len(one.generated) + steps)[len(one.generated) :] for one in batch
-    ]
+    streams = []
+    for one in batch:
+        done = len(one.generated)
+        streams.append(question_stream(config.seed, one.question.id, done + steps)[done:])
     with torch.inference_mode():
         output = model.generate(
             input_ids=ids.to(model.device),
@@ -250,3 +206,98 @@ def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, confi
             pad_token_id=tokenizer.pad_token_id,
         )
     return output[:, width:].tolist()
+
+
+def question_stream(seed: int, question_id: str, count: int) -> np.ndarray:
+    """`count` uniform numbers in [0, 1) for a question, one for each token of its answer (Philox, counter-based)."""
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{question_id}".encode()).digest()[:16], "big")
+    return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def sampling_processors(config: GenerateSection, streams: Sequence[np.ndarray], start: int, device):
+    """Logits processors for `generate(do_sample=False)`: temperature, top-p, then each row's own draw.
+
+    `streams` holds for each row the numbers of the tokens to come; `start` is the padded prompt's length. An empty
+    list where the decoding is greedy.
+    """
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    processors = LogitsProcessorList()
+    if config.do_sample:
+        if config.temperature != 1:
+            processors.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_p < 1:
+            processors.append(TopPLogitsWarper(config.top_p))
+        processors.append(_draw_by_stream(streams, start, device))
+    return processors
+
+
+def _draw_by_stream(streams: Sequence[np.ndarray], start: int, device):
+    """A logits processor that leaves one token a row: the inverse of the distribution function at the row's number."""
+    import torch
+    from transformers import LogitsProcessor
+
+    numbers = torch.tensor(np.stack(streams), dtype=torch.float64, device=device)
+
+    class DrawByStream(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            step = input_ids.shape[1] - start
+            cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
+            total = cumulative[:, -1:]
+            # Below the total and right of a border: the chosen token never has probability zero.
+            target = torch.minimum(numbers[:, step : step + 1] * total, torch.nextafter(total, torch.zeros_like(total)))
+            chosen = torch.searchsorted(cumulative, target, right=True)
+            return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+    return DrawByStream()
+
+
+def check_batching(model, tokenizer, questions: Sequence[Question], count: int = 4, tokens: int = 32) -> dict:
+    """Answer `count` prompts of different lengths greedily, in one batch and one by one, and compare `tokens` tokens.
+
+    unsloth's batched generate ignored padding for months (issues 1066, 3699; pull request 4100). Where the two part,
+    both tokens must be as likely as rounding can make them. Returns the numbers of `prompts`, of `identical` ones, and
+    of `near_ties`. Raises ModelError where the batch says something else.
+    """
+    ordered = sorted(questions, key=lambda q: len(q.prompt))
+    count = min(count, len(ordered))
+    chosen = [ordered[i * (len(ordered) - 1) // max(1, count - 1)] for i in range(count)]
+    greedy = GenerateSection(do_sample=False, max_new_tokens=tokens)
+    rows = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in chosen]
+    batched = generate_batch(model, tokenizer, rows, tokens, greedy) if rows else []
+    near_ties = 0
+    for row, together in zip(rows, batched, strict=True):
+        (alone,) = generate_batch(model, tokenizer, [row], tokens, greedy)
+        near_ties += _part_at_tie(model, row, _with_end(together, tokenizer), _with_end(alone, tokenizer))
+    return {"prompts": count, "identical": count - near_ties, "near_ties": near_ties}
+
+
+def _with_end(ids: list[int], tokenizer) -> list[int]:
+    kept, stopped = _cut_at_end(ids, tokenizer)
+    return [*kept, tokenizer.eos_token_id] if stopped else kept
+
+
+def _part_at_tie(model, row: Pending, together: list[int], alone: list[int]) -> bool:
+    """Whether the two part at a near tie; False where they are the same. Raises ModelError otherwise."""
+    if together == alone:
+        return False
+    place = next((i for i, pair in enumerate(zip(together, alone, strict=False)) if pair[0] != pair[1]), None)
+    if place is None:  # one is the other's beginning: impossible unless the end token was lost
+        place, how = min(len(together), len(alone)), "ends elsewhere"
+    else:
+        logits = _next_logits(model, row.prompt + alone[:place])
+        gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
+        if gap <= _TIE:
+            return True
+        how = f"{gap:.2f} standard deviations of the logits apart"
+    raise ModelError(
+        f"In a batch the model answers the question {row.question.id} otherwise than alone, from token {place + 1} on "
+        f"({how}); padding is handled wrongly here: set hardware.backend=transformers, or generate.batch_size=1."
+    )
+
+
+def _next_logits(model, ids: list[int]):
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()

@@ -1,23 +1,27 @@
-"""What a loaded model finds likely: each held-out row's completion, and the letter after reasoning that was cut off."""
+"""What a loaded model finds likely: each held-out row's completion, and the letters of multiple-choice options."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from utils.errors import HardwareError, ModelError
+from utils.data.rows import read_table
+from utils.errors import ModelError, OutOfMemory, StageOrderError
 from utils.evaluation.answer_parsing import CLOSE
 from utils.evaluation.metrics import needs_forcing
 from utils.evaluation.questions import Question, forced_key
-from utils.files import write_text
+from utils.files import append_lines, read_lines, write_lines
 from utils.models.memory import free_memory, is_out_of_memory
+from utils.pipeline.run_dir import RunDir
 from utils.progress import Progress, track
-from utils.sealed import read_lines, to_lines
 
-_NLL_TOKENS = 2048  # tokens in one forward pass; logits over 128k entries bound it
-_CUE = "The answer is"
+CUE = "The answer is"  # what a cut-off answer is closed with, before its letter is read
+_BATCH_TOKENS = 2048  # in one forward pass; logits over 128k entries bound it
 _SAME_BASE = 0.02
 
 
@@ -33,26 +37,26 @@ def tokenize_row(tokenizer, prompt: str, completion: str) -> dict[str, list[int]
     return {"input_ids": encoded["input_ids"], "part": parts}
 
 
-def completion_nll(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.DataFrame:
+def completion_loss(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.DataFrame:
     """Negative log-likelihood (nats) of each row's completion given its prompt, reasoning and response apart.
 
     `rows` has id, prompt and completion. Returns id, reasoning_nll, reasoning_tokens, response_nll, response_tokens,
     sums over tokens. Rows longer than `max_length` tokens are left out, never cut.
-    Raises HardwareError where a single row does not fit into memory.
+    Raises OutOfMemory where a single row does not fit.
     """
     import torch
 
     encoded = [tokenize_row(tokenizer, row.prompt, row.completion) for row in rows.itertuples()]
     waiting = [i for i, row in enumerate(encoded) if len(row["input_ids"]) <= max_length]
     waiting.sort(key=lambda i: len(encoded[i]["input_ids"]))
-    results, limit = {}, _NLL_TOKENS
+    results, limit = {}, _BATCH_TOKENS
     with Progress("scoring held-out rows", len(waiting), "row") as bar, torch.inference_mode():
         while waiting:
             count = _count_within(limit, [len(encoded[i]["input_ids"]) for i in waiting])
-            sums = _try_nll(model, tokenizer, [encoded[i] for i in waiting[:count]])
+            sums = _try(_loss_of_batch, model, tokenizer, [encoded[i] for i in waiting[:count]])
             if sums is None:
                 if count == 1:
-                    raise HardwareError("A single held-out row does not fit into memory; lower model.max_seq_length.")
+                    raise OutOfMemory("A single held-out row does not fit into memory; lower model.max_seq_length.")
                 limit //= 2
                 free_memory(model)
                 continue
@@ -69,16 +73,17 @@ def _count_within(limit: int, lengths: Sequence[int]) -> int:
     return max([1, *(n for n, length in enumerate(lengths, start=1) if n * length <= limit)])
 
 
-def _try_nll(model, tokenizer, batch: list[dict]) -> list[dict] | None:
+def _try(action, *arguments):
+    """What `action` gives, or None where the device has no memory left for it."""
     try:
-        return _nll_of_batch(model, tokenizer, batch)
+        return action(*arguments)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     return None
 
 
-def _nll_of_batch(model, tokenizer, batch: list[dict]) -> list[dict]:
+def _loss_of_batch(model, tokenizer, batch: list[dict]) -> list[dict]:
     """Right-padded and without a mask: causal attention keeps padding from reaching the tokens before it."""
     import torch
 
@@ -89,33 +94,26 @@ def _nll_of_batch(model, tokenizer, batch: list[dict]) -> list[dict]:
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits
     sums = []
     for i, row in enumerate(batch):
-        length = len(row["input_ids"])
         target = torch.tensor(row["input_ids"][1:], device=logits.device)
-        nll = torch.nn.functional.cross_entropy(logits[i, : length - 1].float(), target, reduction="none").cpu()
-        part = torch.tensor(row["part"][1:])
-        sums.append(
-            {
-                f"{name}_{kind}": value
-                for name, code in (("reasoning", 1), ("response", 2))
-                for kind, value in (
-                    ("nll", float(nll[part == code].double().sum())),
-                    ("tokens", int((part == code).sum())),
-                )
-            }
-        )
+        loss = torch.nn.functional.cross_entropy(logits[i, : len(target)].float(), target, reduction="none").cpu()
+        part, values = torch.tensor(row["part"][1:]), {}
+        for name, code in (("reasoning", 1), ("response", 2)):
+            values[f"{name}_nll"] = float(loss[part == code].double().sum())
+            values[f"{name}_tokens"] = int((part == code).sum())
+        sums.append(values)
     return sums
 
 
 def check_same_base(model, tokenizer, rows: pd.DataFrame, baseline: pd.DataFrame, count: int = 8) -> float:
     """The largest relative deviation of the loss on `count` rows, adapter switched off, from what 01 measured.
 
-    Both arms must rest on the very same base: another file, quantisation or kernel would be compared as fine-tuning.
+    Both models must rest on the very same base: another file, quantisation or kernel would be compared as fine-tuning.
     Raises ModelError above 2 % (4-bit in fp16 moves by about a tenth of that from run to run).
     """
     known = baseline.set_index("id")
     chosen = rows[rows["id"].isin(known.index)].head(count)
     with model.disable_adapter():
-        now = completion_nll(model, tokenizer, chosen, max_length=10**9).set_index("id")
+        now = completion_loss(model, tokenizer, chosen, max_length=10**9).set_index("id")
     before = known.loc[now.index]
     columns = ["reasoning_nll", "response_nll"]
     deviation = ((now[columns].sum(axis=1) / before[columns].sum(axis=1)) - 1).abs()
@@ -133,59 +131,100 @@ def forced_letters(
 ) -> list[dict]:
     """For each multiple-choice answer that was cut off: close its think block and read the letter from the logits.
 
-    One forward pass over prompt, unfinished answer, `</think>` where it is missing, and "The answer is" (budget
-    forcing, as in m1, arXiv 2504.00869). Writes `path` (JSONL) and returns its rows: id, key (of the answer and its text),
-    letter, and logprobs (nats over the whole vocabulary, by letter).
+    One forward pass over prompt, unfinished answer, `</think>` where it is missing, and CUE (budget forcing, as in m1,
+    arXiv 2504.00869). Writes `path` (JSONL) and returns its rows: id, key (of the answer and its text), letter, and
+    logprobs (nats over the whole vocabulary, by letter).
     """
     options = {} if items is None else dict(zip(items["id"].astype(str), items["options"], strict=True))
     prompts = {question.id: question.prompt for question in questions}
     cut_off = [a for a in answers if a["kind"] == "choice" and needs_forcing(a, options[a["id"]])]
     known = {(row["id"], row["key"]): row for row in read_lines(path)}
-    keys = {a["id"]: forced_key(a) for a in cut_off}
     rows = []
     for answer in track(cut_off, "forcing answers", unit="answer") if cut_off else ():
-        row = known.get((answer["id"], keys[answer["id"]]))
+        identity = {"id": answer["id"], "key": forced_key(answer)}
+        row = known.get((identity["id"], identity["key"]))
         if row is None:
             text = prompts[answer["id"]] + answer["text"] + ("" if CLOSE in answer["text"] else f"\n{CLOSE}")
-            logprobs = letter_logprobs(model, tokenizer, f"{text}\n\n{_CUE}", options[answer["id"]])
-            letter = max(logprobs, key=logprobs.get)
-            row = {"id": answer["id"], "key": keys[answer["id"]], "letter": letter, "logprobs": logprobs}
+            logprobs = letter_logprobs(model, tokenizer, f"{text}\n\n{CUE}", options[answer["id"]])
+            row = {**identity, "letter": max(logprobs, key=logprobs.get), "logprobs": logprobs}
         rows.append(row)
-    write_text(path, to_lines(rows))
+    write_lines(path, rows)
     return rows
 
 
-def letter_logprobs(model, tokenizer, text: str, letters: Mapping[str, str] | Sequence[str]) -> dict[str, float]:
-    """log p(" X" | text) in nats for each letter X, from the logits of one forward pass over `text`.
+def letter_logprobs(model, tokenizer, text: str, letters: Iterable[str]) -> dict[str, float]:
+    """log p(" X" | text) in nats for each letter X; one forward pass, unless letters take several tokens.
 
-    Raises HardwareError where that does not fit into memory.
+    Raises OutOfMemory where that does not fit, ModelError where a value is not finite.
     """
+    ids = tokenizer(text)["input_ids"]
+    encoded = {letter: tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in letters}
+    after = {}  # {all tokens of a letter but its last: log-probabilities from the end of the text on}
+    for start in {tuple(tokens[:-1]) for tokens in encoded.values()}:
+        after[start] = _try(_last_logprobs, model, [*ids, *start], len(start) + 1)
+        if after[start] is None:
+            raise OutOfMemory("An unfinished answer does not fit into memory; lower generate.max_new_tokens.")
+    found = {
+        letter: sum(float(after[tuple(tokens[:-1])][i, token]) for i, token in enumerate(tokens))
+        for letter, tokens in encoded.items()
+    }
+    if not all(map(math.isfinite, found.values())):
+        raise ModelError(f"The letters' log-probabilities are {[*found.values()]}; try another hardware.dtype.")
+    return found
+
+
+def _last_logprobs(model, ids: list[int], count: int):
+    """Log-probabilities of the next token (nats, over the vocabulary) at the last `count` places."""
     import torch
 
-    shared, tokens = _letter_tokens(tokenizer, letters)
-    ids = tokenizer(text)["input_ids"] + shared
-    try:
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise HardwareError(
-            "A single unfinished answer does not fit into memory; lower generate.max_new_tokens."
-        ) from None
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    return {letter: float(logprobs[token]) for letter, token in tokens.items()}
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -count:]
+    return torch.log_softmax(logits.float(), dim=-1)
 
 
-def _letter_tokens(tokenizer, letters) -> tuple[list[int], dict[str, int]]:
-    """What all letters share after a space (nothing in large vocabularies, the space itself in small ones), and the
-    one token that tells them apart."""
-    encoded = {letter: tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in letters}
-    shortest = min(encoded.values(), key=len)
-    shared = 0
-    while shared < len(shortest) - 1 and len({ids[shared] for ids in encoded.values()}) == 1:
-        shared += 1
-    tokens = {letter: ids[shared] for letter, ids in encoded.items()}
-    if len(set(tokens.values())) < len(tokens):
-        raise ModelError(f"The tokenizer does not tell the letters {', '.join(letters)} apart by one token each.")
-    return shortest[:shared], tokens
+def load_letter_items(run: RunDir) -> pd.DataFrame:
+    """All items of the first benchmark, as 00 froze them where evaluate.letter_logprobs is on."""
+    return read_table(run.file("data/probe_items.jsonl"), "evaluate.letter_logprobs", ("question", "options"))
+
+
+def format_letter_prompt(question: str, options: Mapping[str, str]) -> str:
+    """The prompt of lm-eval's task medqa_4options, letter for letter, for any number of options."""
+    lines = "".join(f"{letter}. {text}\n" for letter, text in options.items())
+    return f"Question: {question}\n{lines}Answer:"
+
+
+def measure_letters(model, tokenizer, items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
+    """The letters' log-probabilities (nats) right after each question, appended to `path` (JSONL) item by item.
+
+    It measures what a model knows, with no room to reason, as lm-eval's medqa_4options does. `items` has id, question,
+    options (dict of letter to text) and gold; what is on file by the same model (its `digest`) is kept. Returns, in
+    their order: id, key, letter (the likeliest), correct, logprobs.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {row["key"] for row in read_lines(path)}
+    missing = [item for item in items.itertuples() if _letter_key(item, digest) not in known]
+    for item in track(missing, "reading letters", unit="item") if missing else ():
+        prompt = format_letter_prompt(item.question, item.options)
+        logprobs = letter_logprobs(model, tokenizer, prompt, item.options)
+        letter = max(logprobs, key=logprobs.get)
+        row = {"id": str(item.id), "key": _letter_key(item, digest), "letter": letter, "correct": letter == item.gold}
+        append_lines(path, [{**row, "logprobs": logprobs}])
+    return read_letters(items, path, digest)
+
+
+def read_letters(items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
+    """What `measure_letters` wrote; raises StageOrderError unless every item is there, by this model."""
+    known = {row["key"]: row for row in read_lines(path)}
+    found = [known.get(_letter_key(item, digest)) for item in items.itertuples()]
+    if None in found:
+        raise StageOrderError(
+            f"{path.parent.name}/{path.name} does not hold all {len(items)} items; run the notebook that writes it "
+            "again, with evaluate.letter_logprobs on."
+        )
+    return pd.DataFrame(found).assign(id=items["id"].astype(str).to_numpy())
+
+
+def _letter_key(item, digest: str) -> str:
+    """A digest of model, prompt and right letter."""
+    asked = [digest, format_letter_prompt(item.question, item.options), item.gold]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]

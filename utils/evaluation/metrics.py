@@ -31,7 +31,7 @@ METRICS = {
     "accuracy": Metric("accuracy", "share", True),
     "multiple_choice": Metric("multiple-choice accuracy, strict", "share", True),
     "multiple_choice_forced": Metric("multiple-choice accuracy, forced", "share", True),
-    "letter_probe": Metric("letter likelihood (knowledge, no reasoning)", "share", True),
+    "letter_logprobs": Metric("likeliest letter (knowledge, no reasoning)", "share", True),
     "parsed": Metric("answers with an explicit letter", "share", True),
     "truncated": Metric("answers cut off at the limit", "share", False),
     "nll": Metric("held-out loss", "nats per token", False),
@@ -72,34 +72,30 @@ def score_answers(
     stated or forced letter is right.
     """
     rows = held_out.set_index("id").to_dict("index")
-    items = (
-        {} if benchmark is None else benchmark.assign(id=benchmark["id"].astype(str)).set_index("id").to_dict("index")
-    )
+    items = {} if benchmark is None else {str(item["id"]): item for item in benchmark.to_dict("records")}
     scored = []
     for identifier, answer in answers.items():
-        if answer["kind"] == "anecdote":
-            continue  # shown, never counted
         completion = parse_completion(answer["text"])
-        judge = _judge_choice if answer["kind"] == "choice" else _judge_open
-        known = (items if answer["kind"] == "choice" else rows)[identifier]
-        verdict = judge(completion, known, (forced or {}).get(identifier))
+        if answer["kind"] == "choice":
+            known = items[identifier]
+            score = score_choice(completion, known, (forced or {}).get(identifier))
+        elif answer["kind"] == "open":
+            known = rows[identifier]
+            score = score_open(completion, known)
+        else:
+            continue  # the tutorials' question: shown, never counted
         # Stated on the way and then cut off: nobody knows what the end would have been.
-        verdict["correct"] *= float(answer["finish_reason"] == "stop")
+        score["correct"] *= float(answer["finish_reason"] == "stop")
         group = known.get("group")
-        scored.append(
-            {
-                "id": identifier,
-                "kind": answer["kind"],
-                "benchmark": known.get("benchmark", "") if answer["kind"] == "choice" else "",
-                "group": group if isinstance(group, str) else identifier,
-                **verdict,
-                **_form(completion, answer),
-            }
-        )
+        benchmark_name = known.get("benchmark", "") if answer["kind"] == "choice" else ""
+        about = {"id": identifier, "kind": answer["kind"], "benchmark": benchmark_name}
+        about["group"] = group if isinstance(group, str) else identifier
+        scored.append({**about, **score, **_form(completion, answer)})
     return pd.DataFrame(scored, columns=_COLUMNS).sort_values("id", ignore_index=True)
 
 
-def _judge_choice(completion: Completion, item: Mapping, forced: str | None) -> dict:
+def score_choice(completion: Completion, item: Mapping, forced: str | None) -> dict:
+    """Strict: right where exactly the right letter is stated after a closed think block."""
     letter = explicit_letter(completion.answer, item["options"])
     return {
         "correct": float(letter == item["gold"]),
@@ -109,8 +105,8 @@ def _judge_choice(completion: Completion, item: Mapping, forced: str | None) -> 
     }
 
 
-def _judge_open(completion: Completion, row: Mapping, _: str | None) -> dict:
-    """NaN for a row whose answer no rule can check."""
+def score_open(completion: Completion, row: Mapping) -> dict:
+    """Right where the right one of the row's choices is named and no other; NaN for a row that no rule can check."""
     correct = parsed = float("nan")
     if isinstance(row.get("answer"), str) and row.get("choices") is not None:
         named = named_choices(completion.answer, row["choices"]) if completion.well_formed else []
@@ -167,7 +163,7 @@ def rouge_l(answers: Mapping[str, dict], held_out: pd.DataFrame) -> pd.Series:
     )
 
 
-def nll_per_token(frame: pd.DataFrame) -> pd.DataFrame:
+def loss_per_token(frame: pd.DataFrame) -> pd.DataFrame:
     """Per row, nats per token of the whole completion, of its reasoning and of its response, indexed by id."""
     total = frame["reasoning_nll"] + frame["response_nll"]
     tokens = frame["reasoning_tokens"] + frame["response_tokens"]

@@ -1,4 +1,4 @@
-"""What is asked in both arms, and the answers on file: pure, so that scores can be recomputed without a model."""
+"""What both models are asked, and the answers on file: pure, so that scores can be recomputed without a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -16,20 +16,22 @@ from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.data.rows import read_benchmark
 from utils.errors import DataError, StageOrderError
 from utils.evaluation.metrics import needs_forcing
-from utils.files import digests, parse_json, write_json
+from utils.files import digests, parse_json, read_lines, write_json
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
 from utils.schema import Config, GenerateSection
-from utils.sealed import read_lines
 
-# Not what a row or item may carry besides; a group is what counts as one independent unit.
+Model = Literal["base", "tuned"]
+FOLDERS: dict[Model, str] = {"base": "baseline", "tuned": "tuned"}  # where a model's files lie in the run directory
+TUTORIAL = "anecdote"  # id and kind of the tutorials' own question, as saved answers have it
+# What answers and losses are held against; a group is what counts as one independent unit.
 _REFERENCES = ("id", "group", "Question", "Complex_CoT", "Response", "answer", "choices")
 _RIGHT_LETTERS = ("id", "group", "benchmark", "gold")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to answer: `kind` is `open` (in words), `choice` (a letter), or `anecdote` (shown and never scored).
+    """One thing to answer: `kind` is `open` (in words), `choice` (a letter), or TUTORIAL (shown and never scored).
 
     `prompt` is the whole model input.
     """
@@ -40,17 +42,17 @@ class Question:
 
 
 def build_questions(
-    config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame | None, anecdote: dict | None = None
+    config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame | None, tutorial_question: dict | None = None
 ) -> list[Question]:
-    """The held-out questions (as many as evaluate.questions asks for), all benchmark items, and the anecdote if any."""
-    style = config.prompt.style
+    """The held-out questions (as many as evaluate.questions), the benchmarks' items, and the tutorials' question if any."""
+    style = config.prompt
     rows = held_out if config.evaluate.questions is None else held_out.head(config.evaluate.questions)
     questions = [Question(row.id, "open", format_prompt(row.Question, style)) for row in rows.itertuples()]
     for item in benchmark.itertuples() if benchmark is not None else ():
         text = format_multiple_choice(item.question, item.options)
         questions.append(Question(str(item.id), "choice", format_prompt(text, style)))
-    if anecdote:
-        questions.append(Question("anecdote", "anecdote", format_prompt(anecdote["Question"], style)))
+    if tutorial_question:
+        questions.append(Question(TUTORIAL, TUTORIAL, format_prompt(tutorial_question["Question"], style)))
     twice = [i for i, count in Counter(question.id for question in questions).items() if count > 1]
     if twice:
         raise DataError(f"The id {twice[0]} belongs to two questions; every row and item needs an id of its own.")
@@ -58,11 +60,15 @@ def build_questions(
 
 
 def load_questions(run: RunDir) -> tuple[list[Question], pd.DataFrame, pd.DataFrame | None]:
-    """(questions, held-out rows, benchmark items): what 00 froze in the run directory, as it is asked in both arms."""
+    """(questions, held-out rows, benchmark items): what 00 froze in the run directory, as both models are asked it."""
     held_out = pd.read_parquet(run.file("data/eval.parquet"))
     benchmark = read_benchmark(run.file("data"))
-    anecdote = json.loads(run.file("data/anecdote.json").read_text(encoding="utf-8"))
-    return build_questions(run.config, held_out, benchmark, anecdote), held_out, benchmark
+    return build_questions(run.config, held_out, benchmark, load_tutorial_question(run)), held_out, benchmark
+
+
+def load_tutorial_question(run: RunDir) -> dict:
+    """The row by which the tutorials judge, kept out of training; empty where the data have no such row."""
+    return json.loads(run.file("data/anecdote.json").read_text(encoding="utf-8"))
 
 
 def collect_references(held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> list[str]:
@@ -80,7 +86,7 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
     before any answer exists; `references` as `collect_references` gives them.
 
     Where answers are there already and any of it changes, or what is on file cannot be read, `changed_after_answers`
-    becomes true and stays so. The manifest keeps a copy, so that to lose or change one of the two is no way around that.
+    becomes true and stays so. The manifest keeps a copy: to lose or change one of the two is no way around that.
     """
     config, path = run.config, run.file("data/registration.json")
     planned = {
@@ -91,9 +97,8 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
         "decoding": config.generate.model_dump(mode="json", exclude={"batch_size"}),
         "seed": config.evaluate.seed,
     }
-    changed = answered = run.file(
-        "baseline/answers.jsonl"
-    ).exists()  # of answers without a registration nothing is known
+    # Of answers without a registration nothing is known.
+    changed = answered = run.file("baseline/answers.jsonl").exists()
     if before := run.manifest().get("registered") or _read_registration(path):
         changed = before.pop("changed_after_answers")
         changed |= before != planned and answered
@@ -104,11 +109,11 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
 
 
 def _read_registration(path: Path) -> dict:
-    """What is on file, as in runs older than the manifest's copy; empty without one. One that cannot be read equals none."""
-    if not path.exists():
-        return {}
+    """What is on file; empty where nothing is. One that cannot be read equals none of today's."""
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError):
         found = None
     readable = isinstance(found, dict) and isinstance(found.get("changed_after_answers"), bool)
@@ -119,7 +124,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def arm_digest(run: RunDir, arm: str) -> str:
+def model_digest(run: RunDir, which: Model) -> str:
     """A digest of who answers: the base model as stage 01 recorded it, and for `tuned` the adapter that 04 read.
 
     It comes from the manifest, so that scores can be recomputed where neither model nor adapter is at hand.
@@ -127,18 +132,18 @@ def arm_digest(run: RunDir, arm: str) -> str:
     asked = run.record(BY_NAME["01_baseline_inference"])
     who = {key: value for key, value in asked.get("settings", {}).items() if key.startswith("model")}
     who["computed_on"] = asked.get("computed_on")
-    if arm == "tuned":
+    if which == "tuned":
         inputs = run.record(BY_NAME["04_comparison"]).get("inputs", {})
         who["adapter"] = {k: v for k, v in digests(inputs).items() if k.endswith((".safetensors", "_config.json"))}
     return _digest(who)[:16]
 
 
-def answer_key(question: Question, config: GenerateSection, arm: str) -> str:
-    """A digest of arm, prompt and decoding: answers with the same key are answers to the same thing by the same model."""
+def answer_key(question: Question, config: GenerateSection, model: str) -> str:
+    """A digest of model, prompt and decoding: answers with the same key are the same model's to the same thing."""
     decoding = config.model_dump(mode="json", exclude={"batch_size"})
     if not config.do_sample:
         decoding = {"max_new_tokens": config.max_new_tokens}
-    return _digest([arm, question.prompt, decoding])[:16]
+    return _digest([model, question.prompt, decoding])[:16]
 
 
 def matching_answers(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
@@ -148,17 +153,17 @@ def matching_answers(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
     return {a["id"]: a for a in found if a["key"] == keys.get(a["id"])}
 
 
-def current_answers(path: Path, questions: Sequence[Question], config: GenerateSection, arm: str) -> dict[str, dict]:
-    """{question id: answer} for exactly these questions, this decoding and this arm.
+def current_answers(path: Path, questions: Sequence[Question], config: GenerateSection, model: str) -> dict[str, dict]:
+    """{question id: answer} for exactly these questions, this decoding and this model (its digest).
 
     Raises StageOrderError where an answer is missing, with the count: n is never silently smaller.
     """
-    keys = {question.id: answer_key(question, config, arm) for question in questions}
+    keys = {question.id: answer_key(question, config, model) for question in questions}
     answers = matching_answers(path, keys)
     if len(answers) < len(keys):
         raise StageOrderError(
             f"{path.parent.name}/{path.name} holds {len(answers)} of {len(keys)} answers; run the notebook that "
-            "writes it again, it continues where it stopped."
+            "writes it again, it resumes where it stopped."
         )
     return answers
 
@@ -169,7 +174,7 @@ def forced_key(answer: dict) -> str:
 
 
 def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | None) -> dict[str, str]:
-    """{question id: letter} for every multiple-choice answer that was cut off; see `likelihood.forced_letters`.
+    """{question id: letter} for every multiple-choice answer that was cut off; see `loss.forced_letters`.
 
     Raises StageOrderError where one is missing.
     """
@@ -182,6 +187,6 @@ def read_forced(path: Path, answers: dict[str, dict], benchmark: pd.DataFrame | 
     if len(known) < len(needed):
         raise StageOrderError(
             f"{path.parent.name}/{path.name} holds the letters of {len(known)} of {len(needed)} answers that were cut "
-            "off; run the notebook that writes it again, it continues where it stopped."
+            "off; run the notebook that writes it again, it resumes where it stopped."
         )
     return known

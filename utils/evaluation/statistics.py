@@ -7,7 +7,7 @@ more than one item, intervals resample whole groups and the test flips whole gro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, stats
@@ -24,7 +24,7 @@ def show_p(p: float) -> str:
 
 @dataclass(frozen=True)
 class PairedResult:
-    """One metric in both arms: means with intervals, difference (tuned - base), its interval, a two-sided p-value."""
+    """One metric of both models: means with intervals, difference (tuned - base), its interval, a two-sided p-value."""
 
     name: str
     n: int
@@ -38,10 +38,6 @@ class PairedResult:
     groups: int
     test: str
     higher_is_better: bool
-
-    def as_dict(self) -> dict:
-        """Plain JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -64,11 +60,9 @@ def group_sums(values: np.ndarray, groups: Sequence[str]) -> tuple[np.ndarray, n
 
 
 def sign_flip_test(differences: np.ndarray, groups: Sequence[str], resamples: int, seed: int) -> float:
-    """Two-sided permutation test of a paired difference that swaps the arms of whole groups (by scipy)."""
+    """Two-sided permutation test of a paired difference that swaps the models' values in whole groups (by scipy)."""
     sums, _ = group_sums(differences, groups)
-    if not np.any(sums):
-        return 1.0
-    if len(sums) == 1:
+    if not np.any(sums) or len(sums) == 1:
         return 1.0  # a single group can show nothing
     test = stats.permutation_test(
         (sums,),
@@ -84,7 +78,7 @@ def sign_flip_test(differences: np.ndarray, groups: Sequence[str], resamples: in
 def mean_interval(
     values: np.ndarray, groups: Sequence[str], confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Interval of one arm's mean: Wilson's for 0/1 values of independent items, else the bootstrap over groups."""
+    """Interval of one model's mean: Wilson's for 0/1 values of independent items, else the bootstrap over groups."""
     if len(set(groups)) == len(values) and _is_binary(values):
         return wilson_interval(int(values.sum()), len(values), confidence)
     return bootstrap_interval(values, groups, confidence, resamples, seed)
@@ -136,19 +130,19 @@ def compare_paired(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> PairedResult:
-    """Compare two arms on the same items, in the same order.
+    """Compare two models on the same items, in the same order.
 
     0/1 values of independent items get McNemar's exact test; everything else the group-wise sign-flip test.
-    Raises ValueError where the arms differ in length, are empty, or hold a value that is not finite.
+    Raises ValueError where the two differ in length, are empty, or hold a value that is not finite.
     """
     a, b = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
     if len(a) != len(b) or len(a) != len(groups) or len(a) == 0:
         raise ValueError(f"{name}: {len(a)} base, {len(b)} tuned values and {len(groups)} groups do not pair up")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        bad = int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum())
+    if bad := int((~np.isfinite([a, b])).sum()):
         raise ValueError(f"{name}: {bad} of {2 * len(a)} values are not finite; nothing can be concluded from them")
-    independent = len(set(groups)) == len(a)
-    if independent and _is_binary(np.concatenate([a, b])):
+    units, sampling = len(set(groups)), (groups, 1 - ALPHA, resamples, seed)
+    binary = _is_binary(np.concatenate([a, b]))
+    if binary and units == len(a):
         test, p_value = "exact McNemar", mcnemar_exact(a, b)
     else:
         test, p_value = "sign flips by group", sign_flip_test(b - a, groups, resamples, seed)
@@ -158,13 +152,11 @@ def compare_paired(
         base=float(a.mean()),
         tuned=float(b.mean()),
         difference=float((b - a).mean()),
-        ci95=(difference_interval if _is_binary(np.concatenate([a, b])) else bootstrap_interval)(
-            b - a, groups, 1 - ALPHA, resamples, seed
-        ),
-        base_ci95=mean_interval(a, groups, 1 - ALPHA, resamples, seed),
-        tuned_ci95=mean_interval(b, groups, 1 - ALPHA, resamples, seed),
+        ci95=(difference_interval if binary else bootstrap_interval)(b - a, *sampling),
+        base_ci95=mean_interval(a, *sampling),
+        tuned_ci95=mean_interval(b, *sampling),
         p_value=p_value,
-        groups=len(set(groups)),
+        groups=units,
         test=test,
         higher_is_better=higher_is_better,
     )
@@ -184,8 +176,8 @@ def verdict(result: PairedResult, p_value: float | None = None) -> str:
 def mcnemar_power(n: int, difference: float, discordant: float) -> float:
     """The chance that McNemar's exact test (alpha 5 %) shows a true difference of two paired proportions.
 
-    n independent pairs, of which a share `discordant` differs between the arms; exact, by summing over the number of
-    discordant pairs and how many of them favour the better arm. Raises ValueError where |difference| > discordant.
+    n independent pairs, of which a share `discordant` differs between the models; exact, by summing over the number of
+    discordant pairs and how many of them favour the better one. Raises ValueError where |difference| > discordant.
     """
     if not abs(difference) <= discordant <= 1:
         raise ValueError(

@@ -18,28 +18,23 @@ _WORDS = {
     "knows more": ("It answers more questions rightly.", "It answers fewer questions rightly."),
     "reasons shorter": ("Its reasoning is shorter.", "Its reasoning is longer."),
     "keeps form": ("More of its answers are well formed.", "Fewer of its answers are well formed."),
-    "imitates the reference": (
-        "The references surprise it less: it writes more like them.",
-        "The references surprise it more.",
-    ),
+    "imitates the reference": ("The references surprise it less: it writes more like them.", "They surprise it more."),
 }
 # What an answer without its end means for a metric.
 _CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their full length is unknown"}
 
 
-def describe(result: PairedResult, p_value: float | None = None) -> str:
-    """n, both arms, difference, interval, p and what follows from them; `p_value` where it was corrected."""
-    return f"{_figures(result, p_value)} {_conclusion(result, verdict(result, p_value))}"
-
-
 def headline(name: str, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> str:
-    """`describe` of the primary metric, with what has to be said in the same breath."""
-    _, remark = _judge(name, results, corrected)
-    return " ".join(part for part in (describe(results[name]), remark) if part)
+    """The primary metric's figures, the verdict, and what has to be said in the same breath."""
+    found, remark = decide(name, results, corrected)
+    return " ".join(part for part in (_figures(results[name]), _conclusion(results[name], found), remark) if part)
 
 
-def _judge(name: str, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> tuple[str, str]:
-    """What a claim may rest on this metric, and what has to be said in the same breath wherever it is named."""
+def decide(name: str, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> tuple[str, str]:
+    """(verdict, remark): what may be said of this metric, and what has to be said wherever it is named.
+
+    It is the one rule, for the headline and the claims alike. Multiple choice needs strict and forced accuracy to agree.
+    """
     found = verdict(results[name], corrected.get(name))
     if name == "multiple_choice" and found != "cannot tell":
         return _check_forced(found, results, corrected)
@@ -73,7 +68,10 @@ def _conclusion(result: PairedResult, found: str) -> str:
     if found != "cannot tell":
         return f"The fine-tuned model is {found} on this metric."
     hint = ""
-    if find_metric(result.name).unit == "share" and result.groups == result.n:  # the interval says it for groups
+    shows = verdict(result) != "cannot tell"  # it was forced accuracy that took it back: power is not what lacks
+    if (
+        find_metric(result.name).unit == "share" and result.groups == result.n and not shows
+    ):  # the interval says it for groups
         smallest = detectable_difference(result.groups)
         hint = (
             " No difference would show with so few."
@@ -88,10 +86,8 @@ def state_claims(results: Mapping[str, PairedResult], corrected: Mapping[str, fl
 
     Where two metrics could decide, the primary one does: it is the one without a corrected p.
     """
-    return [
-        _state(claim, sorted(names, key=lambda name: name in corrected), results, corrected)
-        for claim, names in _CLAIMS.items()
-    ]
+    primary_first = {claim: sorted(names, key=lambda name: name in corrected) for claim, names in _CLAIMS.items()}
+    return [_state(claim, names, results, corrected) for claim, names in primary_first.items()]
 
 
 def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> Claim:
@@ -100,7 +96,7 @@ def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Ma
         text = "Nothing in this run measures it."
         return Claim(claim=claim, metric=None, verdict="cannot tell", sentence=text)
     p_value = corrected.get(result.name)
-    found, remark = _judge(result.name, results, corrected)
+    found, remark = decide(result.name, results, corrected)
     words = _WORDS[claim][found == "worse"] if found != "cannot tell" else _conclusion(result, found)
     if claim == "keeps form" and found == "cannot tell":
         low = result.ci95[0]
@@ -110,14 +106,19 @@ def _state(claim: str, names, results: Mapping[str, PairedResult], corrected: Ma
 
 
 def _check_forced(found: str, results: Mapping[str, PairedResult], corrected: Mapping[str, float]) -> tuple[str, str]:
-    """Shorter reasoning runs into the limit less often, and strict accuracy rises without any knowledge gained."""
+    """Shorter reasoning runs into the limit less often, and strict accuracy rises without any knowledge gained.
+
+    So both must hold at 5 %; where the metric is registered, without a correction (an intersection-union test).
+    """
     forced = results.get("multiple_choice_forced")
-    if forced is None or verdict(forced, corrected.get(forced.name)) == found:
+    registered = "multiple_choice" not in corrected
+    if forced is None or verdict(forced, None if registered else corrected.get(forced.name)) == found:
         return found, ""
-    difference = f"{100 * forced.difference:+.1f} points (95 % interval {100 * forced.ci95[0]:+.1f} to {100 * forced.ci95[1]:+.1f})"
+    low, high = forced.ci95
     return "cannot tell", (
-        f"But where answers that were cut off are closed and a letter is read, the difference is {difference}: "
-        "what changed may be how often an answer ends in time, not what is known."
+        f"Where answers that were cut off are closed and a letter is read, the difference is {100 * forced.difference:+.1f} "
+        f"points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}): what changed may be how often an answer ends in "
+        "time, not what is known."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import ModelError
@@ -15,19 +14,9 @@ _SUFFIXES = ("-unsloth-bnb-4bit", "-bnb-4bit")
 _WANTED = ["*.safetensors", "*.json", "*.jinja"]
 
 
-@dataclass(frozen=True)
-class Base:
-    """A base model on disk. `name` is its Hub id, or the last part of a local folder; `revision` its commit, if any."""
-
-    name: str
-    revision: str | None
-    folder: Path
-
-
-def base_name(source: str) -> str:
-    """What a Hub id or a folder is called, blind to owner, place, case and quantisation: for comparing two of them."""
-    name = Path(source).name.lower()
-    return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
+def strip_quantisation(source: str) -> str:
+    """A Hub id or folder without the suffix of a pre-quantised repository."""
+    return next((source.removesuffix(suffix) for suffix in _SUFFIXES if source.endswith(suffix)), source)
 
 
 def trained_on(config: Config) -> tuple[str, str | None]:
@@ -42,18 +31,23 @@ def sixteen_bit_source(config: Config) -> tuple[str, str | None]:
     if config.export.base:
         return config.export.base, config.export.base_revision
     source = model_source(config)
-    for suffix in _SUFFIXES:
-        if not is_folder(source) and source.endswith(suffix):
-            return source.removesuffix(suffix), config.export.base_revision
-    return source, config.model.revision
+    sibling = source if is_folder(source) else strip_quantisation(source)
+    return sibling, config.model.revision if sibling == source else config.export.base_revision
 
 
-def find_base(config: Config) -> Base:
-    """The 16-bit base on this disk, downloaded where it is a Hub id; raises ModelError where it cannot be had."""
+def merged_into(config: Config) -> tuple[str, str | None]:
+    """(name, commit) of the 16-bit base, without any path of this machine; nothing is downloaded."""
+    source, revision = sixteen_bit_source(config)
+    if not is_folder(source):
+        return source, revision
+    return (EMBEDDED if config.model.name == EMBEDDED and not config.export.base else Path(source).name), None
+
+
+def find_base(config: Config) -> tuple[Path, str | None]:
+    """(folder, commit) of the 16-bit base, downloaded where it is a Hub id; raises ModelError where it cannot be had."""
     source, revision = sixteen_bit_source(config)
     if is_folder(source):
-        name = config.model.name if config.model.name == EMBEDDED and not config.export.base else Path(source).name
-        return Base(name, None, Path(source))
+        return Path(source), None
     from huggingface_hub import snapshot_download
 
     try:
@@ -63,4 +57,4 @@ def find_base(config: Config) -> Base:
             f"The 16-bit base {source} is neither a local folder nor reachable on the Hub ({type(error).__name__}); "
             "check the network, or name a local copy: --set export.base=FOLDER."
         ) from None
-    return Base(source, folder.name, folder)  # a snapshot's folder is named by its commit
+    return folder, folder.name  # a snapshot's folder is named by its commit

@@ -6,23 +6,25 @@ upload that broke off is taken up by running the same command again. Files on di
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+import tenacity
+
 from utils.errors import HubError, InfrastructureError
 from utils.evaluation.results import read_sentence
 from utils.files import sha256
-from utils.kaggle.retry import describe, repeat, status_of
 from utils.pipeline.run_dir import open_run, read_manifest, require_recorded
 from utils.pipeline.stages import BY_NAME
+from utils.processes import Child
 from utils.project import command
 from utils.secrets import Secret
 
-KINDS = ("adapter", "merged")
 _SYNC_TIMEOUT_S = 600
 
 
@@ -33,11 +35,6 @@ class Upload:
     kind: str
     repo: str
     files: dict[str, Path]
-
-    @property
-    def size(self) -> int:
-        """Bytes in all."""
-        return sum(path.stat().st_size for path in self.files.values())
 
 
 def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]:
@@ -52,34 +49,38 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
     if problem := open_run("auto", run_dir).out_of_date(BY_NAME["05_export"]):
         raise HubError(f"{problem}; run {command()} run --run-dir {run_dir} first, then publish.")
     recorded = manifest["stages"]["05_export"].get("outputs", {})
-    for name in recorded:  # a manifest may come from elsewhere: it must not name what else lies on this machine
-        if not (run_dir / name).resolve().is_relative_to(run_dir.resolve()):
-            raise HubError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
     uploads = []
-    for kind in KINDS if merged else KINDS[:1]:
+    for kind in ("adapter", "merged") if merged else ("adapter",):
         prefix = f"export/{kind}/"
-        files = {name.removeprefix(prefix): run_dir / name for name in recorded if name.startswith(prefix)}
-        if not files or not (run_dir / prefix).is_dir():
+        names = [name for name in recorded if name.startswith(prefix)]
+        if not names or not (run_dir / prefix).is_dir():
             where = "it stays in a Kaggle session's scratch" if kind == "merged" else "05_export writes it"
             raise HubError(
                 f"{run_dir / prefix} is not there ({where}); run {command()} run --run-dir {run_dir} --from 05 first."
             )
-        if "export/README.md" in recorded:
-            files.setdefault("README.md", run_dir / "export/README.md")
+        files = {name.removeprefix(prefix): _as_recorded(run_dir, name, recorded) for name in names}
+        if "README.md" not in files and "export/README.md" in recorded:
+            files["README.md"] = _as_recorded(run_dir, "export/README.md", recorded)
         uploads.append(Upload(kind, repo if kind == "adapter" else f"{repo}-{kind}", files))
-    for path in {path for upload in uploads for path in upload.files.values()}:
-        name = path.relative_to(run_dir).as_posix()
-        if not path.is_file() or sha256(path) != recorded[name]["sha256"]:
-            word = "differs from what was written" if path.is_file() else "is missing"
-            raise HubError(f"{name} {word}; {command()} verify {run_dir} says more, and 05_export writes it anew.")
     return uploads
 
 
-def upload_model(upload: Upload, token: Secret, private: bool = True, say: Callable[[str], None] = print) -> str:
+def _as_recorded(run_dir: Path, name: str, recorded: dict[str, dict]) -> Path:
+    """The file, if it is what the run wrote; a manifest may come from elsewhere, and its link lead to a private file."""
+    path = run_dir / name
+    if not path.resolve().is_relative_to(run_dir.resolve()):
+        raise HubError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
+    if not path.is_file() or sha256(path) != recorded[name]["sha256"]:
+        problem = "differs from what was written" if path.is_file() else "is missing"
+        raise HubError(f"{name} {problem}; {command()} verify {run_dir} says more, and 05_export writes it anew.")
+    return path
+
+
+def upload_model(upload: Upload, token: Secret, private: bool = True, log: Callable[[str], None] = print) -> str:
     """Create the repository where it is missing and upload in one commit; returns the commit's address.
 
-    Rate limits, 5xx and broken connections are tried again. Raises HubError where the Hub refuses, where the repository
-    is public and `private` was asked for, and InfrastructureError where the Hub cannot be reached.
+    Raises HubError where the Hub refuses, or where the repository is public and `private` was asked for, and
+    InfrastructureError where it cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -88,50 +89,55 @@ def upload_model(upload: Upload, token: Secret, private: bool = True, say: Calla
             f"There is no HF_TOKEN here ({token.source}); set it in the environment or in .env, or run hf auth login."
         )
     api = HfApi(token=token.value)
-    what = f"uploading to {upload.repo}"
-
-    def create() -> None:
-        api.create_repo(upload.repo, private=private, exist_ok=True)
-        if private and api.repo_info(upload.repo).private is False:
-            raise HubError(f"{upload.repo} exists and is public; name another --repo, or say --public.")
+    # huggingface_hub 1.33 tries again by itself where it sends files, not where it creates or commits (hf_api.py).
+    patient = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(4),
+        wait=tenacity.wait_exponential(max=30),
+        retry=tenacity.retry_if_exception(passes),
+        before_sleep=lambda state: log(f"{upload.repo}: {_describe(state.outcome.exception())}; trying again"),
+        reraise=True,
+    )
 
     def commit() -> str:
+        # Made anew for each try: they find out that a commit whose answer was lost has arrived.
         operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
         return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
 
-    repeat(create, passes, _explain(token), f"creating {upload.repo}", say)
-    return repeat(commit, passes, _explain(token), what, say)
+    try:
+        patient(api.create_repo, upload.repo, private=private, exist_ok=True)
+        if private and patient(api.repo_info, upload.repo).private is False:
+            raise HubError(f"{upload.repo} exists and is public; name another --repo, or say --public.")
+        return patient(commit)
+    except (httpx.HTTPError, ValueError, OSError) as error:
+        raise _explain(error, upload, token) from None
 
 
 def passes(error: BaseException) -> bool:
     """Whether it is worth another try: a conflict with another commit, rate limits, 5xx, a connection that broke."""
-    import httpx
-
-    if status_of(error) is not None:
-        return status_of(error) in (409, 412, 429) or status_of(error) >= 500
-    return isinstance(error, httpx.TransportError | ConnectionError)
+    status = _status(error)
+    return status in (409, 412, 429) or status >= 500 or isinstance(error, httpx.TransportError | ConnectionError)
 
 
-def _explain(token: Secret) -> Callable[[Exception, str], HubError | InfrastructureError]:
-    def explain(error: Exception, what: str) -> HubError | InfrastructureError:
-        status, told = status_of(error), describe(error)
-        again = "Nothing on disk was changed; the same command again goes on from here."
-        if status == 401:
-            return HubError(
-                f"The Hub does not accept the token from {token.source} ({told}), {what}; make a new one. {again}"
-            )
-        if status == 403:
-            return HubError(
-                f"The token from {token.source} may not write there ({told}), {what}; give it write access or name a --repo of "
-                f"yours. {again}"
-            )
-        if status in (409, 412):
-            return HubError(f"Somebody else changes the repository at the same time ({told}), {what}. {again}")
-        if passes(error):
-            return InfrastructureError(f"The Hub could not be reached, {what} ({told}). {again}")
-        return HubError(f"The Hub refused, {what} ({told or type(error).__name__}). {again}")
+def _status(error: BaseException) -> int:
+    """The HTTP status that an exception of huggingface_hub carries, 0 without an answer."""
+    return getattr(getattr(error, "response", None), "status_code", 0)
 
-    return explain
+
+def _describe(error: BaseException) -> str:
+    message = getattr(error, "server_message", None) or type(error).__name__
+    return f"{_status(error)}: {message}" if _status(error) else message
+
+
+def _explain(error: Exception, upload: Upload, token: Secret) -> HubError | InfrastructureError:
+    status, kind = _status(error), HubError
+    problem = {
+        401: f"The Hub does not accept the token from {token.source}; make a new one",
+        403: f"The token from {token.source} may not write there; give it write access or name a --repo of yours",
+    }.get(status, "The Hub refused")
+    if passes(error) and status not in (409, 412):
+        problem, kind = "The Hub could not be reached", InfrastructureError
+    again = "Nothing on disk was changed; the same command again resumes."
+    return kind(f"{problem} ({_describe(error)}), uploading to {upload.repo}. {again}")
 
 
 def offline_runs(run_dir: Path) -> list[Path]:
@@ -140,54 +146,34 @@ def offline_runs(run_dir: Path) -> list[Path]:
     return [folder for folder in folders if not list(folder.glob("*.synced"))]
 
 
-def sync_tracking(run_dir: Path, key: Secret, say: Callable[[str], None] = print) -> int:
-    """Send the offline runs by `wandb sync`; returns how many were sent.
-
-    Raises HubError without a key, InfrastructureError where wandb cannot send; what was not sent stays as it is.
-    """
-    if not key:
-        raise HubError(
-            f"There is no WANDB_API_KEY here ({key.source}); set it in the environment or in .env, or --no-wandb."
-        )
-    environment = {**os.environ, "WANDB_API_KEY": key.value, "WANDB_SILENT": "false"}
+def sync_tracking(run_dir: Path, key: Secret, log: Callable[[str], None] = print) -> None:
+    """Send the offline runs by `wandb sync`; raises InfrastructureError where wandb cannot, and what is left stays."""
     folders = offline_runs(run_dir)
     for number, folder in enumerate(folders):
-        command = [sys.executable, "-m", "wandb", "sync", str(folder)]
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                cwd=run_dir,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=_SYNC_TIMEOUT_S,
-            )
-            failed, output = done.returncode != 0 or not list(folder.glob("*.synced")), done.stdout + done.stderr
-        except subprocess.TimeoutExpired:
-            failed, output = True, f"no end after {_SYNC_TIMEOUT_S} s"
-        if failed:
-            lines = [line for line in output.replace(key.value, "…").splitlines() if line.strip()]
+        words = [sys.executable, "-m", "wandb", "sync", folder]
+        environment = {"WANDB_API_KEY": key.value, "WANDB_SILENT": "false", "WANDB_DIR": str(run_dir)}
+        with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log", environment) as child:
+            try:
+                status, problem = child.wait(_SYNC_TIMEOUT_S), child.last_words()
+            except subprocess.TimeoutExpired:
+                status, problem = 1, f"no end after {_SYNC_TIMEOUT_S} s"
+        if status or not list(folder.glob("*.synced")):
             raise InfrastructureError(
-                f"wandb took {number} of {len(folders)} offline runs ({lines[-1].strip() if lines else 'no message'}); the others "
-                "stay in tracking/wandb: run publish again."
+                f"wandb took {number} of {len(folders)} offline runs ({problem.replace(key.value, '…')}); the others stay "
+                "in tracking/wandb: run publish again."
             )
-        say(f"sent {folder.name}")
-    return len(folders)
+        log(f"sent {folder.name}")
 
 
 def describe_uploads(uploads: list[Upload], private: bool, runs: int) -> str:
     """What leaves this machine, with sizes, before anything does."""
     lines = []
     for upload in uploads:
-        lines.append(f"{upload.kind} to {upload.repo} ({'private' if private else 'PUBLIC'}), {_size(upload.size)}:")
-        lines += [f"  {name:<40} {_size(path.stat().st_size):>10}" for name, path in sorted(upload.files.items())]
-    lines.append(f"{runs} offline run(s) to wandb")
-    return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.2f} MiB"
+        sizes = {name: path.stat().st_size / 2**20 for name, path in sorted(upload.files.items())}
+        seen_by = "private" if private else "PUBLIC"
+        lines.append(f"{upload.kind} to {upload.repo} ({seen_by}), {sum(sizes.values()):,.2f} MiB:")
+        lines += [f"  {name:<40} {size:>10,.2f} MiB" for name, size in sizes.items()]
+    return "\n".join([*lines, f"{runs} offline run(s) to wandb"])
 
 
 def read_verdict(run_dir: Path) -> str:

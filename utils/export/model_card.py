@@ -1,202 +1,198 @@
-"""The model card: what the run's own files say, and nothing that `comparison/metrics.json` does not carry."""
+"""The model card: what the run's own files say, and nothing that `comparison/metrics.json` does not carry.
+
+The words are in the template; here is what it is filled with, and the Hub's metadata.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import shlex
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from utils.data.prompts import EOS, format_prompt
+from utils.data.prompts import find_format, format_prompt
 from utils.evaluation.statistics import show_p
-from utils.export.base_model import Base
-from utils.export.card_facts import (
-    LLAMA,
-    bibliography,
-    eval_results,
-    known_base,
-    licences,
-    limits,
-    not_measured,
-    read,
-    recipe,
-    title,
-)
-from utils.export.chat_template import Served, llama_cpp_lines, ollama_lines, transformers_lines, vllm_lines
+from utils.export.base_model import merged_into, trained_on
 from utils.export.compare_logits import LEVELS
 from utils.export.gguf import LORA, file_name
 from utils.files import write_text, writing
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME, REPOSITORY
-from utils.schema import EMBEDDED
+from utils.schema import EMBEDDED, GgufType
 
-_HOLDS = {
+HOLDS = {
     "adapter": "a LoRA adapter, to be loaded on its base model",
     "merged": "the whole model, the adapter folded into its weights",
     "gguf": "the merged model for llama.cpp and what rests on it",
 }
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}
+_RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
+_DATA = "FreedomIntelligence/medical-o1-reasoning-SFT"
+_LLAMA = "https://www.llama.com/llama3_1/license/"
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
+_GGUF_FILES = [file_name(gguf_type) for gguf_type in reversed(get_args(GgufType))]  # the smallest first
+_QUESTION = "Which vitamin does the skin make in sunlight?"
 
 
-def write_cards(run: RunDir, base: Base, folders: Mapping[str, Path], figures: Mapping[str, dict]) -> None:
+def write_cards(run: RunDir, folders: Mapping[str, Path], figures: Mapping[str, dict]) -> None:
     """README.md in every exported folder, each a repository's card, and export/README.md, which names them."""
     for kind, folder in folders.items():
-        _write(folder / "README.md", str(make_card(run, base, kind, folders, figures)))
-    lines = [f"# {title(run)}", "", read(run, "comparison/metrics.json")["sentence"], ""]
-    lines += [f"- `{kind}/`: {_HOLDS[kind]}; a repository of its own, with its card" for kind in folders]
+        with writing(folder / "README.md"):
+            write_text(folder / "README.md", str(make_card(run, kind, folders, figures)))
+    lines = [f"# {_title(run)}", "", _read(run, "comparison/metrics.json")["sentence"], ""]
+    lines += [f"- `{kind}/`: {HOLDS[kind]}; a repository of its own, with its card" for kind in folders]
     lines += ["", "For research and education only. No medical advice."]
-    _write(run.file("export/README.md"), "\n".join(lines) + "\n")
+    with writing(run.file("export/README.md")):
+        write_text(run.file("export/README.md"), "\n".join(lines) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    with writing(path):
-        write_text(path, text)
-
-
-def make_card(
-    run: RunDir, base: Base, kind: str, folders: Mapping[str, Path], figures: Mapping[str, dict]
-) -> ModelCard:
+def make_card(run: RunDir, kind: str, folders: Mapping[str, Path], figures: Mapping[str, dict]) -> ModelCard:
     """The card of one exported folder: `adapter`, `merged` or `gguf`."""
-    config, metrics = run.config, read(run, "comparison/metrics.json")
-    split = read(run, "data/split.json")
-    decoding = metrics["registration"]["decoding"]
-    served = _served(run, base, folders)
+    config, stages = run.config, run.manifest()["stages"]
+    metrics, split = _read(run, "comparison/metrics.json"), _read(run, "data/split.json")
+    trained, known_data = stages["03_lora_training"], config.data.path is None and config.data.name == _DATA
+    checks = {name: found for name, found in figures.items() if "identical" in found}
+    own_checks = [found for name, found in checks.items() if name == kind or name.startswith(f"{kind}_")]
+    prompt = format_prompt("QUESTION", config.prompt)
     return ModelCard.from_template(
-        _metadata(run, base, kind, metrics, split),
+        _metadata(run, kind, metrics, split, known_data),
         template_str=(files("utils.report") / "templates" / "card.md.j2").read_text(encoding="utf-8"),
-        title=title(run),
+        title=_title(run),
+        kind=kind,
+        holds=HOLDS[kind],
+        config=config,
         metrics=metrics,
         split=split,
-        holds=_HOLDS[kind],
-        files=_gguf_list(folders[kind], figures) if kind == "gguf" else [],
-        prompt=format_prompt("QUESTION", config.prompt.style).removesuffix("\n"),
-        ends_in_newline=format_prompt("QUESTION", config.prompt.style).endswith("\n"),
-        eos=EOS,
-        decoding=f"temperature {decoding['temperature']} and top-p {decoding['top_p']}"
-        if decoding["do_sample"]
-        else "greedy decoding",
-        serving=_serving(served, kind, folders),
-        rows=[_row(metrics["primary"], True), *(_row(result, False) for result in metrics["secondary"])],
-        not_measured=not_measured(run, kind, figures),
-        contamination=_contamination(metrics["contamination"]),
-        recipe=recipe(run, base, split),
-        checks=_checks(figures),
+        trained=trained,
+        machine=_read(run, "environment.json")["machine"],
+        seconds=sum(stage.get("seconds", 0) for stage in stages.values()),
+        base=merged_into(config),
+        trained_on=trained_on(config),
+        stored_in="4-bit NF4" if config.model.load_in_4bit else trained["computed_on"]["dtype"],
+        embedded=merged_into(config)[0] == EMBEDDED,
+        known_base=_known_base(run),
+        known_data=known_data,
+        prompt=prompt.removesuffix("\n"),
+        ends_in_newline=prompt.endswith("\n"),
+        eos=find_format(config.prompt).end,
+        question=_QUESTION,
+        escaped_prompt=shlex.quote(format_prompt(_QUESTION, config.prompt).replace("\n", "\\n")),
+        max_rank=next((rank for rank in _RANKS if rank >= config.lora.r), _RANKS[-1]),
+        files=_list_files(folders[kind]) if kind == "gguf" else [],
+        smallest=next((name for name in _GGUF_FILES if kind == "gguf" and (folders[kind] / name).exists()), ""),
+        show_p=show_p,
+        own_check=own_checks[0] if own_checks else None,
+        checks=checks,
         levels=LEVELS,
-        not_loaded=_not_loaded(folders, figures),
-        limits=limits(run),
-        licences=licences(run),
+        figures=figures,
+        lora=LORA,
+        has_lora=(folders[kind] / LORA).exists(),
         project=NAME,
         address=f"https://github.com/{REPOSITORY}",
-        bibliography=bibliography(run),
+        llama=_LLAMA,
     )
 
 
-def _metadata(run: RunDir, base: Base, kind: str, metrics: dict, split: dict) -> ModelCardData:
-    config = run.config
-    on_hub = "/" in base.name
-    relation = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}[kind]
-    licence = (
-        {"license": "other", "license_name": "mit-and-llama-3.1-community", "license_link": LLAMA}
-        if known_base(run)
-        else {"license": "apache-2.0"}
-        if config.model.name == EMBEDDED
-        else {"license": "other", "license_name": "as-the-base-model"}
-    )
-    measured = kind == "adapter"  # the Hub takes what stands here for the figures of the files beside it
+def _metadata(run: RunDir, kind: str, metrics: dict, split: dict, known_data: bool) -> ModelCardData:
+    config, (base, _) = run.config, merged_into(run.config)
+    licence = {"license": "other", "license_name": "as-the-base-model"}
+    if _known_base(run):
+        licence = {"license": "other", "license_name": "mit-and-llama-3.1-community", "license_link": _LLAMA}
+    elif config.model.name == EMBEDDED:
+        licence = {"license": "apache-2.0"}
+    # The Hub takes what stands here for the figures of the files beside it; only the adapter was measured.
+    measured = {"model_name": _title(run), "eval_results": _eval_results(run, metrics, split)}
     return ModelCardData(
-        model_name=title(run) if measured else None,
         language="en",
         library_name=_LIBRARIES[kind],
         pipeline_tag="text-generation",
         tags=["lora", "medical", "reasoning", "research-only", *(["synthetic-data"] if config.embedded_data else [])],
-        base_model=base.name if on_hub else None,
-        base_model_relation=relation if on_hub else None,
+        base_model=base if "/" in base else None,
+        base_model_relation=_RELATIONS[kind] if "/" in base else None,
         datasets=[config.data.name] if config.data.path is None and "/" in config.data.name else None,
-        eval_results=eval_results(run, metrics, split) if measured else None,
         **licence,
+        **(measured if kind == "adapter" else {}),
     )
 
 
-def _row(result: dict, primary: bool) -> dict[str, str]:
-    digits = {"share": 3, "tokens": 1}.get(result["unit"], 3)
-    low, high = result["ci95"]
-    p = result["p_value"] if primary else result["p_holm"]
-    unit = "" if result["unit"] in ("share", "score") else f", {result['unit']}"
-    return {
-        "label": result["label"] + unit,
-        "n": str(result["n"]) + (f" in {result['groups']} groups" if result["groups"] < result["n"] else ""),
-        "base": f"{result['base']:.{digits}f}",
-        "tuned": f"{result['tuned']:.{digits}f}",
-        "difference": f"{result['difference']:+.{digits}f}",
-        "interval": f"{low:+.{digits}f} to {high:+.{digits}f}",
-        "p": show_p(p),
+def _eval_results(run: RunDir, metrics: dict, split: dict) -> list[EvalResult]:
+    """The fine-tuned model's figures in the Hub's form, with n, the base's figure and the interval as arguments.
+
+    Only what was asked of one data set has a place there; form and length are in the card's table.
+    """
+    config, results = run.config, []
+    rows = {
+        "dataset_type": config.data.name if config.data.path is None else "local",
+        "dataset_name": f"{split['source']}, held-out rows",
+        "dataset_revision": split["revision"],
     }
+    for result in (metrics["primary"], *metrics["secondary"]):
+        name, _, benchmark = result["name"].partition(":")
+        if name.startswith(("multiple_choice", "letter")):
+            metric, data = "accuracy", _benchmark(run, benchmark)
+        elif name == "accuracy" or name.startswith("rouge"):
+            metric, data = name.partition("_")[0], rows
+        elif result["unit"] == "nats per token":
+            metric, data = "loss", rows
+        else:
+            continue
+        kept = ("n", "groups", "base", "difference", "ci95", "p_value", "p_holm")
+        arguments = {"metric": result["name"], "primary": result is metrics["primary"]}
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                metric_type=metric,
+                metric_name=result["label"],
+                metric_value=result["tuned"],
+                metric_args=arguments | {key: result[key] for key in kept},
+                **data,
+            )
+        )
+    return results
 
 
-def _contamination(found: dict[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found.items() if value is not None)
+def _benchmark(run: RunDir, name: str) -> dict[str, str | None]:
+    """The Hub's description of a benchmark: the registered one without a name, else the further one that is called so."""
+    first, *more = run.config.evaluate.benchmarks
+    for section in more if name else [first]:
+        known_as = str(section.name or section.path.name)
+        if _fold(name) in _fold(known_as):
+            return {
+                "dataset_type": section.name or "local",
+                "dataset_name": known_as,
+                "dataset_config": section.subset,
+                "dataset_split": section.split if section.path is None else None,
+                "dataset_revision": section.revision,
+            }
+    return {"dataset_type": "local", "dataset_name": name}
 
 
-def _checks(figures: Mapping[str, dict]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name.replace("_", " "),
-            "against": found["against"],
-            "level": found["level"],
-            "prompts": found["prompts"],
-            "identical": found["identical"],
-            "difference": f"{found['largest_logit_difference']:.1e}"
-            if "largest_logit_difference" in found
-            else "not asked",
-        }
-        for name, found in figures.items()
-        if "identical" in found
-    ]
+def _fold(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
-def _not_loaded(folders: Mapping[str, Path], figures: Mapping[str, dict]) -> list[tuple[str, str]]:
-    """(file, why) of the GGUF files that no program has opened."""
-    if "gguf" not in folders:
-        return []
-    refused = [
-        (file_name(name.removeprefix("gguf_")), found["loaded"].removeprefix("no: "))
-        for name, found in figures.items()
-        if "loaded" in found
-    ]
-    return [*refused, *([(LORA, "no check opens it")] if (folders["gguf"] / LORA).exists() else [])]
-
-
-def _served(run: RunDir, base: Base, folders: Mapping[str, Path]) -> Served:
-    names = sorted(path.name for path in folders["gguf"].glob("model-*.gguf")) if "gguf" in folders else []
-    order = [name for kind in ("f16", "q8_0", "q4_k_m") for name in names if kind in name]
-    return Served(
-        base_id=base.name,
-        base_revision=base.revision,
-        rank=run.config.lora.r,
-        style=run.config.prompt.style,
-        generate=run.config.generate,
-        embedded=base.name == EMBEDDED,
-        gguf=tuple(order),
-    )
-
-
-def _serving(served: Served, kind: str, folders: Mapping[str, Path]) -> list[tuple[str, str, str]]:
-    """(heading, language, lines) of every way to run the folder."""
-    if kind == "gguf":
-        return [("llama.cpp", "sh", llama_cpp_lines(served)), ("Ollama", "sh", ollama_lines())]
-    ways = [("transformers", "python", transformers_lines(served, kind))]
-    if not (served.embedded and kind == "adapter"):
-        ways.append(("vLLM", "sh", vllm_lines(served, kind)))
-    return ways
-
-
-def _gguf_list(folder: Path, figures: Mapping[str, dict]) -> Sequence[tuple[str, str]]:
-    finer = figures.get("gguf", {})
-    listed = []
+def _list_files(folder: Path) -> list[tuple[str, str]]:
+    """(file, what it is) of export/gguf."""
+    listed = [("Modelfile", "for `ollama create`")]
     for path in sorted(folder.glob("*.gguf")):
-        note = f", {finer[path.name]} tensors in a finer type" if finer.get(path.name) else ""
-        what = "the LoRA alone, for `--lora`" if path.name == LORA else f"the whole model{note}"
+        what = "the LoRA alone, for `--lora`" if path.name == LORA else "the whole model"
         listed.append((path.name, f"{what}, {path.stat().st_size / 2**20:,.1f} MiB"))
-    return [*listed, ("Modelfile", "for `ollama create`")]
+    return listed
+
+
+def _known_base(run: RunDir) -> bool:
+    return "deepseek-r1-distill-llama" in run.config.model.name.lower()
+
+
+def _title(run: RunDir) -> str:
+    name, _ = trained_on(run.config)
+    what = "The demo's tiny model" if name == EMBEDDED else name.split("/")[-1]
+    return f"{what}, fine-tuned with LoRA on {_read(run, 'data/split.json')['source']}"
+
+
+def _read(run: RunDir, relative: str) -> dict[str, Any]:
+    return json.loads(run.file(relative).read_text(encoding="utf-8"))

@@ -1,89 +1,242 @@
-"""Are the exports what was trained? Every one is loaded back in a fresh process and held against the model in memory."""
+"""Are the exports what was trained? Each is loaded back in a fresh process and held against the model in memory.
+
+`python -m utils.export.verify TASK.json` is that process: nothing of the notebook that wrote the exports is in its
+memory, and the tokenizer is the one in the export's own folder.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import pandas as pd
 import psutil
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from utils.data.prompts import format_prompt
 from utils.errors import ModelError, RunDirError
-from utils.export.base_model import Base, find_base
+from utils.export.adapter import weights_gib
+from utils.export.base_model import find_base
 from utils.export.compare_logits import (
-    BFLOAT16,
     EXACT,
-    FOUR_BIT,
-    HALF,
+    ROUNDED,
     Continuations,
-    Level,
+    check_tolerance,
+    choose_tolerance,
     compare,
     continue_greedily,
-    judge,
+    follow,
 )
 from utils.export.gguf import check_folder
-from utils.export.llama_cpp import find_llama_cpp
-from utils.export.loadback import answer_elsewhere
-from utils.export.merge import Lora, read_lora
-from utils.export.shards import find_shards
-from utils.files import (
-    digests,
-    is_folder,
-    is_there,
-    parse_json,
-    record_files,
-    relative_name,
-    sha256,
-    write_json,
-    writing,
-)
-from utils.hardware import GIB, gpus, resolve_hardware
-from utils.models.load import device, load_plain, torch_dtype
+from utils.export.merge import find_shards, list_tensors, read_lora, read_tensor
+from utils.files import is_folder, parse_json, write_json, writing
+from utils.hardware import gpus, resolve_hardware
+from utils.models.load import device, load_plain, prepare_device, torch_dtype
 from utils.models.memory import free_memory
-from utils.models.tokenizer import load_tokenizer, model_source
+from utils.models.tokenizer import guard_tokenizer, load_tokenizer, model_source
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
-from utils.pipeline.state import read_state
+from utils.processes import Child
+from utils.schema import Config
+from utils.secrets import hide_secrets
 
 REFERENCE = "export/reference.safetensors"
-_LEADERS = {"reference": "the model in memory", "adapter_on_16_bit": "the adapter on the 16-bit base"}
 KINDS = ("adapter", "merged", "gguf")
-_T4_GIB, _GGUF_PROMPTS, _ROWS = 14.0, 20, 512
+_T4_GIB, _GGUF_PROMPTS = 14.0, 20
+_WORDS = {"reference": "the model in memory", "adapter_on_16_bit": "the adapter on the 16-bit base"}
 
 
-def _exported(name: str) -> str:
-    path = relative_name(name)
-    if path is None or len(path.parts) < 2 or path.parts[0] != "export":
-        raise ValueError(f"{name!r} is no file below export/")
-    return name
+@dataclass(frozen=True)
+class Model:
+    """What to load: an adapter's folder with its `base` (folder or Hub id), or a folder that is complete on its own."""
+
+    folder: str
+    base: str | None = None
+    revision: str | None = None
+    four_bit: bool = False
 
 
-def _place_name(folder: str) -> str:
-    if "\0" in folder:
-        raise ValueError("a null byte")
-    return folder
+@dataclass(frozen=True)
+class Check:
+    """A model to load back, the earlier one that it follows, and how far it may be from that (see `choose_tolerance`).
 
+    Without a reference it decodes by itself and leads a later one.
+    """
 
-class _Record(BaseModel):
-    folders: dict[Literal[KINDS], Annotated[str, Field(min_length=1, max_length=4000), AfterValidator(_place_name)]]
-    files: dict[Annotated[str, AfterValidator(_exported)], str]
+    name: str
+    model: Model
+    reference: str | None = None
+    tolerance: str = ""
 
 
 def export_prompts(run: RunDir) -> list[str]:
     """The held-out prompts that exports are compared on."""
     held_out = pd.read_parquet(run.file("data/eval.parquet")).head(run.config.export.prompts)
-    return [format_prompt(question, run.config.prompt.style) for question in held_out["Question"]]
+    return [format_prompt(question, run.config.prompt) for question in held_out["Question"]]
 
 
-def export_folders(run: RunDir) -> dict[str, Path]:
-    """{adapter, merged, gguf: folder} of the exports that are there, in the run directory or where 05 had to put them."""
-    recorded = read_record(run).get("folders", {})
-    places = {kind: run.path / recorded.get(kind, f"export/{kind}") for kind in KINDS}
-    return {kind: folder for kind, folder in places.items() if is_folder(folder)}
+def write_reference(run: RunDir) -> None:
+    """Continue the prompts with the trained adapter on its base, here in memory, and keep that beside the exports."""
+    from peft import PeftModel
+
+    prepare_device(run.config)
+    model = load_plain(run.config, model_source(run.config))
+    model = PeftModel.from_pretrained(model, str(run.file("training/adapter"))).eval()
+    tokenizer = load_tokenizer(model_source(run.config), run.config.model.revision)
+    reference = continue_greedily(model, tokenizer, export_prompts(run), "the model in memory")
+    del model
+    free_memory()
+    with writing(run.file(REFERENCE)):
+        reference.save(run.file(REFERENCE))
+
+
+def plan_checks(run: RunDir, folders: Mapping[str, Path]) -> list[Check]:
+    """What is loaded back, in order. How far it may be from its reference follows from the dtypes of both.
+
+    A 4-bit run's merged model is held against the adapter on the 16-bit base where both fit into memory, else, loaded
+    in 4-bit, against the run's own.
+    """
+    config, four_bit, adapter = run.config, run.config.model.load_in_4bit, str(folders["adapter"])
+    now, then = resolve_hardware(config.hardware), run.record(BY_NAME["05_export"]).get("computed_on") or {}
+    # Another device or backend rounds float32 otherwise.
+    dtypes = {now["dtype"]} if now == then else {now["dtype"], then.get("dtype"), "float16"}
+    own = Model(adapter, model_source(config), config.model.revision, four_bit)
+    checks = [Check("adapter", own, "reference", choose_tolerance(dtypes))]
+    if "merged" not in folders:
+        return checks
+    merged, leader = Model(str(folders["merged"])), "reference"
+    dtypes |= {dtype for _, dtype, _ in list_tensors(find_shards(folders["merged"])).values()}
+    if four_bit and _fits(run, folders["merged"]):
+        leader = "adapter_on_16_bit"
+        checks.append(Check(leader, Model(adapter, str(find_base(config)[0]))))
+    elif four_bit:
+        merged, dtypes = Model(merged.folder, four_bit=True), dtypes | {"4-bit"}
+    return [*checks, Check("merged", merged, leader, choose_tolerance(dtypes))]
+
+
+def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
+    """Load the exports back and compare; returns figures by check.
+
+    Raises ModelError where an export misses its tolerance, or merged weights are not base plus adapter.
+    """
+    checks, prompts, figures = plan_checks(run, folders), export_prompts(run), {}
+    answers = answer_elsewhere(run.config, checks, prompts, run.file(REFERENCE))
+    for check in checks:
+        if check.reference is None:
+            continue
+        found = compare(answers[check.reference], answers[check.name])
+        level = "exact" if check.tolerance == "exact" else f"rounded to {check.tolerance}"
+        figures[check.name] = {"against": _WORDS[check.reference], "level": level, **found}
+        if problem := check_tolerance(found, check.tolerance):
+            raise ModelError(
+                f"The exported {check.name}, loaded back, gives {problem}; delete export/ and run 05 again."
+            )
+    if "merged" in folders:
+        figures["merged_weights"] = check_merged_weights(folders, find_base(run.config)[0])
+    if "gguf" in folders:
+        leader, judged = checks[-1].reference, checks[-1].tolerance != "4-bit"
+        tokenizer = load_tokenizer(folders["adapter"])
+        found = check_folder(folders["gguf"], tokenizer, prompts[:_GGUF_PROMPTS], answers[leader], judged)
+        figures |= {name: {"against": _WORDS[leader], **values} for name, values in found.items()}
+    return figures
+
+
+def answer_elsewhere(
+    config: Config, checks: Sequence[Check], prompts: Sequence[str], reference: Path
+) -> dict[str, Continuations]:
+    """Let each model answer the prompts in one fresh process; returns {name: continuations}, the reference's included.
+
+    Raises ModelError with the process's last line where one cannot be loaded.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        task = Path(scratch) / "task.json"
+        shutil.copy(reference, task.with_name("reference.safetensors"))
+        wanted = {"checks": [asdict(check) for check in checks], "prompts": list(prompts)}
+        write_json(task, {"config": config.model_dump(mode="json"), **wanted})
+        command = [sys.executable, "-m", "utils.export.verify", task]
+        with Child(command, task.with_name("log"), {"PYTHONUNBUFFERED": "1"}) as child:
+            if child.wait():
+                raise ModelError(
+                    f"An export could not be loaded in a fresh process ({child.last_words()}); run 05 again."
+                )
+        names = ["reference", *(check.name for check in checks)]
+        return {name: Continuations.load(task.with_name(f"{name}.safetensors")) for name in names}
+
+
+def answer(task: Path) -> None:
+    """What the fresh process does."""
+    wanted = json.loads(task.read_text(encoding="utf-8"))
+    config = Config.model_validate(wanted["config"])
+    prepare_device(config)
+    for check in wanted["checks"]:
+        model, tokenizer = load_export(config, Model(**check["model"]))
+        asked, description = (model, tokenizer, wanted["prompts"]), f"loaded back: {check['name']}"
+        if check["reference"]:
+            leader = Continuations.load(task.with_name(f"{check['reference']}.safetensors"))
+            answers = follow(*asked, leader, description)
+        else:
+            answers = continue_greedily(*asked, description)
+        answers.save(task.with_name(f"{check['name']}.safetensors"))
+        del model, asked
+        free_memory()
+
+
+def load_export(config: Config, wanted: Model):
+    """(model, tokenizer) of an export, as a stranger loads it."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    section = config.model.model_copy(update={"revision": wanted.revision, "load_in_4bit": wanted.four_bit})
+    model = load_plain(config.model_copy(update={"model": section}), wanted.base or wanted.folder)
+    tokenizer = AutoTokenizer.from_pretrained(wanted.folder, trust_remote_code=False)
+    guard_tokenizer(tokenizer, wanted.folder)
+    return (PeftModel.from_pretrained(model, wanted.folder) if wanted.base else model).eval(), tokenizer
+
+
+def check_merged_weights(folders: Mapping[str, Path], base: Path, modules: int = 12) -> dict[str, float | int]:
+    """Compare merged weights with base + scale * B @ A, computed here in float64, over evenly chosen modules.
+
+    Returns how many were compared and the largest difference in units of the stored dtype's rounding; r products are
+    added for each entry, so ModelError is raised where any differs by more than r units.
+    """
+    import torch
+
+    lora = read_lora(folders["adapter"])
+    names = sorted(lora.factors)[:: max(1, len(lora.factors) // modules)]
+    places = [list_tensors(find_shards(folder)) for folder in (base, folders["merged"])]
+    worst, rank = 0.0, len(next(iter(lora.factors.values()))[0])
+    for name in names:
+        before, after = (read_tensor(found[name][0], name) for found in places)
+        a, b = (factor.double() for factor in lora.factors[name])
+        difference = (after.double() - before.double()).addmm_(b, a, alpha=-lora.scale).abs_()
+        # What rounding may do depends on the terms that were added, not on their sum, which can cancel.
+        terms = before.double().abs_().addmm_(b.abs(), a.abs(), alpha=abs(lora.scale))
+        units = difference.div_(terms.mul_(torch.finfo(after.dtype).eps).clamp_(min=1e-12)).max()
+        worst = max(worst, float(units.nan_to_num(nan=math.inf)))  # max() of Python would pass over NaN
+    if worst > rank:
+        raise ModelError(
+            f"The merged weights differ from base plus adapter by {worst:.1f} units of rounding, at most {rank} are "
+            "rounding; run 05 again."
+        )
+    return {"modules": len(names), "largest_rounding_units": round(worst, 3)}
+
+
+def _fits(run: RunDir, merged: Path) -> bool:
+    """Whether a model of this size can be loaded in 16 bit, or 32 where the run computes so, on the run's device."""
+    needed = weights_gib(merged) * torch_dtype(run.config).itemsize / 2 * 1.1 + 1.5
+    if device(run.config) == "cpu":
+        return psutil.virtual_memory().available / 2**30 > needed
+    return (_T4_GIB if run.config.hardware.emulate_t4 else gpus()[0].memory_gib) > needed
+
+
+class _Record(BaseModel):
+    folders: dict[str, str]
 
 
 def read_record(run: RunDir) -> dict:
@@ -100,181 +253,24 @@ def read_record(run: RunDir) -> dict:
         raise RunDirError(f"{path} cannot be read ({reason}); run 05 again.") from None
 
 
-def write_reference(run: RunDir) -> Continuations:
-    """Continue the prompts with the trained adapter on its base, here in memory, and keep that beside the exports."""
-    from peft import PeftModel
-
-    model = load_plain(run.config, model_source(run.config))
-    model = PeftModel.from_pretrained(model, str(run.file("training/adapter"))).eval()
-    tokenizer = load_tokenizer(model_source(run.config), run.config.model.revision)
-    reference = continue_greedily(model, tokenizer, export_prompts(run), "the model in memory")
-    del model
-    free_memory()
-    with writing(run.file(REFERENCE)):
-        reference.save(run.file(REFERENCE))
-    return reference
-
-
-def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
-    """Load adapter and merged model back and compare; returns figures by check.
-
-    Where weights or sums are rounded to 16 bits or fewer, the merged model is held against the adapter on the 16-bit
-    base if both fit into memory, else against the run's 4-bit model, with a wider tolerance (see `agreement`).
-    Raises ModelError where an export misses its tolerance, or merged weights are not base plus adapter.
-    """
-    config, reference = run.config, Continuations.load(run.file(REFERENCE))
-    four_bit, revision = config.model.load_in_4bit, config.model.revision
-    exact = not four_bit and torch_dtype(config).itemsize == 4 and _same_machine(run)
-    tasks = {"adapter": _task(folders["adapter"], model_source(config), revision, four_bit)}
-    half: Level = "bfloat16" if str(torch_dtype(config)) == "torch.bfloat16" else "half"
-    level = "exact" if exact else half
-    against: dict[str, tuple[str, Level]] = {"adapter": ("reference", level)}
-    if "merged" in folders:
-        base = find_base(config)
-        if not four_bit:
-            against["merged"] = ("reference", level)
-        elif _fits(run, folders["merged"]):
-            tasks["adapter_on_16_bit"] = _task(folders["adapter"], str(base.folder), None, False, follows=None)
-            against["merged"] = ("adapter_on_16_bit", half)
-        else:
-            against["merged"] = ("reference", "four bit")
-        leader, judged = against["merged"]
-        tasks["merged"] = _task(folders["merged"], None, None, judged == "four bit", leader)
-    prompts = export_prompts(run)
-    answers = {"reference": reference} | answer_elsewhere(config, tasks, prompts, run.file(REFERENCE))
-    figures: dict[str, dict] = {}
-    for name, (leader, level) in against.items():
-        figures[name] = {"against": _LEADERS[leader], "level": level, **compare(answers[leader], answers[name])}
-        problem = judge(figures[name], level)
-        if problem:
-            raise ModelError(f"The exported {name}, loaded back, gives {problem}; delete export/ and run 05 again.")
-    if "merged" in folders:
-        figures["merged_weights"] = check_merged_weights(folders, base)
-    if "gguf" in folders and "merged" in against:  # whose tokens it is held against
-        held_out = pd.read_parquet(run.file("data/eval.parquet")).head(min(config.export.prompts, _GGUF_PROMPTS))
-        figures |= check_folder(
-            find_llama_cpp(),
-            folders["gguf"],
-            load_tokenizer(folders["adapter"]),
-            list(held_out["Question"]),
-            config.prompt.style,
-            answers[against["merged"][0]],
-            judged=against["merged"][1] != "four bit",
-            against=_LEADERS[against["merged"][0]],
-        )
-    return figures
-
-
-def _task(
-    folder: Path, base: str | None, revision: str | None, four_bit: bool, follows: str | None = "reference"
-) -> dict:
-    return {"folder": str(folder), "base": base, "revision": revision, "four_bit": four_bit, "follows": follows}
-
-
-def check_merged_weights(folders: Mapping[str, Path], base: Base, modules: int = 12) -> dict[str, float | int]:
-    """Compare merged weights with base + scale * B @ A, computed here in float64, over evenly chosen modules.
-
-    Returns how many were compared and the largest difference in units of the stored dtype's rounding. Raises
-    ModelError where any differs by more than r units.
-    """
-    from safetensors import safe_open
-
-    lora = read_lora(folders["adapter"])
-    names = sorted(lora.factors)[:: max(1, len(lora.factors) // modules)]
-    shards = {folder: find_shards(folder) for folder in (base.folder, folders["merged"])}
-    files = {
-        (folder, tensor.name): shard.path
-        for folder, parts in shards.items()
-        for shard in parts
-        for tensor in shard.tensors
+def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, dict]) -> None:
+    """export/verify.json: where the exports are, what was compared, and the tolerances."""
+    places = {
+        kind: str(folder.relative_to(run.path) if folder.is_relative_to(run.path) else folder)
+        for kind, folder in folders.items()
     }
-    worst, rank = 0.0, 0
-    for name in names:
-        pair = []
-        for folder in shards:
-            with safe_open(files[folder, name], framework="pt") as tensors:
-                pair.append(tensors.get_tensor(name).clone())
-        rank = lora.factors[name][0].shape[0]
-        for rows in range(0, len(pair[0]), _ROWS):  # float64 is large
-            worst = max(worst, _rounding_units(*(t[rows : rows + _ROWS] for t in pair), lora, name, rows))
-    if not worst <= rank:  # r products are added for each entry
-        raise ModelError(
-            f"The merged weights differ from base plus adapter by {worst:.1f} units of rounding, at most {rank} are "
-            "rounding; run 05 again."
-        )
-    return {"modules": len(names), "largest_rounding_units": round(worst, 3)}
-
-
-def _rounding_units(before, after, lora: Lora, name: str, first: int) -> float:
-    """The largest difference of merged rows from before + scale * B @ A, in units of what rounding may do.
-
-    That depends on the terms that were added, not on their sum, which can cancel.
-    """
-    import torch
-
-    a, b = (factor.double() for factor in lora.factors[name])
-    b, before = b[first : first + len(before)], before.double()
-    expected = before + lora.scale * (b @ a)
-    unit = torch.finfo(after.dtype).eps * (before.abs() + abs(lora.scale) * (b.abs() @ a.abs()))
-    units = (after.double() - expected).abs() / unit.clamp(min=1e-12)
-    return float(units.nan_to_num(nan=math.inf).max())  # max() of Python would pass over NaN
-
-
-def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, dict]) -> Path:
-    """export/verify.json: where the exports are, what was compared, the tolerances, and the digest of every file."""
-    files = digests(record_files(run.path, (REFERENCE, "export/README.md")))
-    for kind, folder in folders.items():
-        files |= {f"export/{name}": value for name, value in digests(record_files(folder.parent, (kind,))).items()}
-    record = {
-        "folders": {kind: str(place(run, folder)) for kind, folder in folders.items()},
-        "tolerances": {
-            "exact, largest": EXACT,
-            "half, relative": HALF,
-            "bfloat16, relative": BFLOAT16,
-            "four bit, relative": FOUR_BIT,
-        },
-        "agreement": figures,
-        "files": files,
-    }
+    record = {"folders": places, "tolerances": {"exact": EXACT, **ROUNDED}, "agreement": figures}
     with writing(run.file("export/verify.json")):
         write_json(run.file("export/verify.json"), record)
-    return run.file("export/verify.json")
 
 
-def place(run: RunDir, folder: Path) -> Path:
-    """The folder as written down: below the run directory relative to it, elsewhere whole."""
-    return folder.relative_to(run.path) if folder.is_relative_to(run.path) else folder
+def export_folders(run: RunDir) -> dict[str, Path]:
+    """{adapter, merged, gguf: folder} of the exports that are there, in the run directory or where 05 had to put them."""
+    recorded = read_record(run).get("folders", {})
+    places = {kind: run.path / recorded.get(kind, f"export/{kind}") for kind in KINDS}
+    return {kind: folder for kind, folder in places.items() if is_folder(folder)}
 
 
-def altered_exports(run: RunDir) -> list[str]:
-    """Rehash every file in export/verify.json and name those that are missing or differ.
-
-    An export that was written to scratch, or moved there, and went with it is left out: nothing that is here is wrong.
-    """
-    record, altered, state = read_record(run), [], read_state(run.path)
-    for name, digest in record.get("files", {}).items():
-        kind = name.split("/")[1]
-        folder = Path(record["folders"].get(kind, f"export/{kind}"))
-        if folder.is_absolute() and not is_folder(folder):
-            continue
-        path = run.path / (folder / Path(*Path(name).parts[2:]) if kind in record["folders"] else name)
-        if not (is_there(path) and path.is_file()):
-            if state is None or not state.left(name):
-                altered.append(f"{name} is missing")
-        elif sha256(path) != digest:
-            altered.append(f"{name} differs from what was verified")
-    return altered
-
-
-def _same_machine(run: RunDir) -> bool:
-    """Whether the exports were written with the device and dtype of now: only then is float32 held to rounding."""
-    return run.record(BY_NAME["05_export"]).get("computed_on") == resolve_hardware(run.config.hardware)
-
-
-def _fits(run: RunDir, merged: Path) -> bool:
-    """Whether a model of this size can be loaded in 16 bit, or 32 where the run computes so, on the run's device."""
-    stored = sum(shard.size for shard in find_shards(merged)) / GIB
-    needed = stored * torch_dtype(run.config).itemsize / 2 * 1.1 + 1.5
-    if device(run.config) == "cpu":
-        return psutil.virtual_memory().available / GIB > needed
-    return (_T4_GIB if run.config.hardware.emulate_t4 else gpus()[0].memory_gib) > needed
+if __name__ == "__main__":
+    hide_secrets()
+    answer(Path(sys.argv[1]))

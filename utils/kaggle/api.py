@@ -1,38 +1,43 @@
-"""Kaggle's API through Kaggle's own package: who we are, a call that is repeated where that helps, what a kernel does.
+"""Kaggle's API through Kaggle's own package, with what that package lacks: a limit to silence, and another try.
 
-The command line of that package ends with status 0 for pushes and runs that failed, so its answers are read here instead.
+Its command line ends with status 0 for pushes and runs that failed, so its methods are called and their answers read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest.mock import patch
 
-from utils.errors import InfrastructureError, KaggleError
-from utils.kaggle.retry import describe, repeat, status_of
+import tenacity
 
-TIMEOUT_S = 120  # kagglesdk sets none: a connection that fell silent would be waited for without end
+from utils.errors import InfrastructureError, KaggleError, UserError
+from utils.files import relative_name
+
+Answer = TypeVar("Answer")
+ATTEMPTS = 6
+TIMEOUT_S = 120  # the package sets none: a connection that fell silent would be waited for without end
+_OWNER = "; check the kernel's name and its owner"
 SETTINGS = "https://www.kaggle.com/settings"
 FINISHED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
+_growing = tenacity.wait_exponential_jitter(initial=1, max=60, jitter=1)
 
 
 class Kaggle:
-    """A signed-in client. `say` gets one line for everything that is tried again.
+    """A signed-in client. `log` gets one line for everything that is tried again.
 
     Raises KaggleError where there are no credentials or Kaggle does not accept them.
     """
 
-    def __init__(self, say: Callable[[str], None] = print):
-        self.say = say
-        help_text = io.StringIO()
+    def __init__(self, log: Callable[[str], None] = print):
+        self.log = log
         try:
-            with contextlib.redirect_stdout(help_text):  # importing signs in, and prints a page of help where it cannot
-                from kaggle.api.kaggle_api_extended import KaggleApi
-
-                self._api = KaggleApi()
-                repeat(self._api.authenticate, passes, explain, "signing in", say)
+            with contextlib.redirect_stdout(io.StringIO()):  # a page of help where it cannot sign in
+                self._api = self._call("signing in", _sign_in)
             self.username: str = self._api.get_config_value("username") or ""
         except ModuleNotFoundError:
             raise KaggleError("The package kaggle is not installed; pip install -r requirements-cpu.txt.") from None
@@ -44,148 +49,182 @@ class Kaggle:
                 "into ~/.kaggle/access_token or KAGGLE_API_TOKEN."
             )
 
-    def call(self, method: str, request: Any) -> Any:
-        """One request of the kernels service, such as `get_kernel`; repeated with back-off.
+    def push(self, folder: Path, reference: str, hours: float | None = None, run: bool = True) -> Any:
+        """Push what `folder` holds, as `kaggle kernels push` does; the answer is the package's own.
 
-        Raises KaggleError with Kaggle's own words where it refuses, InfrastructureError where it cannot be reached.
+        Repeated where Kaggle turned it away for its rate, and for nothing else: a push whose answer is lost may have
+        arrived. Raises InfrastructureError then.
         """
-        return repeat(lambda: self._send(method, request), passes, explain, method.replace("_", " "), self.say)
-
-    def save_kernel(self, request: Any) -> Any:
-        """Push. A lost answer is not taken for a lost push: before it is repeated, Kaggle's version number is compared.
-
-        Raises as `call` does, and InfrastructureError where nobody can say whether the push arrived.
-        """
-        before = self.version(request.slug)
-
-        def push() -> Any:
-            try:
-                return self._send("save_kernel", request)
-            except Exception as error:
-                if not passes(error) or was_not_taken(error):
-                    raise
-                return self._resolve_lost(request.slug, before, error)
-
-        return repeat(push, passes, explain, "the push", self.say)
-
-    def _resolve_lost(self, reference: str, before: int, error: Exception) -> Any:
-        """The answer to a push that arrived although its answer did not; raises `error` where it is to be repeated."""
-        from kagglesdk.kernels.types.kernels_api_service import ApiSaveKernelResponse
-
+        self._api.run_it = run
+        seconds = str(round(hours * 3600)) if hours else None
         try:
-            now = self.version(reference)
-        except InfrastructureError:
+            return self._call("the push", lambda: self._api.kernels_push(str(folder), seconds), _is_turned_away)
+        except InfrastructureError as error:
             raise InfrastructureError(
-                f"The answer to the push was lost ({describe(error)}) and Kaggle cannot be asked whether it arrived; "
-                f"look at {page(reference)} before you push again: a second push would run twice."
+                f"{error} Whether the push arrived is not known: look at {page(reference)} before you push again."
             ) from None
-        if now > before:
-            self.say(f"The answer was lost ({describe(error)}), but version {now} has arrived: not pushed again.")
-            response = ApiSaveKernelResponse()
-            response.ref, response.url, response.version_number = reference, page(reference), now
-            return response
-        self.say(
-            f"The answer was lost ({describe(error)}) and Kaggle still shows version {before}: pushing again. Should Kaggle "
-            "only have been slow, there will be two new versions: cancel one."
-        )
-        raise error
-
-    def version(self, reference: str) -> int:
-        """The number of a kernel's newest version; 0 for a kernel that does not exist yet."""
-        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
-
-        request = ApiGetKernelRequest()
-        request.user_name, request.kernel_slug = split_reference(reference)
-        try:
-            answer = self.call("get_kernel", request)
-        except KaggleError as error:
-            if error.status in (403, 404):
-                return 0
-            raise
-        return (answer.metadata.current_version_number or 0) if answer.metadata else 0
 
     def status(self, reference: str) -> tuple[str, str]:
         """(state, message) of a kernel's last session: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_ACKNOWLEDGED, …"""
-        from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelSessionStatusRequest
-
-        request = ApiGetKernelSessionStatusRequest()
-        request.user_name, request.kernel_slug = split_reference(reference)
-        answer = self.call("get_kernel_session_status", request)
+        answer = self._call("get kernel session status", lambda: self._api.kernels_status(reference))
         return answer.status.name, answer.failure_message or ""
 
-    def outputs(self, reference: str) -> tuple[dict[str, str], str]:
-        """({file name: address}, log) of a kernel's last session, all pages."""
-        from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
+    def output(self, reference: str, folder: Path, pattern: str | None = None) -> None:
+        """Fetch the output of a kernel's last session, and its log as SLUG.log; of the files those that match `pattern`.
 
-        files, log, token = {}, "", ""
-        while True:
-            request = ApiListKernelSessionOutputRequest()
-            request.user_name, request.kernel_slug = split_reference(reference)
-            request.page_size, request.page_token = 100, token
-            answer = self.call("list_kernel_session_output", request)
-            files |= {file.file_name: file.url for file in answer.files or []}
-            log = log or answer.log or ""
-            if not answer.next_page_token or answer.next_page_token == token:
-                return files, log
-            token = answer.next_page_token
+        Raises InfrastructureError for a file whose name points out of `folder`.
+        """
+        fetch = self._api.kernels_output
+        self._call("fetching the output", lambda: fetch(reference, str(folder), pattern, page_size=100))
 
-    def _send(self, method: str, request: Any) -> Any:
-        with self._client() as client:
-            return getattr(client.kernels.kernels_api_client, method)(request)
+    def _call(self, what: str, action: Callable[[], Answer], again: Callable[[BaseException], bool] | None = None):
+        with _strict_requests():
+            return repeat(action, again or passes, explain, what, self.log)
 
-    @contextlib.contextmanager
-    def _client(self) -> Iterator[Any]:
-        from requests.adapters import HTTPAdapter
 
-        class Bounded(HTTPAdapter):
-            def send(self, request, **settings):
-                settings["timeout"] = settings.get("timeout") or TIMEOUT_S
-                return super().send(request, **settings)
+def _sign_in() -> Any:
+    from kaggle.api.kaggle_api_extended import KaggleApi
+    from kagglesdk.kernels.types.kernels_enums import KernelExecutionType
 
-        with self._api.build_kaggle_client() as client:
-            for scheme in ("http://", "https://"):
-                client.http_client()._session.mount(scheme, Bounded())
-            yield client
+    class Client(KaggleApi):
+        """Saves without running (kaggle 2.2.5 has a parameter for that), and refuses names that point elsewhere."""
+
+        run_it = True
+
+        def build_kaggle_client(self) -> Any:
+            client = super().build_kaggle_client()
+            service = client.kernels.kernels_api_client
+            save, list_output = service.save_kernel, service.list_kernel_session_output
+
+            def save_as_asked(request: Any) -> Any:
+                if not self.run_it:
+                    request.kernel_execution_type = KernelExecutionType.QUICK_SAVE
+                return save(request)
+
+            def list_checked(request: Any) -> Any:
+                answer = list_output(request)
+                require_names_below(file.file_name for file in answer.files or [])
+                return answer
+
+            service.save_kernel, service.list_kernel_session_output = save_as_asked, list_checked
+            return client
+
+    api = Client()
+    api.authenticate()
+    return api
+
+
+def require_names_below(names: Iterator[str]) -> None:
+    """Raise InfrastructureError for the first name that would be written outside of the folder it is fetched into."""
+    for name in names:
+        if relative_name(name) is None:
+            raise InfrastructureError(
+                f"Kaggle lists an output called {name!r}, which points outside or is no file name; nothing was fetched."
+            )
+
+
+@contextlib.contextmanager
+def _strict_requests() -> Iterator[None]:
+    """Within it every request ends in time, and an error page is an error: kaggle 2.2.4 keeps it as the file asked for."""
+    from requests.adapters import HTTPAdapter
+
+    send = HTTPAdapter.send
+
+    def send_strictly(adapter: HTTPAdapter, request: Any, **settings: Any) -> Any:
+        answer = send(adapter, request, **{**settings, "timeout": settings.get("timeout") or TIMEOUT_S})
+        answer.raise_for_status()
+        return answer
+
+    with patch.object(HTTPAdapter, "send", send_strictly):
+        yield
+
+
+def repeat(
+    action: Callable[[], Answer],
+    again: Callable[[BaseException], bool],
+    explain: Callable[[Exception, str], UserError],
+    what: str,
+    log: Callable[[str], None],
+) -> Answer:
+    """The result of `action`, tried up to ATTEMPTS times while `again` holds for its exception.
+
+    A server's Retry-After is honoured, up to two minutes. Any exception that is no UserError is raised as what `explain`
+    makes of it.
+    """
+
+    def announce(state: tenacity.RetryCallState) -> None:
+        trouble = describe(state.outcome.exception())
+        log(f"{what}: {trouble}; trying again in {state.next_action.sleep:.0f} s ({state.attempt_number}/{ATTEMPTS}).")
+
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=_pause,
+        retry=tenacity.retry_if_exception(again),
+        before_sleep=announce,
+        reraise=True,
+    )
+    try:
+        return retrying(action)
+    except (UserError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise explain(error, what) from None
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds: what the server asks for, or growing from one second."""
+    response = getattr(state.outcome.exception(), "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(asked), 120.0) if asked.replace(".", "", 1).isdigit() else _growing(state)
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that an exception of requests, httpx or huggingface_hub carries, None without an answer."""
+    response = getattr(error, "response", None)
+    return None if response is None else response.status_code
+
+
+def describe(error: BaseException | None) -> str:
+    """Status and the server's own message, also where a client library hides it because it is nested."""
+    status = status_of(error)
+    if status is None:
+        return type(error).__name__
+    try:
+        body = json.loads(error.response.text)
+    except ValueError:
+        body = {}
+    body = body if isinstance(body, dict) else {}
+    nested = body.get("error")
+    message = nested.get("message") if isinstance(nested, dict) else body.get("message") or nested
+    return f"{status}: {message}" if message else str(status)
+
+
+def _is_turned_away(error: BaseException) -> bool:
+    return status_of(error) == 429  # for its rate: the server certainly did nothing
 
 
 def passes(error: BaseException) -> bool:
-    """Whether it is worth another try: rate limits, 5xx, broken connections, and JSON that is none."""
+    """Whether it is worth another try: rate limits, 5xx, broken connections, and an answer that is no JSON."""
     import requests
 
     if status_of(error) is not None and isinstance(error, requests.HTTPError):
-        return status_of(error) == 429 or status_of(error) >= 500
+        return _is_turned_away(error) or status_of(error) >= 500
     broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, ConnectionError)
-    return isinstance(error, (*broken, ValueError))
+    return isinstance(error, (*broken, requests.exceptions.JSONDecodeError, json.JSONDecodeError))
 
 
-def was_not_taken(error: BaseException) -> bool:
-    """Whether the server certainly did nothing: it was never reached, or it turned the request away for its rate."""
-    import requests
-    from urllib3.exceptions import NewConnectionError
-
-    if isinstance(error, requests.ConnectTimeout):
-        return True
-    if status_of(error) is not None:
-        return status_of(error) == 429
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    # A ProxyError alone says nothing: urllib3 calls every break so where a plain-HTTP proxy stands between.
-    return isinstance(getattr(reason, "original_error", reason), NewConnectionError)
-
-
-def explain(error: Exception, what: str) -> KaggleError | InfrastructureError:
-    """One sentence for what requests or kagglesdk raised."""
-    status, told = status_of(error), describe(error)
+def explain(error: BaseException, what: str) -> KaggleError | InfrastructureError:
+    """One sentence for what requests or Kaggle's package raised."""
+    if isinstance(error, ValueError) and status_of(error.__context__):
+        error = error.__context__  # the package turns a 403 into a guess of its own
+    status, reason = status_of(error), describe(error)
     if passes(error):
-        return InfrastructureError(f"Kaggle could not be reached for {what} ({told}); try again later.")
-    if status == 401:
-        return KaggleError(f"Kaggle does not accept the credentials ({told}); make a new token at {SETTINGS}.", status)
-    if status in (403, 404):
-        return KaggleError(
-            f"Kaggle lets nobody by these credentials do this: {what} ({told}); check the kernel's name and its owner.",
-            status,
-        )
+        return InfrastructureError(f"Kaggle could not be reached for {what} ({reason}); try again later.")
     if status is not None:
-        return KaggleError(f"Kaggle refused {what} ({told}).", status)
+        hints = {401: f"; make a new token at {SETTINGS}", 403: _OWNER, 404: _OWNER}
+        return KaggleError(f"Kaggle refused {what} ({reason}){hints.get(status, '')}.", status)
+    if isinstance(error, ValueError):
+        return KaggleError(f"Kaggle's client refused {what}: {error}")
     return InfrastructureError(
         f"Kaggle answered {what} with something that its package does not understand ({type(error).__name__}: {error})."
     )

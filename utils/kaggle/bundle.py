@@ -22,16 +22,31 @@ import nbformat
 
 from utils.errors import UserError
 from utils.files import write_text
-from utils.kaggle import kernel_cells
 from utils.pipeline.stages import find_stage
 from utils.project import NAME, ROOT
 
 KERNEL = ROOT / "kaggle_kernel.ipynb"
 SINGLES = ROOT / "bundles"
-BUNDLE_COMMAND = "python -m utils bundle"
 MAXIMUM_BYTES = 900_000  # Kaggle refuses a source of 1 MB with a bare "400 Client Error"
-_EPOCH = (1980, 1, 1, 0, 0, 0)
-_KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
+_PATTERNS = ("utils/**/*.py", "utils/report/templates/*", "notebooks/*.ipynb", "notebooks/profiles/*.yaml",
+             "requirements.txt")  # fmt: skip
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed date: the same files give the same archive
+TEMPLATE = Path(__file__).with_name("kernel.ipynb")  # the kernel's cells; what stands between two @ is filled in
+SINGLE_PREPARE = """
+from utils.project import prepare
+
+prepare()  # on Kaggle and Colab only: what the pins ask for and the image lacks
+"""
+SINGLE_RESUME = """
+from utils.kaggle import resume_from_attached
+
+RUN_DIR = str(resume_from_attached(PROFILE, RUN_DIR))  # the earlier notebooks' output, where one is attached
+"""
+SINGLE_END = """
+from utils.kaggle import move_large_files
+
+move_large_files(RUN_DIR)  # on Kaggle only: light results stay in this notebook's output
+"""
 
 
 class BundleError(UserError):
@@ -40,22 +55,20 @@ class BundleError(UserError):
 
 def bundled_files() -> list[Path]:
     """What travels: the package, the notebooks with their profiles, the pins."""
-    patterns = ("utils/**/*.py", "utils/report/templates/*.j2", "notebooks/*.ipynb", "notebooks/profiles/*.yaml")
-    return sorted([*(path for pattern in patterns for path in ROOT.glob(pattern)), ROOT / "requirements.txt"])
+    return sorted(path for pattern in _PATTERNS for path in ROOT.glob(pattern) if path.is_file())
 
 
-def build_kernel() -> nbformat.NotebookNode:
-    """The kernel notebook, the same for the same files."""
-    cells = [
-        _markdown("kernel-00", kernel_cells.INTRODUCTION),
-        _code("kernel-01", kernel_cells.PARAMETERS, "parameters"),
-        _code("kernel-02", _materialise()),
-        _code("kernel-03", kernel_cells.PREPARE),
-        _code("kernel-04", kernel_cells.RUN),
-        _code("kernel-05", kernel_cells.SHOW),
-        _markdown("kernel-06", kernel_cells.NEXT),
-    ]
-    return _notebook(cells)
+def build_kernel(profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> nbformat.NotebookNode:
+    """The kernel notebook, the same for the same files; raises BundleError where Kaggle would not take it."""
+    notebook = nbformat.read(TEMPLATE, as_version=4)
+    _, parameters, materialise, *_ = notebook.cells
+    for name, value in (("PROFILE", profile), ("OVERRIDES", dict(overrides or {}))):
+        if value not in ("auto", {}):
+            parameters.source = re.sub(
+                rf"(?m)^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", parameters.source
+            )
+    materialise.source = _materialise(materialise.source)
+    return _checked(notebook)
 
 
 def build_single(number: str) -> nbformat.NotebookNode:
@@ -67,56 +80,42 @@ def build_single(number: str) -> nbformat.NotebookNode:
         stage = find_stage(number)
     except (KeyError, ValueError):
         raise BundleError(f"There is no notebook {number!r}; there are 00 to 05.") from None
-    cells = nbformat.read(stage.notebook, as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    bootstrap, parameters = code[0], code[1]
-    bootstrap.source = (_materialise().strip() + "\n" + kernel_cells.SINGLE_PREPARE.rstrip()).strip()
-    at = cells.index(parameters) + 1
-    cells[at:at] = [_code(f"{stage.number}-attached", kernel_cells.SINGLE_ADOPT)]
-    cells.insert(len(cells) - 1, _code(f"{stage.number}-output", kernel_cells.SINGLE_END))
-    return _notebook(cells)
+    notebook, cells = nbformat.read(stage.notebook, as_version=4), []
+    template = nbformat.read(TEMPLATE, as_version=4).cells[2].source
+    bootstrap, parameters = [cell for cell in notebook.cells if cell.cell_type == "code"][:2]
+    bootstrap.source = f"{_materialise(template)}\n{SINGLE_PREPARE.rstrip()}"
+    for cell in notebook.cells:
+        if cell is notebook.cells[-1]:
+            cells.append(nbformat.v4.new_code_cell(SINGLE_END.strip(), id=f"{stage.number}-output"))
+        cells.append(cell)
+        if cell is parameters:
+            cells.append(nbformat.v4.new_code_cell(SINGLE_RESUME.strip(), id=f"{stage.number}-attached"))
+    return _checked(nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata))
 
 
-def _materialise() -> str:
-    """The cell that carries the archive, with its listing and checksums."""
-    files = bundled_files()
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as bundle:
-        for path in files:
-            # A fixed date: the same files give the same archive.
-            entry = zipfile.ZipInfo(path.relative_to(ROOT).as_posix(), _EPOCH)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            bundle.writestr(entry, path.read_bytes())
-    packed = archive.getvalue()
+def _materialise(template: str) -> str:
+    """The source of the cell that carries the archive, with its listing and checksums."""
+    files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in bundled_files()}
+    archive, content = io.BytesIO(), hashlib.sha256()
+    with zipfile.ZipFile(archive, "w") as bundle:
+        for name, data in files.items():
+            bundle.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
+            content.update(name.encode() + b"\0" + data + b"\0")
     fields = {
-        "LISTING": "\n".join(
-            f"#   {path.relative_to(ROOT).as_posix()} ({path.stat().st_size:,} bytes)" for path in files
-        ),
-        "DIGEST": content_digest(files),
-        "ARCHIVE": "\n".join(textwrap.wrap(base64.b64encode(packed).decode(), 120)),
-        "CHECKSUM": hashlib.sha256(packed).hexdigest(),
+        "LISTING": "\n#   ".join(f"{name} ({len(data):,} bytes)" for name, data in files.items()),
+        "DIGEST": content.hexdigest(),
+        "ARCHIVE": "\n".join(textwrap.wrap(base64.b64encode(archive.getvalue()).decode(), 120)),
+        "CHECKSUM": hashlib.sha256(archive.getvalue()).hexdigest(),
         "NAME": NAME,
     }
-    text = kernel_cells.MATERIALISE
-    for name, value in fields.items():
-        text = text.replace(f"@{name}@", value)
-    return text
+    return re.sub("@([A-Z]+)@", lambda field: fields[field[1]], template)
 
 
-def _markdown(name: str, source: str) -> nbformat.NotebookNode:
-    return nbformat.v4.new_markdown_cell(source.strip(), id=name)
-
-
-def _code(name: str, source: str, tag: str = "") -> nbformat.NotebookNode:
-    cell = nbformat.v4.new_code_cell(source.strip(), id=name)
-    if tag:
-        cell.metadata["tags"] = [tag]
-    return cell
-
-
-def _notebook(cells: list) -> nbformat.NotebookNode:
-    metadata = {"kernelspec": _KERNELSPEC, "language_info": {"name": "python"}}
-    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+def _checked(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    size = len(json.dumps(notebook))  # as the Kaggle package counts: serialised in ASCII
+    if size >= MAXIMUM_BYTES:
+        raise BundleError(f"The notebook has {size:,} bytes; Kaggle takes less than {MAXIMUM_BYTES:,}.")
+    return notebook
 
 
 def write_kernel() -> Path:
@@ -130,49 +129,23 @@ def write_single(number: str) -> Path:
 
 
 def _write(notebook: nbformat.NotebookNode, path: Path) -> Path:
-    size = len(json.dumps(notebook))  # as the Kaggle CLI counts: re-serialised in ASCII
-    if size > MAXIMUM_BYTES:
-        raise BundleError(f"{path.name} has {size:,} bytes; Kaggle takes less than {MAXIMUM_BYTES:,}.")
     write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
 def check_kernel() -> None:
-    """Raise BundleError unless kaggle_kernel.ipynb carries the files as they are now, and its cells are the generated ones.
+    """Raise BundleError unless kaggle_kernel.ipynb is what these files give.
 
     The archive is compared by the files' own digest: zlib may pack the same bytes differently elsewhere.
     """
     if not KERNEL.exists():
-        raise BundleError(f"{KERNEL.name} is missing; run {BUNDLE_COMMAND}.")
+        raise BundleError(f"{KERNEL.name} is missing; run python -m utils bundle.")
     found, expected = nbformat.read(KERNEL, as_version=4), build_kernel()
     if [_essence(cell) for cell in found.cells] != [_essence(cell) for cell in expected.cells]:
-        raise BundleError(f"{KERNEL.name} is out of date; run {BUNDLE_COMMAND} and commit it.")
+        raise BundleError(f"{KERNEL.name} is out of date; run python -m utils bundle and commit it.")
 
 
 def _essence(cell: nbformat.NotebookNode) -> str:
     """A cell's source, that of the archive by its files' digest."""
     digest = re.search(r'(?m)^CONTENT = "([0-9a-f]{64})"$', cell.source)
     return digest[1] if digest else cell.source
-
-
-def content_digest(files: list[Path]) -> str:
-    """sha256 over names and contents."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def with_parameters(notebook: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The notebook (as plain JSON) with other literals in its parameters cell; raises BundleError where it has none."""
-    notebook = json.loads(json.dumps(notebook))
-    tagged = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        raise BundleError(f"{KERNEL.name} has {len(tagged)} parameters cells, expected one; run {BUNDLE_COMMAND}.")
-    source = "".join(tagged[0]["source"])
-    for name, value in values.items():
-        source, count = re.subn(rf"(?m)^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", source)
-        if count != 1:
-            raise BundleError(f"{KERNEL.name} has no parameter {name}; run {BUNDLE_COMMAND}.")
-    tagged[0]["source"] = source
-    return notebook

@@ -2,56 +2,83 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
-import re
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from utils.config import expand_home, load_config
 from utils.errors import InfrastructureError, KaggleError
-from utils.files import is_there, parse_json
+from utils.files import is_there, parse_json, write_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
-from utils.kaggle.bundle import BUNDLE_COMMAND, KERNEL, MAXIMUM_BYTES, check_kernel, with_parameters
-from utils.kaggle.kernel_schema import KernelMetadata, Notebook
+from utils.kaggle.bundle import MAXIMUM_BYTES, build_kernel, bundled_files
 from utils.project import ROOT
 from utils.schema import Config
-from utils.secrets import known_values
+from utils.secrets import redact
 
 METADATA = ROOT / "kernel-metadata.json"
+# All that a push rests on: the package's own defaults change between versions.
+_EXPECTED = {
+    bool: ("is_private", "enable_gpu", "enable_tpu", "enable_internet"),
+    str: ("id", "title", "code_file", "language", "kernel_type", "machine_shape"),
+    list: ("dataset_sources", "kernel_sources", "competition_sources", "model_sources"),
+}
 _GRACE_HOURS = 1.0  # between the run's own end and the one that Kaggle enforces: saving, exports
 _UNKNOWN_STATES = 10  # in a row, before waiting is given up
 _START_S = 600.0  # after a push, until its session has to be seen queued or running
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """A version that Kaggle took."""
+class Submission:
+    """What one push sends: the metadata with every name filled in, the notebook's text, the session's hours."""
 
-    reference: str
-    version: int | None
-    url: str
+    metadata: dict[str, Any]
+    text: str
+    hours: float | None = None
+    run: bool = True
+
+    @property
+    def reference(self) -> str:
+        """OWNER/SLUG."""
+        return self.metadata["id"]
+
+    def write(self, folder: Path) -> None:
+        """The folder that `kaggle kernels push -p` takes."""
+        write_json(folder / METADATA.name, self.metadata)
+        write_text(folder / self.metadata["code_file"], self.text)
+
+    def describe(self) -> str:
+        """Every setting that would be sent; of the notebook size, digest and parameters."""
+        lines = [f"{key}: {json.dumps(value)}" for key, value in self.metadata.items()]
+        lines += [f"hours: {self.hours or 'as Kaggle allows'}; {'run' if self.run else 'saved, and not run'}"]
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        lines += [f"text: {len(self.text):,} of {MAXIMUM_BYTES:,} bytes, sha256 {digest}"]
+        return "\n".join([*lines, json.loads(self.text)["cells"][1]["source"]])
 
 
 def read_metadata() -> dict[str, Any]:
-    """kernel-metadata.json; raises KaggleError where a switch is not written out (the package's defaults change)."""
+    """kernel-metadata.json; raises KaggleError where a setting is not written out, or is none."""
     try:
         metadata = parse_json(METADATA.read_text(encoding="utf-8"))
-        KernelMetadata.model_validate(metadata)
-    except ValidationError as error:
-        wrong = dict.fromkeys(
-            str(problem["loc"][0]) if problem["loc"] else "its settings" for problem in error.errors()
-        )
-        raise KaggleError(f"{METADATA.name} has to write out {', '.join(wrong)}; take it back from git.") from None
     except (OSError, ValueError) as error:
         raise KaggleError(f"{METADATA} cannot be read ({error}); take it back from git.") from None
+    found = metadata if isinstance(metadata, dict) else {}
+    wrong = [key for kind, keys in _EXPECTED.items() for key in keys if not _is_setting(found.get(key), kind)]
+    if wrong:
+        raise KaggleError(f"{METADATA.name} has to write out {', '.join(wrong)}; take it back from git.")
     return metadata
+
+
+def _is_setting(value: Any, kind: type) -> bool:
+    if kind is list:
+        return isinstance(value, list) and all(_is_setting(item, str) for item in value)
+    return isinstance(value, kind) and (kind is bool or (bool(value) and value.isprintable()))
 
 
 def reference_of(metadata: Mapping[str, Any], username: str = "", slug: str = "") -> str:
@@ -74,115 +101,57 @@ def title_of(metadata: Mapping[str, Any], slug: str) -> str:
 
 
 def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> str:
-    """What travels: kaggle_kernel.ipynb with its parameters set, serialised as the Kaggle package does, and checked.
+    """What travels: the kernel notebook of these files with its parameters set, as JSON.
 
-    Raises BundleError where it is out of date, ConfigError for a wrong setting, KaggleError for what must not travel.
+    Raises ConfigError for a wrong setting, KaggleError for what must not travel, BundleError where it is too large.
     """
-    check_kernel()
     overrides = dict(overrides or {})
     load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
-    for key, value in _leaves(overrides):
+    for key, value in overrides.items():
         if _is_local(key, value):
             raise KaggleError(
                 f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its path "
                 "below /kaggle/input."
             )
-    notebook = json.loads(KERNEL.read_text(encoding="utf-8"))
-    given = {"PROFILE": profile, "OVERRIDES": overrides}
-    notebook = with_parameters(notebook, {name: value for name, value in given.items() if value not in ("auto", {})})
-    text = json.dumps(notebook)
-    check_text(text)
+    text = json.dumps(build_kernel(profile, overrides))
+    files = ((path.name, path.read_text(encoding="utf-8")) for path in bundled_files())  # base64 hides them in `text`
+    for place, content in (("A setting", text), *files):
+        if redact(content) != content:
+            raise KaggleError(
+                f"{place} holds a secret, or what looks like one; take it out: a pushed version cannot be unpushed."
+            )
     return text
 
 
 def _is_local(key: str, value: Any) -> bool:
-    if str(value).startswith("/kaggle/input/") or value is None:
+    if isinstance(value, list | dict):
+        return any(
+            _is_local(f"{key}.{name}", part)
+            for name, part in (value.items() if isinstance(value, dict) else enumerate(value))
+        )
+    if value is None or str(value).startswith("/kaggle/input/"):
         return False
     if key.endswith(".path") or key == "hardware.accelerate_config":
         return True
     return key in ("model.name", "export.base") and is_there(expand_home(str(value), key))
 
 
-def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value below `values`; a list's items are key[0], key[1], …"""
-    if isinstance(values, Mapping):
-        for name, value in values.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(values, list):
-        for number, value in enumerate(values):
-            yield from _leaves(value, f"{key}[{number}]")
-    else:
-        yield key, values
-
-
-def check_text(text: str) -> None:
-    """Raise KaggleError for a notebook that Kaggle would refuse, or that carries more than its author wrote."""
-    try:
-        notebook = parse_json(text)
-        Notebook.model_validate(notebook)
-    except ValueError as error:
-        reason = "its cells are not those of a notebook" if isinstance(error, ValidationError) else error
-        raise KaggleError(
-            f"What would be sent is no notebook ({reason}); run {BUNDLE_COMMAND} to write it anew."
-        ) from None
-    remedy = f"run {BUNDLE_COMMAND} to write it anew."
-    if len(text) >= MAXIMUM_BYTES:
-        raise KaggleError(
-            f"The notebook has {len(text):,} bytes as Kaggle counts; expected less than {MAXIMUM_BYTES:,}."
-        )
-    kernel = notebook["metadata"].get("kernelspec")
-    if not isinstance(kernel, dict) or not kernel.get("name"):
-        raise KaggleError(f"The notebook names no kernel (kernelspec), and Kaggle runs none without; {remedy}")
-    if "papermill" in notebook["metadata"]:
-        raise KaggleError(f"The notebook was executed by papermill and carries its parameters; {remedy}")
-    for number, cell in enumerate(notebook["cells"], start=1):
-        tags = cell.get("metadata", {}).get("tags", [])
-        if "injected-parameters" in tags or "papermill" in cell.get("metadata", {}):
-            raise KaggleError(f"Cell {number} holds injected parameters; {remedy}")
-        if cell.get("outputs") or cell.get("execution_count"):
-            raise KaggleError(f"Cell {number} holds executed output; {remedy}")
-    for name, value in known_values().items():
-        if value in text:
-            raise KaggleError(
-                f"The notebook holds the value of {name}; take it out: a pushed version cannot be unpushed."
-            )
-    found = re.search(r"\bhf_[A-Za-z0-9]{20,}", text)
-    if found:
-        raise KaggleError("The notebook or a setting holds what looks like a Hugging Face token; take it out.")
-
-
-def build_request(
+def submission(
     metadata: Mapping[str, Any],
     reference: str,
     text: str,
     run: bool = True,
     hours: float | None = None,
     sources: tuple[str, ...] = (),
-) -> Any:
-    """The request of the Kaggle package, field by field what `kaggle kernels push` sends.
-
-    `run` False saves the version without running it; `hours` ends the session; `sources` are kernels whose output is
-    attached beside those in the metadata.
-    """
-    from kagglesdk.kernels.types.kernels_api_service import ApiSaveKernelRequest
-    from kagglesdk.kernels.types.kernels_enums import KernelExecutionType
-
-    request = ApiSaveKernelRequest()
-    request.slug, request.new_title = reference, title_of(metadata, reference.split("/")[1])
-    request.text, request.language, request.kernel_type = text, metadata["language"], metadata["kernel_type"]
-    request.is_private, request.enable_internet = metadata["is_private"], metadata["enable_internet"]
-    request.enable_gpu, request.enable_tpu = metadata["enable_gpu"], metadata["enable_tpu"]
-    request.machine_shape = metadata["machine_shape"]
-    request.dataset_data_sources = list(metadata["dataset_sources"])
-    request.kernel_data_sources = list(dict.fromkeys([*metadata["kernel_sources"], *sources]))
-    request.competition_data_sources = list(metadata["competition_sources"])
-    request.model_data_sources = list(metadata["model_sources"])
-    request.category_ids = list(metadata.get("keywords", []))
-    if hours:
-        request.session_timeout_seconds = round(hours * 3600)
-    if not run:
-        request.kernel_execution_type = KernelExecutionType.QUICK_SAVE
-    return request
+) -> Submission:
+    """What to push as `reference`; `run` False only saves, `sources` are kernels whose output is attached too."""
+    filled = {
+        **metadata,
+        "id": reference,
+        "title": title_of(metadata, split_reference(reference)[1]),
+        "kernel_sources": list(dict.fromkeys([*metadata["kernel_sources"], *sources])),
+    }
+    return Submission(filled, text, hours, run)
 
 
 def session_hours(config: Config) -> float | None:
@@ -191,38 +160,11 @@ def session_hours(config: Config) -> float | None:
     return hours + _GRACE_HOURS if hours else None
 
 
-def body_of(request: Any) -> dict[str, Any]:
-    """The JSON body, as kagglesdk sends it."""
-    return request.__class__.to_dict(request)
-
-
-def describe_request(request: Any) -> str:
-    """Every field that would be sent; the notebook's text by size, digest and the first line of each cell."""
-    body = body_of(request)
-    text = body.pop("text")
-    lines = [f"{key}: {json.dumps(value)}" for key, value in body.items()]
-    lines.append(f"text: {len(text):,} of {MAXIMUM_BYTES:,} bytes, sha256 {hashlib.sha256(text.encode()).hexdigest()}")
-    for number, cell in enumerate(json.loads(text)["cells"], start=1):
-        source = "".join(cell["source"])
-        if "parameters" in cell["metadata"].get("tags", []):
-            lines += [f"  cell {number}: {line}" for line in source.splitlines() if _is_assignment(line)]
-        else:
-            lines.append(
-                f"  cell {number}: {cell['cell_type']}, {len(source):,} characters: {source.partition(chr(10))[0]}"
-            )
-    return "\n".join(lines)
-
-
-def _is_assignment(line: str) -> bool:
-    try:
-        return any(isinstance(statement, ast.Assign) for statement in ast.parse(line).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a part of something longer
-        return False
-
-
-def push(kaggle: Kaggle, request: Any) -> Pushed:
-    """Send it and read the answer; raises KaggleError where Kaggle took it in part or not at all."""
-    answer = kaggle.save_kernel(request)
+def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
+    """(version, address) of what was sent; raises KaggleError where Kaggle took it in part or not at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        what.write(Path(folder))
+        answer = kaggle.push(Path(folder), what.reference, what.hours, what.run)
     if answer.error:
         raise KaggleError(f"Kaggle did not take the push: {answer.error}")
     refused = {
@@ -232,14 +174,14 @@ def push(kaggle: Kaggle, request: Any) -> Pushed:
         "models": answer.invalid_model_sources,
         "tags": answer.invalid_tags,
     }
-    pushed = Pushed(request.slug, answer.version_number, answer.url or page(request.slug))
+    url = answer.url or page(what.reference)
     if any(refused.values()):
-        words = "; ".join(f"{name} {', '.join(values)}" for name, values in refused.items() if values)
+        names = "; ".join(f"{kind} {', '.join(values)}" for kind, values in refused.items() if values)
         raise KaggleError(
-            f"Kaggle made version {pushed.version} of {request.slug} without what was to be attached ({words}); stop it at "
-            f"{pushed.url}, check those names in {METADATA.name}, and push again."
+            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached ({names}); stop it "
+            f"at {url}, check those names in {METADATA.name}, and push again."
         )
-    return pushed
+    return answer.version_number, url
 
 
 def wait(
@@ -248,40 +190,37 @@ def wait(
     """(state, message) once the kernel's session has ended; a live line until then.
 
     A session that was never seen at work is believed to have ended only at the third answer, and with `just_pushed`
-    never: after a push, Kaggle can be telling of the version before for minutes. Raises InfrastructureError where Kaggle
-    stays silent, or tells of no new session.
+    never: after a push, Kaggle can show the version before for minutes. Raises InfrastructureError where Kaggle stays
+    silent, or shows no new session.
     """
     started, before, silent, ended, seen_at_work = time.monotonic(), "", 0, 0, False
-    live = console.status("") if console.is_terminal else None
-    if live:
-        live.start()
-    try:
+    with console.status(reference) as live:
         while True:
+            state, message = "UNKNOWN", ""
             try:
                 state, message = kaggle.status(reference)
-                silent = 0
             except InfrastructureError:
-                silent += 1
                 if silent >= _UNKNOWN_STATES:
                     raise
-                state, message = "UNKNOWN", ""
-            minutes = (time.monotonic() - started) / 60
-            line = f"{reference}: {state.replace('_', ' ').lower()} after {minutes:.0f} min"
-            if live:
-                live.update(line)
-            elif state != before:
+            silent = silent + 1 if state == "UNKNOWN" else 0
+            passed = time.monotonic() - started
+            line = f"{reference}: {readable(state)} after {passed / 60:.0f} min"
+            live.update(line)
+            if state != before:
                 console.print(line, highlight=False, soft_wrap=True)
             before = state
             ended = ended + 1 if state in FINISHED else 0
             seen_at_work = seen_at_work or state in ("QUEUED", "RUNNING")
             if ended and (seen_at_work or (ended >= 3 and not just_pushed)):
                 return state, message
-            if just_pushed and not seen_at_work and time.monotonic() - started > _START_S:
+            if just_pushed and not seen_at_work and passed > _START_S:
                 raise InfrastructureError(
                     f"Kaggle took the push, but shows no queued or running session of {reference} after "
-                    f"{_START_S / 60:.0f} min (its last word: {state.replace('_', ' ').lower()}); look at {page(reference)}."
+                    f"{_START_S / 60:.0f} min (the last state: {readable(state)}); look at {page(reference)}."
                 )
             time.sleep(interval_s)
-    finally:
-        if live:
-            live.stop()
+
+
+def readable(state: str) -> str:
+    """`cancel acknowledged` of CANCEL_ACKNOWLEDGED."""
+    return state.replace("_", " ").lower()

@@ -10,12 +10,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from utils.errors import HardwareError, ModelError
+from utils.errors import HardwareError, ModelError, first_line
 from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
-from utils.models.decoding import speed_up_unsloth
-from utils.models.tokenizer import first_line, load_tokenizer, model_source, require_safetensors
-from utils.models.unsloth_patches import keep_documents_apart
-from utils.schema import Config
+from utils.models.tokenizer import load_tokenizer, model_source, require_safetensors
+from utils.models.unsloth_patches import patch_unsloth
+from utils.schema import Config, LoraSection
 from utils.secrets import share_hub_token
 
 _T4_GIB = 14.0
@@ -37,8 +36,7 @@ def start_backend(config: Config) -> str:
         raise HardwareError("hardware.backend=unsloth, but unsloth is not installed; run 00_setup to install it.")
     import unsloth  # noqa: F401
 
-    speed_up_unsloth()
-    keep_documents_apart()
+    patch_unsloth()
     return "unsloth"
 
 
@@ -56,7 +54,7 @@ def prepare_device(config: Config) -> None:
 
 
 def device(config: Config) -> str:
-    """`cuda` or `cpu`: what the configuration asks for, or what is there."""
+    """`cuda` or `cpu`."""
     return resolve_hardware(config.hardware)["device"]
 
 
@@ -67,12 +65,16 @@ def torch_dtype(config: Config):
     return getattr(torch, resolve_hardware(config.hardware)["dtype"])
 
 
-def load_model(config: Config, adapter: Path | None = None):
+def load_model(config: Config, adapter: Path | None = None, max_seq_length: int | None = None):
     """(model, tokenizer): the base model as configured, with a trained adapter on top where one is given.
 
     On unsloth the base is loaded through FastLanguageModel, elsewhere through AutoModelForCausalLM; in 4-bit it is
-    NF4 with double quantisation either way. Raises ModelError where the model cannot be loaded.
+    NF4 with double quantisation either way. unsloth cuts whatever is longer than `max_seq_length` (model.max_seq_length
+    where none is given). Raises ModelError where the model cannot be loaded.
     """
+    if max_seq_length is not None:
+        room = config.model.model_copy(update={"max_seq_length": max_seq_length})
+        config = config.model_copy(update={"model": room})
     load = _load_unsloth if start_backend(config) == "unsloth" else load_plain
     source = model_source(config)
     for folder, what in ((Path(source), "model"), (adapter, "adapter")):
@@ -98,8 +100,11 @@ def load_model(config: Config, adapter: Path | None = None):
 def add_lora(model, config: Config, **lora: Any):
     """Wrap the base model with fresh LoRA weights; `lora` are arguments of peft.LoraConfig.
 
-    Under unsloth this is FastLanguageModel.get_peft_model, which also installs its fused kernels.
+    Under unsloth this is FastLanguageModel.get_peft_model, which also installs its fused kernels; `all-linear` is the seven
+    projections of a Llama or Qwen there.
     """
+    if lora.get("target_modules") == ["all-linear"]:
+        lora["target_modules"] = list(LoraSection().target_modules) if is_unsloth(model) else "all-linear"
     if is_unsloth(model):
         from unsloth import FastLanguageModel
 
@@ -147,14 +152,16 @@ def keep_lora_in_float32(model) -> None:
 
 def is_unsloth(model) -> bool:
     """Whether the model was loaded through unsloth."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(base, "loaded_through_unsloth", False)
+    return getattr(_base_of(model), "loaded_through_unsloth", False)
 
 
 def transformer_layers(model):
     """The model's stack of layers, LoRA wrapper or not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model.layers
+    return _base_of(model).model.layers
+
+
+def _base_of(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def count_fused_layers(model) -> dict[str, int] | None:
@@ -182,8 +189,7 @@ def _load_unsloth(config: Config, source: str):
         dtype=torch_dtype(config),
         load_in_4bit=config.model.load_in_4bit,
         trust_remote_code=False,
-        # Without it the Hub id is silently remapped to another, dynamically quantised repository.
-        use_exact_model_name=True,
+        use_exact_model_name=True,  # or the Hub id is silently remapped to a dynamically quantised repository
     )
     model.loaded_through_unsloth = True
     return model
@@ -194,13 +200,14 @@ def load_plain(config: Config, source: str):
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = torch_dtype(config)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    dtype, four_bit = torch_dtype(config), None
+    if config.model.load_in_4bit:
+        four_bit = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     return AutoModelForCausalLM.from_pretrained(
         source,
         revision=config.model.revision,
@@ -209,7 +216,7 @@ def load_plain(config: Config, source: str):
         dtype=dtype,
         attn_implementation="sdpa",
         device_map={"": torch.device("cuda", local_rank()) if device(config) == "cuda" else "cpu"},
-        quantization_config=quantization if config.model.load_in_4bit else None,
+        quantization_config=four_bit,
     )
 
 

@@ -7,7 +7,7 @@ import gc
 import psutil
 
 from utils.hardware import GIB
-from utils.models.decoding import forget_cache
+from utils.models.unsloth_patches import forget_cache
 
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _KEEP_FREE_GIB = 0.75  # fragmentation, the allocator's rounding, and 4-bit layers unpacked on the fly

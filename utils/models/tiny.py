@@ -1,31 +1,27 @@
 """The embedded default's model: a tiny Llama in DeepSeek's shape, trained on first use, cached, deterministic.
 
-No weights are downloaded. The tokenizer is a byte-level BPE that carries DeepSeek's special tokens and chat template;
-the model has under a million parameters and is taught the rows of `demo_data.base_rows` in about a minute on two cores.
+The tokenizer is a byte-level BPE with DeepSeek's special tokens and chat template; the model has under a million
+parameters and is taught the rows of `synthetic.base_rows` in about a minute on two cores.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from utils.data import synthetic as demo_data
 from utils.data.prompts import ASSISTANT, BOS, EOS, PAD, USER, format_row
-from utils.files import digests, record_files
+from utils.data.synthetic import DISCLAIMER, base_rows
 from utils.hardware import threads
 from utils.progress import track
-from utils.project import NAME, embedded_fingerprint
-from utils.sealed import read_sealed, write_sealed
+from utils.project import cache_dir, embedded_fingerprint
 
 VOCABULARY = 1500
 ROWS, STEPS, BATCH = 8000, 750, 8
 LEARNING_RATE, WARMUP = 3e-3, 40
 THREADS = 2  # whatever the machine has: sums come in one order, and 64 threads do not wait for each other
 SEED = 0
-ABOUT = "about.json"
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -37,40 +33,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def cache_dir() -> Path:
-    """Where the built model is kept: below $XDG_CACHE_HOME or ~/.cache."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / NAME / f"demo-{embedded_fingerprint()}"
-
-
 def ensure_model() -> Path:
-    """The folder of the embedded base model, built on first use and reused afterwards while its files are as built."""
-    target = cache_dir()
-    if _is_whole(target):
-        return target
-    if target.exists():
-        print(f"{target} is not as it was built; building it again.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        built = Path(scratch) / "model"
-        build_model(built)
-        try:
-            built.rename(target)  # atomic: a half-built model is never found
-        except OSError:
-            if not _is_whole(target):  # another process may have been faster
-                shutil.rmtree(target, ignore_errors=True)
-                built.rename(target)
+    """The folder of the embedded base model, built on first use and reused afterwards."""
+    target = cache_dir() / f"demo-{embedded_fingerprint()}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            build_model(Path(scratch) / "model")
+            with suppress(OSError):  # another process was faster
+                (Path(scratch) / "model").rename(target)
     return target
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds the very files that were built; a damaged base would be measured and trained on."""
-    listed = read_sealed(folder / ABOUT).get("files")
-    return listed is not None and listed == _digests(folder)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {name: digest for name, digest in digests(record_files(folder, (".",))).items() if name != ABOUT}
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY):
@@ -84,19 +56,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=[BOS, EOS, PAD, USER, ASSISTANT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS, PAD, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A {BOS} $B",
-        special_tokens=[(BOS, backend.token_to_id(BOS))],
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, backend.token_to_id(BOS))]
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=8192
@@ -112,34 +80,24 @@ def build_model(target: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rows = demo_data.base_rows(ROWS)
+    rows = base_rows(ROWS)
     texts = [prompt + completion + EOS for prompt, completion in (format_row(row, "native") for row in rows)]
     tokenizer = train_tokenizer(texts)
     encoded = [torch.tensor(ids) for ids in tokenizer(texts).input_ids]
 
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
     with torch.random.fork_rng(devices=[]), threads(THREADS):
         torch.manual_seed(SEED)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=384,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                max_position_embeddings=8192,
-                tie_word_embeddings=True,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=8192, tie_word_embeddings=True, **shape, **special
         )
+        model = LlamaForCausalLM(config)
         _train(model, encoded, tokenizer.pad_token_id)
     model.generation_config.do_sample = False
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    about = {"what": "tiny demo model", "note": demo_data.DISCLAIMER, "recipe": embedded_fingerprint()}
-    write_sealed(target / ABOUT, about | {"files": _digests(target)})
+    (target / "README.md").write_text(f"A tiny model of the demo. {DISCLAIMER}\n", encoding="utf-8")
 
 
 def _train(model, encoded: list, pad: int) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils.errors import ModelError
+from utils.errors import ModelError, first_line
 from utils.files import is_folder
 from utils.hardware import GIB
+from utils.models.prompt_format import find_end
 from utils.schema import EMBEDDED, Config
 
+_SPARE_PADS = ("<|finetune_right_pad_id|>", "<|endoftext|>")
 _PROBE = "Hello world, this is a test.\nx"
 
 
@@ -68,6 +70,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     loses every space without an error (transformers issue 45488). Raises ModelError where text does not survive.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
@@ -79,12 +82,13 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
             "reached, or a local folder with tokenizer.json."
         ) from None
     guard_tokenizer(tokenizer, str(source))
+    flags = get_tokenizer_config(str(source), revision=revision)
+    if flags.get("add_bos_token") and tokenizer.bos_token and not tokenizer("").input_ids:
+        tokenizer.add_bos_token = True  # R1-Distill-Qwen's; transformers reads it for its own classes only
+    tokenizer.eos_token = find_end(tokenizer) or tokenizer.eos_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        spare = "<|finetune_right_pad_id|>"
-        if spare in tokenizer.get_vocab():
-            tokenizer.pad_token = spare
-        elif tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        spares = [token for token in _SPARE_PADS if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
+        tokenizer.pad_token = spares[0] if spares else tokenizer.eos_token
     return tokenizer
 
 
@@ -106,8 +110,3 @@ def guard_tokenizer(tokenizer, source: str) -> None:
 def _is_of_the_file(error: BaseException) -> bool:
     """Whether reading the file raised it, and not Ctrl-C: tokenizers is Rust, whose panics are no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, cut to what fits into a sentence; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

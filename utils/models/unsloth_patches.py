@@ -1,25 +1,49 @@
-"""Attention that keeps packed documents apart, on GPUs without flash attention, such as a T4.
+"""What we change in unsloth, for GPUs without flash attention such as a T4; to be retired as unsloth does so by itself.
 
-Several rows share one packed sequence, and none may see another. Where flash attention is out of reach and no xformers
-build loads with the torch that is there, unsloth 2026.10.7 launches one kernel for each document and pads gradients back
-together; here one launch of the memory-efficient kernel (the one behind `scaled_dot_product_attention`, from compute
-capability 5.0 on) takes all documents by their boundaries, and grouped keys are repeated only while it runs. Where
-xformers loads, it is left at work. To be retired when unsloth does so by itself.
+Training: several rows share one packed sequence, and none may see another. unsloth launches one kernel for each of them and
+pads gradients back together; here one launch of the memory-efficient kernel takes all documents by their boundaries. Where
+xformers or flash attention loads, it is left at work.
+
+Decoding in batches: unsloth hands grouped-query attention of one new token to `scaled_dot_product_attention`, whose slowest
+path repeats every key and value for each query head in float32. Here the query heads of a group are rows of one product.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import version
 
+from utils.errors import PinError
+
+MADE_FOR = "2026.10.7"  # of unsloth, whose internals these patches replace
 _CAUSAL = 1  # aten::_efficient_attention_forward: custom_mask_type, from each document's first token on
+_CACHE_STEP = 128  # tokens by which unsloth's cache grows; its 512 takes 64 MiB more of an 8B model for each sequence
 
 
-def keep_documents_apart() -> None:
-    """Let unsloth's training attention use `attend_within_documents` where it has no flash attention for it."""
+def patch_unsloth() -> None:
+    """Let unsloth use the functions below; call it before a model is loaded, since its forward is put together then.
+
+    Raises PinError for another unsloth than they were made for.
+    """
+    require_version(version("unsloth"))
     from unsloth.models import llama
 
-    if not getattr(llama.run_attention, "keeps_documents_apart", False):
-        llama.run_attention = choose_attention(llama.run_attention)
+    if getattr(llama.run_attention, "keeps_documents_apart", False):
+        return
+    llama.run_attention = choose_attention(llama.run_attention)
+    llama.scaled_dot_product_attention = attend_by_groups
+    llama.KV_CACHE_INCREMENT = _CACHE_STEP
+    attention = free_copied_cache(llama.LlamaAttention_fast_forward_inference)
+    llama.LlamaModel_fast_forward_inference = llama._LlamaModel_fast_forward_inference(attention)
+
+
+def require_version(found: str) -> None:
+    """Raise PinError unless `found` is the unsloth whose internals are known here."""
+    if found != MADE_FOR:
+        raise PinError(
+            f"unsloth {found} is installed; its patches here were made for {MADE_FOR}: install that, or set "
+            "hardware.backend=transformers."
+        )
 
 
 def choose_attention(unsloths):
@@ -93,3 +117,46 @@ def _document_attention():
             return to_query, to_key, to_value, None, None
 
     return DocumentAttention
+
+
+def attend_by_groups(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, scale=None):
+    """Attention of one new token for each sequence: what `scaled_dot_product_attention` gives, without repeating keys.
+
+    query is (batch, heads, 1, size), key and value (batch, kv_heads, length, size), attn_mask True where to look, with
+    a last dimension of length. `is_causal` has no effect on a single query that comes last. Returns the query's shape.
+    """
+    import torch
+
+    batch, heads, count, size = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    if count != 1:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, scale=scale
+        )
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, size) * (size**-0.5 if scale is None else scale)
+    scores = torch.matmul(grouped, key.transpose(-1, -2))
+    if attn_mask is not None:
+        mask = attn_mask.expand(batch, -1, 1, length)[:, :1]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.matmul(weights, value).reshape(batch, heads, 1, size)
+
+
+def free_copied_cache(attention):
+    """Wrap unsloth's attention so that a prompt's keys and values are freed once the first step has copied them."""
+
+    def attend(self, hidden_states, past_key_value, position_ids, do_prefill=False, **more):
+        result = attention(self, hidden_states, past_key_value, position_ids, do_prefill=do_prefill, **more)
+        if do_prefill:
+            for tensor in past_key_value:
+                tensor.untyped_storage().resize_(0)
+        return result
+
+    return attend
+
+
+def forget_cache(model) -> None:
+    """Free the key-value cache that unsloth keeps on its modules after `generate`, so that its memory can be counted on."""
+    for module in model.modules():
+        if hasattr(module, "paged_attention"):
+            del module.paged_attention, module.paged_attention_K, module.paged_attention_V

@@ -25,13 +25,15 @@ class _KernelManager(AsyncKernelManager):
 
     @traitlets.default("ip")
     def _socket(self) -> str:
-        return f"/tmp/kernel-{uuid.uuid4().hex}"  # not TMPDIR: zmq takes 107 characters, 103 on macOS
+        return f"/tmp/kernel-{uuid.uuid4().hex}"  # noqa: S108 - not TMPDIR: zmq takes 107 characters, 103 on macOS
 
     async def _async_interrupt_kernel(self) -> None:
         """Not at a notebook's end: jupyter_client interrupts a kernel before it asks it to shut down, and where that hits
         the last reply, "KeyboardInterrupt caught in kernel" is printed below a run that went well."""
         if not self.shutting_down:
             await super()._async_interrupt_kernel()
+
+    interrupt_kernel = _async_interrupt_kernel  # what jupyter_client 7, which the images have, asks for
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any], stop: StopRequest) -> None:

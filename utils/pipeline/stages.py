@@ -33,7 +33,7 @@ class Stage:
 
 _MODEL = ("model", "prompt", "hardware.dtype", "hardware.backend", "hardware.device")
 _WHAT_IS_ASKED = ("data/eval.parquet", "data/benchmark.jsonl", "data/anecdote.json", "data/probe_items.jsonl")
-_MEASURED = ("primary", "questions", "benchmark", "probe", "more_benchmarks", "seed")
+_MEASURED = ("primary", "questions", "benchmark", "letter_logprobs", "more_benchmarks", "seed")
 STAGES = (
     Stage(
         name="00_setup",
@@ -50,7 +50,7 @@ STAGES = (
         needs=("00_setup",),
         inputs=_WHAT_IS_ASKED,
         outputs=("baseline/answers.jsonl", "baseline/forced.jsonl", "baseline/nll.parquet"),
-        settings=(*_MODEL, "generate", "evaluate.questions", "evaluate.probe"),
+        settings=(*_MODEL, "generate", "evaluate.questions", "evaluate.letter_logprobs"),
         optional=("baseline/probe.jsonl",),
     ),
     Stage(

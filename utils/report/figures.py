@@ -1,4 +1,4 @@
-"""The series' pictures: row lengths, loss curve, and the comparison of both arms. Drawn without a display."""
+"""The series' pictures: row lengths, loss curve, and the comparison of both models. Drawn without a display."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from utils.evaluation.compare import Arms
+from utils.evaluation.evaluate import Evaluation
 from utils.files import atomic
 from utils.report.forest import INK, draw_forest
 
@@ -81,12 +81,12 @@ def draw_loss(log: pd.DataFrame, path: Path) -> Path:
     return _save(figure, path)
 
 
-def draw_comparison(arms: Arms, metrics: dict, path: Path) -> Path:
-    """Four panels: both arms' accuracy, every paired difference, tokens of reasoning, each row's loss before and after."""
-    return _save(compose_comparison(arms, metrics), path)
+def draw_comparison(base: Evaluation, tuned: Evaluation, metrics: dict, path: Path) -> Path:
+    """Four panels: both models' accuracy, every paired difference, tokens of reasoning, each row's loss before and after."""
+    return _save(compose_comparison(base, tuned, metrics), path)
 
 
-def compose_comparison(arms: Arms, metrics: dict):
+def compose_comparison(base: Evaluation, tuned: Evaluation, metrics: dict):
     """`draw_comparison`'s matplotlib Figure; `metrics` is what comparison/metrics.json holds."""
     from matplotlib.figure import Figure  # see _figure
 
@@ -99,19 +99,19 @@ def compose_comparison(arms: Arms, metrics: dict):
     lengths, losses = bottom.subplots(1, 2, width_ratios=(1.35, 1))
     _draw_bars(left.subplots(), metrics)
     draw_forest(right, metrics)
-    _draw_reasoning(lengths, arms)
-    _draw_losses(losses, arms)
+    _draw_reasoning(lengths, base.scored, tuned.scored)
+    _draw_losses(losses, base.loss, tuned.loss)
     return figure
 
 
 def _draw_bars(axis, metrics: dict) -> None:
-    """Both arms' means with their intervals: accuracies, else the other shares, else the losses."""
+    """Both models' means with their intervals: accuracies, else the other shares, else the losses."""
     title, chosen = _choose_bars((metrics["primary"], *metrics["secondary"]))
     share = all(result["unit"] == "share" for result in chosen)
     scale, unit = (100, " %" if len(chosen) < 3 else "") if share else (1, "")  # three pairs leave no room for units
-    for offset, arm, colour, name in ((-0.2, "base", BASE, "base"), (0.2, "tuned", TUNED, "fine-tuned")):
-        at, values = np.arange(len(chosen)) + offset, scale * np.array([result[arm] for result in chosen])
-        ends = scale * np.array([result[f"{arm}_ci95"] for result in chosen]).T
+    for offset, model, colour, name in ((-0.2, "base", BASE, "base"), (0.2, "tuned", TUNED, "fine-tuned")):
+        at, values = np.arange(len(chosen)) + offset, scale * np.array([result[model] for result in chosen])
+        ends = scale * np.array([result[f"{model}_ci95"] for result in chosen]).T
         errors = np.maximum(0.0, [values - ends[0], ends[1] - values])
         axis.bar(at, values, width=0.37, color=colour, yerr=errors, ecolor=INK, capsize=4, label=name)
         for x, value, high in zip(at, values, ends[1], strict=True):
@@ -139,12 +139,12 @@ def _choose_bars(results: Sequence[dict]) -> tuple[str, list[dict]]:
     return next((title, found[:3]) for title, found in choices if found)
 
 
-def _draw_reasoning(axis, arms: Arms) -> None:
-    """Tokens of reasoning in both arms, and the token cap where it cut answers off."""
+def _draw_reasoning(axis, base: pd.DataFrame, tuned: pd.DataFrame) -> None:
+    """Tokens of reasoning of both models, and the token cap where it cut answers off."""
     _finish(axis, "Length of the reasoning")
-    if not len(arms.base):
-        return _say(axis, "no answers were generated in this run")
-    frames = {"base": arms.base, "fine-tuned": arms.tuned}
+    if not len(base):
+        return _write_instead(axis, "no answers were generated in this run")
+    frames = {"base": base, "fine-tuned": tuned}
     cut = pd.concat([frame.loc[frame["stopped"] == 0, "tokens"] for frame in frames.values()])
     top = max(*(frame["reasoning_tokens"].max() for frame in frames.values()), cut.max() if len(cut) else 0, 1)
     bins = np.linspace(0, top, 41)
@@ -164,12 +164,12 @@ def _draw_reasoning(axis, arms: Arms) -> None:
     return None
 
 
-def _draw_losses(axis, arms: Arms) -> None:
+def _draw_losses(axis, base_loss: pd.DataFrame, tuned_loss: pd.DataFrame) -> None:
     """One point for each held-out row: below the diagonal, fine-tuning made the reference less surprising."""
     _finish(axis, "Loss on each held-out row")
-    if not len(arms.base_nll):
-        return _say(axis, "no held-out losses in this run")
-    base, tuned = arms.base_nll["completion"], arms.tuned_nll["completion"]
+    if not len(base_loss):
+        return _write_instead(axis, "no held-out losses in this run")
+    base, tuned = base_loss["completion"], tuned_loss["completion"]
     top = max(base.max(), tuned.max()) * 1.08 or 1.0
     axis.fill_between([0, top], [0, top], color=TUNED, alpha=0.07, linewidth=0)
     axis.plot([0, top], [0, top], color=INK, linewidth=1, linestyle="--")
@@ -185,7 +185,7 @@ def _finish(axis, title: str) -> None:
     axis.set_title(title, loc="left", color=INK)
 
 
-def _say(axis, words: str) -> None:
+def _write_instead(axis, words: str) -> None:
     """A panel that has nothing to show says why."""
     axis.text(0.5, 0.5, words, ha="center", va="center", color=INK, transform=axis.transAxes)
     axis.set(xticks=[], yticks=[])

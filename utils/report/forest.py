@@ -71,7 +71,7 @@ def draw_forest(figure, metrics: dict) -> None:
 
 
 def _values(result: dict) -> str:
-    """Both arms' means, e.g. `17 % → 84 %`."""
+    """Both models' means, e.g. `17 % → 84 %`."""
     means = [result["base"], result["tuned"]]
     if result["unit"] == "share":
         return " → ".join(f"{100 * mean:.0f} %" for mean in means)
@@ -96,7 +96,7 @@ def _build_row(result: dict, primary: bool) -> Row:
 
 
 def _draw_group(axis, rows: Sequence[Row]) -> None:
-    """One axis: a line for each row, its interval, and the means of both arms at the right edge."""
+    """One axis: a line for each row, its interval, and the means of both models at the right edge."""
     low, high = _limits(rows)
     axis.axvspan(0, high, color=_SIGNS["better"][0], alpha=0.06, linewidth=0)
     axis.axvline(0, color=INK, linewidth=1.2)

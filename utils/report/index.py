@@ -6,7 +6,7 @@ import base64
 import csv
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from utils.pipeline.run_dir import RunDir, require_recorded
 from utils.pipeline.stages import BY_NAME, STAGES, ancestors
 
 _FIGURES = (
-    ("comparison/comparison.png", "Both arms on the same held-out questions"),
+    ("comparison/comparison.png", "Both models on the same held-out questions"),
     ("training/loss.png", "The training run"),
     ("data/lengths.png", "What the model was trained on"),
 )
@@ -37,17 +37,6 @@ _ATTRIBUTES = {
 }
 
 
-@dataclass(frozen=True)
-class Chapter:
-    """One executed notebook in the report."""
-
-    number: str
-    title: str
-    href: str
-    seconds: float
-    peak: str
-
-
 def executed_dir(run: RunDir) -> Path:
     """Where the driver keeps the executed notebooks."""
     return run.file("report/notebooks")
@@ -56,6 +45,8 @@ def executed_dir(run: RunDir) -> Path:
 def write_report(run: RunDir) -> Path:
     """Render the report from what the run directory holds; stages that have not run are left out."""
     templates = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
+    # Cells are rendered here: nbconvert's exporters need templates from a data path, which not every image has.
+    templates.filters |= _filters()
     chapters = _write_chapters(run, templates)
     metrics = _read_json(run, "comparison/metrics.json")
     table = run.file("comparison/table.csv")
@@ -82,14 +73,8 @@ def stale_comparison(run: RunDir) -> str | None:
     return f"{found[0].name} changed: {found[1]}" if found else None
 
 
-def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
-    from nbconvert import HTMLExporter
-
-    # The basic template is the notebook's body alone: no script, no style sheet from a network.
-    exporter = HTMLExporter(template_name="basic")
-    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    exporter.sanitize_html = True
-    exporter.register_filter("clean_html", clean_html)
+def _write_chapters(run: RunDir, templates: Environment) -> list[dict]:
+    """A page for each executed notebook; returns number, title, href, seconds and peak memory of each."""
     chapters = []
     for stage in STAGES:
         source, record = executed_dir(run) / f"{stage.name}.ipynb", run.record(stage)
@@ -98,34 +83,40 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[Chapter]:
         if not source.exists() or (finished and source.stat().st_mtime < datetime.fromisoformat(finished).timestamp()):
             continue
         try:
-            body, _ = exporter.from_notebook_node(_for_report(nbformat.read(source, as_version=4)))
+            page = templates.get_template("notebook.html.j2").render(
+                title=f"{stage.number} {stage.title}",
+                cells=_for_report(nbformat.read(source, as_version=4)).cells,
+                profile=run.config.profile,
+            )
         except Exception as error:
-            # Damaged: nbformat and nbconvert have many types for it, and the results stand without it.
+            # Damaged: nbformat has many types for it, and the results stand without it.
             print(f"{source} cannot be read ({type(error).__name__}) and is left out of the report.")
             continue
+        write_text(run.file(f"report/{stage.name}.html"), page)
         peak = record.get("peak_memory", {})
         gpu = f", {peak['gpu_reserved_gib']} GiB GPU" if "gpu_reserved_gib" in peak else ""
-        chapters.append(
-            Chapter(
-                number=stage.number,
-                title=stage.title,
-                href=f"{stage.name}.html",
-                seconds=record.get("seconds", 0.0),
-                peak=f"{peak.get('rss_gib', 0)} GiB{gpu}",
-            )
-        )
-        page = templates.get_template("notebook.html.j2").render(
-            title=f"{stage.number} {stage.title}", body=Markup(body), profile=run.config.profile
-        )
-        write_text(run.file(f"report/{stage.name}.html"), page)
+        about = {"number": stage.number, "title": stage.title, "href": f"{stage.name}.html"}
+        chapters.append(about | {"seconds": record.get("seconds", 0.0), "peak": f"{peak.get('rss_gib', 0)} GiB{gpu}"})
     return chapters
 
 
-def clean_html(element: str | bytes) -> str:
-    """What a cell shows as HTML or Markdown, without anything that runs: unknown tags become text.
+def _filters() -> dict[str, Callable[[str], Markup]]:
+    """How the template shows a cell's parts: cleaned HTML, Markdown, code, and text with a terminal's colours."""
+    from nbconvert.filters import ansi2html, markdown2html
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
 
-    nbconvert's own filter knows neither headings nor the parts of a table.
-    """
+    return {
+        "clean": lambda text: Markup(clean_html(text)),  # noqa: S704 - cleaned of whatever runs
+        "markdown": lambda text: Markup(clean_html(markdown2html(text))),  # noqa: S704
+        "code": lambda text: Markup(highlight(text, PythonLexer(), HtmlFormatter())),  # noqa: S704 - pygments escapes
+        "ansi": lambda text: Markup(ansi2html(text)),  # noqa: S704 - nbconvert escapes
+    }
+
+
+def clean_html(element: str | bytes) -> str:
+    """What a cell shows as HTML or Markdown, without anything that runs: unknown tags become text."""
     import bleach
     from bleach.css_sanitizer import CSSSanitizer
 

@@ -1,7 +1,8 @@
 """Experiment tracking with wandb: offline by default, online where a key is found, never a reason to stop.
 
-Every call into wandb goes through `Tracker._try`: the first trouble is told in one line and nothing more is logged from
-then on; what was logged before is still closed and kept. The Trainer's own integration (report_to="wandb") is not used because its errors end the training.
+Every call into wandb goes through `Tracker._try`: the first trouble is printed in one line and nothing more is logged from
+then on; what was logged before is still closed and kept. The Trainer's own integration (report_to="wandb") is not used
+because its errors end the training.
 """
 
 from __future__ import annotations
@@ -32,39 +33,25 @@ class Tracker:
         modes = ["online", "offline"] if key and wished in (None, "online") else [wished or "offline"]
         modes = ["offline"] if modes == ["online"] else modes
         for mode in modes:
-            self.mode = mode
             if key and mode == "online":
                 os.environ["WANDB_API_KEY"] = key.value
-            self._wandb_run = self._try(lambda: _start(run, job_type, folder, self.mode), f"{mode} tracking")
+            self._wandb_run = self._try(lambda mode=mode: _start(run, job_type, folder, mode), f"{mode} tracking")
             if self._wandb_run is not None:
+                self.mode = mode
                 break
-        else:
-            self.mode = "disabled"
         print(f"tracking: wandb {self.mode}" + (f", files in {folder / 'wandb'}" if self.mode == "offline" else ""))
 
     def log(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Log scalars."""
-        self._safely(lambda: self._wandb_run.log(dict(values), step=step))
+        self._send(lambda: self._wandb_run.log(dict(values), step=step))
 
     def table(self, name: str, frame) -> None:
         """Log a pandas DataFrame as a table."""
-
-        def send() -> None:
-            import wandb
-
-            self._wandb_run.log({name: wandb.Table(dataframe=frame)})
-
-        self._safely(send)
+        self._send(lambda: self._wandb_run.log({name: _wandb().Table(dataframe=frame)}))
 
     def image(self, name: str, path: Path) -> None:
         """Log a figure from a file."""
-
-        def send() -> None:
-            import wandb
-
-            self._wandb_run.log({name: wandb.Image(str(path))})
-
-        self._safely(send)
+        self._send(lambda: self._wandb_run.log({name: _wandb().Image(str(path))}))
 
     def finish(self) -> None:
         """Close the run; offline runs can be sent later with `python -m utils publish` or `wandb sync`."""
@@ -72,7 +59,7 @@ class Tracker:
             self._try(lambda: self._wandb_run.finish(), "tracking")
         self._wandb_run = None
 
-    def _safely(self, action: Callable[[], Any]) -> None:
+    def _send(self, action: Callable[[], Any]) -> None:
         if self._wandb_run is not None and not self._broken:
             self._try(action, "tracking")
 
@@ -86,10 +73,15 @@ class Tracker:
             return None
 
 
-def _start(run: StageRun, job_type: str, folder: Path, mode: str):
+def _wandb():
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
+    return wandb
+
+
+def _start(run: StageRun, job_type: str, folder: Path, mode: str):
+    wandb = _wandb()
     folder.mkdir(parents=True, exist_ok=True)
     return wandb.init(
         project=run.config.tracking.project,

@@ -1,0 +1,28 @@
+"""What of Kaggle's client is tried again, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+import requests
+
+from utils.errors import KaggleError
+from utils.kaggle import api
+
+
+def test_what_the_client_itself_refuses_is_not_tried_again(monkeypatch):
+    """ "Title must be at least five characters" stays true the sixth time."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    tried = []
+
+    def refuse():
+        tried.append(1)
+        raise ValueError("Title must be at least five characters")
+
+    with pytest.raises(KaggleError, match="Title must be at least five characters"):
+        api.repeat(refuse, api.passes, api.explain, "the push", lambda _: None)
+    assert len(tried) == 1
+
+
+def test_an_answer_that_is_no_json_is_tried_again():
+    """A proxy's page of HTML, say."""
+    assert api.passes(requests.exceptions.JSONDecodeError("Expecting value", "<html>", 0))

@@ -1,0 +1,116 @@
+"""The text around a question that fits a chat model: taken from its own template, proven token by token."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from utils.data.prompts import USER, find_format
+from utils.errors import ModelError, first_line
+from utils.schema import PromptFormat
+
+_DATE = "26 Jul 2024"  # Llama 3.2's template writes today's otherwise: another prompt every day
+_QUESTION, _REASONING, _ANSWER = "⟦question⟧", "⟦reasoning⟧", "⟦answer⟧"
+_TURNS = [
+    {"role": "user", "content": _QUESTION},
+    {"role": "assistant", "content": f"<think>\n{_REASONING}\n</think>\n\n{_ANSWER}"},
+]
+
+
+def make_prompt_format(style: str, tokenizer) -> PromptFormat:
+    """The text around a question and its answer that fits the tokenizer; `style` is a `prompt.style`.
+
+    `chat` is the model's own template for the user's turn, with a think block opened where the template does not.
+    Raises ModelError where the style does not fit: no chat template, or one that closes, drops or moves the think block;
+    no end token, or none that is one token.
+    """
+    if style == "auto":
+        style = "native" if USER in tokenizer.get_vocab() else "chat"
+    if style == "chat":
+        return _from_template(tokenizer)
+    if style == "native" and USER not in tokenizer.get_vocab():
+        raise ModelError(f"prompt.style is native, but {USER} is no token of this model; take auto or chat.")
+    if tokenizer.eos_token_id is None:
+        raise ModelError("The tokenizer names no end token, so no answer would ever end; take another model.")
+    return find_format(style).model_copy(update={"end": tokenizer.eos_token})
+
+
+def _from_template(tokenizer) -> PromptFormat:
+    hint = "take prompt.style=tutorial, or another model."
+    if not tokenizer.chat_template:
+        raise ModelError(f"prompt.style is chat, but the tokenizer has no chat template; {hint}")
+    prompt, whole = _render(tokenizer, _TURNS[:1], add_generation_prompt=True), _render(tokenizer, _TURNS)
+    before, question, after = prompt.partition(_QUESTION)
+    if not question or _QUESTION in after or _QUESTION not in whole:
+        raise ModelError(f"The chat template does not give the question once, as it is; {hint}")
+    if tokenizer("").input_ids == [tokenizer.bos_token_id]:
+        before = before.removeprefix(tokenizer.bos_token)  # the tokenizer adds it
+    opens = after.rstrip().endswith("<think>")
+    if not opens and "</think>" in after:
+        raise ModelError(f"The chat template closes the think block before the answer begins; {hint}")
+    places = [whole.find(part, whole.index(_QUESTION)) for part in ("<think>", _REASONING, "</think>", _ANSWER)]
+    dropped = _REASONING not in whole
+    if places[-1] < 0 or (dropped and not opens):
+        raise ModelError(f"The chat template drops an answer's think block and opens none itself; {hint}")
+    if not dropped and (min(places) < 0 or places != sorted(places)):
+        raise ModelError(f"The chat template moves an answer's think block away from before the response; {hint}")
+    end = find_end(tokenizer)
+    if end is None:
+        raise ModelError(f"The chat template ends an answer with no token of its own, so none would ever end; {hint}")
+    after = after if opens else f"{after}<think>\n"
+    lead = "" if after.endswith("\n") else "\n"
+    return PromptFormat(style="chat", before=before, after=after, lead=lead, close="\n</think>\n\n", end=end)
+
+
+def _render(tokenizer, turns: list[dict[str, str]], **options) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, date_string=_DATE, **options)
+    except Exception as error:  # a template is a program of somebody else's
+        raise ModelError(f"The chat template cannot be used ({first_line(error)}); take another model.") from None
+
+
+def find_end(tokenizer) -> str | None:
+    """The token that ends the assistant's turn in the tokenizer's own chat template; None where there is none."""
+    try:
+        rest = _render(tokenizer, _TURNS).partition(_ANSWER)[2] if tokenizer.chat_template else ""
+    except ModelError:  # said where the template is needed
+        return None
+    ends = [str(token) for token in tokenizer.added_tokens_decoder.values() if rest.startswith(str(token))]
+    return max(ends, key=len, default=None)
+
+
+def check_training_text(tokenizer, prompt: str, completion: str) -> None:
+    """Raise ModelError unless a row's tokens are its prompt's and its completion's, with BOS as the tokenizer adds it
+    (once or never) and one end token, the last.
+
+    A doubled BOS shifts a model out of what it was trained on; without the end token it never learns to stop; and where
+    the prompt's last token swallows the completion's first, the loss mask is off by one.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ModelError(
+            "The tokenizer names no end token, so no answer would ever end; take a tokenizer with eos_token."
+        )
+    ids = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
+    plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    added = len(ids) - len(plain) - len(tail)
+    if ids[added:] != plain + tail or added not in (0, 1):
+        raise ModelError(
+            "The tokenizer joins the end of the prompt and the beginning of the completion, so the loss could not tell them "
+            "apart; take another prompt.style or model."
+        )
+    if added and (ids[0] != tokenizer.bos_token_id or plain[0] == tokenizer.bos_token_id):
+        raise ModelError(
+            "The tokens begin with two BOS, or with a token that is none; the prompt must not bring its own."
+        )
+    if tail.count(end) != 1 or tail[-1] != end:
+        raise ModelError(
+            f"A completion holds {tail.count(end)} end tokens ({tokenizer.eos_token}), expected one, the last."
+        )
+
+
+def count_reasoning(tokenizer, ids: Sequence[int]) -> int:
+    """How many tokens of a completion go up to and with `</think>`, of however many tokens that is; all without one."""
+    before = bisect_left(range(len(ids)), True, key=lambda i: "</think>" in tokenizer.decode(ids[: i + 1]))
+    return min(before + 1, len(ids))
