@@ -19,7 +19,6 @@ from utils.errors import HubError, RunDirError, StageOrderError
 from utils.export.hub import plan_uploads, read_verdict
 from utils.files import read_lines
 from utils.kaggle.collect import Outcome, classify
-from utils.models import tiny
 from utils.pipeline.run_dir import altered_files, open_run, read_manifest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
@@ -164,20 +163,6 @@ def test_a_damaged_manifest_is_refused_by_name_or_is_no_run_directory(work, kind
                 lambda: score(work),
             ):
                 assert "manifest.json" in told(RunDirError, read)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_base_model_in_the_cache_is_built_again(embedded_model, kind, tmp_path, monkeypatch, capsys, fault):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tiny, "build_model", lambda target: shutil.copytree(embedded_model, target))
-    folder = tiny.ensure_model()
-    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    assert capsys.readouterr().out == "" and "model.safetensors" in names
-    fault(f"the cached base model's file {kind}", tried=len(names))
-    for name in names:
-        damage(folder / name, kind)
-        assert tiny.ensure_model() == folder and "building it again" in capsys.readouterr().out
-        assert (folder / name).read_bytes() == (embedded_model / name).read_bytes()
 
 
 def test_the_report_leaves_out_what_was_damaged(work, tmp_path, fault):
