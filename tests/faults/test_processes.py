@@ -63,7 +63,7 @@ def test_a_second_run_or_notebook_on_a_directory_is_refused_until_the_first_has_
     second.wait()
     by_hand = subprocess.run([sys.executable, "-c", OPEN.format(path=str(path))], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     first.process.send_signal(signal.SIGCONT)
-    in_use = f"{path} is in use by python -m utils run (process {first.process.pid} on"
+    in_use = f"{path} is in use by python -m utils run (process {first.process.pid}, since"
     assert second.process.returncode == 1 and in_use in second.output and len(second.lines) == 1, second.output
     assert by_hand.returncode != 0 and "is in use by python -m utils run" in by_hand.stderr
     assert first.wait() == 0, first.output
@@ -72,7 +72,7 @@ def test_a_second_run_or_notebook_on_a_directory_is_refused_until_the_first_has_
     notebook = subprocess.Popen([sys.executable, "-c", OPEN.format(path=str(path))], cwd=ROOT, **pipes)
     assert notebook.stdout.readline() == "open\n"
     refused = SeriesProcess(path, "--to", "00")
-    assert refused.wait() == 1 and f"is in use by 00_setup (process {notebook.pid} on" in refused.output
+    assert refused.wait() == 1 and f"is in use by 00_setup (process {notebook.pid}, since" in refused.output
     notebook.kill()
     notebook.wait()
     then = SeriesProcess(path, "--to", "00")
