@@ -57,7 +57,7 @@ def test_a_second_run_or_notebook_on_a_directory_is_refused_until_the_first_has_
     fault("a second run, or a notebook, on one directory", tried=3)
     path = tmp_path / "run"
     first = SeriesProcess(path, "--to", "00")
-    assert first.wait_until("00", file="state.json")
+    assert wait_for(lambda: kernel_is_at_work(first))
     first.process.send_signal(signal.SIGSTOP)  # both come while it is at work, on a busy machine too
     second = SeriesProcess(path)
     second.wait()
