@@ -86,7 +86,8 @@ def differing_settings(config: Config) -> dict[str, Any]:
         profile = flatten(load_config(config.profile).model_dump(mode="json"))
     except ConfigError:
         return {}  # the profile is gone, and the run has all of its settings itself
-    return {key: value for key, value in flatten(config.model_dump(mode="json")).items() if profile.get(key) != value}
+    own = flatten(config.model_dump(mode="json", exclude={"prompt": {"format"}}))  # which 00 found, and nobody gave
+    return {key: value for key, value in own.items() if profile.get(key) != value}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from utils.config import load_config
+from utils.config import load_config, read_config
 from utils.data.benchmarks import COLUMNS, describe_primary, load_benchmarks
 from utils.errors import ConfigError, DataError
 from utils.schema import BenchmarkSection, EvaluateSection
@@ -228,14 +228,18 @@ def test_full_measures_on_three_benchmarks_and_t4_on_one():
     assert len(load_config("t4").evaluate.benchmarks) == 1
 
 
-def test_a_readers_own_rows_are_judged_by_their_loss_unless_they_name_a_benchmark():
+def test_a_readers_own_rows_are_judged_by_their_loss_unless_they_name_a_benchmark(tmp_path):
     """Profile t4 kept MedQA as the primary metric of, say, a law data set."""
     own = load_config("t4", {"data.path": "law.jsonl", "evaluate.benchmark.rows": 50})
     assert own.evaluate.primary == "nll" and own.evaluate.benchmark.name == "GBaker/MedQA-USMLE-4-options"
     assert describe_primary(own) == (
         "primary metric: held-out loss on law.jsonl; GBaker/MedQA-USMLE-4-options is measured beside it, "
-        "as no benchmark was named for these rows"
+        "evaluate.primary=multiple_choice puts it first"
     )
+    (tmp_path / "config.yaml").write_text(own.to_yaml(), encoding="utf-8")
+    assert read_config(tmp_path / "config.yaml", {"train.max_steps": 3}).evaluate.primary == "nll"
+    (tmp_path / "config.yaml").write_text(load_config("t4").to_yaml(), encoding="utf-8")
+    assert read_config(tmp_path / "config.yaml", {"data.path": "law.jsonl"}).evaluate.primary == "nll"
     for named in ({"evaluate.benchmark.path": "bar_exam.jsonl"}, {"evaluate.primary": "multiple_choice"}):
         config = load_config("t4", {"data.path": "law.jsonl", **named})
         assert config.evaluate.primary == "multiple_choice"

@@ -76,7 +76,7 @@ def test_each_benchmarks_figures_name_their_own_data_set_in_whatever_order_they_
         {"name": "openlifescienceai/medmcqa", "split": "validation"},
         {"name": "qiaojin/PubMedQA", "split": "train"},
     ]
-    hub_run.config = load_config("t4", {"evaluate.more_benchmarks": further})
+    hub_run.config = load_config("t4", {"evaluate.more_benchmarks": further, "prompt.style": "native"})
     named = [result(f"multiple_choice:{name}", 0.7, 0.71, -0.02, 0.04) for name in ("pubmedqa", "medmcqa")]
     write_evidence(hub_run, secondary=named, benchmarks=["medqa", "medmcqa", "pubmedqa"])
     found = {r.metric_args["metric"]: r.dataset_type for r in ModelCard(str(card_of(hub_run))).data.eval_results}

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from tests.chat_forms import FORMS, save_tokenizer
-from utils.config import load_config
+from utils.config import differing_settings, load_config
 from utils.data.prompts import NATIVE, find_format, format_prompt, format_row
 from utils.errors import ModelError, StageOrderError
 from utils.evaluation.answer_parsing import parse_completion
@@ -145,6 +145,7 @@ def test_a_format_that_00_pinned_survives_config_yaml(form, name):
     config = load_config("demo", {"prompt.format": found.model_dump()})
     assert find_format(config.prompt) == found
     assert yaml.safe_load(config.to_yaml())["prompt"]["format"] == found.model_dump()
+    assert differing_settings(config) == {}  # it was found, not given
 
 
 def test_before_00_the_text_of_a_chat_model_is_not_known():

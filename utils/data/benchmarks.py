@@ -65,7 +65,7 @@ def describe_primary(config: Config) -> str:
     text = f"primary metric: {names[config.evaluate.primary]}"
     if config.evaluate.primary == "nll" and config.data.path is not None and config.evaluate.benchmark.wanted:
         beside = config.evaluate.benchmark.path or config.evaluate.benchmark.name
-        text += f" on {config.data.path.name}; {beside} is measured beside it, as no benchmark was named for these rows"
+        text += f" on {config.data.path.name}; {beside} is measured beside it, evaluate.primary=multiple_choice puts it first"
     return text
 
 

@@ -17,24 +17,13 @@ from utils.evaluation.metrics import needs_forcing
 from utils.evaluation.questions import Question, forced_key
 from utils.files import append_lines, read_lines, write_lines
 from utils.models.memory import free_memory, is_out_of_memory
+from utils.models.prompt_format import tokenize_row
 from utils.pipeline.run_dir import RunDir
 from utils.progress import Progress, track
 
 CUE = "The answer is"  # what a cut-off answer is closed with, before its letter is read
 _BATCH_TOKENS = 2048  # in one forward pass; logits over 128k entries bound it
 _SAME_BASE = 0.02
-
-
-def tokenize_row(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
-    """Token ids of a training row as the trainer makes them (BOS + prompt + completion + EOS), and what each is.
-
-    Returns `input_ids` and `part`: 0 prompt, 1 reasoning (up to and with `</think>`), 2 response and EOS.
-    """
-    text = prompt + completion + tokenizer.eos_token
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    border = len(prompt) + (completion.index(CLOSE) + len(CLOSE) if CLOSE in completion else 0)
-    parts = [0 if start < len(prompt) else 1 if start < border else 2 for start, _ in encoded["offset_mapping"]]
-    return {"input_ids": encoded["input_ids"], "part": parts}
 
 
 def completion_loss(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.DataFrame:

@@ -20,6 +20,7 @@ _SURFACE = {  # name: module
     "guard_tokenizer": "tokenizer",
     "make_prompt_format": "prompt_format",
     "check_training_text": "prompt_format",
+    "tokenize_row": "prompt_format",
     "count_reasoning": "prompt_format",
     "free_memory": "memory",
     "free_bytes": "memory",

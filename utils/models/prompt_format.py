@@ -9,6 +9,7 @@ from utils.data.prompts import USER, find_format
 from utils.errors import ModelError, first_line
 from utils.schema import PromptFormat
 
+_CLOSE = "</think>"
 _DATE = "26 Jul 2024"  # Llama 3.2's template writes today's otherwise: another prompt every day
 _QUESTION, _REASONING, _ANSWER = "⟦question⟧", "⟦reasoning⟧", "⟦answer⟧"
 _TURNS = [
@@ -110,7 +111,19 @@ def check_training_text(tokenizer, prompt: str, completion: str) -> None:
         )
 
 
+def tokenize_row(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
+    """Token ids of a training row as the trainer makes them (BOS + prompt + completion + EOS), and what each is.
+
+    Returns `input_ids` and `part`: 0 prompt, 1 reasoning (up to and with `</think>`), 2 response and EOS.
+    """
+    text = prompt + completion + tokenizer.eos_token
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    border = len(prompt) + (completion.index(_CLOSE) + len(_CLOSE) if _CLOSE in completion else 0)
+    parts = [0 if start < len(prompt) else 1 if start < border else 2 for start, _ in encoded["offset_mapping"]]
+    return {"input_ids": encoded["input_ids"], "part": parts}
+
+
 def count_reasoning(tokenizer, ids: Sequence[int]) -> int:
     """How many tokens of a completion go up to and with `</think>`, of however many tokens that is; all without one."""
-    before = bisect_left(range(len(ids)), True, key=lambda i: "</think>" in tokenizer.decode(ids[: i + 1]))
+    before = bisect_left(range(len(ids)), True, key=lambda i: _CLOSE in tokenizer.decode(ids[: i + 1]))
     return min(before + 1, len(ids))

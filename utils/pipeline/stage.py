@@ -42,7 +42,7 @@ class StageRun(RunDir):
         take_lock(self.path, self.stage.name)
         super().note(key, value)
 
-    def pin(self, key: str, value: str | list | None) -> None:
+    def pin(self, key: str, value: str | list | dict | None) -> None:
         """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml, for every later stage."""
         if value is not None:
             self.config = read_config(self.file(CONFIG), {key: value})
