@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from packaging.utils import canonicalize_name
-from utils.platforms import CUDA_STACK, STACK, installed, read_pins
 
 from tests.drift import MOST_REPLACED, NEVER_REPLACED, TABLE
+from utils.hardware import CUDA_STACK, STACK, installed, read_pins
 from utils.project import ROOT
 
 LOCK = ROOT / "requirements-cpu.lock"
