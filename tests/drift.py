@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 from packaging.utils import canonicalize_name
 from rich import print as say
-from utils.platforms import read_pins
 
 from utils.files import write_json
+from utils.hardware import read_pins
 from utils.project import ROOT
 
 TABLE = ROOT / "benchmarks" / "results" / "colab-image.json"
