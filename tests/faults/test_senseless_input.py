@@ -33,7 +33,7 @@ from utils.data.benchmarks import load_items
 from utils.data.rows import COLUMNS, check_rows, read_table
 from utils.evaluation.questions import Question, answer_key, current_answers
 from utils.export.merge import INDEX, find_shards, read_lora
-from utils.export.verify import read_record
+from utils.export.verify import export_folders
 from utils.files import read_lines, write_lines
 from utils.kaggle import push
 from utils.kaggle.collect import Outcome, classify
@@ -324,7 +324,7 @@ def read_profile(folder: Path) -> Config:
 
 READERS = {
     "manifests": ("manifest.json", read_manifest),
-    "exports": ("export/verify.json", lambda folder: read_record(RunDir(folder, load_config("demo")))),
+    "exports": ("export/verify.json", lambda folder: export_folders(RunDir(folder, load_config("demo")))),
     "indices": (INDEX, find_shards),
     "adapters": ("adapter_config.json", read_lora),
     "metadata": ("kernel-metadata.json", lambda folder: reference_of(read_metadata(), "alice")),
