@@ -16,18 +16,21 @@ IMAGE ?= ../shared/data/images/colab-2026-08-19-gpu.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test faults lint lock lowest drift bundle bench tables address clean
+.PHONY: demo test test-rest test-all faults lint lock lowest drift bundle bench tables address clean
 
 demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
 
 test: $(VENV)/installed  ## unit tests, the notebooks' static tests, one run of the whole demo
-	$(IN) -m pytest -q -n 2 --dist loadfile
+	$(IN) -m pytest -q -n 2 --dist worksteal --ignore tests/e2e --ignore tests/faults
+
+test-rest: $(VENV)/installed  ## what `make test` leaves out: kernel, bundle, chain, two processes, and faults in short
+	$(IN) -m pytest -q -n 2 --dist worksteal tests/e2e tests/faults
+
+test-all: test test-rest  ## all tests, as CI runs them
 
 faults: $(VENV)/installed  ## kills, full disks, damaged files, senseless input, in full; writes tests/faults/README.md
-	rm -rf runs/faults
-	FAULTS_LONG=1 FAULTS_RESULTS=$(CURDIR)/runs/faults $(IN) -m pytest -q tests/faults -n 2; status=$$?; \
-	$(IN) -m tests.faults.table runs/faults tests/faults/README.md && exit $$status
+	FAULTS_README=$(CURDIR)/tests/faults/README.md $(IN) -m pytest -q -n 2 --dist worksteal tests/faults
 
 lint: $(VENV)/installed  ## style and what a linter knows of safety, secrets in what would be committed
 	$(IN) -m ruff check . && $(IN) -m ruff format --check .

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long fixtures first: one process runs the demo, the others steal from the end, and nobody waits for it."""
+    items.sort(
+        key=lambda item: (not {"demo_run", "copied_run"} & {*item.fixturenames}, "small_run" not in item.fixturenames)
+    )
+
+
 @dataclass(frozen=True)
 class DemoRun:
-    """The one papermill run of the demo: its directory, how it ended, and how long it took."""
+    """The one papermill run of the demo: its directory, how it ended, and how much processor time it took."""
 
     path: Path
     returncode: int
@@ -41,6 +48,12 @@ def run_command(*words: str | Path, cwd: Path = ROOT, **variables: str) -> subpr
     environment = {**os.environ, "PYTHONPATH": python_path(), "COLUMNS": "200", **variables}
     command = [sys.executable, "-m", "utils", *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=900)
+
+
+def children_seconds() -> float:
+    """The processor time of all processes that this one started and has seen end: the same on a busy machine."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def import_file(path: Path):
@@ -76,9 +89,9 @@ def demo_run(shared_folder: Path, embedded_model: Path) -> DemoRun:
     told = shared_folder / "demo.json"
     with FileLock(shared_folder / "demo.lock"):
         if not told.exists():
-            started = time.monotonic()
+            before = children_seconds()
             done = run_command("run", "--profile", "demo", "--run-dir", shared_folder / "demo")
-            outcome = done.returncode, done.stdout + done.stderr, time.monotonic() - started
+            outcome = done.returncode, done.stdout + done.stderr, children_seconds() - before
             told.write_text(json.dumps(outcome), encoding="utf-8")
     return DemoRun(shared_folder / "demo", *json.loads(told.read_text(encoding="utf-8")))
 
@@ -87,6 +100,26 @@ def demo_run(shared_folder: Path, embedded_model: Path) -> DemoRun:
 def copied_run(demo_run: DemoRun, tmp_path: Path) -> Path:
     """A copy of the demo run that a test may damage or continue."""
     return Path(shutil.copytree(demo_run.path, tmp_path / "demo"))
+
+
+@pytest.fixture(scope="session")
+def small_run(shared_folder: Path, embedded_model: Path) -> Path:
+    """An undisturbed run of a small demo, one for all processes of pytest-xdist; read it, never write to it."""
+    from tests.faults.series_process import SeriesProcess
+
+    path, done = shared_folder / "undisturbed", shared_folder / "undisturbed.done"
+    with FileLock(shared_folder / "undisturbed.lock"):
+        if not done.exists():
+            series = SeriesProcess(path)
+            assert series.wait() == 0, series.output
+            done.touch()
+    return path
+
+
+@pytest.fixture
+def small_copy(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of the small run that a test may damage or continue."""
+    return Path(shutil.copytree(small_run, tmp_path / "demo"))
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 
 import nbformat
-import pytest
 
 from tests.sessions import Machine, read_files
 from utils.kaggle.bundle import build_single
 
-pytestmark = pytest.mark.series
 LAYOUT = "00-setup/runs/demo"  # the older one; the chain's is today's
 
 

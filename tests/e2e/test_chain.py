@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.conftest import SETTINGS
 from tests.loopback import KaggleServer, series_cli
 from tests.sessions import Machine
 
-pytestmark = pytest.mark.series
 REFERENCE = "alice/deepseek-r1-medical-lora"
 SHORT = 0.008  # hours, of which a tenth is kept in reserve
 

@@ -11,13 +11,10 @@ import sys
 import zipfile
 
 import nbformat
-import pytest
 
 from tests.e2e.conftest import IN_DOTENV, IN_ENVIRONMENT, read_manifest
 from tests.sessions import isolated
 from utils.pipeline.stages import STAGES
-
-pytestmark = pytest.mark.series
 
 
 def archived(text: str) -> list[bytes]:

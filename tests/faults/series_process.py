@@ -1,4 +1,4 @@
-"""A small demo as a process of its own that can be killed, and how much of its work a kill costs."""
+"""A small demo as a process of its own that can be disturbed, and how many seconds of work that costs."""
 
 from __future__ import annotations
 
@@ -27,30 +27,25 @@ SMALL = {
     "tracking.mode": "disabled",
     "hardware.min_disk_gib": 0.01,
 }
+SETTINGS = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}  # two chains share two cores
-KEPT = ("*/answers.jsonl", "*/answers.[0-9]*.jsonl", "training/checkpoints/*/checkpoint-*/trainer_state.json")
 RESULTS = ("comparison/metrics.json", "training/adapter/adapter_model.safetensors", "export/merged/model.safetensors")
 
 
 class SeriesProcess:
     """`python -m utils run` on `path` in a process group of its own, followed from outside."""
 
-    def __init__(self, path: Path, *words: str, settings: dict | None = None, **variables: str):
-        wanted = (SMALL if settings is None else settings).items()
-        options = [word for key, value in wanted for word in ("--set", f"{key}={value}")]
-        command = [sys.executable, "-m", "utils", "run", "--profile", "demo", "--run-dir", str(path), *options, *words]
+    def __init__(self, path: Path, *words: str, **variables: str):
+        command = [sys.executable, "-m", "utils", "run", "--profile", "demo", "--run-dir", str(path), *SETTINGS, *words]
         environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": python_path(), **variables}
         self.path, self.lines = path, []
-        self.stage = "00"  # at work
-        self.began = time.monotonic()  # that stage, or the driver before the first one
-        self._changes: list[float] = []  # moments of this stage at which something to go on from came on file
+        self.stage, self.began = "00", time.monotonic()  # at work, and since when
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        threading.Thread(target=self._watch, daemon=True).start()
 
     def _read(self) -> None:
         for line in self.process.stdout:
@@ -58,26 +53,7 @@ class SeriesProcess:
             words = line.split()
             if words and ("unchanged" in line or words[0] == "✓"):
                 number = words[0] if "unchanged" in line else words[1]
-                self._changes, self.began, self.stage = [], time.monotonic(), f"{int(number) + 1:02}"
-
-    def _watch(self) -> None:
-        known = self._kept()
-        while self.process.poll() is None:
-            found = self._kept()
-            if found != known:
-                self._changes.append(time.monotonic())
-                known = found
-            time.sleep(0.02)
-
-    def _kept(self) -> set[tuple[str, int]]:
-        found = set()
-        for pattern in KEPT:
-            for file in self.path.glob(pattern):
-                try:
-                    found.add((str(file), file.stat().st_size))
-                except FileNotFoundError:  # an old checkpoint, deleted at this moment
-                    continue
-        return found
+                self.began, self.stage = time.monotonic(), f"{int(number) + 1:02}"
 
     @property
     def place(self) -> str:
@@ -88,7 +64,7 @@ class SeriesProcess:
     def output(self) -> str:
         return "\n".join(self.lines)
 
-    def wait(self, timeout: float = 600) -> int:
+    def wait(self, timeout: float = 900) -> int:
         """The exit status, once it has ended and its output is read."""
         status = self.process.wait(timeout)
         self._reader.join(30)
@@ -111,36 +87,14 @@ class SeriesProcess:
         except psutil.NoSuchProcess:
             return []
 
-    def kill(self) -> float:
-        """SIGKILL for everybody; returns the seconds of work that this costs.
-
-        All of this attempt at the stage counts, start of the driver or the kernel and loading of the model included,
-        less the stretch from the first to the last thing that it left to go on from. Nothing where the stage was done.
-        """
+    def kill(self) -> None:
+        """SIGKILL for everybody."""
         everybody = self.everybody()
         for one in everybody:
             if one.is_running():
                 one.send_signal(signal.SIGKILL)
-        now = time.monotonic()
         psutil.wait_procs(everybody, timeout=30)
         self.wait()
-        return self.lost(now)
-
-    def lost(self, now: float) -> float:
-        """Seconds of work that an end at `now` costs; see `kill`."""
-        if done(self.path, self.stage):
-            return 0.0
-        kept = self._changes[-1] - self._changes[0] if self._changes else 0.0
-        return now - self.began - kept
-
-
-def done(path: Path, number: str) -> bool:
-    """Whether the manifest says that the stage `number` is done."""
-    try:
-        stages = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["stages"]
-    except FileNotFoundError:
-        return False
-    return any(name.startswith(number) and record["state"] == "done" for name, record in stages.items())
 
 
 def results(path: Path) -> dict[str, bytes]:
@@ -152,3 +106,18 @@ def stage_seconds(path: Path) -> dict[str, float]:
     """{"03": seconds} as the manifest has them."""
     stages = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["stages"]
     return {name[:2]: record["seconds"] for name, record in stages.items()}
+
+
+def wait_for(condition, seconds: float = 120) -> bool:
+    """Whether `condition` became true within `seconds`."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def left_over(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are still at work."""
+    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]

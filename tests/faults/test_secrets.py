@@ -31,7 +31,7 @@ def tokens(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_no_secret_is_in_what_a_notebook_prints_shows_or_dies_of(tokens, tmp_path, monkeypatch, record_fault):
+def test_no_secret_is_in_what_a_notebook_prints_shows_or_dies_of(tokens, tmp_path, monkeypatch, fault):
     import papermill
 
     monkeypatch.delenv("PYTEST_CURRENT_TEST")  # under it a kernel does not show what its children print
@@ -60,13 +60,13 @@ def test_no_secret_is_in_what_a_notebook_prints_shows_or_dies_of(tokens, tmp_pat
     saved = [cell for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if cell.cell_type == "code"][-len(shows) :]
     leaks = {name: told(json.dumps(cell)) for name, cell in zip(shows, saved, strict=True) if told(json.dumps(cell))}
     leaks |= {"exception": told(str(caught.value))} if told(str(caught.value)) else {}
-    record_fault("secrets in what is printed or raised", tried=len(shows), survived=len(shows) - len(leaks))
+    fault("secrets in what is printed or raised", tried=len(shows))
     silent = [name for name, cell in zip(shows, saved, strict=True) if "***" not in json.dumps(cell)]
     assert leaks == {} and silent == [], str(caught.value)
     assert told((tmp_path / "out.ipynb").read_text(encoding="utf-8")) == []
 
 
-def test_no_secret_is_in_what_the_command_line_prints_or_dies_of(tokens, record_fault):
+def test_no_secret_is_in_what_the_command_line_prints_or_dies_of(tokens, fault):
     code = """
 import os, sys
 from utils import __main__
@@ -84,12 +84,12 @@ __main__.main()
         source = code.format(names=list(TOKENS), kind=kind)
         done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
         leaks = told(done.stdout + done.stderr)
-        record_fault("secrets in what is printed or raised", tried=4, survived=4 - len(leaks))
+        fault("secrets in what is printed or raised", tried=4)
         assert done.returncode == 1 and leaks == [] and done.stdout.count("***") == 8, done
         assert "*** *** *** ***" in done.stderr and kind.rpartition(".")[2] in done.stderr
 
 
-def test_no_secret_is_in_the_error_that_a_training_process_leaves(tokens, training_run, monkeypatch, record_fault):
+def test_no_secret_is_in_the_error_that_a_training_process_leaves(tokens, training_run, monkeypatch, fault):
     from utils.errors import TrainingError
     from utils.training import launch
 
@@ -102,11 +102,11 @@ def test_no_secret_is_in_the_error_that_a_training_process_leaves(tokens, traini
     with pytest.raises(TrainingError):
         launch.run_worker(str(run.path))
     text = run.file("training/error.json").read_text(encoding="utf-8")
-    record_fault("secrets in what is printed or raised", survived=int(not told(text)))
+    fault("secrets in what is printed or raised")
     assert told(text) == [] and text.count("***") == 4
 
 
-def test_no_secret_is_in_the_log_and_the_sentence_that_a_kernel_brings_home(kaggle_server, tmp_path, record_fault):
+def test_no_secret_is_in_the_log_and_the_sentence_that_a_kernel_brings_home(kaggle_server, tmp_path, fault):
     kaggle_server.statuses = [{"status": "error", "failureMessage": ""}]
     trace = f"Traceback\nhttpx.LocalProtocolError: Illegal header value b'Bearer {TOKENS['HF_TOKEN']}'\n{TOKENS['KAGGLE_API_TOKEN']}\nValueError: {' '.join(TOKENS.values())}\n"
     kaggle_server.log = json.dumps([{"stream_name": "stderr", "time": 1.0, "data": trace}])
@@ -115,7 +115,7 @@ def test_no_secret_is_in_the_log_and_the_sentence_that_a_kernel_brings_home(kagg
         kaggle_server, tmp_path / "home", "collect", "alice/series", "--run-dir", tmp_path / "here", **TOKENS
     )
     text = (tmp_path / "here" / "series.log").read_text() + done.stdout + done.stderr
-    record_fault("secrets in what is printed or raised", survived=int(not told(text)))
+    fault("secrets in what is printed or raised")
     assert told(text) == [] and "Bearer ***" in text and "ValueError: *** *** *** ***" in done.stdout
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from tests.conftest import run_command
 from tests.kaggle.test_collect import serve, write_run
 from tests.loopback import Answer, series_call
 from utils.config import load_config
@@ -16,7 +15,6 @@ from utils.errors import KaggleError
 from utils.kaggle.sessions import push_until_done
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.runner import checkpointed_steps
-from utils.pipeline.state import read_state
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
 
@@ -128,17 +126,3 @@ def test_the_newest_checkpoint_says_how_far_a_training_came(tmp_path):
     for name in ("abc/checkpoint-60", "abc/checkpoint-120", "abc/checkpoint-120.tmp", "def/checkpoint-9"):
         (tmp_path / "training" / "checkpoints" / name).mkdir(parents=True)
     assert checkpointed_steps(tmp_path) == 120
-
-
-@pytest.mark.series
-def test_a_session_whose_time_is_up_ends_after_the_stage_at_hand_and_the_next_goes_on(tmp_path, embedded_model):
-    words = ["run", "--profile", "demo", "--run-dir", tmp_path / "run", "--to", "02"]
-    first = run_command(*words, "--set", "hardware.max_hours=0.0001")
-    assert (
-        first.returncode == 4 and "to be continued at 01_baseline_inference: this session is 0.0 h old" in first.stdout
-    )
-    state = read_state(tmp_path / "run")
-    assert (state.state, state.stage, state.kind) == ("continue", "01_baseline_inference", "SessionOver")
-    second = run_command(*words)
-    assert second.returncode == 4 and second.stdout.count("unchanged") == 1
-    assert read_state(tmp_path / "run").stage == "02_dataset_formatting"

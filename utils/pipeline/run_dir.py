@@ -45,11 +45,13 @@ class RunDir:
         """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
+            stored = None
             with suppress(ConfigError):
-                if read_config(self.file(CONFIG)) == self.config:
-                    return  # it stays as somebody may have written it
-            files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
+                stored = read_config(self.file(CONFIG))
+            if stored != self.config:  # else it stays as somebody may have written it
+                files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
+            # The manifest last: with it a run has begun, and its config.yaml is there.
+            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
         except OSError as error:
             raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 

@@ -9,15 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import pytest
 
 from tests.conftest import run_command
 from utils.pipeline.stages import STAGES
 from utils.project import ROOT
-
-pytestmark = pytest.mark.series
 
 
 def metrics_of(path: Path) -> dict:
@@ -40,7 +37,7 @@ def papermill(notebook: str, output: Path, *parameters: str, cwd: Path) -> subpr
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=600)
 
 
-def test_the_demo_runs_within_five_minutes_and_every_stage_is_done(demo_run):
+def test_the_demo_takes_less_than_five_minutes_of_one_core_and_every_stage_is_done(demo_run):
     assert demo_run.returncode == 0, demo_run.output
     assert demo_run.seconds < 300
     stages = json.loads((demo_run.path / "manifest.json").read_text())["stages"]
@@ -149,21 +146,6 @@ def test_score_says_where_a_setting_was_changed_since_and_shows_no_p_of_zero(cop
     assert "03_lora_training is out of date: its settings changed (lora); these figures" in done.stdout
 
 
-def test_verify_passes_and_finds_a_flipped_bit_in_each_exported_file_by_name(copied_run):
-    done = run_command("verify", copied_run)
-    assert done.returncode == 0 and "merged: against the model in memory" in done.stdout
-    files = sorted(path for path in (copied_run / "export").rglob("*") if path.is_file())
-    assert len(files) >= 16  # six of GGUF more, where LLAMA_CPP_DIR is set
-    for path in files:
-        damaged = bytearray(path.read_bytes())
-        damaged[-1] ^= 1
-        path.write_bytes(damaged)
-    done = run_command("verify", copied_run)
-    assert done.returncode == 1
-    for path in files:
-        assert f"{path.relative_to(copied_run).as_posix()} differs" in done.stdout
-
-
 def test_adapter_and_merged_model_lie_apart_and_agree_token_for_token(demo_run):
     assert not (demo_run.path / "export" / "merged" / "adapter_config.json").exists()
     assert not (demo_run.path / "export" / "adapter" / "config.json").exists()
@@ -182,47 +164,6 @@ def test_a_null_run_cannot_tell_and_only_what_depends_on_the_change_runs_again(c
     assert metrics["verdict"] == "cannot tell" and metrics["primary"]["difference"] == 0
 
 
-def test_a_sabotaged_run_is_told_to_be_worse(copied_run):
-    """Every training question with another row's answer: whoever calls that better measures nothing."""
-    done = run_command("run", "--run-dir", copied_run, "--set", "data.shuffle_answers=true", "--to", "04")
-    assert done.returncode == 0, done.stdout + done.stderr
-    metrics = metrics_of(copied_run)
-    assert metrics["verdict"] == "worse" and metrics["primary"]["ci95"][1] < 0
-    claims = {claim["claim"]: claim["verdict"] for claim in metrics["claims"]}
-    assert claims["knows more"] == "worse" and claims["reasons shorter"] == "better"
-
-
-def test_two_processes_give_the_answers_of_one(copied_run):
-    """On a CPU what two GPUs do: shares, files of their own, joined in the end."""
-    before = read_jsonl(copied_run / "baseline" / "answers.jsonl")
-    shutil.rmtree(copied_run / "baseline")
-    done = run_command("run", "--run-dir", copied_run, "--set", "hardware.processes=2", "--to", "01")
-    assert done.returncode == 0, done.stdout + done.stderr
-    after = read_jsonl(copied_run / "baseline" / "answers.jsonl")
-    assert len(after) == len(before) == 224 and {a["id"]: a for a in after} == {a["id"]: a for a in before}
-    log = (copied_run / "workers" / "baseline-1.log").read_text(encoding="utf-8")
-    assert "112 questions on device cpu" in log
-    assert not list((copied_run / "baseline").glob("answers.*.jsonl"))
-
-
-def test_a_verdict_that_newer_settings_left_behind_is_called_out_of_date(copied_run):
-    done = run_command("run", "--run-dir", copied_run, "--set", "generate.max_new_tokens=64", "--to", "00")
-    assert (
-        done.returncode == 0
-        and "is of an earlier run (01_baseline_inference changed" in done.stdout
-        and "publish" not in done.stdout
-    )
-    assert "Out of date." in (copied_run / "report" / "index.html").read_text(encoding="utf-8")
-
-
-def test_what_is_measured_cannot_be_changed_unseen_after_answers_exist(copied_run):
-    done = run_command("run", "--run-dir", copied_run, "--set", "evaluate.primary=nll", "--to", "04")
-    assert done.returncode == 0, done.stdout + done.stderr
-    metrics = metrics_of(copied_run)
-    assert metrics["primary"]["name"] == "nll" and metrics["registration"]["changed_after_answers"] is True
-    assert "changed after answers existed" in metrics["sentence"]
-
-
 def test_the_metrics_follow_their_schema(demo_run):
     from utils.evaluation.results import Comparison
 
@@ -231,61 +172,3 @@ def test_the_metrics_follow_their_schema(demo_run):
     assert {claim["claim"]: claim["verdict"] for claim in metrics["claims"]} == {
         "knows more": "better", "reasons shorter": "better", "keeps form": "cannot tell", "imitates the reference": "better",
     }  # fmt: skip
-
-
-def test_a_notebook_runs_by_papermill_from_another_directory(copied_run, tmp_path):
-    before = (copied_run / "data" / "formatted" / "train.parquet").read_bytes()
-    done = papermill(
-        "02_dataset_formatting",
-        tmp_path / "out.ipynb",
-        "-p",
-        "PROFILE",
-        "demo",
-        "-p",
-        "RUN_DIR",
-        "demo",
-        cwd=copied_run.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (copied_run / "data" / "formatted" / "train.parquet").read_bytes() == before
-
-
-def test_run_all_in_a_plain_kernel_started_in_notebooks(copied_run):
-    from nbclient import NotebookClient
-
-    notebook = nbformat.read(ROOT / "notebooks" / "02_dataset_formatting.ipynb", as_version=4)
-    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters.source = parameters.source.replace('RUN_DIR = ""', f"RUN_DIR = {str(copied_run)!r}")
-    NotebookClient(notebook, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
-
-
-def test_a_notebook_run_too_early_says_which_one_to_run_first(tmp_path):
-    done = papermill(
-        "03_lora_training", tmp_path / "out.ipynb", "-p", "PROFILE", "demo", "-p", "RUN_DIR", "new", cwd=tmp_path
-    )
-    assert done.returncode != 0
-    errors = [
-        o
-        for c in nbformat.read(tmp_path / "out.ipynb", 4).cells
-        for o in c.get("outputs", [])
-        if o.output_type == "error"
-    ]
-    assert len(errors) == 1 and errors[0].ename == "StageOrderError"
-    assert "needs 00_setup, but it has not run" in errors[0].evalue
-    assert len(errors[0].traceback) == 1  # the sentence, not a stack
-
-
-def test_a_notebook_without_the_package_beside_it_says_so(tmp_path):
-    shutil.copy(ROOT / "notebooks" / "00_setup.ipynb", tmp_path)
-    command = [sys.executable, "-m", "papermill", "00_setup.ipynb", "out.ipynb", "-p", "PROFILE", "demo"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode != 0 and "utils/ is not beside this notebook" in done.stderr
-
-
-def test_a_failing_stage_ends_in_one_line_and_the_command_that_continues(copied_run):
-    before = {p: p.read_bytes() for p in (copied_run / "comparison").iterdir()}
-    done = run_command("run", "--run-dir", copied_run, "--set", "model.max_seq_length=16")
-    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-    assert "02_dataset_formatting failed: All 960 rows are longer than model.max_seq_length = 16" in done.stdout
-    assert f"--run-dir {copied_run} --from 02" in done.stdout
-    assert {p: p.read_bytes() for p in (copied_run / "comparison").iterdir()} == before
