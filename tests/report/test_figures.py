@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -33,7 +33,7 @@ def result(name: str, base, tuned) -> dict:
     """One entry of metrics.json."""
     label, unit, higher_is_better = LABELS[name]
     groups = [str(i) for i in range(len(base))]
-    paired = asdict(compare_paired(name, base, tuned, groups, higher_is_better=higher_is_better, resamples=1000))
+    paired = compare_paired(name, base, tuned, groups, higher_is_better=higher_is_better, resamples=1000).model_dump()
     means = {"base_ci95": around(base), "tuned_ci95": around(tuned)}
     return {**paired, **means, "label": label, "unit": unit}
 
