@@ -75,7 +75,7 @@ def test_two_processes_give_the_answers_of_one(small_copy):
 
 
 def test_a_verdict_that_newer_settings_left_behind_is_called_out_of_date(small_copy):
-    done = run_command("run", "--run-dir", small_copy, "--set", "generate.max_new_tokens=64", "--to", "00")
+    done = run_command("run", "--run-dir", small_copy, "--set", "generate.max_new_tokens=48", "--to", "00")
     assert (
         done.returncode == 0
         and "is of an earlier run (01_baseline_inference changed" in done.stdout
