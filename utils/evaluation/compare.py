@@ -174,14 +174,14 @@ def _figures(result: Result, p_value: float | None = None) -> str:
 def _conclusion(result: Result, found: Verdict) -> str:
     if found != "cannot tell":
         return f"The fine-tuned model is {found} on this metric."
-    hint = ""
+    told = "This cannot tell the two apart."
     # For groups the interval says it; and where it was forced accuracy that took a verdict back, power is not what lacks.
-    if find_metric(result.name).unit == "share" and result.groups == result.n and verdict(result) == "cannot tell":
-        points = 100 * detectable_difference(result.n)
-        hint = f" With this many, only about {points:.0f} points or more would show."
-        if points == 100:
-            hint = " No difference would show with so few."
-    return f"This cannot tell the two apart.{hint}"
+    if find_metric(result.name).unit != "share" or result.groups < result.n or verdict(result) != "cannot tell":
+        return told
+    points = 100 * detectable_difference(result.n)
+    if points == 100:
+        return f"{told} No difference would show with so few."
+    return f"{told} With this many, only about {points:.0f} points or more would show."
 
 
 def state_claims(results: Mapping[str, Result], corrected: Mapping[str, float]) -> list[Claim]:

@@ -119,8 +119,7 @@ def _choose_batch(model, pending: list[Pending], config: GenerateSection, share:
     rounds: dict[int, list[Pending]] = {}
     for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
         rounds.setdefault(len(one.generated) // ROUND_TOKENS, []).append(one)
-    for number in sorted(rounds, reverse=True):
-        rows = rounds[number]
+    for _, rows in sorted(rounds.items(), reverse=True):
         steps = min(ROUND_TOKENS, config.max_new_tokens - len(rows[0].generated))
         fit = sequences_that_fit(model, rows[0].length, steps) if config.batch_size == "auto" else config.batch_size
         size = max(1, int(fit * share))

@@ -131,7 +131,7 @@ def _append_letters(model, tokenizer, asked: Sequence[tuple[str, str, str, Mappi
 
 
 def letter_logprobs(model, tokenizer, text: str, letters: Iterable[str]) -> dict[str, float]:
-    """log p(" X" | text) in nats for each letter X; one forward pass, unless letters take several tokens.
+    """log p(" X" | text) in nats for each letter X, in one forward pass unless letters take several tokens.
 
     Raises OutOfMemory where that does not fit, ModelError where a value is not finite.
     """
@@ -164,10 +164,7 @@ def format_letter_prompt(question: str, options: Mapping[str, str]) -> str:
 
 
 def read_letters(items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
-    """What `measure_letters` wrote, in the order of `items`: id, key, letter (the likeliest), logprobs (nats), correct.
-
-    Raises StageOrderError unless every item is there, by this model.
-    """
+    """What `measure_letters` wrote, in the order of `items`, with `correct`; StageOrderError unless every item is there."""
     keys = _letter_keys(items, digest)
     rows = require_rows(path, keys, "letters, with evaluate.letter_logprobs on")
     found = pd.DataFrame([rows[identifier] for identifier in keys])
