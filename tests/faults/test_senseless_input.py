@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from utils.config import load_config, parse_overrides
 from utils.data.benchmarks import load_items
 from utils.data.rows import COLUMNS, check_rows, read_table
 from utils.evaluation.questions import Question, answer_key, current_answers
-from utils.export.merge import INDEX, find_shards, read_lora
+from utils.export.merge import INDEX, find_shards
 from utils.export.verify import export_folders
 from utils.files import read_lines, write_lines
 from utils.kaggle import push
@@ -260,27 +259,6 @@ def test_answers_cut_off_anywhere_are_whole_ones_or_missing_ones(tmp_path, fault
 
 # Models, secrets, Kaggle
 
-SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["q_proj"], "bias": "none",
-            "use_rslora": False, "task_type": "CAUSAL_LM", "base_model_name_or_path": "x"}  # fmt: skip
-
-
-@cases(200, data=st.data())
-def test_an_adapter_of_another_shape_ends_in_a_sentence_or_a_lora(tmp_path, fault, data):
-    import torch
-    from safetensors.torch import save
-
-    fault("adapters")
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    weights = save({f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(3, 2)})
-    either = data.draw(st.booleans())
-    settings = to_json(data.draw(mutated_values(SETTINGS)) if either else SETTINGS)
-    (tmp_path / "adapter_config.json").write_bytes(settings)
-    (tmp_path / "adapter_model.safetensors").write_bytes(weights if either else data.draw(mutated_bytes(weights)))
-    lora = survive(read_lora, tmp_path)
-    if lora is not None:
-        assert lora.factors and math.isfinite(lora.scale)
-        assert all(a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] > 0 for a, b in lora.factors.values())
-
 
 @cases(200, text=mutated_bytes(b"HF_TOKEN=hf_abcdef\nWANDB_API_KEY='0123'\n# a remark\nexport KAGGLE_KEY=\"x y\"\n"))
 def test_a_file_of_secrets_of_any_kind_gives_a_secret_that_can_be_sent_or_none(tmp_path, monkeypatch, fault, text):
@@ -326,7 +304,6 @@ READERS = {
     "manifests": ("manifest.json", read_manifest),
     "exports": ("export/verify.json", lambda folder: export_folders(RunDir(folder, load_config("demo")))),
     "indices": (INDEX, find_shards),
-    "adapters": ("adapter_config.json", read_lora),
     "metadata": ("kernel-metadata.json", lambda folder: reference_of(read_metadata(), "alice")),
     "config": ("odd.yaml", read_profile),
     "rows": ("", check_data_file),

@@ -62,6 +62,14 @@ def find_llama_cpp() -> Path | None:
     return None
 
 
+def install_llama_cpp() -> Path:
+    """unsloth's ready build where unsloth is installed and reaches it, else one from llama-cpp-python's source."""
+    fetch = "from unsloth_zoo.llama_cpp import install_llama_cpp; install_llama_cpp()"
+    fetched = subprocess.run([sys.executable, "-c", fetch], capture_output=True, check=False)
+    found = find_llama_cpp() if fetched.returncode == 0 else None
+    return found or build_llama_cpp(_HOME)
+
+
 def build_llama_cpp(folder: Path) -> Path:
     """Download the pinned source by pip and build it with cmake; where that fails, nothing is left at `folder`."""
     if folder.exists():
@@ -109,7 +117,7 @@ def write_gguf(run: RunDir, folders: Mapping[str, Path]) -> Path | None:
     """export/gguf: the merged model and the LoRA for llama.cpp, and a Modelfile for Ollama; None without llama.cpp."""
     config, kinds, tree = run.config, run.config.export.gguf, None
     if "merged" in folders and kinds:
-        tree = find_llama_cpp() or (build_llama_cpp(_HOME) if config.export.install_llama_cpp else None)
+        tree = find_llama_cpp() or (install_llama_cpp() if config.export.install_llama_cpp else None)
         if tree is None:
             print(
                 "No llama.cpp was found, so no GGUF file is written; the other exports stand. This builds it, in 10 to "
