@@ -138,7 +138,7 @@ def test_a_notebook_without_the_package_beside_it_says_so(tmp_path):
     shutil.copy(ROOT / "notebooks" / "00_setup.ipynb", tmp_path)
     command = [sys.executable, "-m", "papermill", "00_setup.ipynb", "out.ipynb", "-p", "PROFILE", "demo"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode != 0 and "utils/ is not beside this notebook" in done.stderr
+    assert done.returncode != 0 and "no utils/ here, and none from: git clone" in done.stderr
 
 
 def test_a_failing_stage_ends_in_one_line_and_the_command_that_continues(small_copy):
