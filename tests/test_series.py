@@ -143,7 +143,7 @@ def test_score_says_where_a_setting_was_changed_since_and_shows_no_p_of_zero(cop
     settings.write_text(settings.read_text(encoding="utf-8").replace("  r: 16\n", "  r: 3\n"), encoding="utf-8")
     done = run_command("score", copied_run)
     assert done.returncode == 0
-    assert "03_lora_training is out of date: its settings changed (lora); these figures" in done.stdout
+    assert "03_lora_training is out of date: its settings changed (lora); the results here" in done.stdout
 
 
 def test_adapter_and_merged_model_lie_apart_and_agree_token_for_token(demo_run):

@@ -70,7 +70,8 @@ def trusts(tree: ast.AST) -> Iterator[str]:
 
 def takes_the_newest(tree: ast.AST) -> Iterator[str]:
     for what, call in calls(tree):
-        if what.rpartition(".")[2] in HUB and what not in LOCAL and "revision" not in given(call):
+        asks_a_hub = what.rpartition(".")[2] in HUB and given(call).get("local_files_only") != "True"
+        if asks_a_hub and what not in LOCAL and "revision" not in given(call):
             yield what
 
 

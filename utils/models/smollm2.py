@@ -62,12 +62,16 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False, local_files_only=True
+    )
     tokenizer.eos_token = tokenizer.pad_token = _END
     tokenizer.clean_up_tokenization_spaces = False  # as published; it would take the space before a full stop
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
+        trust_remote_code=False,
+        local_files_only=True,
         quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
         dtype=torch.bfloat16,
     )
