@@ -65,11 +65,11 @@ class InfrastructureError(UserError):
 
 
 class SessionOver(UserError):
-    """No failure: the session's time is up, what was done is saved, and the next session goes on from there."""
+    """No failure: the session's time is up, what was done is saved, and the next session resumes from there."""
 
 
 class Interrupted(UserError):
-    """No failure: the run was asked to stop (Ctrl-C, SIGTERM), what was done is saved, and the same command goes on."""
+    """No failure: the run was asked to stop (Ctrl-C, SIGTERM), what was done is saved, and the same command resumes."""
 
 
 def first_line(error: BaseException) -> str:

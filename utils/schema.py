@@ -126,7 +126,7 @@ class TrainSection(Section):
 
 
 class GenerateSection(Section):
-    """Arguments of model.generate, the same in both arms."""
+    """Arguments of model.generate, the same for both models."""
 
     max_new_tokens: Positive = 1024
     batch_size: Positive | Literal["auto"] = "auto"  # auto: as many at once as free memory allows
@@ -241,7 +241,7 @@ class Config(Section):
 
     @property
     def embedded_data(self) -> bool:
-        """Whether the rows are the synthetic ones of `demo_data`."""
+        """Whether the rows are the synthetic ones of `data.synthetic`."""
         return self.data.path is None and self.data.name == EMBEDDED
 
     def sections(self, *names: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def load_benchmarks(evaluate: EvaluateSection) -> pd.DataFrame | None:
 
 
 def load_items(section: BenchmarkSection) -> pd.DataFrame:
-    """All items of one benchmark, for the letter probe: id, question, options and gold; raises as `load_benchmarks`."""
+    """All items of one benchmark, for the letters' log-probabilities: id, question, options and gold; raises as `load_benchmarks`."""
     return _read(section, "evaluate.benchmark")[0][["id", "question", "options", "gold"]]
 
 

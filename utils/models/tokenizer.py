@@ -7,6 +7,7 @@ from pathlib import Path
 from utils.errors import ModelError, first_line
 from utils.files import is_folder
 from utils.hardware import GIB
+from utils.models import smollm2
 from utils.models.prompt_format import find_end
 from utils.schema import EMBEDDED, Config
 
@@ -20,6 +21,8 @@ def model_source(config: Config) -> str:
         from utils.models.tiny import ensure_model
 
         return str(ensure_model())
+    if config.model.name == smollm2.NAME:
+        return str(smollm2.ensure_smollm2())
     return config.model.name
 
 
@@ -31,6 +34,11 @@ def check_model(config: Config) -> tuple[str, str | None]:
     name = config.model.name
     if name == EMBEDDED:
         return "embedded: a tiny model, built on this machine", None
+    if name == smollm2.NAME:
+        return (
+            f"SmolLM2-135M-Instruct, rounded to Q4_1 in the package {name} {smollm2.VERSION}, in {model_source(config)}",
+            None,
+        )
     if is_folder(name):
         missing = [file for file in ("config.json", "tokenizer.json") if not (Path(name) / file).exists()]
         if missing:
