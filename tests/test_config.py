@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from utils import config as config_module
-from utils.config import absolute_overrides, load_config, parse_overrides, profile_names
+from utils.config import (
+    absolute_overrides,
+    differing_settings,
+    edit_config,
+    load_config,
+    parse_overrides,
+    profile_names,
+    read_config,
+)
 from utils.errors import ConfigError
 from utils.project import PROFILES
 from utils.schema import Config
@@ -249,6 +257,79 @@ def test_relative_paths_of_further_benchmarks_are_made_absolute(tmp_path):
     given_ = {"evaluate.more_benchmarks": [{"path": "items.jsonl", "rows": 3}, {"name": "a/b"}]}
     result = absolute_overrides(given_, tmp_path)["evaluate.more_benchmarks"]
     assert result == [{"path": str(tmp_path / "items.jsonl"), "rows": 3}, {"name": "a/b"}]
+
+
+PINNED = {
+    "model.revision": "a" * 40,
+    "export.base_revision": "b" * 40,
+    "data.revision": "c" * 40,
+    "data.subset": "en",
+    "evaluate.benchmark.revision": "d" * 40,
+    "evaluate.benchmark.subset": "s",
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cleared"),
+    [
+        ({"model.name": "other/model"}, {"model.revision", "export.base_revision"}),
+        ({"export.base": "other/model"}, {"export.base_revision"}),
+        ({"data.name": "other/ds"}, {"data.revision", "data.subset"}),
+        ({"data.path": "rows.jsonl"}, {"data.revision", "data.subset"}),
+        ({"data": {"name": "other/ds"}}, {"data.revision", "data.subset"}),
+        ({"evaluate.benchmark.name": "o/b"}, {"evaluate.benchmark.revision", "evaluate.benchmark.subset"}),
+        ({"evaluate.benchmark.path": "b.jsonl"}, {"evaluate.benchmark.revision", "evaluate.benchmark.subset"}),
+        ({"train.max_steps": 3, "data.seed": 1}, set()),
+    ],
+)
+def test_a_pinned_commit_does_not_outlive_the_name_it_belongs_to(overrides, cleared):
+    """Another model was asked for by the commit of the one before, and local rows were told to come from a Hub commit."""
+    after = config_module.flatten(edit_config(load_config("t4", PINNED), overrides).model_dump())
+    assert {key: after[key] for key in PINNED} == {key: None if key in cleared else PINNED[key] for key in PINNED}
+
+
+def test_a_commit_that_is_given_with_its_name_is_kept():
+    given_ = {"data.revision": "e" * 40, "data.subset": "de", "data.name": "other/ds", "model.revision": "f" * 40}
+    config = edit_config(load_config("t4", PINNED), given_ | {"model.name": "other/model"})
+    assert (config.data.revision, config.data.subset, config.model.revision) == ("e" * 40, "de", "f" * 40)
+    assert config.export.base_revision is None
+
+
+def test_a_name_that_is_given_again_keeps_what_was_pinned_for_it(tmp_path):
+    """Every notebook passes the same OVERRIDES: what 00 has pinned must be there in 01."""
+    given_ = {"model.name": "other/model", "data": {"name": "other/ds"}, "evaluate.benchmark.name": "other/items"}
+    pinned = {"model.revision": "a" * 40, "data.revision": "c" * 40, "evaluate.benchmark.revision": "d" * 40}
+    before = edit_config(load_config("t4", given_), pinned)
+    (tmp_path / "config.yaml").write_text(before.to_yaml(), encoding="utf-8")
+    assert read_config(tmp_path / "config.yaml", given_) == before
+
+
+def test_nested_overrides_are_dotted_ones(tmp_path):
+    """Rows given as {"data": {"path": ...}} stayed relative, were measured by the profile's benchmark, and reset the section."""
+    nested = {"data": {"path": "rows.jsonl", "seed": 5}, "evaluate": {"benchmark": {"rows": 50}}}
+    dotted = {"data.path": str(tmp_path / "rows.jsonl"), "data.seed": 5, "evaluate.benchmark.rows": 50}
+    assert absolute_overrides(nested, tmp_path) == dotted
+    assert load_config("t4", absolute_overrides(nested, tmp_path)) == load_config("t4", dotted)
+    config = load_config("t4", nested)
+    assert (config.evaluate.primary, config.data.train_rows) == ("nll", 4000)
+    named = {"data": {"path": "rows.jsonl"}, "evaluate": {"benchmark": {"path": "items.jsonl"}}}
+    assert load_config("demo", named).evaluate.primary == "multiple_choice"
+
+
+def test_an_empty_section_given_as_override_takes_the_section_back():
+    assert not load_config("tutorial", {"evaluate": {"benchmark": {}}}).evaluate.benchmark.wanted
+
+
+def test_commits_that_the_run_pinned_itself_are_no_settings_other_than_the_profiles():
+    full = load_config("full")
+    more = [one.model_dump(mode="json") | {"revision": "e" * 40} for one in full.evaluate.more_benchmarks]
+    own = {key: value for key, value in PINNED.items() if key.endswith("revision") and not key.startswith("data")}
+    pinned = edit_config(full, own | {"evaluate.more_benchmarks": more})
+    assert differing_settings(pinned) == {}
+    assert differing_settings(edit_config(pinned, {"data.revision": "f" * 40})) == {"data.revision": "f" * 40}
+    for changed in ([more[0], more[1] | {"rows": 7}], more[:1]):
+        differing = differing_settings(edit_config(pinned, {"evaluate.more_benchmarks": changed}))
+        assert differing == {"evaluate.more_benchmarks": changed}  # with its commits, as it is on file
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

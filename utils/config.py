@@ -61,20 +61,32 @@ def edit_config(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def differing_settings(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of what is not as the profile on file has it."""
+    """{dotted key: value} of what is not as the profile on file has it, but for what the run found out itself."""
     try:
-        profile = flatten(load_config(config.profile).model_dump(mode="json"))
+        profile = load_config(config.profile).model_dump(mode="json")
     except ConfigError:
         return {}  # the profile is gone, and the run has all of its settings itself
-    own = flatten(config.model_dump(mode="json", exclude={"prompt": {"format"}}))  # which 00 found, and nobody gave
-    return {key: value for key, value in own.items() if profile.get(key) != value}
+    own = config.model_dump(mode="json", exclude={"prompt": {"format"}})  # which 00 found, and nobody gave
+    given, on_file = flatten(_without_pins(own, profile)), flatten(profile)
+    return {key: value for key, value in flatten(own).items() if on_file.get(key) != given[key]}
+
+
+def _without_pins(own: Any, profile: Any) -> Any:
+    """`own` with None for each commit where the profile has none."""
+    if isinstance(own, Mapping) and isinstance(profile, Mapping):
+        found = {key for key in own if key.endswith("revision") and profile.get(key) is None}
+        return {key: None if key in found else _without_pins(value, profile.get(key)) for key, value in own.items()}
+    if isinstance(own, list) and isinstance(profile, list) and len(own) == len(profile):  # evaluate.more_benchmarks
+        return [_without_pins(*pair) for pair in zip(own, profile, strict=True)]
+    return own
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value} of nested settings."""
+    """{dotted key: value} of nested settings; an empty section is a value."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        inner = isinstance(value, Mapping) and value
+        found |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return found
 
 
@@ -104,22 +116,40 @@ def _is_primary_automatic(values: Mapping[str, Any]) -> bool:
 
 
 def _apply(values: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    for key, value in require_mapping(overrides).items():
+    overrides = dotted_overrides(overrides)
+    for key, value in (_outlived_pins(values, overrides) | overrides).items():
         if key == "profile":
             raise ConfigError("profile is no setting of a run; choose it by --profile or PROFILE.")
-        _assign(values, str(key), value)
-    _measure_own_rows_by_loss(values, overrides or {})
+        _assign(values, key, value)
+    _measure_own_rows_by_loss(values, overrides)
     return values
 
 
-def require_mapping(overrides: Any) -> Mapping[str, Any]:
-    """`overrides`, {} for None; raises ConfigError for anything else that is no mapping."""
+_BELONGS_TO = {  # a name, and what says nothing about another one
+    "model.name": ("model.revision", "export.base_revision"),
+    "export.base": ("export.base_revision",),
+    "data.name": ("data.revision", "data.subset"),
+    "data.path": ("data.revision", "data.subset"),
+    "evaluate.benchmark.name": ("evaluate.benchmark.revision", "evaluate.benchmark.subset"),
+    "evaluate.benchmark.path": ("evaluate.benchmark.revision", "evaluate.benchmark.subset"),
+}
+
+
+def _outlived_pins(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, None]:
+    """None for each commit and subset whose name `overrides` change; the same name given again keeps them."""
+    before = flatten(values)
+    changed = [key for key in _BELONGS_TO if key in overrides and str(overrides[key]) != str(before.get(key))]
+    return {pin: None for key in changed for pin in _BELONGS_TO[key]}
+
+
+def dotted_overrides(overrides: Any) -> dict[str, Any]:
+    """`overrides` with dotted keys alone, {} for None; raises ConfigError for anything else that is no mapping."""
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ConfigError(
             f"OVERRIDES is {overrides!r}, not a mapping such as {{'train.max_steps': 10}}; "
             "with papermill pass it by -y 'OVERRIDES: {train.max_steps: 10}'."
         )
-    return overrides or {}
+    return flatten(overrides or {})
 
 
 def _validate(values: dict[str, Any], source: str) -> Config:
@@ -132,7 +162,7 @@ def _validate(values: dict[str, Any], source: str) -> Config:
 def _measure_own_rows_by_loss(values: dict, overrides: Mapping[str, Any]) -> None:
     """The profile's benchmark says little about a reader's own rows: `primary: auto` is the held-out loss there."""
     evaluate = values.get("evaluate") or {}
-    named = any(overrides.get(f"evaluate.benchmark{key}") for key in ("", ".name", ".path"))
+    named = any(overrides.get(f"evaluate.benchmark.{key}") for key in ("name", "path"))
     if (
         overrides.get("data.path")
         and not named
@@ -146,10 +176,10 @@ _PATHS = ("path", ".accelerate_config")  # settings that are paths and nothing e
 
 
 def absolute_overrides(overrides: Mapping[str, Any] | None, base: Path | None = None) -> dict[str, Any]:
-    """The overrides with local paths that exist below `base` (the current directory) made absolute."""
+    """The overrides, dotted, with local paths that exist below `base` (the current directory) made absolute."""
     base = base or Path.cwd()
     result = {}
-    for key, value in require_mapping(overrides).items():
+    for key, value in dotted_overrides(overrides).items():
         if isinstance(value, str) and (key.endswith(_PATHS) or key in ("model.name", "export.base")):
             candidate = base / expand_home(value, key)
             value = str(candidate.resolve()) if key.endswith(_PATHS) or is_there(candidate) else value

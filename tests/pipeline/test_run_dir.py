@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.staged import complete, saved, snapshot, stale
+from tests.staged import complete, saved, snapshot, stale, write_outputs
 from utils import config, files
 from utils import hardware as platforms
 from utils.errors import ConfigError, RunDirError, StageOrderError
@@ -104,6 +104,17 @@ def test_other_data_choose_another_primary_metric_unless_somebody_chose_it(tmp_p
     assert open_run("auto", tmp_path / "run", {"data.path": rows}).config.evaluate.primary == "nll"
     saved("demo", tmp_path / "run", {"evaluate.primary": "nll"})
     assert open_run("auto", tmp_path / "run", {"data.seed": 1}).config.evaluate.primary == "nll"
+
+
+def test_a_name_given_to_every_stage_keeps_its_commit_and_another_one_begins_without(tmp_path):
+    given = {"evaluate": {"benchmark": {"name": "some/items"}}}
+    run = open_stage("00_setup", "demo", tmp_path, given)
+    run.pin("evaluate.benchmark.revision", "abc")
+    write_outputs(run)
+    run.finish()
+    assert not open_run("auto", tmp_path, given).stale_because(BY_NAME["00_setup"])
+    other = open_run("auto", tmp_path, {"evaluate.benchmark.name": "other/items"})
+    assert other.config.evaluate.benchmark.revision is None and "00" in stale(other)
 
 
 def test_a_run_of_the_version_before_is_resumed_with_the_settings_in_its_config(tmp_path):
