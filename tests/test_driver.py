@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 from functools import partial
 
@@ -13,7 +14,7 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 
 from utils import __main__ as command_line
-from utils.errors import StageOrderError
+from utils.errors import HardwareError, StageOrderError
 from utils.evaluation.questions import Question, register
 from utils.files import write_text
 from utils.pipeline import runner
@@ -92,12 +93,47 @@ def test_a_fresh_00_alone_leaves_no_answers_that_would_be_older_than_its_registr
 def test_fresh_from_a_stage_on_leaves_what_earlier_ones_rest_on(ran, tmp_path):
     go(tmp_path)
     write_text(tmp_path / "training/checkpoints/part.txt", "hours of work")
-    go(tmp_path, fresh=True, first="03", **{"data.revision": "abc"})
+    go(tmp_path, fresh=True, first="03", **{"lora.r": 8})
+    assert open_run("auto", tmp_path).config.data.revision == "abc"  # which 00 found out, and nobody gave again
     assert ran[6:] == ["03", "04", "05"] and (tmp_path / "training/checkpoints.old/part.txt").exists()
     assert not list(tmp_path.glob("data/*.old")) and not list(tmp_path.glob("baseline/*.old"))
     with pytest.raises(StageOrderError, match="its settings changed"):  # before anything is moved
         go(tmp_path, fresh=True, first="04", **{"data.seed": 5})
     assert (tmp_path / "tuned/answers.jsonl").exists()
+
+
+def test_fresh_that_is_interrupted_is_fresh_on_resume(ran, tmp_path, monkeypatch):
+    """What had not been reached was done on record, and its training counted as current."""
+    go(tmp_path)
+    real = runner.run_stage
+
+    def fail_in_01(run, stage, *rest):
+        if stage.number == "01":
+            raise StageEnded("ValueError", "out of ideas")
+        real(run, stage, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run_stage", fail_in_01)
+        with pytest.raises(StageEnded, match="out of ideas"):
+            go(tmp_path, fresh=True)
+    go(tmp_path, first="01")
+    assert ran[6:] == ["00", "01", "02", "03", "04", "05"]
+
+
+def test_where_the_hardware_is_missing_the_line_to_resume_by_keeps_the_settings(tmp_path, monkeypatch):
+    def lacks(*_):
+        raise HardwareError("no GPU")
+
+    monkeypatch.setattr(runner, "require_hardware", lacks)
+    with pytest.raises(StageOrderError):
+        go(tmp_path / "refused", first="03", **{"train.max_steps": 10})
+    assert not (tmp_path / "refused/config.yaml").exists()
+    with pytest.raises(StageEnded, match="no GPU") as ended:
+        go(tmp_path / "my runs", **{"train.max_steps": 10})
+    words = shlex.split(ended.value.resume)
+    run = open_run(words[words.index("--profile") + 1], words[words.index("--run-dir") + 1])
+    assert run.path == tmp_path / "my runs" and run.config.train.max_steps == 10
+    assert open_run("tutorial", run.path).config.train.max_steps != 10  # it is no run of demo yet
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -119,7 +155,8 @@ def test_asked_to_stop_between_two_stages_it_says_how_to_resume(ran, tmp_path, m
     assert ended.value.resume.endswith(f"--from {'01' if place == 'run_stage' else '00'}")
     state = read_state(tmp_path)
     assert (state.state, state.kind) == ("continue", "Interrupted")
-    assert go(tmp_path) and read_state(tmp_path).state == "done"
+    go(tmp_path)
+    assert read_state(tmp_path).state == "done" and ran[1:] == ["00", "01", "02", "03", "04", "05"]
 
 
 def test_asked_again_some_seconds_later_it_stops_at_once(ran, tmp_path, monkeypatch):

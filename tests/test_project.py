@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 
@@ -18,6 +19,18 @@ def test_a_process_finds_what_this_one_finds(monkeypatch):
     """Dropping PYTHONPATH cost the second GPU, and on another machine the check of the exports."""
     monkeypatch.setenv("PYTHONPATH", f"/somewhere{os.pathsep}{os.pathsep}/else")
     assert project.python_path().split(os.pathsep) == [str(ROOT), "/somewhere", "/else"]
+
+
+def test_a_printed_command_runs_when_it_is_pasted_whatever_the_folders_are_called(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/my tools/python")
+    line = project.command("run", "--run-dir", Path("/my runs/demo"), "--set", "train.max_steps=10")
+    assert line == "'/my tools/python' -m utils run --run-dir '/my runs/demo' --set train.max_steps=10"
+
+
+def test_every_printed_command_with_words_has_them_quoted():
+    """Words after `{command()}` in an f-string would break on a path with a space."""
+    sources = [path for path in (ROOT / "utils").rglob("*.py") if "{command()}" in path.read_text(encoding="utf-8")]
+    assert sources == []
 
 
 def test_no_process_is_started_with_a_path_of_its_own_making():

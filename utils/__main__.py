@@ -88,7 +88,7 @@ def conclude(run: RunDir, worked: bool, seconds: float) -> None:
         if run.file("comparison/metrics.json").exists():
             sentence, stale = read_sentence(run.path), stale_comparison(run)
     except Exception as error:
-        again = f"{command()} run --run-dir {run.path} tries again once report/index.html is removed"
+        again = f"{command('run', '--run-dir', run.path)} tries again once report/index.html is removed"
         _print(f"The report could not be written ({type(error).__name__}: {error}); {again}.", style="yellow")
     summarise(run, console, seconds, sentence, stale)
 
@@ -131,7 +131,7 @@ def verify(run_dir: RunDirArgument) -> None:
     if altered := altered_files(run.path):
         for line in altered:
             _print(f"✗ {line}", style="red")
-        again = f"{command()} run --run-dir {run_dir} makes them again, or fetch the run again"
+        again = f"{command('run', '--run-dir', run_dir)} makes them again, or fetch the run again"
         _print(f"nothing is loaded from files that changed; {again}")
         raise typer.Exit(1)
     _print("✓ every recorded file is as it was written", style="green")
@@ -223,7 +223,7 @@ def _push_once(kaggle: Any, what: Any, no_run: bool, wait: bool, poll: float) ->
     if no_run:
         _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
         return
-    _print(f"bring it home: {command()} collect {what.reference}")
+    _print(f"bring it home: {command('collect', what.reference)}")
     if wait:
         status, message = pushing.wait(kaggle, what.reference, console, poll, just_pushed=True)
         _print(f"{what.reference}: {pushing.readable(status)}{f': {message}' if message else ''}")
@@ -254,9 +254,10 @@ def collect(
     collected = collecting.collect(kaggle, ref, target, console)
     collecting.show(collected, ref, console)
     if collected.outcome == collecting.Outcome.PASS:
-        _print(f"look at {target / 'report' / 'index.html'}; upload it: {command()} publish {target} --repo USER/NAME")
+        upload = command("publish", target, "--repo", "USER/NAME")
+        _print(f"look at {target / 'report' / 'index.html'}; upload it: {upload}")
     elif collected.outcome == collecting.Outcome.CONTINUE:
-        _print(f"resume it: {command()} push --continue")
+        _print(f"resume it: {command('push', '--continue')}")
     raise typer.Exit(int(collected.outcome))
 
 
@@ -299,7 +300,7 @@ def publish(
 
 def _warn_if_stale(run: RunDir, stage: Stage) -> None:
     if stale := run.out_of_date(stage):
-        again = f"{command()} run --run-dir {run.path} makes them anew"
+        again = f"{command('run', '--run-dir', run.path)} makes them anew"
         _print(f"{stale}; the results here are those from before, and {again}.", style="yellow")
 
 

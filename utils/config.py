@@ -60,6 +60,22 @@ def edit_config(config: Config, overrides: Mapping[str, Any]) -> Config:
     return _validate(_apply(config.model_dump(mode="json"), overrides), f"profile {config.profile}")
 
 
+def found_by_setup(stored: Config, config: Config) -> dict[str, Any]:
+    """Overrides: what 00 found out for the `stored` settings (commits, prompt.format) where `config` leaves it open."""
+    before, now = stored.model_dump(mode="json"), config.model_dump(mode="json")
+    sections = {"model": "revision", "data": "revision", "prompt": "format"}
+    found = {f"{name}.{key}": before[name][key] for name, key in sections.items() if now[name][key] is None}
+    before, now = before["evaluate"], now["evaluate"]
+    if now["benchmark"]["revision"] is None:
+        found["evaluate.benchmark.revision"] = before["benchmark"]["revision"]
+    if len(now["more_benchmarks"]) == len(before["more_benchmarks"]):
+        found["evaluate.more_benchmarks"] = [
+            section | {"revision": section["revision"] or pinned["revision"]}
+            for section, pinned in zip(now["more_benchmarks"], before["more_benchmarks"], strict=True)
+        ]
+    return {key: value for key, value in found.items() if value}
+
+
 def differing_settings(config: Config) -> dict[str, Any]:
     """{dotted key: value} of what is not as the profile on file has it, but for what the run found out itself."""
     try:

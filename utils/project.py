@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -33,11 +34,11 @@ def prepare(restart: bool = True) -> None:
     install_missing(restart)
 
 
-def command() -> str:
-    """How this command line is called from here: a line that it prints must run when it is pasted."""
+def command(*words: str | Path) -> str:
+    """How this command line is called from here with `words`: a line that it prints must run when it is pasted."""
     python = Path(sys.executable)
     short = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    return f"{short} -m utils"
+    return shlex.join(map(str, (short, "-m", "utils", *words)))
 
 
 def python_path() -> str:

@@ -30,6 +30,25 @@ def test_a_new_run_directory_holds_its_manifest_and_the_settings_in_force(tmp_pa
     assert Config.model_validate(stored) == run.config and run.config.train.max_steps == 3
 
 
+def test_fresh_from_a_later_stage_on_keeps_every_commit_and_the_format_that_00_found(tmp_path):
+    """Without them 00 counted as out of date, and `--fresh --from 03` was always refused."""
+    more = config.load_config("full").model_dump(mode="json")["evaluate"]["more_benchmarks"]
+    text = dict.fromkeys(("before", "after", "lead", "close", "end"), "x")
+    found = {
+        "model.revision": "a" * 40,
+        "evaluate.benchmark.revision": "c" * 40,
+        "evaluate.more_benchmarks": [section | {"revision": section["name"]} for section in more],
+        "prompt.format": {"style": "native", **text},
+    }
+    wanted = saved("full", tmp_path, found).config
+    assert saved("full", tmp_path, {"lora.r": 8}).config.lora.r == 8
+    assert open_run("auto", tmp_path, fresh=True, keep_found=True).config == wanted
+    listed = {"evaluate.more_benchmarks": more, "data.revision": "d" * 40}
+    again = open_run("auto", tmp_path, listed, fresh=True, keep_found=True).config
+    assert again.evaluate == wanted.evaluate and again.data.revision == "d" * 40
+    assert open_run("auto", tmp_path, fresh=True).config == config.load_config("full")
+
+
 @pytest.mark.parametrize("written", [0, 1])
 def test_killed_while_it_begins_a_run_directory_is_begun_by_the_same_command(tmp_path, monkeypatch, written):
     """Found by the suite of faults: killed after its first file, the run asked for config.yaml, which never was there."""

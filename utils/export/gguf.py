@@ -119,10 +119,11 @@ def write_gguf(run: RunDir, folders: Mapping[str, Path]) -> Path | None:
     if "merged" in folders and kinds:
         tree = find_llama_cpp() or (install_llama_cpp() if config.export.install_llama_cpp else None)
         if tree is None:
+            again = command("run", "--run-dir", run.path, "--set", "export.install_llama_cpp=true")
             print(
                 "No llama.cpp was found, so no GGUF file is written; the other exports stand. This builds it, in 10 to "
-                f"40 minutes, and makes them:\n  {command()} run --run-dir {run.path} --set "
-                "export.install_llama_cpp=true\nWith a built tree of your own, put LLAMA_CPP_DIR=FOLDER before it."
+                f"40 minutes, and makes them:\n  {again}\n"
+                "With a built tree of your own, put LLAMA_CPP_DIR=FOLDER before it."
             )
     if tree is None:
         keep_previous(run, "gguf")

@@ -45,7 +45,7 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise HubError(f"--repo is {repo!r}; expected USER/NAME.")
     if problem := open_run("auto", run_dir).out_of_date(BY_NAME["05_export"]):
-        raise HubError(f"{problem}; run {command()} run --run-dir {run_dir} first, then publish.")
+        raise HubError(f"{problem}; run {command('run', '--run-dir', run_dir)} first, then publish.")
     recorded = read_manifest(run_dir)["stages"]["05_export"].get("outputs", {})
     uploads = []
     for kind in ("adapter", "merged") if merged else ("adapter",):
@@ -53,9 +53,8 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
         names = [name for name in recorded if name.startswith(prefix)]
         if not names or not (run_dir / prefix).is_dir():
             where = "it stays in a Kaggle session's scratch" if kind == "merged" else "05_export writes it"
-            raise HubError(
-                f"{run_dir / prefix} is not there ({where}); run {command()} run --run-dir {run_dir} --from 05 first."
-            )
+            again = command("run", "--run-dir", run_dir, "--from", "05")
+            raise HubError(f"{run_dir / prefix} is not there ({where}); run {again} first.")
         files = {name.removeprefix(prefix): _as_recorded(run_dir, name, recorded) for name in names}
         uploads.append(Upload(kind, repo if kind == "adapter" else f"{repo}-{kind}", files))
     return uploads
@@ -68,7 +67,7 @@ def _as_recorded(run_dir: Path, name: str, recorded: dict[str, dict]) -> Path:
         raise HubError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
     if not path.is_file() or sha256(path) != recorded[name]["sha256"]:
         problem = "differs from what was written" if path.is_file() else "is missing"
-        raise HubError(f"{name} {problem}; {command()} verify {run_dir} says more, and 05_export writes it anew.")
+        raise HubError(f"{name} {problem}; {command('verify', run_dir)} says more, and 05_export writes it anew.")
     return path
 
 

@@ -68,7 +68,7 @@ def show(console: Console, markup: str) -> None:
 
 def summarise(run: RunDir, console: Console, seconds: float, sentence: str = "", stale: str | None = None) -> None:
     """What was written, the verdict's `sentence`, and what to do next; `stale` is why it is out of date."""
-    series = f"{command()} run --run-dir {run.path}"
+    series = command("run", "--run-dir", run.path)
     console.print()
     if stale:
         text = f"The verdict on file is of an earlier run ({stale}); {series} brings it up to date. It was:"
@@ -79,7 +79,7 @@ def summarise(run: RunDir, console: Console, seconds: float, sentence: str = "",
         if run.file(name).exists():
             show(console, f"  {escape(str(run.file(name)))}  [dim]{hint}[/dim]")
     if run.file("export/adapter").exists() and not stale:
-        upload = f"{command()} publish {run.path} --repo USER/NAME"
+        upload = command("publish", run.path, "--repo", "USER/NAME")
         show(console, f"[dim]To upload it, where your tokens are:\n  {escape(upload)}[/dim]")
     text = f"{seconds:.0f} s. Next: change a setting; only what depends on it runs again:\n  {series} --set KEY=VALUE"
     show(console, f"[dim]{escape(text)}[/dim]")

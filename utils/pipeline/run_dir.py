@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, StrictStr, ValidationError
 
 from utils import files
-from utils.config import absolute_overrides, expand_home, load_config, read_config
+from utils.config import absolute_overrides, expand_home, found_by_setup, load_config, read_config
 from utils.errors import ConfigError, RunDirError
 from utils.hardware import default_profile, require_disk
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
@@ -43,6 +43,15 @@ class RunDir:
 
     def save(self) -> None:
         """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
+        self.save_settings()
+        try:
+            # The manifest last: with it a run has begun, and its config.yaml is there.
+            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def save_settings(self) -> None:
+        """Write config.yaml alone: the folder can still become a run of another profile. Raises as `save` does."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = None
@@ -50,10 +59,11 @@ class RunDir:
                 stored = read_config(self.file(CONFIG))
             if stored != self.config:  # else it stays as somebody may have written it
                 files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
-            # The manifest last: with it a run has begun, and its config.yaml is there.
-            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
         except OSError as error:
-            raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> RunDirError:
+        return RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.")
 
     def file(self, relative: str) -> Path:
         return self.path / relative
@@ -73,6 +83,12 @@ class RunDir:
         """Replace a stage's manifest entry."""
         stages = self.manifest().get("stages", {}) | {stage.name: values}
         self.note("stages", dict(sorted(stages.items())))
+
+    def forget(self, stages: Iterable[Stage]) -> None:
+        """Take `stages` out of the manifest: they count as not run."""
+        names = {stage.name for stage in stages}
+        records = self.manifest().get("stages", {})
+        self.note("stages", {name: record for name, record in records.items() if name not in names})
 
     def note(self, key: str, value: Any) -> None:
         """Replace one entry of the manifest; None takes it out."""
@@ -139,12 +155,17 @@ class RunDir:
 
 
 def open_run(
-    profile: str = "auto", run_dir: str | Path = "", overrides: Mapping[str, Any] | None = None, fresh: bool = False
+    profile: str = "auto",
+    run_dir: str | Path = "",
+    overrides: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+    keep_found: bool = False,
 ) -> RunDir:
     """The run directory with its settings in force: config.yaml, or the profile where the run begins, with `overrides`.
 
     `profile` "auto" is the run directory's own, or demo without a CUDA GPU and t4 with one. `fresh` reads the profile
-    again. Nothing is written: `save` does that. Raises ConfigError and RunDirError.
+    again; with `keep_found`, what 00 found out stays. Nothing is written: `save` does that. Raises ConfigError and
+    RunDirError.
     """
     if not run_dir:
         profile = default_profile() if profile == "auto" else profile
@@ -162,10 +183,20 @@ def open_run(
             f"{path} holds a run of the profile {manifest['profile']}, not {profile}; "
             f"name another run directory, or the profile {manifest['profile']}."
         )
-    given = absolute_overrides(overrides)
-    config = read_config(path / CONFIG, given) if manifest and not fresh else load_config(profile, given)
+    given, stored = absolute_overrides(overrides), bool(manifest) or _is_prepared(path, profile)
+    config = read_config(path / CONFIG, given) if stored and not fresh else load_config(profile, given)
+    if manifest and fresh and keep_found:
+        config = load_config(profile, given | found_by_setup(read_config(path / CONFIG), config))
     require_disk(path, 0.1, "A run directory")
     return RunDir(path, config)
+
+
+def _is_prepared(path: Path, profile: str) -> bool:
+    """Whether settings of `profile` wait there for a run that could not begin, such as for want of a GPU."""
+    with suppress(ConfigError, OSError):
+        file = path / CONFIG
+        return file.read_bytes().startswith(_HEAD.encode()) and read_config(file).profile == profile
+    return False
 
 
 def _somebody_elses(path: Path) -> str | None:
@@ -239,7 +270,8 @@ def require_recorded(path: Path, names: tuple[str, ...]) -> None:
     """
     for stage, name, word in _altered(path, names):
         word = f"{word}, and {stage} wrote it" if word == _MISSING else f"differs from what {stage} wrote"
-        raise RunDirError(f"{name} {word}; {command()} run --run-dir {path} makes it again, or bring the file back.")
+        again = command("run", "--run-dir", path)
+        raise RunDirError(f"{name} {word}; {again} makes it again, or bring the file back.")
 
 
 def _altered(path: Path, below: tuple[str, ...] = ("",)) -> Iterator[tuple[str, str, str]]:

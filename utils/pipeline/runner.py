@@ -73,11 +73,12 @@ def run_series(
 ) -> RunDir:
     """Run the stages `first` to `last` that are not current, then `conclude(run, whether any had to run)`.
 
-    `fresh` reads the profile again and runs every stage. Raises StageEnded, also on file as state.json, where it ends
-    early; what finished stays. Raises RunDirError where another process is at work in `run_dir`.
+    `fresh` reads the profile again, but for what a 00 before `first` found out, and runs every stage. Raises
+    StageEnded, also on file as state.json, where it ends early; what finished stays. Raises RunDirError where another
+    process is at work in `run_dir`.
     """
     console = console or Console(force_terminal=sys.stdout.isatty())
-    run = open_run(profile, run_dir, overrides, fresh)
+    run = open_run(profile, run_dir, overrides, fresh, keep_found=find_stage(first) is not STAGES[0])
     stages = STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]
     stage, worked = stages[0], False
     take_lock(run.path, _OWNER)
@@ -88,9 +89,8 @@ def run_series(
                 write_state(run.path, SeriesState(state="running"))
                 for stage in stages:
                     check(stop)
-                    worked |= _run_unless_current(run, stage, fresh, worked, console, stop)
+                    worked |= _run_unless_current(run, stage, worked, console, stop)
                 check(stop)
-                run.save()  # a changed setting on which no stage rests
                 conclude(run, worked)
                 write_state(run.path, SeriesState(state="done"))
             except (Exception, KeyboardInterrupt) as error:
@@ -109,8 +109,9 @@ def run_series(
 
 def _begin(run: RunDir, stages: Sequence[Stage], fresh: bool, console: Console) -> None:
     require_ancestors(run, stages[0])
+    run.save_settings()  # whoever resumes finds them, also where the first stage lacks its hardware
     if fresh and run.manifest():
-        run.save()  # whoever resumes finds the profile's settings
+        run.forget(stages)  # whoever resumes runs them all
         _move_aside(run, stages)
     if differing := differing_settings(run.config):
         settings = ", ".join(f"{key}={value}" for key, value in differing.items())
@@ -118,16 +119,14 @@ def _begin(run: RunDir, stages: Sequence[Stage], fresh: bool, console: Console) 
         show(console, f"[dim]  {escape(text)}[/dim]")
 
 
-def _run_unless_current(
-    run: RunDir, stage: Stage, fresh: bool, worked: bool, console: Console, stop: StopRequest
-) -> bool:
+def _run_unless_current(run: RunDir, stage: Stage, worked: bool, console: Console, stop: StopRequest) -> bool:
     """Whether it had to run; `worked` is whether one before it had to."""
-    record, reason = run.record(stage), "--fresh" if fresh else run.stale_because(stage)
+    record, reason = run.record(stage), run.stale_because(stage)
     if reason is None:
         text = f"unchanged, not run again (took {record.get('seconds', 0):.0f} s)"
         show(console, f"[dim]  {stage.number} {stage.title}: {text}[/dim]")
         return False
-    if record.get("state") == "done" and not fresh:
+    if record.get("state") == "done":
         show(console, f"[dim]  {stage.number} {stage.title}: again, because {escape(reason)}[/dim]")
     deadline = Deadline.of(run.config.hardware.max_hours)
     if worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
@@ -139,7 +138,7 @@ def _run_unless_current(
 
 def run_stage(run: RunDir, stage: Stage, console: Console, stop: StopRequest) -> None:
     """Execute one notebook into report/notebooks/; raises HardwareError where the machine cannot, and as `execute`."""
-    require_hardware(run, stage)  # before anything of a profile is written that needs another machine
+    require_hardware(run, stage)  # before the folder is a run of a profile that needs another machine
     run.save()
     output = run.file(f"report/notebooks/{stage.name}.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +205,7 @@ def _ended_by(error: BaseException, run: RunDir, stage: Stage, stop: StopRequest
         with suppress(OSError):  # on a full disk it stays "running", which means the same
             run.write_record(stage, **{**record, "state": "failed", "error": str(ended)[:500]})
     ended.stage = stage
-    ended.resume = f"{command()} run --profile {run.config.profile} --run-dir {run.path} --from {stage.number}"
+    ended.resume = command("run", "--profile", run.config.profile, "--run-dir", run.path, "--from", stage.number)
     return ended
 
 
