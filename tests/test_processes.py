@@ -21,6 +21,18 @@ print(child.pid, flush=True)
 time.sleep(60)
 """
 
+IGNORES = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+STARTS_WHAT_IGNORES = f"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {IGNORES!r}], start_new_session=True)
+time.sleep(60)
+"""
+
 
 def wait_for_pid(log: Path) -> int:
     for _ in range(200):
@@ -75,3 +87,31 @@ time.sleep(60)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert is_gone(grandchild)
+
+
+@pytest.mark.parametrize("way", ["left", "asked to stop"])
+def test_what_ignores_the_request_to_end_goes_with_the_command_that_does_not(tmp_path, way):
+    with Child([sys.executable, "-c", STARTS_WHAT_IGNORES], tmp_path / "log") as child:
+        grandchild = wait_for_pid(tmp_path / "log")
+        if way == "asked to stop":
+            child.ask_to_stop()
+            assert child.wait(20) == 128 + signal.SIGTERM
+    assert is_gone(grandchild, within_s=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("source", [STARTS_ANOTHER, STARTS_WHAT_IGNORES])
+def test_a_command_that_is_killed_leaves_nothing_behind(tmp_path, source, number):
+    with Child([sys.executable, "-c", source], tmp_path / "log") as child:
+        grandchild = wait_for_pid(tmp_path / "log")
+        time.sleep(1.5)  # it is looked for twice a second
+        psutil.Process(grandchild).parent().send_signal(number)
+        assert child.wait(20) == 128 + number
+    assert is_gone(grandchild, within_s=1)
+
+
+def test_no_half_of_a_secret_is_among_the_last_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", key := "c0ffee" * 7)
+    with Child([sys.executable, "-c", f"print('x' * 280 + ' {key}')"], tmp_path / "log") as child:
+        assert child.wait(20) == 0
+    assert child.last_words() == "x" * 280 + " ***"

@@ -1,7 +1,8 @@
 """The one way in which the series starts a process of its own: output in a log, its end tied to ours.
 
 It runs below a watcher (this module as a program), whose standard input the parent holds open. When that closes, however
-the parent ended, the watcher ends the command and all that it started: nothing of a killed notebook keeps a GPU.
+the parent ended, the watcher ends the command and all that it started: nothing of a killed notebook keeps a GPU. Where
+the command ends first, killed or not, the watcher ends what it left behind.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import psutil
 from utils.project import ROOT, python_path
 
 _GRACE_S = 5.0  # between "please end" and SIGKILL
+_LOOK_S = 0.5  # between two looks at what the command has started
 
 
 class Child:
@@ -66,9 +69,11 @@ class Child:
         self._watcher.wait()
 
     def last_words(self) -> str:
-        """The last line of its log that is not empty, for a sentence about why it ended."""
+        """The last line of its log that is not empty, for a sentence about why it ended; no secret, nor half of one."""
+        from utils.secrets import redact  # which imports this module
+
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "no message"
+        return redact(lines[-1])[:300] if lines else "no message"
 
 
 def find_driver() -> psutil.Process | None:
@@ -80,29 +85,55 @@ def find_driver() -> psutil.Process | None:
     return None
 
 
-def _end(process: subprocess.Popen, kill: bool) -> None:
-    """SIGTERM to the process and all that it started, sessions of their own too; with `kill` SIGKILL to what stays."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        family = [parent, *parent.children(recursive=True)]
-        for number in (signal.SIGTERM, signal.SIGKILL) if kill else (signal.SIGTERM,):
-            for member in family:
+class _Family:
+    """A command and all that it started, sessions of their own too: who was seen once stays known as an orphan."""
+
+    def __init__(self, pid: int):
+        self._members = [psutil.Process(pid)]
+        self._lock = threading.Lock()
+
+    def look(self) -> list[psutil.Process]:
+        """Who is there now. A zombie is not: nobody may ever ask for an orphan's status."""
+        with self._lock:
+            found: list[psutil.Process] = []
+            for member in self._members:  # the oldest first, which finds most of the others
                 with contextlib.suppress(psutil.Error):
-                    member.send_signal(number)
-            family = psutil.wait_procs(family, timeout=_GRACE_S)[1] if kill else []
+                    if member not in found and member.status() != psutil.STATUS_ZOMBIE:
+                        found += [member, *member.children(recursive=True)]
+            self._members = list(dict.fromkeys(found))
+            return self._members
+
+    def send(self, number: int) -> None:
+        for member in self.look():
+            with contextlib.suppress(psutil.Error):
+                member.send_signal(number)
+
+    def end(self) -> None:
+        """SIGTERM, and SIGKILL for what is still there after the grace."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self.send(number)
+            until = time.monotonic() + _GRACE_S
+            while self.look() and time.monotonic() < until:
+                time.sleep(0.05)
 
 
-def _watch(process: subprocess.Popen) -> None:
+def _watch(family: _Family) -> None:
     while os.read(0, 1):  # not sys.stdin, whose lock a daemon thread would still hold at the interpreter's end
-        _end(process, kill=False)
-    _end(process, kill=True)
+        family.send(signal.SIGTERM)
+    family.end()
 
 
 def main(command: Sequence[str]) -> int:
-    """Run `command` until it ends or our standard input closes; returns its exit status."""
+    """Run `command` until it ends or our standard input closes, and end what it leaves; returns its exit status."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    threading.Thread(target=_watch, args=(process,), daemon=True).start()
-    status = process.wait()
+    family = _Family(process.pid)
+    threading.Thread(target=_watch, args=(family,), daemon=True).start()
+    while True:
+        family.look()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(_LOOK_S)
+            break
+    family.end()  # here, since the thread may wait for the parent for ever
     return status if status >= 0 else 128 - status
 
 

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+import time
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -88,6 +91,51 @@ def test_a_build_never_overwrites_and_a_missing_tool_is_named(monkeypatch, tmp_p
     with pytest.raises(HardwareError, match="no-python is not installed"):
         build_llama_cpp(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("code", ["sys.stderr.write('the reason\\n')", "print('the reason')"])
+def test_a_program_that_fails_is_told_with_the_last_line_of_its_errors(code):
+    aside = "print('-- incomplete', flush=True); " if "stderr" in code else ""
+    words = [sys.executable, "-c", f"import sys; {code}; {aside}sys.exit(1)"]
+    with pytest.raises(ModelError, match=rf"{Path(sys.executable).name} failed \(the reason\); do without\."):
+        gguf_files._call(words, ModelError, "do without")
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_unsloths_build_is_taken_where_it_can_be_fetched(monkeypatch, tmp_path, fetched):
+    called = []
+
+    def call(words, kind, advice):
+        called.append(words[-1])
+        if not fetched:
+            raise kind(advice)
+
+    monkeypatch.setattr(gguf_files, "_call", call)
+    monkeypatch.setattr(gguf_files, "find_llama_cpp", lambda: tmp_path / "unsloth")
+    monkeypatch.setattr(gguf_files, "build_llama_cpp", lambda folder: tmp_path / "built")
+    assert gguf_files.install_llama_cpp() == tmp_path / ("unsloth" if fetched else "built")
+    assert len(called) == 1 and "unsloth_zoo" in called[0]
+
+
+def test_a_build_ends_with_what_called_for_it(tmp_path):
+    file = tmp_path / "pid"
+    builds = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid()) + ';'); time.sleep(60)"
+    calls = (
+        f"import sys; from utils.export.gguf import _call; _call([sys.executable, '-c', {builds!r}], ValueError, '')"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", calls], cwd=ROOT)
+    until = time.monotonic() + 60
+    while not (file.exists() and file.read_text().endswith(";")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    build = psutil.Process(int(file.read_text()[:-1]))
+    caller.kill()
+    caller.wait()
+    try:
+        assert not psutil.wait_procs([build], timeout=8)[1] or build.status() == psutil.STATUS_ZOMBIE
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            build.kill()
 
 
 def answering(monkeypatch, tokens) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pandas as pd
@@ -200,7 +201,24 @@ def test_a_plan_is_kept_and_found_again_until_what_it_is_for_changes(loaded, mon
     assert plan_on_file(run, rows, 1) is None  # nor on another GPU
     monkeypatch.setenv("WORLD_SIZE", "2")  # launched processes take it all the same: they have to cut an update alike
     assert plan_on_file(run, rows, 1) == StepPlan(2, 2, 1)
-    run.file("training/step_plan.json").write_text('{"step_plan": ')
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+@pytest.mark.parametrize("damage", ["cut", "{}", "[]", "null", "no plan", "no for", "another key", "a list"])
+def test_a_damaged_plan_is_no_plan(loaded, monkeypatch, damage, world):
+    run, model, tokenizer, rows = loaded
+    choose_plan(run, model, tokenizer, rows, MAKE)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert plan_on_file(run, rows, 1)
+    text = (file := run.file("training/step_plan.json")).read_text()
+    renamed = {"no plan": "step_plan", "no for": "for", "another key": "recompute_layers"}
+    if damage == "cut":
+        text = text[: len(text) // 2]
+    elif damage == "a list":
+        text = json.dumps(json.loads(text) | {"step_plan": [1, 4, 2]})
+    else:
+        text = text.replace(f'"{renamed[damage]}":', '"other":') if damage in renamed else damage
+    file.write_text(text)
     assert plan_on_file(run, rows, 1) is None
 
 

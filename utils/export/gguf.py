@@ -10,7 +10,6 @@ import os
 import runpy
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from utils.export.compare_logits import NEW_TOKENS, Continuations, compare_token
 from utils.files import atomic_folder
 from utils.pipeline.run_dir import RunDir
 from utils.processes import Child
-from utils.project import ROOT, command, python_path
+from utils.project import command
 from utils.schema import GgufType
 
 SOURCE = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp, converter and all
@@ -65,9 +64,11 @@ def find_llama_cpp() -> Path | None:
 def install_llama_cpp() -> Path:
     """unsloth's ready build where unsloth is installed and reaches it, else one from llama-cpp-python's source."""
     fetch = "from unsloth_zoo.llama_cpp import install_llama_cpp; install_llama_cpp()"
-    fetched = subprocess.run([sys.executable, "-c", fetch], capture_output=True, check=False)
-    found = find_llama_cpp() if fetched.returncode == 0 else None
-    return found or build_llama_cpp(_HOME)
+    try:
+        _call([sys.executable, "-c", fetch], *_NOT_BUILT)
+    except HardwareError:
+        return build_llama_cpp(_HOME)
+    return find_llama_cpp() or build_llama_cpp(_HOME)
 
 
 def build_llama_cpp(folder: Path) -> Path:
@@ -98,14 +99,15 @@ def build_llama_cpp(folder: Path) -> Path:
 def _call(words: Sequence[str | Path], kind: type[UserError], advice: str) -> None:
     """Run a program; raises `kind` with its last line where it fails or is not installed."""
     print("+", *words, flush=True)
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    try:
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, check=False)
-    except FileNotFoundError:
-        raise kind(f"{words[0]} is not installed, which llama.cpp is built with; {advice}.") from None
-    if done.returncode:  # llama-quantize cuts strings in the middle of a character
-        lines = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
-        raise kind(f"llama.cpp's {Path(words[0]).name} failed ({(lines or ['no message'])[-1][:300]}); {advice}.")
+    if shutil.which(words[0]) is None:
+        raise kind(f"{words[0]} is not installed, which llama.cpp is built with; {advice}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        printed = Path(scratch) / "stdout"  # apart: cmake's last line there says nothing of the reason
+        with Child(["sh", "-c", 'exec "$@" > "$0"', printed, *words], Path(scratch) / "stderr") as child:
+            if child.wait() == 0:
+                return
+        child.log = child.log if child.log.stat().st_size else printed
+        raise kind(f"llama.cpp's {Path(words[0]).name} failed ({child.last_words()}); {advice}.")
 
 
 def file_name(kind: str) -> str:

@@ -129,8 +129,8 @@ def sync_tracking(run_dir: Path, key: Secret, log: Callable[[str], None] = print
                 status, problem = 1, f"no end after {_SYNC_TIMEOUT_S} s"
         if status or not list(folder.glob("*.synced")):
             raise InfrastructureError(
-                f"wandb took {number} of {len(folders)} offline runs ({problem.replace(key.value, '…')}); the others stay "
-                "in tracking/wandb: run publish again."
+                f"wandb took {number} of {len(folders)} offline runs ({problem}); the others stay in tracking/wandb: "
+                "run publish again."
             )
         log(f"sent {folder.name}")
 
