@@ -69,8 +69,10 @@ def test_two_processes_give_the_answers_of_one(small_copy):
     assert done.returncode == 0, done.stdout + done.stderr
     after = read_jsonl(small_copy / "baseline" / "answers.jsonl")
     assert len(after) == len(before) == 16 and {a["id"]: a for a in after} == {a["id"]: a for a in before}
-    log = (small_copy / "workers" / "baseline-1.log").read_text(encoding="utf-8")
-    assert "8 questions on device cpu" in log
+    share = json.loads((small_copy / "workers" / "baseline-1.json").read_text(encoding="utf-8"))
+    assert len(share) == 8 and "Traceback" not in (small_copy / "workers" / "baseline-1.log").read_text(
+        encoding="utf-8"
+    )
     assert not list((small_copy / "baseline").glob("answers.*.jsonl"))
 
 

@@ -63,6 +63,7 @@ def read_metadata() -> dict[str, Any]:
     try:
         found = parse_json(METADATA.read_text(encoding="utf-8"))
         wrong = [key for kind, keys in _EXPECTED.items() for key in keys if not isinstance(found[key], kind)]
+        wrong += [key for key in _EXPECTED[list] if not all(isinstance(part, str) for part in found[key])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KaggleError(f"{METADATA} cannot be read ({error!r}); take it back from git.") from None
     if wrong:
