@@ -33,7 +33,7 @@ _MEANINGS = {
     "BackendError": "none attached (a pushed run has none), or a failure of Kaggle's",
     "CredentialError": "this session has no access to secrets",
     "ConnectionError": "no connection; is the internet switched on?",
-    "SecretNotFoundError": "none of that name",
+    "SecretNotFoundError": "none of that name",  # pragma: allowlist secret
     "NotebookAccessError": "there, but its switch for this notebook is off",
     "TimeoutException": "no answer; it is read only where the notebook is open in Colab",
     "AttributeError": "no notebook is open in Colab here",
