@@ -265,7 +265,9 @@ def test_offline_tracking_that_cannot_be_sent_stays_and_is_told(hub_server, run)
         "run.log({'loss': 1}); run.finish()"
     )
     (run / "tracking").mkdir()
-    environment = {**os.environ, "WANDB_DIR": str(run / "tracking"), "WANDB_SILENT": "true"}
+    # Without WANDB_SERVICE, which another test's wandb leaves in this process: it names a service that has ended.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"WANDB_DIR": str(run / "tracking"), "WANDB_SILENT": "true"}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=run.parent, check=True, timeout=120)
     (folder,) = offline_runs(run)
     before = contents(run)
