@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -22,7 +23,19 @@ def isolated(kaggle: Path, *command: str | Path) -> list[str]:
 
     As on Kaggle, the session's first process is the machine's. Skips the test where the system does not allow it.
     """
-    inside = ["unshare", "-rnpm", "--fork", "--kill-child", "--mount-proc", "sh", "-c", _SETUP]
+    inside = [
+        "flock",
+        "--shared",
+        "/",
+        "unshare",
+        "-rnpm",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "sh",
+        "-c",
+        _SETUP,
+    ]
     if not _is_allowed(tuple(inside)):
         pytest.skip("no unshare or ip here, or it is not allowed: a session cannot be shut off from this machine")
     return [*inside, *map(str, (kaggle, *command))]
@@ -35,12 +48,16 @@ def _is_allowed(inside: tuple[str, ...]) -> bool:
     except OSError:
         return False
     finally:
-        _leave_no_trace()
+        leave_no_trace()
 
 
-def _leave_no_trace() -> None:
-    with contextlib.suppress(OSError):  # not empty: it is no trace of ours
+def leave_no_trace() -> None:
+    """Remove the machine's /kaggle, but never below another session's mount: removing a mount point detaches it everywhere."""
+    machine = os.open("/", os.O_RDONLY)
+    with contextlib.suppress(OSError):  # in use by another session, or not empty: no trace of ours
+        fcntl.flock(machine, fcntl.LOCK_EX | fcntl.LOCK_NB)
         Path("/kaggle").rmdir()
+    os.close(machine)
 
 
 class Machine:
@@ -80,7 +97,7 @@ class Machine:
                 command, cwd=self.empty, env=self.environment, capture_output=True, text=True, check=False, timeout=900
             )
         finally:
-            _leave_no_trace()
+            leave_no_trace()
 
     def hand_output_to(self, server: KaggleServer, session: subprocess.CompletedProcess) -> None:
         """What lies in /kaggle/working becomes the output of the server's kernel, with log and status."""

@@ -13,7 +13,7 @@ import zipfile
 import nbformat
 
 from tests.e2e.conftest import IN_DOTENV, IN_ENVIRONMENT, read_manifest
-from tests.sessions import isolated
+from tests.sessions import isolated, leave_no_trace
 from utils.pipeline.stages import STAGES
 
 
@@ -91,3 +91,13 @@ def test_the_session_could_reach_nobody(kaggle_server, tmp_path):
     assert subprocess.run(probe, capture_output=True, check=False).returncode == 0  # from outside it is reached
     done = subprocess.run(isolated(tmp_path, *probe), capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "ConnectionRefusedError" in done.stderr, done.stderr
+
+
+def test_the_end_of_one_session_leaves_another_its_folder(tmp_path):
+    """Removing a mount point takes the mount away from every session that has it."""
+    (tmp_path / "mine").touch()
+    command = isolated(tmp_path, "sh", "-c", "echo ready; read line; ls /kaggle")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
+        assert session.stdout.readline() == "ready\n"
+        leave_no_trace()  # as another session's end does
+        assert session.communicate("\n")[0] == "mine\n"
