@@ -31,7 +31,7 @@ class Result(BaseModel, extra="forbid", frozen=True):
     ci95: Interval
     test: str
     p_value: float  # two-sided
-    p_holm: float | None = None  # corrected over all secondary metrics; the primary needs none
+    p_holm: float | None = None  # corrected over all that is only described; what decides needs none
 
 
 class Claim(BaseModel, extra="forbid"):
