@@ -8,9 +8,11 @@ import re
 import statistics
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks import merge, repeatability
+from benchmarks.calibration import Case, run_experiment
 from benchmarks.evidence import add_to_file
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train_cases import CASES, flops_per_token
@@ -253,3 +255,19 @@ def test_the_merge_benchmark_describes_its_options_and_no_number_of_rounds_but_t
     options = [name for name, value in inspect.signature(merge.main).parameters.items() if name != "base"]
     assert [name for name in options if f"--{name}" not in merge.__doc__] == []
     assert not re.search(r"(two|three|\d) rounds", merge.__doc__, re.IGNORECASE)
+
+
+def test_the_calibration_calls_no_model_better_or_worse_that_knows_as_much_and_keeps_what_00_announces():
+    cases = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text(encoding="utf-8"))["cases"]
+    for name in ("no difference", "fewer letters, same knowledge", "shorter, same knowledge"):
+        assert cases[name]["better"] + cases[name]["worse"] <= 0.05, name
+    gains = {name: case for name, case in cases.items() if "announced" in case}
+    assert len(gains) == 3
+    for name, case in gains.items():
+        assert case["better"] == pytest.approx(case["announced"], abs=0.05), name
+
+
+def test_a_simulated_run_without_a_difference_is_judged_by_the_code_that_judges_real_ones():
+    forms = np.array([[1.0, 1.0], [0.0, 0.0]])
+    for case, verdict in ((Case(), "cannot tell"), (Case(gain=0.4, asked=0.1), "better")):
+        assert run_experiment(case, 300, forms, np.random.default_rng(1)) == verdict
