@@ -46,16 +46,22 @@ def load_recipe(name: str, seed: int, more: dict | None = None):
     return load_config("demo", settings | (more or {}))
 
 
-def train_once(config, folder: Path, steps: int | None = None, resume: str | None = None):
-    """(trainer, tokenizer) after training on the demo's rows, to the end or for `steps` updates."""
-    from utils.evaluation.loss import tokenize_row
+def demo_rows(config, tokenizer) -> pd.DataFrame:
+    """The demo's training rows: prompt, completion and tokens."""
+    from utils.models.prompt_format import tokenize_row
+
+    pairs = [format_row(row, config.prompt) for row in demo_data.tuning_rows("train", config.data.train_rows)]
+    rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
+    return rows.assign(tokens=[len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs])
+
+
+def train_once(config, folder: Path, steps: int | None = None, resume: str | None = None, rows=None):
+    """(trainer, tokenizer, plan) after training on `rows` or the demo's, to the end or for `steps` updates."""
     from utils.training.step_plan import choose_plan, recompute_as
 
     load_with_lora, make_trainer = notebook_functions()
     model, tokenizer = load_with_lora(config)
-    pairs = [format_row(row, config.prompt) for row in demo_data.tuning_rows("train", config.data.train_rows)]
-    rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
-    rows["tokens"] = [len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs]
+    rows = demo_rows(config, tokenizer) if rows is None else rows
     (folder / "training").mkdir(parents=True, exist_ok=True)
     plan = choose_plan(StageRun(folder, config, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
     trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder / "checkpoints"))
