@@ -19,12 +19,12 @@ import numpy as np
 import pandas as pd
 import typer
 
+from benchmarks.evidence import add_to_file
 from benchmarks.recipe import notebook_functions
 from utils.config import load_config
 from utils.data import synthetic as demo_data
 from utils.data.prompts import format_prompt, format_row
 from utils.evaluation.questions import Question
-from utils.files import write_json
 from utils.hardware import gpus, installed
 from utils.pipeline.stage import StageRun
 from utils.pipeline.stages import BY_NAME
@@ -149,7 +149,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
             }
             del model
             free_memory()
-            write_json(out, evidence)
+            add_to_file(out, evidence)
             print(name, seed, evidence["runs"][f"{name}, seed {seed}"], flush=True)
     pooled = {name: {key: np.concatenate([m[key] for m in runs]) for key in runs[0]} for name, runs in found.items()}
     groups = list(pooled["ours"]["group"])
@@ -157,7 +157,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
     evidence["nll_ratio"] = round(float(pooled["ours"]["nll"].mean() / pooled["tutorial"]["nll"].mean()), 4)
     evidence["accuracy"] = {"tutorial": accuracy.base, "ours": accuracy.tuned, "difference": accuracy.difference,
                             "ci95": accuracy.ci95, "n": accuracy.n}  # fmt: skip
-    write_json(out, evidence)
+    add_to_file(out, evidence)
     with tempfile.TemporaryDirectory() as scratch:
         config = load_recipe("tutorial", SEEDS[0])
         again = losses(train_once(config, Path(scratch) / "again")[0])
@@ -173,7 +173,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
         "last_loss_difference": abs(resumed[-1] - first[-1]),
         "largest_loss_difference": max(abs(a - b) for a, b in zip(first, resumed, strict=True)),
     }
-    write_json(out, evidence)
+    add_to_file(out, evidence)
     print(json.dumps({key: evidence[key] for key in ("nll_ratio", "accuracy", "same_seed_twice", "resume")}))
 
 
