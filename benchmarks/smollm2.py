@@ -73,8 +73,9 @@ class Bench:
         return {name for name, result in self.found(section).items() if result["exit_status"] == 0}
 
     def series_job(self, section: str, name: str, profile: str, settings: dict[str, object], last: str = "05") -> Job:
-        """A run of the series to the stage `last`, whose figures go to a section of smollm2.json."""
+        """A new run of the series to the stage `last`, whose figures go to a section of smollm2.json."""
         run_dir, all_settings = self.folder(name), {**self.settings, **settings, **self.more}
+        shutil.rmtree(run_dir, ignore_errors=True)  # what was interrupted would show too few seconds
         command = [sys.executable, "-m", "utils", "run", "--profile", profile, "--run-dir", str(run_dir), "--to", last]
 
         def collect(status: int, seconds: float) -> None:
@@ -175,20 +176,20 @@ def main(
     bench = Bench(settings, dict(item.split("=", 1) for item in set_ or []), work.resolve(), out.resolve())
     work.mkdir(parents=True, exist_ok=True)
     if FIRST not in bench.passed("cases"):
-        shutil.rmtree(bench.folder(FIRST), ignore_errors=True)  # it is timed from the beginning
         run_jobs([bench.series_job("cases", FIRST, profile, CASES[FIRST])], bench)
         if FIRST not in bench.passed("cases"):
             raise SystemExit(f"{FIRST} failed, and all else rests on it; see {bench.folder(FIRST)}.log")
     beside = {"generate.batch_size": 128}  # it changes no answer, and the others on the GPU want memory too
-    jobs = [bench.series_job("cases", n, profile, CASES[n] | beside) for n in CASES.keys() - bench.passed("cases")]
-    for name in CONTROLS.keys() - bench.passed("controls"):
-        if not bench.folder(name).exists():  # the first case's rows and baseline answers
-            shutil.copytree(bench.folder(FIRST), bench.folder(name))
-        jobs.append(bench.series_job("controls", name, profile, CASES[FIRST] | beside | CONTROLS[name], last="04"))
+    jobs = []
     for form in FORMS - bench.passed("forms"):
         tiny = {"model.name": save_tiny_model(form, bench.folder(f"{form} model")), **FEW}
         jobs.append(bench.series_job("forms", form, "t4", tiny))
     jobs += [bench.seed_job(n) for n in range(1, seeds + 1) if not (work / f"parity/seed-{n:02}.json").exists()]
+    jobs += [bench.series_job("cases", n, profile, CASES[n] | beside) for n in CASES.keys() - bench.passed("cases")]
+    for name in CONTROLS.keys() - bench.passed("controls"):
+        control = bench.series_job("controls", name, profile, CASES[FIRST] | beside | CONTROLS[name], last="04")
+        shutil.copytree(bench.folder(FIRST), bench.folder(name))  # the first case's rows and baseline answers
+        jobs.append(control)
     run_jobs(jobs, bench, at_once)
 
 
