@@ -1,4 +1,4 @@
-"""The command line: `python -m utils run | score | verify | bundle | push | collect | publish`."""
+"""The command line: `python -m utils run | score | verify | ask | bundle | push | collect | publish`."""
 
 from __future__ import annotations
 
@@ -149,6 +149,22 @@ def verify(run_dir: RunDirArgument) -> None:
     for name, values in figures.items():
         text = ", ".join(f"{key} {value}" for key, value in values.items())
         _print(f"✓ {name}: {text}".replace("_", " "), style="green")
+
+
+@app.command()
+def ask(
+    run_dir: RunDirArgument,
+    question: Annotated[str, typer.Argument(help="A question of your own, in quotes.")],
+) -> None:
+    """Answer a question of your own by the base and the fine-tuned model, as they write; the run stays as it is."""
+    from utils import evaluation
+    from utils.pipeline.stage import require_hardware
+    from utils.pipeline.stages import BY_NAME
+
+    run = _open(run_dir)
+    evaluation.require_adapter(run)
+    require_hardware(run, BY_NAME["04_comparison"])
+    evaluation.ask(run, *evaluation.load_for_inference(run, "tuned"), question)
 
 
 @app.command()

@@ -170,8 +170,10 @@ def _up_to_end(ids: list[int], tokenizer) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
-def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection) -> list[list[int]]:
-    """Up to `steps` new token ids for each row, padding after the end token included.
+def generate_batch(
+    model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection, streamer=None
+) -> list[list[int]]:
+    """Up to `steps` new token ids for each row, padding after the end token included; a `streamer` shows a single row's.
 
     Padded on the left by hand: unsloth's generate turns the tokenizer's padding_side to the right (issue 3283).
     """
@@ -195,6 +197,7 @@ def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, confi
             logits_processor=sampling_processors(config, streams, width, model.device),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
         )
     return output[:, width:].tolist()
 
