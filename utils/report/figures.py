@@ -97,8 +97,8 @@ def _draw_bars(axis, metrics: dict) -> None:
     accuracies = [result for result in results.values() if "accuracy" in result["label"]]
     form = [results[name] for name in ("well_formed", "parsed", "multiple_choice") if name in results]
     choices = (
-        ("Right answers", accuracies if metrics["primary"] in accuracies else []),
-        ("Form and right answers" if len(form) > 1 else "Form of the answers", form),
+        ("Right answers", accuracies if metrics["primary"] in accuracies or not form else []),
+        ("Form and knowledge" if "multiple_choice" in results else "Form of the answers", form),
         ("Held-out loss", [result for result in results.values() if result["unit"] == "nats per token"]),
     )
     title, chosen = next((title, found[:3]) for title, found in choices if found)
