@@ -30,7 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pret
 # A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
 console = Console(force_terminal=sys.stdout.isatty())
 RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
-ProfileOption = Annotated[str, typer.Option(help="demo, tutorial, t4 or full; auto picks by the hardware.")]
+ProfileOption = Annotated[str, typer.Option(help="demo, smollm2, tutorial, t4 or full; auto picks by the hardware.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")]
 UserOption = Annotated[str, typer.Option(help="Your Kaggle user name; else the one that you are signed in as.")]
 PollOption = Annotated[float, typer.Option(help="Seconds between two questions about the session.")]

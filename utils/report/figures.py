@@ -91,13 +91,15 @@ def compose_comparison(base: Evaluation, tuned: Evaluation, metrics: dict):
 
 
 def _draw_bars(axis, metrics: dict) -> None:
-    """Both models' means with their intervals, of up to three results that share an axis: accuracies, else the other
-    shares, else the losses."""
-    results = (metrics["primary"], *metrics["secondary"])
+    """Both models' means with their intervals, of up to three results that share an axis: where right answers decide
+    nothing, well-formed ones beside them, so that form and knowledge are seen apart."""
+    results = {result["name"]: result for result in (metrics["primary"], *metrics["secondary"])}
+    accuracies = [result for result in results.values() if "accuracy" in result["label"]]
+    form = [results[name] for name in ("well_formed", "parsed", "multiple_choice") if name in results]
     choices = (
-        ("Right answers", [result for result in results if "accuracy" in result["label"]]),
-        ("Form of the answers", [result for result in results if result["unit"] == "share"]),
-        ("Held-out loss", [result for result in results if result["unit"] == "nats per token"]),
+        ("Right answers", accuracies if metrics["primary"] in accuracies or not form else []),
+        ("Form and knowledge" if "multiple_choice" in results else "Form of the answers", form),
+        ("Held-out loss", [result for result in results.values() if result["unit"] == "nats per token"]),
     )
     title, chosen = next((title, found[:3]) for title, found in choices if found)
     share = all(result["unit"] == "share" for result in chosen)
