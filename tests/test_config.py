@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -368,3 +369,28 @@ def test_any_override_validates_or_is_a_config_error(overrides):
         assert load_config("demo", overrides).to_yaml()
     except ConfigError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            {"train.keep": "best"},
+            "train.keep is best, but there are no validation rows to decide by; set data.validation_rows",
+        ),
+        (
+            {"train.early_stopping_patience": 2},
+            "train.early_stopping_patience is set, but there are no validation rows",
+        ),
+        (
+            {"train.keep": "best", "data.validation_rows": 9, "train.eval_steps": 7},
+            "train.save_steps=60 is no multiple of train.eval_steps=7; change either",
+        ),
+    ],
+)
+def test_what_the_validation_loss_decides_needs_validation_rows_and_checkpoints_where_it_is_measured(
+    overrides, sentence
+):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load_config("demo", overrides)
+    assert load_config("demo", {"train.keep": "best", "data.validation_rows": 9}).train.eval_steps == 20

@@ -53,18 +53,37 @@ def draw_lengths(frame: pd.DataFrame, limit: int, path: Path) -> Path:
 
 
 def draw_loss(log: pd.DataFrame, path: Path) -> Path:
-    """Training loss by step with a running mean, and the learning rate (columns step, loss, learning_rate)."""
+    """Training loss by step with a running mean, validation loss where there is one, and the learning rate.
+
+    Columns: step, loss, eval_loss, learning_rate.
+    """
     figure = Figure(figsize=(10, 3.4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
+    validation, log = log.dropna(subset="eval_loss"), log.dropna(subset="loss")
     if len(log):
-        left.plot(log["step"], log["loss"], color=BASE, linewidth=1, label="each step")
+        left.plot(log["step"], log["loss"], color=BASE, linewidth=1, label="training, each step")
         smooth = log["loss"].rolling(max(2, len(log) // 15), min_periods=1).mean()
-        left.plot(log["step"], smooth, color=TUNED, linewidth=2.2, label="running mean")
+        left.plot(log["step"], smooth, color=TUNED, linewidth=2.2, label="training, running mean")
+        if len(validation):
+            left.plot(
+                validation["step"],
+                validation["eval_loss"],
+                color="#d1495b",
+                marker="o",
+                markersize=4,
+                label="validation rows",
+            )
         left.legend(frameon=False)
         right.plot(log["step"], log["learning_rate"], color="#30638e", linewidth=2)
     else:
         left.text(0.5, 0.5, "no steps were taken", ha="center", transform=left.transAxes)
-    _finish(left, "Training loss", xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
+    _finish(
+        left,
+        "Training and validation loss" if len(validation) else "Training loss",
+        xlabel="optimizer step",
+        ylabel="nats per token",
+        ylim=(0, None),
+    )
     _finish(right, "Learning rate", xlabel="optimizer step", ylim=(0, None))
     return _save(figure, path)
 
