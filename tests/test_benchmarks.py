@@ -16,6 +16,7 @@ from benchmarks import merge, repeatability, smollm2
 from benchmarks.calibration import Case, run_experiment
 from benchmarks.evidence import add_to_file
 from benchmarks.packing import ratio_over_seeds
+from benchmarks.series import summarise
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train_cases import CASES, flops_per_token
 from utils.export.compare_logits import check_tolerance
@@ -300,3 +301,12 @@ def test_jobs_run_together_with_a_log_and_a_compile_folder_each_and_are_collecte
     assert ended == {"plain, 4-bit": 0, "null run": 3}
     said = [(tmp_path / f"{name}.log").read_text(encoding="utf-8") for name in ("plain-4-bit", "null-run")]
     assert said == [f"{tmp_path / 'plain-4-bit'}-compiled\n", f"{tmp_path / 'null-run'}-compiled\n"]
+
+
+def test_a_null_run_without_an_update_is_summarised_too(tmp_path):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "log.csv").write_text("step,loss,grad_norm\n", encoding="utf-8")
+    assert summarise(tmp_path) == {"stages": {}, "peak_gpu_reserved_gib": 0.0}
+    (tmp_path / "training" / "log.csv").write_text("step,loss,grad_norm\n1,2.5,\n2,2.25,0.5\n", encoding="utf-8")
+    training = summarise(tmp_path)["training"]
+    assert training["losses"] == [2.5, 2.25] and training["gradients_not_finite"] == 1 and not training["finite"]
