@@ -1,7 +1,5 @@
 """Atomic writes and fingerprints of files: what is on disk is whole, and what it was is known."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Nothing heavy is imported here: a process that only checks stays light.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from utils.errors import HardwareError, PinError, RunDirError
+from utils.errors import HardwareError, RunDirError
 from utils.project import KAGGLE, ROOT
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ def gpu_ids() -> tuple[str, ...]:
     return tuple(name.strip() for name in names[: len(gpus())])
 
 
-def processes(hardware: HardwareSection) -> int:
+def processes(hardware: "HardwareSection") -> int:
     """How many processes share the work: as configured, or one for each GPU."""
     if hardware.processes != "auto":
         return hardware.processes
@@ -112,7 +110,7 @@ def default_profile() -> str:
     return "t4" if gpus() else "demo"
 
 
-def resolve_hardware(hardware: HardwareSection) -> dict[str, str]:
+def resolve_hardware(hardware: "HardwareSection") -> dict[str, str]:
     """What `auto` comes to on this machine: device, backend, dtype, as plain words."""
     device, backend, dtype = hardware.device, hardware.backend, hardware.dtype
     if device == "auto":
@@ -189,9 +187,9 @@ def installed(package: str) -> str | None:
 
 
 def read_pins(path: Path = ROOT / "requirements.txt") -> dict[str, Requirement]:
-    """requirements.txt as {normalised name: Requirement}; raises PinError where the file is missing."""
+    """requirements.txt as {normalised name: Requirement}; raises HardwareError where the file is missing."""
     if not path.exists():
-        raise PinError(f"{path} is missing; take it back from git, the versions are checked against it.")
+        raise HardwareError(f"{path} is missing; take it back from git, the versions are checked against it.")
     lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     pins = [Requirement(line) for line in lines if line and not line.startswith("-")]
     return {canonicalize_name(pin.name): pin for pin in pins}
@@ -200,7 +198,7 @@ def read_pins(path: Path = ROOT / "requirements.txt") -> dict[str, Requirement]:
 def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | None]]:
     """Compare every pin with what is installed: rows of package, pinned, found, holds, needed here.
 
-    Raises PinError for the first package that is installed in another version, or that a run needs and is missing.
+    Raises HardwareError for the first package that is installed in another version, or that a run needs and is missing.
     A package that this machine does without (unsloth without a CUDA GPU, say) is reported and not enforced.
     """
     needed = {canonicalize_name(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
@@ -210,7 +208,7 @@ def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | 
         holds = found is not None and pin.specifier.contains(found, prereleases=True)
         enforced = name in needed or (found is not None and name not in left_to_the_platform())
         if enforce and enforced and not holds:
-            raise PinError(
+            raise HardwareError(
                 f"{name} is {found or 'not installed'}, but requirements.txt asks for {name}{pin.specifier}; "
                 "run `pip install -r requirements.txt` and restart the kernel."
             )

@@ -1,7 +1,5 @@
 """Where this project lives: names, folders and the repository's address, each in exactly one place."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """Secrets, read by name (Kaggle, Colab, environment, .env, cached login, in that order) and hidden in all that leaves."""
 
-from __future__ import annotations
-
 import json
 import netrc
 import os

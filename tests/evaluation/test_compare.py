@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from utils.errors import StageOrderError
+from utils.errors import RunDirError
 from utils.evaluation.compare import compare_models, write_comparison
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import loss_per_token, score_answers
@@ -108,7 +108,7 @@ def test_held_out_rows_without_a_loss_are_counted(run):
     assert metrics["nll_rows_left_out"] == 3
     assert next(r["n"] for r in metrics["secondary"] if r["name"] == "nll") == 7
     base, tuned = evaluations()
-    with pytest.raises(StageOrderError, match="hold different rows"):
+    with pytest.raises(RunDirError, match="hold different rows"):
         compare_models(run, base, replace(tuned, loss=tuned.loss[1:]))
 
 
@@ -122,7 +122,7 @@ def test_a_registration_changed_after_answers_is_said_in_the_sentence(run):
 
 def test_a_primary_that_the_data_cannot_carry_is_a_sentence(run):
     only = [replace(one, scored=one.scored[one.scored["kind"] == "open"], benchmarks=()) for one in evaluations()]
-    with pytest.raises(StageOrderError, match=r"evaluate.primary is multiple_choice, but"):
+    with pytest.raises(RunDirError, match=r"evaluate.primary is multiple_choice, but"):
         compare_models(run, *only)
 
 

@@ -152,13 +152,13 @@ merge_adapter(open_run("auto", {str(merged_run.path)!r}))
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
 
 
-def test_on_kaggle_what_does_not_fit_goes_to_scratch_and_the_old_one_is_not_taken_for_it(
+def test_on_kaggle_what_is_large_goes_to_scratch_and_the_old_one_is_not_taken_for_it(
     merged_run, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(export, "where", lambda: "kaggle")
     monkeypatch.setattr(export.tempfile, "gettempdir", lambda: str(tmp_path / "scratch"))
     assert choose_place(merged_run, "merged", 0.1) == merged_run.file("export/merged")
-    monkeypatch.setattr(export, "free_disk_gib", lambda _: 16.5)
+    monkeypatch.setattr(export, "require_disk", lambda *_: None)
     place = choose_place(merged_run, "merged", 16.0)
     assert place.is_relative_to(tmp_path / "scratch") and "16.0 GiB" in capsys.readouterr().out
     assert not merged_run.file("export/merged").exists() and merged_run.file("export/merged.previous").exists()

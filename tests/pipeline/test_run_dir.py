@@ -14,7 +14,7 @@ import yaml
 from tests.staged import complete, saved, snapshot, stale, write_outputs
 from utils import config, files
 from utils import hardware as platforms
-from utils.errors import ConfigError, RunDirError, StageOrderError
+from utils.errors import ConfigError, RunDirError
 from utils.files import write_text
 from utils.pipeline import run_dir as rundir
 from utils.pipeline.run_dir import altered_files, open_run, read_manifest
@@ -226,7 +226,7 @@ def test_a_changed_input_makes_the_stages_that_read_it_stale_and_those_after_the
         "00": "one of its outputs changed (data/train.parquet differs from what was written)",
         "02": "one of its inputs changed (data/train.parquet differs from what was written)",
     }
-    with pytest.raises(StageOrderError, match=r"03_lora_training needs 00_setup, but one of its outputs"):
+    with pytest.raises(RunDirError, match=r"03_lora_training needs 00_setup, but one of its outputs"):
         open_stage("03_lora_training", "demo", tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_a_changed_removed_or_added_output_makes_its_stage_stale(tmp_path, damag
     run = complete(tmp_path, "03")
     damage(run.file("training/adapter/part.txt"))
     assert stale(run)["03"].startswith("one of its outputs changed (training/adapter/")
-    with pytest.raises(StageOrderError, match="04_comparison needs 03_lora_training, but one of its outputs changed"):
+    with pytest.raises(RunDirError, match="04_comparison needs 03_lora_training, but one of its outputs changed"):
         open_stage("04_comparison", "demo", tmp_path)
 
 

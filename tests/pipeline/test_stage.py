@@ -9,7 +9,7 @@ import pytest
 
 from tests.staged import complete, snapshot, write_outputs
 from utils import hardware as platforms
-from utils.errors import ConfigError, HardwareError, RunDirError, StageOrderError
+from utils.errors import ConfigError, HardwareError, RunDirError
 from utils.pipeline import lock
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stage import open_stage
@@ -23,7 +23,7 @@ def test_a_stage_that_wrote_not_all_of_its_outputs_is_not_done(tmp_path):
     run = open_stage("00_setup", "demo", tmp_path)
     write_outputs(run)
     run.file("data/split.json").unlink()
-    with pytest.raises(StageOrderError, match=r"00_setup did not write data/split.json; run all of its cells"):
+    with pytest.raises(RunDirError, match=r"00_setup did not write data/split.json; run all of its cells"):
         run.finish()
     assert run.stale_because(run.stage) == "it was interrupted"
 
@@ -31,7 +31,7 @@ def test_a_stage_that_wrote_not_all_of_its_outputs_is_not_done(tmp_path):
 @pytest.mark.parametrize(("name", "needed"), NEEDY)
 def test_a_stage_before_the_one_that_it_needs_is_refused_with_the_notebook_to_run(tmp_path, name, needed):
     complete(tmp_path, STAGES[STAGES.index(BY_NAME[needed]) - 1].number) if needed != "00_setup" else None
-    with pytest.raises(StageOrderError, match=f"{name} needs {needed}, but it has not run .*notebooks/{needed}.ipynb"):
+    with pytest.raises(RunDirError, match=f"{name} needs {needed}, but it has not run .*notebooks/{needed}.ipynb"):
         open_stage(name, "demo", tmp_path)
 
 
@@ -40,7 +40,7 @@ def test_a_stage_is_refused_where_what_its_needs_rest_on_is_out_of_date(tmp_path
     complete(tmp_path)
     before = snapshot(tmp_path)
     for name, overrides in (("03_lora_training", {"data.train_rows": 100}), ("05_export", {"lora.r": 8})):
-        with pytest.raises(StageOrderError, match=f"{name} needs .*, but its settings changed"):
+        with pytest.raises(RunDirError, match=f"{name} needs .*, but its settings changed"):
             open_stage(name, "demo", tmp_path, overrides)
     assert snapshot(tmp_path) == before
 
@@ -51,7 +51,7 @@ def test_the_comparison_is_refused_where_the_baseline_was_answered_under_other_c
     record = run.record(asked)
     run.write_record(asked, **{**record, "computed_on": {**record["computed_on"], "dtype": "bfloat16"}})
     with pytest.raises(
-        StageOrderError, match="answered on cpu, transformers, bfloat16, this is cpu, transformers, float32"
+        RunDirError, match="answered on cpu, transformers, bfloat16, this is cpu, transformers, float32"
     ):
         open_stage("04_comparison", "demo", tmp_path)
 
@@ -68,7 +68,7 @@ def test_a_commit_that_was_found_out_is_kept_for_every_later_stage(tmp_path):
 
 def test_a_stage_after_one_that_was_interrupted_is_refused(tmp_path):
     open_stage("00_setup", "demo", tmp_path)
-    with pytest.raises(StageOrderError, match=r"02_dataset_formatting needs 00_setup, but it was interrupted"):
+    with pytest.raises(RunDirError, match=r"02_dataset_formatting needs 00_setup, but it was interrupted"):
         open_stage("02_dataset_formatting", "demo", tmp_path)
 
 
@@ -79,7 +79,7 @@ def test_a_stage_after_one_that_was_interrupted_is_refused(tmp_path):
         (ConfigError, "03", "demo", {"train.max_steps": "x"}),
         (ConfigError, "03", "demo", "train.max_steps=3"),
         (RunDirError, "03", "tutorial", {}),
-        (StageOrderError, "03", "demo", {"model.max_seq_length": 64}),
+        (RunDirError, "03", "demo", {"model.max_seq_length": 64}),
         (HardwareError, "03", "demo", {"hardware.device": "cuda"}),
         (HardwareError, "00", "demo", {"hardware.min_disk_gib": 1e9}),
     ],
@@ -133,4 +133,4 @@ from utils.pipeline import lock
 print(lock._held, [f for fs in shell.events.callbacks.values() for f in fs if f.__module__ == "utils.pipeline.lock"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "StageOrderError" in done.stdout and done.stdout.endswith("\n{} []\n"), done.stdout
+    assert "RunDirError" in done.stdout and done.stdout.endswith("\n{} []\n"), done.stdout

@@ -4,8 +4,6 @@ Only what stands after the closed think block counts. A letter or a name inside 
 crediting those lifts reported accuracy by 11 to 25 points on real outputs.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable

@@ -3,15 +3,13 @@
 No sentence says more than the interval and the corrected p carry: better, worse or cannot tell.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
-from utils.errors import StageOrderError
+from utils.errors import RunDirError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
 from utils.evaluation.results import Claim, Comparison, Result, Verdict
@@ -38,10 +36,10 @@ _CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their 
 def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
     """Everything of metrics.json (`results.Comparison`); Holm's correction is over all secondary metrics.
 
-    Raises StageOrderError where the two hold other rows, or the data cannot carry the primary metric.
+    Raises RunDirError where the two hold other rows, or the data cannot carry the primary metric.
     """
     if list(base.loss.index) != list(tuned.loss.index):
-        raise StageOrderError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
+        raise RunDirError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
     evaluate, results = run.config.evaluate, {}
     for name, before, after, groups in _pair_values(base, tuned):
         metric, sampling = find_metric(name), {"resamples": evaluate.resamples, "seed": evaluate.seed}
@@ -49,7 +47,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         results[name] = result.model_copy(update={"label": metric.label, "unit": metric.unit})
     name = evaluate.primary
     if name not in results:
-        raise StageOrderError(
+        raise RunDirError(
             f"evaluate.primary is {name}, but this run's data cannot carry it; it offers {', '.join(results)}."
         )
     secondary = [result for key, result in results.items() if key != name]

@@ -4,8 +4,6 @@
 answers. Here every question has its own stream, the same for both models (common random numbers: less noise in the pairs).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

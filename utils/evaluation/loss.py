@@ -1,7 +1,5 @@
 """What a loaded model finds likely: each held-out row's completion, and the letters of multiple-choice options."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -164,7 +162,7 @@ def format_letter_prompt(question: str, options: Mapping[str, str]) -> str:
 
 
 def read_letters(items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
-    """What `measure_letters` wrote, in the order of `items`, with `correct`; StageOrderError unless every item is there."""
+    """What `measure_letters` wrote, in the order of `items`, with `correct`; RunDirError unless every item is there."""
     keys = _letter_keys(items, digest)
     rows = require_rows(path, keys, "letters, with evaluate.letter_logprobs on")
     found = pd.DataFrame([rows[identifier] for identifier in keys])

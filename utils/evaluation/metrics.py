@@ -1,7 +1,5 @@
 """From saved answers to per-question values: right or wrong, well formed or not, how long."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import NamedTuple

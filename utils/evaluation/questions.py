@@ -1,7 +1,5 @@
 """What both models are asked, and the answers on file: pure, so that scores can be recomputed without a model."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
@@ -14,7 +12,7 @@ import pandas as pd
 
 from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.data.rows import read_benchmark
-from utils.errors import DataError, StageOrderError
+from utils.errors import DataError, RunDirError
 from utils.evaluation.metrics import needs_forcing
 from utils.files import digests, read_lines, write_json
 from utils.pipeline.run_dir import RunDir
@@ -129,10 +127,10 @@ def matching_rows(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
 
 
 def require_rows(path: Path, keys: Mapping[str, str], what: str) -> dict[str, dict]:
-    """`matching_rows`; raises StageOrderError where one is missing, with the count: n is never silently smaller."""
+    """`matching_rows`; raises RunDirError where one is missing, with the count: n is never silently smaller."""
     rows = matching_rows(path, keys)
     if len(rows) < len(keys):
-        raise StageOrderError(
+        raise RunDirError(
             f"{path.parent.name}/{path.name} holds {len(rows)} of {len(keys)} {what}; run the notebook that writes it "
             "again, it resumes where it stopped."
         )
@@ -140,7 +138,7 @@ def require_rows(path: Path, keys: Mapping[str, str], what: str) -> dict[str, di
 
 
 def current_answers(path: Path, questions: Sequence[Question], config: GenerateSection, model: str) -> dict[str, dict]:
-    """{question id: answer} for exactly these questions, this decoding and this model (its digest), or StageOrderError."""
+    """{question id: answer} for exactly these questions, this decoding and this model (its digest), or RunDirError."""
     return require_rows(path, {question.id: answer_key(question, config, model) for question in questions}, "answers")
 
 
@@ -155,7 +153,7 @@ def find_cut_off(answers: Mapping[str, dict], benchmark: pd.DataFrame | None) ->
 
 
 def read_forced(path: Path, answers: Mapping[str, dict], benchmark: pd.DataFrame | None) -> dict[str, str]:
-    """{question id: letter} of every answer that was cut off (see `loss.forced_letters`), or StageOrderError."""
+    """{question id: letter} of every answer that was cut off (see `loss.forced_letters`), or RunDirError."""
     keys = {name: key for name, (key, _) in find_cut_off(answers, benchmark).items()}
     rows = require_rows(path, keys, "letters of answers that were cut off")
     return {name: row["letter"] for name, row in rows.items()}

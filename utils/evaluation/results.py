@@ -1,7 +1,5 @@
 """comparison/metrics.json: its one schema, checked before it is written; read by card, console and collect."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Literal

@@ -4,8 +4,6 @@ Items of one group (near duplicates) are not independent: where a group has more
 groups and the test flips whole groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Each appends to a file of its own, and what one leaves undone is answered by the notebook's own process afterwards.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 A server that wraps questions otherwise than training did loses part of what was learnt, without an error.
 """
 
-from __future__ import annotations
-
 import json
 
 from utils.data.prompts import find_format, format_prompt

@@ -1,7 +1,5 @@
 """What a model answers to fixed prompts, greedily, kept so that another process can compare an export with it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -49,7 +47,7 @@ class Continuations:
             save_file(tensors, scratch, metadata={"tokens": json.dumps(self.tokens)})
 
     @classmethod
-    def load(cls, path: Path) -> Continuations:
+    def load(cls, path: Path) -> "Continuations":
         """What `save` wrote."""
         from safetensors import safe_open
 

@@ -3,8 +3,6 @@
 `python -m utils.export.gguf CONVERTER ...` is that converter for a vocabulary that llama.cpp has never seen.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

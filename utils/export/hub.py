@@ -4,8 +4,6 @@ One repository for each model and one commit for each upload, so that a reposito
 upload that broke off is taken up by running the same command again. Files on disk are only read.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from utils.errors import HubError, InfrastructureError
+from utils.errors import InfrastructureError, ServiceError
 from utils.evaluation.results import read_sentence
 from utils.files import sha256
 from utils.pipeline.run_dir import open_run, read_manifest, require_recorded
@@ -39,13 +37,13 @@ class Upload:
 def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]:
     """What would be uploaded where: the adapter to `repo`, with `merged` the merged model to `repo`-merged.
 
-    Only what 05_export has on record goes, and only with the digest on record. Raises HubError where a stage is undone
+    Only what 05_export has on record goes, and only with the digest on record. Raises ServiceError where a stage is undone
     or out of date, and where an export is missing or is not what the run wrote.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
-        raise HubError(f"--repo is {repo!r}; expected USER/NAME.")
+        raise ServiceError(f"--repo is {repo!r}; expected USER/NAME.")
     if problem := open_run("auto", run_dir).out_of_date(BY_NAME["05_export"]):
-        raise HubError(f"{problem}; run {command('run', '--run-dir', run_dir)} first, then publish.")
+        raise ServiceError(f"{problem}; run {command('run', '--run-dir', run_dir)} first, then publish.")
     recorded = read_manifest(run_dir)["stages"]["05_export"].get("outputs", {})
     uploads = []
     for kind in ("adapter", "merged") if merged else ("adapter",):
@@ -54,7 +52,7 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
         if not names or not (run_dir / prefix).is_dir():
             where = "it stays in a Kaggle session's scratch" if kind == "merged" else "05_export writes it"
             again = command("run", "--run-dir", run_dir, "--from", "05")
-            raise HubError(f"{run_dir / prefix} is not there ({where}); run {again} first.")
+            raise ServiceError(f"{run_dir / prefix} is not there ({where}); run {again} first.")
         files = {name.removeprefix(prefix): _as_recorded(run_dir, name, recorded) for name in names}
         uploads.append(Upload(kind, repo if kind == "adapter" else f"{repo}-{kind}", files))
     return uploads
@@ -64,23 +62,23 @@ def _as_recorded(run_dir: Path, name: str, recorded: dict[str, dict]) -> Path:
     """The file, if it is what the run wrote; a manifest may come from elsewhere, and its link lead to a private file."""
     path = run_dir / name
     if not path.resolve().is_relative_to(run_dir.resolve()):
-        raise HubError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
+        raise ServiceError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
     if not path.is_file() or sha256(path) != recorded[name]["sha256"]:
         problem = "differs from what was written" if path.is_file() else "is missing"
-        raise HubError(f"{name} {problem}; {command('verify', run_dir)} says more, and 05_export writes it anew.")
+        raise ServiceError(f"{name} {problem}; {command('verify', run_dir)} says more, and 05_export writes it anew.")
     return path
 
 
 def upload_model(upload: Upload, token: Secret, private: bool = True) -> str:
     """Create the repository where it is missing and upload in one commit; returns the commit's address.
 
-    Raises HubError where the Hub refuses, or where the repository is public and `private` was asked for, and
+    Raises ServiceError where the Hub refuses, or where the repository is public and `private` was asked for, and
     InfrastructureError where it cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not token:
-        raise HubError(
+        raise ServiceError(
             f"There is no HF_TOKEN here ({token.source}); set it in the environment or in .env, or run hf auth login."
         )
     api = HfApi(token=token.value)
@@ -88,17 +86,17 @@ def upload_model(upload: Upload, token: Secret, private: bool = True) -> str:
     try:
         api.create_repo(upload.repo, private=private, exist_ok=True)
         if private and api.repo_info(upload.repo).private is False:
-            raise HubError(f"{upload.repo} exists and is public; name another --repo, or say --public.")
+            raise ServiceError(f"{upload.repo} exists and is public; name another --repo, or say --public.")
         return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
     except (httpx.HTTPError, ValueError, OSError) as error:
         raise _explain(error, upload, token) from None
 
 
-def _explain(error: Exception, upload: Upload, token: Secret) -> HubError | InfrastructureError:
+def _explain(error: Exception, upload: Upload, token: Secret) -> ServiceError | InfrastructureError:
     """What huggingface_hub raised, as a sentence: refused by the Hub, or not reached."""
     status = getattr(getattr(error, "response", None), "status_code", 0)
     message = getattr(error, "server_message", None) or type(error).__name__
-    kind, problem = HubError, "The Hub refused"
+    kind, problem = ServiceError, "The Hub refused"
     if status == 401:
         problem = f"The Hub does not accept the token from {token.source}; make a new one"
     elif status == 403:

@@ -1,7 +1,5 @@
 """LoRA folded into a model's own 16-bit shards, one shard in memory: W + scale * B @ A, in float32, rounded once."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """The model card: the words are in the template, the figures in the run's own files."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Mapping

@@ -4,8 +4,6 @@
 memory, and the tokenizer is the one in the export's own folder.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -3,20 +3,18 @@
 Its command line ends with status 0 for pushes and runs that failed, so its methods are called and their answers read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import tenacity
 
-from utils.errors import InfrastructureError, KaggleError, UserError
+from utils.errors import InfrastructureError, ServiceError, UserError
 from utils.files import relative_name
 
 ATTEMPTS = 6
@@ -28,21 +26,28 @@ _HINTS = {401: f"; make a new token at {SETTINGS}", 403: _OWNER, 404: _OWNER}
 
 
 class Kaggle:
-    """A signed-in client; `log` gets one line for everything that is tried again.
+    """A client that signs in when it is first asked; `log` gets one line for everything that is tried again.
 
-    Raises KaggleError where there are no credentials or Kaggle does not accept them.
+    Raises ServiceError where there are no credentials or Kaggle does not accept them.
     """
 
     def __init__(self, log: Callable[[str], None] = print):
-        self.log, self.username = log, ""
+        self.log = log
+
+    @cached_property
+    def _api(self) -> Any:
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):  # and a page of help
-            self._api = repeat("signing in", _sign_in, log)
-            self.username = self._api.get_config_value("username") or ""
-        if not self.username:
-            raise KaggleError(
-                f"There are no Kaggle credentials, or they are no longer valid; make a token at {SETTINGS} and put it "
-                "into ~/.kaggle/access_token or KAGGLE_API_TOKEN."
-            )
+            api = repeat("signing in", _sign_in, self.log)
+            if api.get_config_value("username"):
+                return api
+        raise ServiceError(
+            f"There are no Kaggle credentials, or they are no longer valid; make a token at {SETTINGS} and put it into "
+            "~/.kaggle/access_token or KAGGLE_API_TOKEN."
+        )
+
+    @property
+    def username(self) -> str:
+        return self._api.get_config_value("username")
 
     def push(self, folder: Path, reference: str, hours: float | None = None, run: bool = True) -> Any:
         """Push what `folder` holds, as `kaggle kernels push` does; the answer is the package's own.
@@ -123,7 +128,7 @@ def passes(error: BaseException | None) -> bool:
 def repeat(what: str, action: Callable[[], Any], log: Callable[[str], None], again: Callable = passes) -> Any:
     """The result of `action`, tried up to ATTEMPTS times while `again` holds for its exception.
 
-    Raises KaggleError or InfrastructureError for what the package raised.
+    Raises ServiceError or InfrastructureError for what the package raised.
     """
 
     def announce(state: tenacity.RetryCallState) -> None:
@@ -181,19 +186,19 @@ def _explain(error: BaseException, what: str) -> UserError:
     if passes(error):
         return InfrastructureError(f"Kaggle could not be reached for {what} ({reason}); try again later.")
     if status is not None:
-        return KaggleError(f"Kaggle refused {what} ({reason}){_HINTS.get(status, '')}.")
+        return ServiceError(f"Kaggle refused {what} ({reason}){_HINTS.get(status, '')}.")
     if isinstance(error, ValueError):
-        return KaggleError(f"Kaggle's client refused {what}: {error}")
+        return ServiceError(f"Kaggle's client refused {what}: {error}")
     return InfrastructureError(
         f"Kaggle answered {what} with something that its package does not understand ({type(error).__name__}: {error})."
     )
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """("you", "slug") of "you/slug"; raises KaggleError for anything else."""
+    """("you", "slug") of "you/slug"; raises ServiceError for anything else."""
     owner, sign, slug = reference.partition("/")
     if not (owner and sign and slug) or "/" in slug:
-        raise KaggleError(f"{reference!r} is no kernel; expected OWNER/SLUG, as in the kernel's address.")
+        raise ServiceError(f"{reference!r} is no kernel; expected OWNER/SLUG, as in the kernel's address.")
     return owner, slug
 
 

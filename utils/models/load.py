@@ -3,8 +3,6 @@
 Both backends hand out ordinary PEFT models and ordinary tokenizers, so the notebooks' cells are the same.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

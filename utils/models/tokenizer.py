@@ -1,7 +1,5 @@
 """Where a pretrained model comes from, what its folder may hold, and its tokenizer, proven to keep text as it is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from utils.errors import ModelError, first_line

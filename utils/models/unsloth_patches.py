@@ -4,12 +4,10 @@ Training: one launch of the memory-efficient kernel takes all documents of a pac
 Decoding in batches: the query heads of a group are rows of one product, where torch repeats keys and values in float32.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.metadata import version
 
-from utils.errors import PinError
+from utils.errors import HardwareError
 
 MADE_FOR = "2026.10.7"  # of unsloth, whose internals these patches replace
 _CAUSAL = 1  # aten::_efficient_attention_forward: custom_mask_type, from each document's first token on
@@ -19,10 +17,10 @@ _CACHE_STEP = 128  # tokens by which unsloth's cache grows; its 512 takes 64 MiB
 def patch_unsloth() -> None:
     """Let unsloth use the functions below; call it before a model is loaded, since its forward is put together then.
 
-    Raises PinError for another unsloth than they were made for.
+    Raises HardwareError for another unsloth than they were made for.
     """
     if (found := version("unsloth")) != MADE_FOR:
-        raise PinError(
+        raise HardwareError(
             f"unsloth {found} is installed; its patches here were made for {MADE_FOR}: install that, or set "
             "hardware.backend=transformers."
         )

@@ -3,8 +3,6 @@
 The driver locks; kernels below it need no lock of their own.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import tempfile

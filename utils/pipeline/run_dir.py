@@ -4,8 +4,6 @@
 need not run again, while its settings, inputs, outputs and notebook are those on record.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +20,6 @@ from utils.errors import ConfigError, RunDirError
 from utils.hardware import default_profile, require_disk
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
 from utils.pipeline.state import FILE as STATE
-from utils.pipeline.state import SeriesState, read_state
 from utils.project import command, embedded_fingerprint, runs_dir
 from utils.schema import EMBEDDED, Config
 
@@ -115,7 +112,7 @@ class RunDir:
     def stale_because(self, stage: Stage, with_notebook: bool = True, with_outputs: bool = True) -> str | None:
         """Why a stage has to run (again), in words; None while it is current.
 
-        Data, model and heavy exports that stayed on another machine are taken for what is on record.
+        Data and a model that stayed on another machine are taken for what is on record.
         """
         record = self.record(stage)
         if record.get("state") != "done":
@@ -129,8 +126,6 @@ class RunDir:
         for kind, names in relatives.items():
             known = record.get(f"{kind}s", {}) if names else {}
             found = files.record_files(self.path, names, known)
-            if state := read_state(self.path):
-                found |= {name: entry for name, entry in known.items() if name not in found and state.left(name)}
             before, now = files.digests(known), files.digests(found)
             if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
                 word = "was added" if changed[0] not in before else _DIFFERS if changed[0] in now else _MISSING
@@ -255,12 +250,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def altered_files(path: Path) -> list[str]:
-    """Rehash every output on record and name those that are missing or differ; an empty list is a clean bill.
-
-    What state.json says stayed in a session's scratch is not missed.
-    """
-    state = read_state(path) or SeriesState(state="done")
-    return [f"{name} {word}" for _, name, word in _altered(path) if word != _MISSING or not state.left(name)]
+    """Rehash every output on record and name those that are missing or differ; an empty list is a clean bill."""
+    return [f"{name} {word}" for _, name, word in _altered(path)]
 
 
 def require_recorded(path: Path, names: tuple[str, ...]) -> None:

@@ -1,7 +1,5 @@
 """A stage at work: what it needs is checked, it is marked as running, and at its end its outputs are put on record."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +9,7 @@ from typing import Any
 
 from utils import hardware, progress
 from utils.config import flatten, read_config
-from utils.errors import StageOrderError
+from utils.errors import RunDirError
 from utils.files import is_folder, record_files, sweep_scratch, tell_disk_errors
 from utils.pipeline.lock import follow_cells, release_lock, take_lock
 from utils.pipeline.run_dir import CONFIG, RunDir, notebook_digest, open_run
@@ -54,7 +52,7 @@ class StageRun(RunDir):
         """
         missing = [name for name in self.stage.outputs if not self.file(name).exists()]
         if missing:
-            raise StageOrderError(
+            raise RunDirError(
                 f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells, from the first."
             )
         take_lock(self.path, self.stage.name)  # refused before anything is hashed
@@ -82,7 +80,7 @@ def open_stage(
 ) -> StageRun:
     """Open a stage for work: check what it needs, then mark it as running.
 
-    Raises StageOrderError where an earlier stage has not run or is out of date, HardwareError where the machine lacks
+    Raises RunDirError where an earlier stage has not run or is out of date, HardwareError where the machine lacks
     what the profile asks for, RunDirError where another process is at work there, and what `open_run` raises.
     """
     hide_secrets()
@@ -104,7 +102,7 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
     computed_on = hardware.resolve_hardware(run.config.hardware)
     before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on", {})
     if stage.name == "04_comparison" and before != computed_on:  # it would be compared as fine-tuning
-        raise StageOrderError(
+        raise RunDirError(
             f"The baseline was answered on {', '.join(before.values())}, this is {', '.join(computed_on.values())}; "
             "run 01_baseline_inference here again, so that both models answer under the same conditions."
         )
@@ -131,10 +129,10 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
 
 
 def require_ancestors(run: RunDir, stage: Stage) -> None:
-    """Raise StageOrderError unless every stage that this one rests on is done and current."""
+    """Raise RunDirError unless every stage that this one rests on is done and current."""
     if found := run.first_stale(ancestors(stage)):
         needed, reason = found
-        raise StageOrderError(
+        raise RunDirError(
             f"{stage.name} needs {needed.name}, but {reason} in {run.path}; run notebooks/{needed.name}.ipynb first, "
             f"with the same PROFILE and RUN_DIR."
         )

@@ -1,7 +1,5 @@
 """comparison/answers.html: every held-out question with its reference and both models' answers, broken ones first."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

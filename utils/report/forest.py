@@ -1,7 +1,5 @@
 """A forest plot of paired differences: every metric turned so that right is better, coloured by what it can tell."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """report/index.html: the verdict, the figures and the executed notebooks, in files that open without a network."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io
@@ -18,7 +16,7 @@ from markupsafe import Markup
 from utils.errors import RunDirError
 from utils.files import write_text
 from utils.pipeline.run_dir import RunDir, require_recorded
-from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
+from utils.pipeline.stages import BY_NAME, STAGES, Stage
 
 _FIGURES = {
     "comparison/comparison.png": "Both models on the same held-out questions",
@@ -49,7 +47,7 @@ def write_report(run: RunDir) -> Path:
     page = templates.get_template("report.html.j2").render(
         run=run,
         metrics=metrics,
-        stale=stale_comparison(run) if metrics else None,
+        stale=run.out_of_date(BY_NAME["04_comparison"]) if metrics else None,
         table=list(csv.DictReader(io.StringIO(_read(run, "comparison/table.csv").decode()))),
         split=_read_json(run, "data/split.json"),
         environment=_read_json(run, "environment.json"),
@@ -64,13 +62,6 @@ def write_report(run: RunDir) -> Path:
     )
     write_text(run.file("report/index.html"), page)
     return run.file("report/index.html")
-
-
-def stale_comparison(run: RunDir) -> str | None:
-    """Why the comparison on file is not that of the settings in force, in words; None where it is."""
-    comparison = BY_NAME["04_comparison"]
-    found = run.first_stale((*ancestors(comparison), comparison))
-    return f"{found[0].name} changed: {found[1]}" if found else None
 
 
 def _write_chapters(run: RunDir, templates: Environment) -> list[tuple[Stage, dict]]:

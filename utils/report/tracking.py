@@ -3,8 +3,6 @@
 The Trainer's own integration (report_to="wandb") is not used because its errors end the training.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
