@@ -155,15 +155,11 @@ def require_gpu(profile: str, needed_gib: float) -> Gpu:
     """The first GPU; raises HardwareError where there is none or it has less than `needed_gib` of memory."""
     found = gpus()
     if not found:
-        raise HardwareError(
-            f"The profile {profile} needs a CUDA GPU and found none; switch the accelerator to a T4, "
-            "or take the profile demo, which needs no GPU."
-        )
+        instead = "switch the accelerator to a T4, or take the profile demo, which needs no GPU."
+        raise HardwareError(f"The profile {profile} needs a CUDA GPU and found none; {instead}")
     if found[0].memory_gib < needed_gib:
-        raise HardwareError(
-            f"The profile {profile} needs {needed_gib:.1f} GiB of GPU memory; found {found[0].memory_gib:.1f} GiB "
-            f"on {found[0].name}. Take a larger GPU, or the profile demo."
-        )
+        there = f"found {found[0].memory_gib:.1f} GiB on {found[0].name}. Take a larger GPU, or the profile demo."
+        raise HardwareError(f"The profile {profile} needs {needed_gib:.1f} GiB of GPU memory; {there}")
     return found[0]
 
 
@@ -208,10 +204,9 @@ def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | 
         holds = found is not None and pin.specifier.contains(found, prereleases=True)
         enforced = name in needed or (found is not None and name not in left_to_the_platform())
         if enforce and enforced and not holds:
-            raise HardwareError(
-                f"{name} is {found or 'not installed'}, but requirements.txt asks for {name}{pin.specifier}; "
-                "run `pip install -r requirements.txt` and restart the kernel."
-            )
+            wanted = f"requirements.txt asks for {name}{pin.specifier}"
+            again = "run `pip install -r requirements.txt` and restart the kernel."
+            raise HardwareError(f"{name} is {found or 'not installed'}, but {wanted}; {again}")
         row = {"package": name, "pinned": str(pin.specifier), "found": found, "holds": holds}
         rows.append(row | {"needed here": name in needed})
     return rows

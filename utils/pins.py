@@ -73,7 +73,5 @@ def _require_restart(before: dict[str, str | None]) -> None:
     changed = sorted(name for name, version in before.items() if installed(name) != version)
     if changed:
         menu = "Runtime > Restart session" if where() == "colab" else "Run > Restart & clear cell outputs"
-        raise HardwareError(
-            f"The pinned {', '.join(changed)} are installed, but this kernel had loaded other versions; "
-            f"restart it ({menu}) and run all cells again: the second time nothing is installed."
-        )
+        found = f"The pinned {', '.join(changed)} are installed, but this kernel had loaded other versions"
+        raise HardwareError(f"{found}; restart it ({menu}) and run all cells again.")

@@ -28,7 +28,6 @@ from utils.export.adapter import (
 )
 from utils.export.chat_template import chat_ids, prompt_ids
 from utils.export.gguf import write_gguf
-from utils.files import disk_error
 from utils.models.tokenizer import load_tokenizer
 from utils.pipeline.run_dir import RunDir
 from utils.project import ROOT
@@ -104,17 +103,15 @@ def test_an_adapter_that_is_not_finite_is_refused_and_the_earlier_export_stays(m
     assert not merged_run.file("export/.merged.tmp").exists()
 
 
-def test_a_disk_that_fills_up_is_told_with_numbers_and_the_earlier_export_stays(merged_run, monkeypatch):
+def test_where_a_disk_fills_up_the_earlier_export_stays(merged_run, monkeypatch):
     before = weights_of(merged_run)
 
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(SafetensorError) as found:
+    with pytest.raises(SafetensorError, match="No space left"):
         merge_adapter(merged_run)
-    told = disk_error(found.value, merged_run.path)  # what driver and notebook show
-    assert isinstance(told, HardwareError) and "The disk is full" in str(told)
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
 
 

@@ -10,7 +10,6 @@ import pytest
 from tests.staged import complete, snapshot, write_outputs
 from utils import hardware as platforms
 from utils.errors import ConfigError, HardwareError, RunDirError
-from utils.pipeline import lock
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, find_stage
@@ -103,23 +102,6 @@ def test_after_a_missing_gpu_the_advised_demo_opens_in_the_same_place(tmp_path, 
     assert open_stage("00_setup", "demo", tmp_path / "run").config.profile == "demo"
 
 
-@pytest.mark.parametrize("write", [lambda run: run.pin("data.revision", "abc"), lambda run: run.note("registered", {}), lambda run: run.save(), lambda run: run.write_record(run.stage, state="done")], ids=["pin", "note", "save", "record"])  # fmt: skip
-def test_who_lost_the_lock_to_another_process_writes_nothing_more(tmp_path, monkeypatch, write):
-    monkeypatch.setattr(lock, "_WAIT_S", 0.2)
-    run = open_stage("00_setup", "demo", tmp_path)
-    lock.release_lock(tmp_path, "00_setup")  # as a failed cell of a notebook does
-    code = "import sys; from pathlib import Path; from utils.pipeline.lock import take_lock; take_lock(Path(sys.argv[1]), 'other'); print('held', flush=True); sys.stdin.read()"  # fmt: skip
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:  # fmt: skip
-        assert other.stdout.readline() == "held\n"
-        before = snapshot(tmp_path)
-        with pytest.raises(RunDirError, match=r"is in use by other \(process"):
-            write(run)
-        assert snapshot(tmp_path) == before
-        other.stdin.close()
-    write(run)
-    lock.release_lock(tmp_path, "00_setup")
-
-
 def test_a_notebook_whose_opening_was_refused_keeps_nobody_out(tmp_path):
     code = f"""
 from IPython.core.interactiveshell import InteractiveShell
@@ -127,10 +109,8 @@ shell = InteractiveShell.instance(colors="nocolor")
 shell.run_cell("from utils.pipeline.stage import open_stage")
 for _ in range(2):
     shell.run_cell("open_stage('03_lora_training', 'demo', {str(tmp_path)!r})")
-shell.run_cell("1 / 0")
-shell.run_cell("1")
 from utils.pipeline import lock
-print(lock._held, [f for fs in shell.events.callbacks.values() for f in fs if f.__module__ == "utils.pipeline.lock"])
+print(lock._held)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "RunDirError" in done.stdout and done.stdout.endswith("\n{} []\n"), done.stdout
+    assert "RunDirError" in done.stdout and done.stdout.endswith("\n{}\n"), done.stdout

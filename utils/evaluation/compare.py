@@ -47,9 +47,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         results[name] = result.model_copy(update={"label": metric.label, "unit": metric.unit})
     name = evaluate.primary
     if name not in results:
-        raise RunDirError(
-            f"evaluate.primary is {name}, but this run's data cannot carry it; it offers {', '.join(results)}."
-        )
+        raise RunDirError(f"evaluate.primary is {name}, but this run's data offer only {', '.join(results)}.")
     secondary = [result for key, result in results.items() if key != name]
     adjusted = multipletests([r.p_value for r in secondary], method="holm")[1] if secondary else []
     corrected = {r.name: float(p) for r, p in zip(secondary, adjusted, strict=True)}

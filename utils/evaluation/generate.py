@@ -231,10 +231,9 @@ def check_batching(model, tokenizer, questions: Sequence[Question], count: int =
             gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
             how = f"{gap:.2f} standard deviations of the logits apart"
         if gap > _TIE:
+            found = f"answers the question {row.question.id} otherwise than alone, from token {place + 1} on ({how})"
             raise ModelError(
-                f"In a batch the model answers the question {row.question.id} otherwise than alone, from token "
-                f"{place + 1} on ({how}); padding is handled wrongly here: set hardware.backend=transformers, or "
-                "generate.batch_size=1."
+                f"In a batch the model {found}; set hardware.backend=transformers or generate.batch_size=1."
             )
         near_ties += 1
     return {"prompts": count, "identical": count - near_ties, "near_ties": near_ties}

@@ -81,10 +81,8 @@ def check_same_base(model, tokenizer, rows: pd.DataFrame, baseline: pd.DataFrame
     after, before = (one.set_index("id")[["reasoning_nll", "response_nll"]].sum(axis=1) for one in (now, baseline))
     worst = float((after / before[after.index] - 1).abs().max()) if len(after) else 0.0
     if worst > _SAME_BASE:
-        raise ModelError(
-            f"With the adapter switched off the loss differs by {worst:.1%} from the baseline's; this is not the base "
-            "model that answered in 01: run 01_baseline_inference here again."
-        )
+        found = f"With the adapter switched off the loss differs by {worst:.1%} from the baseline's"
+        raise ModelError(f"{found}; this is not the base model that answered in 01: run 01 here again.")
     return worst
 
 

@@ -130,10 +130,8 @@ def require_rows(path: Path, keys: Mapping[str, str], what: str) -> dict[str, di
     """`matching_rows`; raises RunDirError where one is missing, with the count: n is never silently smaller."""
     rows = matching_rows(path, keys)
     if len(rows) < len(keys):
-        raise RunDirError(
-            f"{path.parent.name}/{path.name} holds {len(rows)} of {len(keys)} {what}; run the notebook that writes it "
-            "again, it resumes where it stopped."
-        )
+        found = f"{path.parent.name}/{path.name} holds {len(rows)} of {len(keys)} {what}"
+        raise RunDirError(f"{found}; run the notebook that writes it again, it resumes where it stopped.")
     return rows
 
 

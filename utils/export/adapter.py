@@ -134,8 +134,6 @@ def find_base(config: Config) -> tuple[Path, str | None]:
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
-        raise ModelError(
-            f"The 16-bit base {source} is neither a local folder nor reachable on the Hub ({type(error).__name__}); "
-            "check the network, or name a local copy: --set export.base=FOLDER."
-        ) from None
+        found = f"The 16-bit base {source} is no folder and cannot be fetched ({type(error).__name__})"
+        raise ModelError(f"{found}; check the network, or name a copy: --set export.base=FOLDER.") from None
     return folder, folder.name  # a snapshot's folder is named by its commit

@@ -52,10 +52,8 @@ def find_llama_cpp() -> Path | None:
     if all((tree / name).exists() for name in _CONVERTERS) and find_program(tree, "llama-quantize"):
         return tree
     if named:
-        raise HardwareError(
-            f"LLAMA_CPP_DIR is {named}, which lacks {', '.join(_CONVERTERS)} or a built llama-quantize; unset it, and "
-            "--set export.install_llama_cpp=true builds one."
-        )
+        lack = f"{', '.join(_CONVERTERS)} or a built llama-quantize"
+        raise HardwareError(f"LLAMA_CPP_DIR is {named}, which lacks {lack}; unset it, or name a built tree.")
     return None
 
 
@@ -239,10 +237,8 @@ def check_gguf(
     figures = compare_tokens(Continuations(ours, reference.logits, reference.best), theirs)
     lost = figures["largest_margin_lost"]
     if margin is not None and not lost <= margin:  # NaN is no agreement
-        raise ModelError(
-            f"{path.name} in llama.cpp takes another token where the best was {lost:.2f} ahead, at most {margin} is "
-            "rounding; run 05 again."
-        )
+        found = f"takes another token where the best was {lost:.2f} ahead"
+        raise ModelError(f"{path.name} in llama.cpp {found}, at most {margin} is rounding; run 05 again.")
     return figures
 
 

@@ -78,9 +78,7 @@ def upload_model(upload: Upload, token: Secret, private: bool = True) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not token:
-        raise ServiceError(
-            f"There is no HF_TOKEN here ({token.source}); set it in the environment or in .env, or run hf auth login."
-        )
+        raise ServiceError(f"There is no HF_TOKEN here ({token.source}); set it in .env, or run hf auth login.")
     api = HfApi(token=token.value)
     operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
     try:
@@ -126,10 +124,8 @@ def sync_tracking(run_dir: Path, key: Secret, log: Callable[[str], None] = print
             except subprocess.TimeoutExpired:
                 status, problem = 1, f"no end after {_SYNC_TIMEOUT_S} s"
         if status or not list(folder.glob("*.synced")):
-            raise InfrastructureError(
-                f"wandb took {number} of {len(folders)} offline runs ({problem}); the others stay in tracking/wandb: "
-                "run publish again."
-            )
+            found = f"wandb took {number} of {len(folders)} offline runs ({problem})"
+            raise InfrastructureError(f"{found}; the others stay in tracking/wandb: run publish again.")
         log(f"sent {folder.name}")
 
 

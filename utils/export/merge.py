@@ -36,10 +36,8 @@ def read_lora(folder: Path) -> Lora:
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     odd = sorted({f"{name}.lora_{side}.weight" for name in names for side in "AB"} ^ set(tensors))
     if odd or not names:
-        raise ModelError(
-            f"The adapter holds {odd[0] if odd else 'no LoRA factors'}, expected pairs of lora_A and lora_B only; "
-            "merge it with peft's merge_and_unload."
-        )
+        found = odd[0] if odd else "no LoRA factors"
+        raise ModelError(f"The adapter holds {found}, expected pairs of lora_A and lora_B only; merge it with peft.")
     factors, r = {}, settings["r"]
     for name in names:
         a, b = (tensors[f"{name}.lora_{side}.weight"].float().contiguous() for side in "AB")
@@ -61,9 +59,7 @@ def find_shards(folder: Path) -> list[Path]:
             raise ModelError(f"{index} is no index of shards ({error}); fetch the base model again.") from None
     missing = [name for name in names if not is_there(folder / name)]
     if missing:
-        raise ModelError(
-            f"{folder} lacks {len(missing)} of {len(names)} shards, {missing[0]} first; fetch the model again."
-        )
+        raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards ({missing[0]}); fetch the model again.")
     return [folder / name for name in names]
 
 
@@ -116,24 +112,13 @@ def merge_shards(base: Path, lora: Lora, target: Path) -> None:
 
 def _check_fit(lora: Lora, tensors: Mapping[str, tuple[Path, str, tuple[int, ...]]], base: Path) -> None:
     """Raise ModelError unless every tensor that the adapter changes is in the base, with its shape, in floats."""
-    absent = [name for name in lora.factors if name not in tensors]
-    if absent:
-        raise ModelError(
-            f"The adapter changes {len(lora.factors)} tensors, {len(absent)} of which {base} does not have "
-            f"({absent[0]} first); it was trained on another base model."
-        )
     for name, (a, b) in lora.factors.items():
-        _, dtype, shape = tensors[name]
+        _, dtype, shape = tensors.get(name, (None, "bfloat16", None))
         if dtype not in _DTYPES.values():
-            raise ModelError(
-                f"{name} is stored as {dtype} in {base}, expected 16- or 32-bit floats: merging into quantised weights "
-                "rounds twice; name the 16-bit model in export.base."
-            )
-        if shape != (b.shape[0], a.shape[1]):
-            raise ModelError(
-                f"The adapter changes {name} as {(b.shape[0], a.shape[1])}, but it is {shape} in {base}; the adapter "
-                "was trained on another base model."
-            )
+            raise ModelError(f"{name} is stored as {dtype} in {base}; name the model in 16 bit in export.base.")
+        if shape != (changed := (b.shape[0], a.shape[1])):
+            found = f"The adapter changes {name} as {changed}, but in {base} it is {shape or 'missing'}"
+            raise ModelError(f"{found}; it was trained on another base model.")
 
 
 def _merge_tensor(path: Path, name: str, lora: Lora):

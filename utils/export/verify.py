@@ -117,9 +117,7 @@ def answer_elsewhere(
         command = [sys.executable, "-m", "utils.export.verify", task]
         with Child(command, task.with_name("log"), {"PYTHONUNBUFFERED": "1"}) as child:
             if child.wait():
-                raise ModelError(
-                    f"An export could not be loaded in a fresh process ({child.last_words()}); run 05 again."
-                )
+                raise ModelError(f"An export could not be loaded afresh ({child.last_words()}); run 05 again.")
         return {kind: Continuations.load(task.with_name(f"{kind}.safetensors")) for kind in folders}
 
 

@@ -40,10 +40,8 @@ class Kaggle:
             api = repeat("signing in", _sign_in, self.log)
             if api.get_config_value("username"):
                 return api
-        raise ServiceError(
-            f"There are no Kaggle credentials, or they are no longer valid; make a token at {SETTINGS} and put it into "
-            "~/.kaggle/access_token or KAGGLE_API_TOKEN."
-        )
+        where = f"make a token at {SETTINGS} and put it into ~/.kaggle/access_token"
+        raise ServiceError(f"There are no Kaggle credentials, or they are no longer valid; {where}.")
 
     @property
     def username(self) -> str:
@@ -65,9 +63,8 @@ class Kaggle:
             with patch("kaggle.api.kaggle_api_extended.ApiSaveKernelRequest", lambda: request):
                 return repeat("the push", action, self.log, _is_turned_away)
         except InfrastructureError as error:
-            raise InfrastructureError(
-                f"{error} Whether the push arrived is not known: look at {page(reference)} before you push again."
-            ) from None
+            unsure = f"Whether the push arrived is not known: look at {page(reference)} before you push again."
+            raise InfrastructureError(f"{error} {unsure}") from None
 
     def status(self, reference: str) -> tuple[str, str]:
         """(state, message) of a kernel's last session: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_ACKNOWLEDGED, …"""
@@ -101,9 +98,7 @@ def require_names_below(names: Iterable[str]) -> None:
     """Raise InfrastructureError for the first name that would be written outside of the folder it is fetched into."""
     for name in names:
         if relative_name(name) is None:
-            raise InfrastructureError(
-                f"Kaggle lists an output called {name!r}, which points outside or is no file name; nothing was kept."
-            )
+            raise InfrastructureError(f"Kaggle lists an output {name!r}, which points outside; nothing was kept.")
 
 
 def status_of(error: BaseException | None) -> int | None:

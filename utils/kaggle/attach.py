@@ -37,10 +37,7 @@ def find_attached(profile: str = "auto", root: Path | None = None) -> Path | Non
             below.clear()
     if len(found) > 1:
         places = ", ".join(str(path.relative_to(root)) for path in found.values())
-        raise RunDirError(
-            f"{len(found)} different runs are attached ({places}); detach all but the one to resume, or name its "
-            "copy in RUN_DIR."
-        )
+        raise RunDirError(f"{len(found)} different runs are attached ({places}); detach all but the one to resume.")
     return next(iter(found.values()), None)
 
 

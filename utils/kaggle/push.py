@@ -101,17 +101,14 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
     config = load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
     for key, value in _local_files(config):
         if not str(value).startswith("/kaggle/input/"):
-            raise ServiceError(
-                f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its "
-                "path below /kaggle/input."
-            )
+            instead = "attach it to the kernel as a data set and give its path below /kaggle/input."
+            raise ServiceError(f"{key} is {value}, which lies on this machine; {instead}")
     text = json.dumps(build_kernel(profile, overrides))
     files = ((path.name, path.read_text(encoding="utf-8")) for path in bundled_files())  # base64 hides them in `text`
     for place, content in (("A setting", text), *files):
         if redact(content) != content:
-            raise ServiceError(
-                f"{place} holds a secret, or what looks like one; take it out: a pushed version cannot be unpushed."
-            )
+            advice = "take it out: a pushed version cannot be unpushed."
+            raise ServiceError(f"{place} holds a secret, or what looks like one; {advice}")
     return text
 
 
@@ -154,10 +151,8 @@ def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
     url = answer.url or page(what.reference)
     if any(refused.values()):
         names = "; ".join(f"{kind} {', '.join(values)}" for kind, values in refused.items() if values)
-        raise ServiceError(
-            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached "
-            f"({names}); stop it at {url}, check those names in {METADATA.name}, and push again."
-        )
+        found = f"Kaggle made version {answer.version_number} of {what.reference} without {names}"
+        raise ServiceError(f"{found}; stop it at {url}, check those names in {METADATA.name}, and push again.")
     return answer.version_number, url
 
 
@@ -197,10 +192,8 @@ def wait(
             if seen_at_work and state in FINISHED:
                 return state, message
             if not seen_at_work and passed > _START_S:
-                raise InfrastructureError(
-                    f"Kaggle took the push, but shows no queued or running session of {reference} after "
-                    f"{_START_S / 60:.0f} min (the last state: {readable(state)}); look at {page(reference)}."
-                )
+                found = f"no queued or running session of {reference} (the last state: {readable(state)})"
+                raise InfrastructureError(f"Kaggle took the push, but shows {found}; look at {page(reference)}.")
             time.sleep(interval_s)
 
 

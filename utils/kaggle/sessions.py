@@ -35,10 +35,8 @@ def push_until_done(
             return state
         reached = (state.stage, state.steps)  # their names are in order
         if reached <= before:
-            raise ServiceError(
-                f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}; give a session "
-                "more time (hardware.max_hours), or let checkpoints come closer together (train.save_steps)."
-            )
+            found = f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}"
+            raise ServiceError(f"{found}; raise hardware.max_hours, or lower train.save_steps.")
         before, what = reached, what.resuming()
         console.print(f"  to be continued at {state.stage}, step {state.steps}")
     raise ServiceError(f"The series is not done after {sessions} sessions; push --continue --until-done for more.")

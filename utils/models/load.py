@@ -100,10 +100,8 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
         else:
             model = load_plain(config, source)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"The model {source} could not be loaded ({first_line(error)}); expected a Hub id that can be reached, "
-            "or a local folder with config.json and safetensors."
-        ) from None
+        expected = "expected a Hub id that can be reached, or a folder with config.json and safetensors"
+        raise ModelError(f"The model {source} could not be loaded ({first_line(error)}); {expected}.") from None
     if adapter is not None:
         from peft import PeftModel  # it would load a pickle, weights only, where there is no safetensors file
 

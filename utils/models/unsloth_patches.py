@@ -20,10 +20,8 @@ def patch_unsloth() -> None:
     Raises HardwareError for another unsloth than they were made for.
     """
     if (found := version("unsloth")) != MADE_FOR:
-        raise HardwareError(
-            f"unsloth {found} is installed; its patches here were made for {MADE_FOR}: install that, or set "
-            "hardware.backend=transformers."
-        )
+        instead = f"install {MADE_FOR}, for which it is patched here, or set hardware.backend=transformers"
+        raise HardwareError(f"unsloth {found} is installed; {instead}.")
     from unsloth.models import llama
 
     if getattr(llama.run_attention, "keeps_documents_apart", False):

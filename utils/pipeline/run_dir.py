@@ -18,8 +18,7 @@ from utils import files
 from utils.config import absolute_overrides, expand_home, found_by_setup, load_config, read_config
 from utils.errors import ConfigError, RunDirError
 from utils.hardware import default_profile, require_disk
-from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
-from utils.pipeline.state import FILE as STATE
+from utils.pipeline.stages import BY_NAME, Stage, ancestors
 from utils.project import command, embedded_fingerprint, runs_dir
 from utils.schema import EMBEDDED, Config
 
@@ -39,16 +38,7 @@ class RunDir:
     config: Config
 
     def save(self) -> None:
-        """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
-        self.save_settings()
-        try:
-            # The manifest last: with it a run has begun, and its config.yaml is there.
-            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
-        except OSError as error:
-            raise self._unwritable(error) from None
-
-    def save_settings(self) -> None:
-        """Write config.yaml alone: the folder can still become a run of another profile. Raises as `save` does."""
+        """Write config.yaml and manifest; raises RunDirError where the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = None
@@ -56,11 +46,10 @@ class RunDir:
                 stored = read_config(self.file(CONFIG))
             if stored != self.config:  # else it stays as somebody may have written it
                 files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
+            # The manifest last: with it a run has begun, and its config.yaml is there.
+            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
         except OSError as error:
-            raise self._unwritable(error) from None
-
-    def _unwritable(self, error: OSError) -> RunDirError:
-        return RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.")
+            raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 
     def file(self, relative: str) -> Path:
         return self.path / relative
@@ -167,40 +156,19 @@ def open_run(
         run_dir = runs_dir() / profile
     path = expand_home(run_dir, "RUN_DIR").resolve()
     manifest = read_manifest(path)
-    if not manifest and (found := _somebody_elses(path)):
-        raise RunDirError(
-            f"{path} holds {found}, but no run of this series, and would lose it; name another run directory."
-        )
+    if not manifest and (path / CONFIG).is_file() and not (path / CONFIG).read_bytes().startswith(_HEAD.encode()):
+        raise RunDirError(f"{path} holds a {CONFIG} that no run of this series wrote; name another run directory.")
     if profile == "auto":
         profile = manifest.get("profile") or default_profile()
     if manifest and manifest["profile"] != profile:
-        raise RunDirError(
-            f"{path} holds a run of the profile {manifest['profile']}, not {profile}; "
-            f"name another run directory, or the profile {manifest['profile']}."
-        )
-    given, stored = absolute_overrides(overrides), bool(manifest) or _is_prepared(path, profile)
-    config = read_config(path / CONFIG, given) if stored and not fresh else load_config(profile, given)
+        found = f"{path} holds a run of the profile {manifest['profile']}, not {profile}"
+        raise RunDirError(f"{found}; name another run directory, or that profile.")
+    given = absolute_overrides(overrides)
+    config = read_config(path / CONFIG, given) if manifest and not fresh else load_config(profile, given)
     if manifest and fresh and keep_found:
         config = load_config(profile, given | found_by_setup(read_config(path / CONFIG), config))
     require_disk(path, 0.1, "A run directory")
     return RunDir(path, config)
-
-
-def _is_prepared(path: Path, profile: str) -> bool:
-    """Whether settings of `profile` wait there for a run that could not begin, such as for want of a GPU."""
-    with suppress(ConfigError, OSError):
-        file = path / CONFIG
-        return file.read_bytes().startswith(_HEAD.encode()) and read_config(file).profile == profile
-    return False
-
-
-def _somebody_elses(path: Path) -> str | None:
-    """A file in `path` that a run would write over; None where state.json or the settings' head says one wrote it."""
-    settings = path / CONFIG
-    if (path / STATE).exists() or (settings.is_file() and settings.read_bytes().startswith(_HEAD.encode())):
-        return None
-    outputs = (name for stage in STAGES for name in (*stage.outputs, *stage.optional))
-    return next((name for name in (CONFIG, *outputs, "report/index.html") if (path / name).exists()), None)
 
 
 def _below(name: str) -> str:
@@ -243,10 +211,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].removeprefix('Value error, ')}"
     except (ValueError, OSError) as error:
         reason = str(error)
-    raise RunDirError(
-        f"{file} cannot be read ({reason}); restore it, take a new --run-dir, or delete it to run every stage again: "
-        "nothing was changed."
-    )
+    raise RunDirError(f"{file} cannot be read ({reason}); restore it, or delete it to run every stage again.")
 
 
 def altered_files(path: Path) -> list[str]:

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from utils.config import differing_settings, read_config
 from utils.errors import HardwareError, Interrupted, SessionOver, UserError
-from utils.files import disk_error
 from utils.pipeline.console import LiveLine, make_console
 from utils.pipeline.lock import release_lock, take_lock
 from utils.pipeline.run_dir import CONFIG, RunDir, open_run
@@ -105,7 +104,7 @@ def run_series(
 
 def _begin(run: RunDir, stages: Sequence[Stage], fresh: bool, console: Console) -> None:
     require_ancestors(run, stages[0])
-    run.save_settings()  # whoever resumes finds them, also where the first stage lacks its hardware
+    run.save()  # whoever resumes finds the settings, also where the first stage lacks its hardware
     if fresh and run.manifest():
         run.forget(stages)  # whoever resumes runs them all
         _move_aside(run, stages)
@@ -134,7 +133,7 @@ def _run_unless_current(run: RunDir, stage: Stage, worked: bool, console: Consol
 
 def run_stage(run: RunDir, stage: Stage, console: Console, stop: StopRequest) -> None:
     """Execute one notebook into report/notebooks/; raises HardwareError where the machine cannot, and as `execute`."""
-    require_hardware(run, stage)  # before the folder is a run of a profile that needs another machine
+    require_hardware(run, stage)
     run.save()
     output = run.file(f"report/notebooks/{stage.name}.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -192,8 +191,8 @@ def _ended_by(error: BaseException, run: RunDir, stage: Stage, stop: StopRequest
         ended = StageEnded(kind, sentence)
     elif isinstance(error, DeadKernelError) or str(error).startswith("Kernel died"):  # nbclient's, and jupyter_client's
         ended = StageEnded("killed", "its kernel died, most often because memory ran out; what was saved stays")
-    elif isinstance(error, OSError) and (refused := disk_error(error, run.path)):
-        ended = StageEnded(type(refused).__name__, str(refused))
+    elif isinstance(error, OSError):  # such as a full disk
+        ended = StageEnded(type(error).__name__, f"{error}; what was saved stays")
     else:
         return None
     record = run.record(stage)
