@@ -124,11 +124,7 @@ def list_files(root: Path, relative: str) -> list[Path]:
 
 
 def record_files(root: Path, relatives: tuple[str, ...], known: dict[str, dict] | None = None) -> dict[str, dict]:
-    """{relative path: {sha256, bytes, mtime_ns}} of all files below `relatives`.
-
-    A file above _READ_AGAIN bytes whose size and time are those in `known` keeps the digest recorded there: 16 GB are not
-    read again.
-    """
+    """{path: {sha256, bytes, mtime_ns}} of all files below `relatives`; large ones in `known` aren't read again."""
     records = {}
     for relative in relatives:
         for path in list_files(root, relative):
@@ -147,11 +143,7 @@ def digests(records: dict[str, dict]) -> dict[str, str]:
 
 
 def fingerprint(path: Path) -> str:
-    """A digest of a data file's bytes, or of a model folder's file names, sizes and small files.
-
-    Not of times: a folder that is mounted anew is the same model. Not of what lies in folders below: a home directory
-    named by mistake would be read for minutes.
-    """
+    """A digest of a data file's bytes, or of a model folder's own file names, sizes and small files."""
     if path.is_file():
         return sha256(path)
     entries = []

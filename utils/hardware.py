@@ -1,7 +1,4 @@
-"""The machine under the run: Kaggle, Colab or local; GPU, memory, disk; installed packages against the pins.
-
-Nothing heavy is imported here: a process that only checks stays light.
-"""
+"""The machine under the run: Kaggle, Colab or local; GPU, memory, disk, packages. Nothing heavy is imported here."""
 
 import contextlib
 import importlib.metadata
@@ -194,8 +191,7 @@ def read_pins(path: Path = ROOT / "requirements.txt") -> dict[str, Requirement]:
 def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | None]]:
     """Compare every pin with what is installed: rows of package, pinned, found, holds, needed here.
 
-    Raises HardwareError for the first package that is installed in another version, or that a run needs and is missing.
-    A package that this machine does without (unsloth without a CUDA GPU, say) is reported and not enforced.
+    Raises HardwareError for the first that does not hold; what this machine does without is only reported.
     """
     needed = {canonicalize_name(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
     rows = []

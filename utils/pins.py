@@ -18,9 +18,9 @@ IMAGES_OWN = ("torch", "torchvision", "torchaudio", "triton", "jupyter-core", "t
 
 
 def install_missing(restart: bool = True) -> None:
-    """On Kaggle and Colab, install what the pins ask for and the image lacks; elsewhere do nothing.
+    """On Kaggle and Colab, install what the pins ask for and the image lacks.
 
-    Raises HardwareError with pip's last line where that fails and, with `restart`, where this kernel had loaded what was replaced.
+    Raises HardwareError where that fails, and with `restart` where this kernel had loaded what was replaced.
     """
     if where() == "local":
         return

@@ -52,10 +52,7 @@ class Secret:
 
 
 def find_secret(name: str) -> Secret:
-    """Look a secret up by its name in `NAMES` and the aliases there.
-
-    Never raises: a run pushed through Kaggle's API has no secrets and must succeed all the same.
-    """
+    """Look a secret up by its name in `NAMES` and the aliases there; never raises, as a pushed run has none."""
     remarks = []
     for source, value in _ask_stores(name):
         value = (value or "").strip()

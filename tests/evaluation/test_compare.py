@@ -15,7 +15,6 @@ from utils.evaluation.compare import compare_models, write_comparison
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import loss_per_token, score_answers
 from utils.evaluation.questions import Question, register
-from utils.evaluation.results import Comparison
 from utils.files import write_json
 from utils.pipeline.run_dir import RunDir, open_run
 
@@ -71,9 +70,9 @@ def run(tmp_path) -> RunDir:
     return run
 
 
-def test_the_file_follows_its_schema_and_holds_what_the_design_asks_for(run):
+def test_the_file_is_json_and_holds_what_the_design_asks_for(run):
     metrics = compare_models(run, *evaluations())
-    assert Comparison(**metrics).model_dump(mode="json") == metrics == json.loads(json.dumps(metrics, allow_nan=False))
+    assert metrics == json.loads(json.dumps(metrics, allow_nan=False))
     assert set(metrics) >= {"primary", "secondary", "form", "length", "contamination", "verdict", "sentence", "claims"}
     for result in (metrics["primary"], *metrics["secondary"]):
         assert set(result) >= {"name", "n", "base", "tuned", "difference", "ci95", "p_value"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ def describe(one: Result, p: float | None = None) -> str:
 
 def claims(*results: Result, **corrected: float) -> dict[str, object]:
     named = {r.name: r for r in results}
-    return {c.claim: c for c in state_claims(named, corrected)}
+    return {c["claim"]: SimpleNamespace(**c) for c in state_claims(named, corrected)}
 
 
 def test_a_clear_gain_is_told_with_n_interval_and_p():
@@ -140,7 +142,7 @@ def test_no_sentence_says_better_or_worse_where_the_interval_holds_zero(name, ba
     assert ("is better on" in text or "is worse on" in text) is not silent
     for claim in state_claims({name: one}, {name: p}):
         if silent:
-            assert claim.verdict == "cannot tell"
+            assert claim["verdict"] == "cannot tell"
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))

@@ -237,5 +237,5 @@ def test_a_base_out_of_reach_is_a_sentence(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ModelError, match=r"neither a local folder nor reachable on the Hub .*export\.base=FOLDER"):
+    with pytest.raises(ModelError, match=r"is no folder and cannot be fetched .*export\.base=FOLDER"):
         find_base(load_config("t4", {"model.name": HUB}))

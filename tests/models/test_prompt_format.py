@@ -133,7 +133,7 @@ def test_a_template_that_does_not_fit_is_a_sentence(tmp_path, template, said):
 def test_a_style_whose_tokens_the_model_lacks_is_a_sentence(form):
     with pytest.raises(ModelError, match="is no token of this model; take auto or chat"):
         make_prompt_format("native", form("qwen3"))
-    with pytest.raises(ModelError, match="joins the end of the prompt"):  # "<think>" + newline is one token less there
+    with pytest.raises(ModelError, match="joins prompt and completion"):  # "<think>" + newline is one token less there
         check_training_text(form("llama-3.2"), *format_row(ROWS[0], make_prompt_format("tutorial", form("llama-3.2"))))
 
 

@@ -75,10 +75,7 @@ class Completion(NamedTuple):
 
 
 def parse_completion(text: str) -> Completion:
-    """Split a completion at `</think>`; the opening mark may be missing, since the prompt ends in it.
-
-    Well-formed means: the block is closed once, opened at most once and at the start, and followed by an answer.
-    """
+    """Split a completion at `</think>`; it is well-formed with one such mark and an answer after it."""
     for mark in _MARKS:
         text = text.replace(mark, "")
     head, mark, tail = text.partition(CLOSE)

@@ -1,7 +1,4 @@
-"""Both models side by side, from files alone (no torch): paired figures, the claims they carry, the verdict in words.
-
-No sentence says more than the interval and the corrected p carry: better, worse or cannot tell.
-"""
+"""Both models side by side, from files alone: paired figures, the claims they carry, the verdict in words."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,7 +9,7 @@ from statsmodels.stats.multitest import multipletests
 from utils.errors import RunDirError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
-from utils.evaluation.results import Claim, Comparison, Result, Verdict
+from utils.evaluation.results import Result, Verdict
 from utils.evaluation.statistics import compare_paired, detectable_difference, show_p, verdict
 from utils.files import atomic, write_json
 from utils.pipeline.run_dir import RunDir
@@ -34,10 +31,7 @@ _CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their 
 
 
 def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
-    """Everything of metrics.json (`results.Comparison`); Holm's correction is over all secondary metrics.
-
-    Raises RunDirError where the two hold other rows, or the data cannot carry the primary metric.
-    """
+    """Everything of metrics.json; raises RunDirError where rows differ, or the data lack the primary metric."""
     if list(base.loss.index) != list(tuned.loss.index):
         raise RunDirError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
     evaluate, results = run.config.evaluate, {}
@@ -55,27 +49,27 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         json.loads(run.file(f"data/{file}.json").read_text(encoding="utf-8")) for file in ("split", "registration")
     )
     models = {which: one.scored for which, one in (("base", base), ("tuned", tuned))}
-    return Comparison(
-        profile=run.config.profile,
-        benchmarks=list(base.benchmarks),
-        primary=results[name],
-        secondary=[result.model_copy(update={"p_holm": corrected[result.name]}) for result in secondary],
-        form={which: scored[[*_FORM]].mean().dropna().to_dict() for which, scored in models.items()},
-        length={
+    return {
+        "profile": run.config.profile,
+        "benchmarks": list(base.benchmarks),  # the first one's metrics carry no name after a colon
+        "primary": results[name].model_dump(mode="json"),
+        "secondary": [{**result.model_dump(mode="json"), "p_holm": corrected[result.name]} for result in secondary],
+        "form": {which: scored[[*_FORM]].mean().dropna().to_dict() for which, scored in models.items()},
+        "length": {
             which: {
-                **scored[["reasoning_tokens", "answer_tokens"]].mean().add_suffix("_mean"),
-                "reasoning_tokens_median": scored["reasoning_tokens"].median(),
-                "truncated": scored["truncated"].mean(),
+                **scored[["reasoning_tokens", "answer_tokens"]].mean().add_suffix("_mean").to_dict(),
+                "reasoning_tokens_median": float(scored["reasoning_tokens"].median()),
+                "truncated": float(scored["truncated"].mean()),
             }
             for which, scored in models.items()
         },
-        nll_rows_left_out=base.left_out,
-        contamination=contamination.get("contamination", {}),
-        registration=registration,
-        claims=state_claims(results, corrected),
-        verdict=decide(name, results, corrected)[0],
-        sentence=headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
-    ).model_dump(mode="json")
+        "nll_rows_left_out": base.left_out,  # longer than model.max_seq_length: in no loss, of neither model
+        "contamination": contamination.get("contamination", {}),
+        "registration": registration,
+        "claims": state_claims(results, corrected),
+        "verdict": decide(name, results, corrected)[0],
+        "sentence": headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
+    }
 
 
 def _pair_values(base: Evaluation, tuned: Evaluation) -> Iterator[tuple[str, pd.Series, pd.Series, list[str]]]:
@@ -123,10 +117,10 @@ def headline(name: str, results: Mapping[str, Result], corrected: Mapping[str, f
 
 
 def decide(name: str, results: Mapping[str, Result], corrected: Mapping[str, float]) -> tuple[Verdict, str]:
-    """(verdict, remark): what may be said of this metric, and what has to be said wherever it is named.
+    """(verdict, remark) for headline and claims: what may be said, and what has to be said in the same breath.
 
-    The one rule for headline and claims. Shorter reasoning runs into the limit less often, so strict accuracy rises
-    without any knowledge gained: forced accuracy must agree, without a correction where the metric is registered.
+    Shorter reasoning runs into the limit less often, so strict accuracy rises without any knowledge gained: forced
+    accuracy must agree.
     """
     found = verdict(results[name], corrected.get(name))
     forced, truncated = results.get("multiple_choice_forced"), results.get("truncated")
@@ -180,14 +174,14 @@ def _conclusion(result: Result, found: Verdict) -> str:
     return f"{told} With this many, only about {points:.0f} points or more would show."
 
 
-def state_claims(results: Mapping[str, Result], corrected: Mapping[str, float]) -> list[Claim]:
+def state_claims(results: Mapping[str, Result], corrected: Mapping[str, float]) -> list[dict]:
     """What people would like to say; where two metrics could decide, the primary one does, which has no corrected p."""
     claims = []
     for (claim, (better, worse)), names in zip(_CLAIMS.items(), _DECIDED_BY, strict=True):
         name = min((name for name in names if name in results), key=lambda name: name in corrected, default=None)
         if name is None:
             words = "Nothing in this run measures it."
-            claims.append(Claim(claim=claim, metric=None, verdict="cannot tell", sentence=words))
+            claims.append({"claim": claim, "metric": None, "verdict": "cannot tell", "sentence": words})
             continue
         result, (found, remark) = results[name], decide(name, results, corrected)
         words = {"better": better, "worse": worse}.get(found) or _conclusion(result, found)
@@ -195,5 +189,5 @@ def state_claims(results: Mapping[str, Result], corrected: Mapping[str, float]) 
             low = result.ci95[0]
             words = f"No change is certain; a loss of more than {-100 * low:.1f} points is unlikely." if low < 0 else ""
         sentence = " ".join(part for part in (_figures(result, corrected.get(name)), words, remark) if part)
-        claims.append(Claim(claim=claim, metric=name, verdict=found, sentence=sentence))
+        claims.append({"claim": claim, "metric": name, "verdict": found, "sentence": sentence})
     return claims

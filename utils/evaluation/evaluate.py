@@ -38,10 +38,7 @@ class Evaluation:
 
 
 def load_for_inference(run: RunDir, which: Model):
-    """(model, tokenizer): the base model, with the trained adapter on it for `tuned`, ready to answer.
-
-    It has room for the longest prompt, a whole answer and the cue: unsloth silently cuts what is longer (issue 2558).
-    """
+    """(model, tokenizer) ready to answer, with the adapter for `tuned`, and room for the longest answer."""
     from utils.models.load import load_model, ready_for_inference, start_backend
     from utils.models.tokenizer import load_tokenizer, model_source
 

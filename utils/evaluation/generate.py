@@ -146,10 +146,7 @@ def _up_to_end(ids: list[int], tokenizer) -> list[int]:
 
 
 def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection) -> list[list[int]]:
-    """Up to `steps` new token ids for each row, padding after the end token included.
-
-    Padded on the left by hand: unsloth's generate turns the tokenizer's padding_side to the right (issue 3283).
-    """
+    """Up to `steps` new token ids for each row; padded by hand, as unsloth pads on the right (issue 3283)."""
     import torch
 
     width = max(one.length for one in batch)
@@ -181,10 +178,7 @@ def question_stream(seed: int, question_id: str, count: int) -> np.ndarray:
 
 
 def sampling_processors(config: GenerateSection, streams: Sequence[np.ndarray], start: int, device):
-    """Temperature, top-p, then each row's own draw: the inverse of the distribution function at the row's number.
-
-    `streams` holds for each row the numbers of the tokens to come; `start` is the padded prompt's length.
-    """
+    """Temperature, top-p, then each row's own draw from `streams`, its numbers from the token at `start` on."""
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 

@@ -51,10 +51,7 @@ def completion_loss(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd
 
 
 def _loss_of_batch(model, tokenizer, batch: list[dict]) -> list[list]:
-    """Each row's loss and tokens of the reasoning, loss and tokens of the response.
-
-    Right-padded and without a mask: causal attention keeps padding from reaching the tokens before it.
-    """
+    """Loss and tokens of each row's reasoning and response; padded on the right, which nothing looks at."""
     import torch
 
     rows = [torch.tensor(row["input_ids"]) for row in batch]
@@ -71,10 +68,7 @@ def _loss_of_batch(model, tokenizer, batch: list[dict]) -> list[list]:
 
 
 def check_same_base(model, tokenizer, rows: pd.DataFrame, baseline: pd.DataFrame, count: int = 8) -> float:
-    """The largest relative deviation of the loss on `count` rows, adapter switched off, from what 01 measured.
-
-    Raises ModelError above 2 % (4-bit in fp16 moves by a tenth of that): another base would be compared as fine-tuning.
-    """
+    """The largest relative deviation of `count` rows' loss, adapter off, from 01's; ModelError above 2 %."""
     chosen = rows[rows["id"].isin(baseline["id"])].head(count)
     with model.disable_adapter():
         now = completion_loss(model, tokenizer, chosen, max_length=10**9)
@@ -89,10 +83,7 @@ def check_same_base(model, tokenizer, rows: pd.DataFrame, baseline: pd.DataFrame
 def forced_letters(
     model, tokenizer, questions: Sequence[Question], answers: Sequence[dict], items: pd.DataFrame | None, path: Path
 ) -> None:
-    """For each multiple-choice answer that was cut off, append to `path` (JSONL) the letter that the logits say.
-
-    After prompt, unfinished answer, `</think>` where it is missing, and CUE (budget forcing, as in m1, arXiv 2504.00869).
-    """
+    """Append to `path` the letter that the logits say for each choice that was cut off (arXiv 2504.00869)."""
     given, prompts, asked = {a["id"]: a for a in answers}, {q.id: q.prompt for q in questions}, []
     for identifier, (key, options) in find_cut_off(given, items).items():
         text = given[identifier]["text"]
@@ -102,10 +93,7 @@ def forced_letters(
 
 
 def measure_letters(model, tokenizer, items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
-    """Append to `path` the letter that the logits say right after each question, by the model of this `digest`.
-
-    It is what a model knows, with no room to reason, as lm-eval's medqa_4options measures it; see `read_letters`.
-    """
+    """Append to `path` the letter that the logits say right after each question, as lm-eval's medqa_4options does."""
     prompts = [format_letter_prompt(item.question, item.options) for item in items.itertuples()]
     asked = list(
         zip(items["id"].astype(str), _letter_keys(items, digest).values(), prompts, items["options"], strict=True)
@@ -127,10 +115,7 @@ def _append_letters(model, tokenizer, asked: Sequence[tuple[str, str, str, Mappi
 
 
 def letter_logprobs(model, tokenizer, text: str, letters: Iterable[str]) -> dict[str, float]:
-    """log p(" X" | text) in nats for each letter X, in one forward pass unless letters take several tokens.
-
-    Raises OutOfMemory where that does not fit, ModelError where a value is not finite.
-    """
+    """log p(" X" | text) in nats for each letter X; raises OutOfMemory, and ModelError where a value is not finite."""
     import torch
 
     ids = tokenizer(text)["input_ids"]

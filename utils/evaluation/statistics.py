@@ -72,10 +72,7 @@ def mean_interval(values: np.ndarray, groups: Sequence[str], resamples: int, see
 
 
 def difference_interval(differences: np.ndarray, groups: Sequence[str], resamples: int, seed: int) -> Interval:
-    """Interval of a mean difference of shares: the bootstrap over groups, except where all shares changed alike.
-
-    The bootstrap would claim certainty there; Wilson's bound for n of n independent units says what could be missed.
-    """
+    """Interval of a mean difference of shares: the bootstrap, or Wilson's bound where all changed alike."""
     first = float(differences[0])
     if np.any(differences != first):
         return bootstrap_interval(differences, groups, resamples, seed)
@@ -130,10 +127,9 @@ def verdict(result: Result, p_value: float | None = None) -> Verdict:
 
 
 def mcnemar_power(n: int, difference: float, discordant: float) -> float:
-    """The chance that McNemar's exact test (alpha 5 %) shows a true difference of two paired proportions.
+    """The chance that McNemar's exact test shows a true difference of n pairs, a share `discordant` of which differs.
 
-    n independent pairs, of which a share `discordant` differs between the models; exact, by summing over their number
-    and how many favour the better one. Raises ValueError where |difference| > discordant.
+    Exact, by summing over their number; raises ValueError where |difference| > discordant.
     """
     if not abs(difference) <= discordant <= 1:
         raise ValueError(f"a difference of {difference} needs at least that share discordant, not {discordant}")

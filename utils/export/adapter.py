@@ -45,8 +45,7 @@ def copy_adapter(run: RunDir) -> Path:
 def merge_adapter(run: RunDir) -> Merged | None:
     """export/merged: the adapter folded into the 16-bit base, shard by shard; None where export.merged is off.
 
-    Raises HardwareError where the disk is too small, ModelError where base and adapter do not belong together or a
-    weight is not finite. An earlier folder stays until the new one is whole.
+    Raises HardwareError where the disk is too small, ModelError where base and adapter do not fit.
     """
     if not run.config.export.merged:
         keep_previous(run, "merged")

@@ -78,10 +78,7 @@ def continue_greedily(model, tokenizer, prompts: Sequence[str], description: str
 
 
 def follow(model, tokenizer, prompts: Sequence[str], leader: Continuations, description: str) -> Continuations:
-    """What the model would say at each step of the leader's continuations, in one pass for each prompt.
-
-    Its tokens end at the first that is not the leader's: until there, greedy decoding would have come the same way.
-    """
+    """What the model would say at each step of the leader's continuations, up to its first other token."""
     import torch
 
     tokens, first = [], []
@@ -147,10 +144,7 @@ def choose_tolerance(dtypes: Iterable[str]) -> str:
 
 
 def check_tolerance(figures: dict[str, float | int], tolerance: str) -> str | None:
-    """What is wrong with the figures of `compare`, in words; None where they pass LEVELS.
-
-    A token counts as undecided where the reference's margin was less than twice the largest difference of a logit.
-    """
+    """What is wrong with the figures of `compare`, in words; None where they pass LEVELS."""
     largest, relative = figures["largest_logit_difference"], figures["relative_logit_difference"]
     margin = figures["largest_margin_lost"]
     if not all(map(math.isfinite, (largest, relative, margin))):

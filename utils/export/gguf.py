@@ -158,10 +158,7 @@ def name_pre_tokenizer(tokenizer_json: Path) -> str | None:
 
 
 def run_converter(script: str, *arguments: str) -> None:
-    """Run llama.cpp's converter on a model that splits text as GPT-2 does.
-
-    It knows that rule by a hash over what a vocabulary makes of a test text, and refuses those that it has never seen.
-    """
+    """Run llama.cpp's converter on a model that splits text as GPT-2; it refuses vocabularies it never saw."""
     root = Path(script).parent
     sys.path.insert(0, str(root))
     if (root / "conversion" / "base.py").is_file():
@@ -219,10 +216,7 @@ def continue_in_llama_cpp(client: httpx.Client, ids: Sequence[int]) -> list[int]
 def check_gguf(
     tree: Path, path: Path, tokenizer, prompts: Sequence[str], reference: Continuations, margin: float | None
 ) -> dict[str, float | int]:
-    """Load a file in llama.cpp and hold token ids of prompts, and greedy continuations, against the reference's.
-
-    `margin`: where they part, the reference's best token may lie so far above its second; None: only reported.
-    """
+    """Hold prompts' token ids and greedy continuations in llama.cpp against the reference's; see MARGINS."""
     end, theirs = tokenizer.eos_token_id, []
     with serve(tree, path) as client:
         for prompt in prompts:

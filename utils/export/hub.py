@@ -1,8 +1,4 @@
-"""Upload a run from where the tokens are: adapter and merged model to the Hub, offline tracking to wandb.
-
-One repository for each model and one commit for each upload, so that a repository never shows half a model; an
-upload that broke off is taken up by running the same command again. Files on disk are only read.
-"""
+"""Upload a run from where the tokens are: models to the Hub, a commit each; offline tracking to wandb."""
 
 import subprocess
 import sys
@@ -70,11 +66,7 @@ def _as_recorded(run_dir: Path, name: str, recorded: dict[str, dict]) -> Path:
 
 
 def upload_model(upload: Upload, token: Secret, private: bool = True) -> str:
-    """Create the repository where it is missing and upload in one commit; returns the commit's address.
-
-    Raises ServiceError where the Hub refuses, or where the repository is public and `private` was asked for, and
-    InfrastructureError where it cannot be reached.
-    """
+    """Upload in one commit and return its address; raises ServiceError or InfrastructureError."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not token:

@@ -18,10 +18,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter's factors by the base tensor that they change; `scale` is alpha/r, or alpha/sqrt(r) with rslora.
-
-    A is (r, columns) and B is (rows, r), float32 both.
-    """
+    """An adapter's factors A (r, columns) and B (rows, r) by base tensor, in float32, and alpha/r or alpha/√r."""
 
     scale: float
     factors: Mapping[str, tuple[Any, Any]]
@@ -89,10 +86,7 @@ def read_tensor(path: Path, name: str):
 
 
 def merge_shards(base: Path, lora: Lora, target: Path) -> None:
-    """Write the shards of `base` with `lora` folded in, and their index, into `target`.
-
-    Raises ModelError where the adapter does not fit the base, the base is quantised, or a weight is not finite.
-    """
+    """Write the shards of `base` with `lora` folded in, and their index; raises ModelError where they don't fit."""
     from safetensors.torch import save_file
 
     shards = find_shards(base)

@@ -1,7 +1,4 @@
-"""Kaggle's API through Kaggle's own package, with what that package lacks: a limit to silence, and another try.
-
-Its command line ends with status 0 for pushes and runs that failed, so its methods are called and their answers read.
-"""
+"""Kaggle's API through Kaggle's own package, with what that package lacks: a limit to silence, and another try."""
 
 import contextlib
 import io
@@ -26,10 +23,7 @@ _HINTS = {401: f"; make a new token at {SETTINGS}", 403: _OWNER, 404: _OWNER}
 
 
 class Kaggle:
-    """A client that signs in when it is first asked; `log` gets one line for everything that is tried again.
-
-    Raises ServiceError where there are no credentials or Kaggle does not accept them.
-    """
+    """A client that signs in when first asked, or raises ServiceError; `log` gets a line for each new try."""
 
     def __init__(self, log: Callable[[str], None] = print):
         self.log = log
@@ -48,10 +42,7 @@ class Kaggle:
         return self._api.get_config_value("username")
 
     def push(self, folder: Path, reference: str, hours: float | None = None, run: bool = True) -> Any:
-        """Push what `folder` holds, as `kaggle kernels push` does; the answer is the package's own.
-
-        Repeated only where Kaggle turned it away for its rate (429): a push whose answer is lost may have arrived.
-        """
+        """`kaggle kernels push`; repeated only where turned away for its rate: else it may have arrived."""
         from kagglesdk.kernels.types.kernels_api_service import ApiSaveKernelRequest
         from kagglesdk.kernels.types.kernels_enums import KernelExecutionType
 
@@ -72,10 +63,7 @@ class Kaggle:
         return answer.status.name, answer.failure_message or ""
 
     def output(self, reference: str, folder: Path, pattern: str | None = None) -> None:
-        """Fetch the files of a kernel's last session that match `pattern`, and its log as SLUG.log.
-
-        Raises InfrastructureError for a file whose name points out of `folder`, before it is written.
-        """
+        """Fetch the last session's log, and files that match `pattern`; none whose name points outside."""
 
         def is_wanted(response: Any, file: str, quiet: bool = True) -> bool:
             require_names_below([file.removeprefix(f"{folder}/")])
@@ -121,10 +109,7 @@ def passes(error: BaseException | None) -> bool:
 
 
 def repeat(what: str, action: Callable[[], Any], log: Callable[[str], None], again: Callable = passes) -> Any:
-    """The result of `action`, tried up to ATTEMPTS times while `again` holds for its exception.
-
-    Raises ServiceError or InfrastructureError for what the package raised.
-    """
+    """The result of `action`, tried again while `again` holds; raises ServiceError or InfrastructureError."""
 
     def announce(state: tenacity.RetryCallState) -> None:
         trouble, seconds = describe(state.outcome.exception()), state.next_action.sleep

@@ -1,8 +1,4 @@
-"""Both ends of a session on Kaggle: resume what an earlier one left, and leave what the next one can resume.
-
-Attached outputs are mounted, read-only, in one of two
-layouts: the manifest is searched for, and no path is taken for granted.
-"""
+"""Both ends of a session on Kaggle: resume what an earlier one left, and leave what the next one can resume."""
 
 import os
 import shutil
@@ -23,10 +19,7 @@ WIDTH = 1_000  # a folder of more files is somebody's image collection
 
 
 def find_attached(profile: str = "auto", root: Path | None = None) -> Path | None:
-    """The run directory of `profile` below the attached inputs, None where there is none.
-
-    Raises RunDirError where there are several different ones, or a damaged one.
-    """
+    """The run directory of `profile` among the inputs, or None; raises RunDirError for several, or a damaged one."""
     root, found = root or KAGGLE / "input", {}
     for folder, below, files in os.walk(root):
         run = Path(folder)
@@ -52,10 +45,7 @@ def _read_ours(run: Path) -> dict[str, Any]:
 
 
 def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: Path | None = None) -> Path:
-    """The run directory to work in: `run_dir`, or the default one; a copy of the attached run while it is empty.
-
-    Raises RunDirError as `find_attached` does.
-    """
+    """The run directory to work in: `run_dir`, or the default one; a copy of the attached run while it is empty."""
     attached = None if run_dir and read_manifest(Path(run_dir)) else find_attached(profile, root)
     if run_dir:
         target = Path(run_dir)
@@ -73,10 +63,7 @@ def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: 
 
 
 def finish_session(run_dir: str | Path) -> SeriesState:
-    """Record how the series ended in a kernel; raises UserError where it failed, after that.
-
-    The checkpoints of a run that is done leave Kaggle's output, which is small.
-    """
+    """Record how the series ended in a kernel, without checkpoints when done; raises UserError where it failed."""
     run_dir = Path(run_dir)
     began = (run_dir / "manifest.json").exists()
     state = read_state(run_dir) or SeriesState(

@@ -1,8 +1,4 @@
-"""The series in one self-contained notebook, for Kaggle's push (which carries one file) and for Colab.
-
-The package, the notebooks and the pins travel as a zip inside one cell; `build_single` makes one numbered notebook
-self-contained in the same way.
-"""
+"""The series in one self-contained notebook, a zip in one of its cells, for Kaggle's push and for Colab."""
 
 import base64
 import hashlib
@@ -53,10 +49,7 @@ def build_kernel(profile: str = "auto", overrides: Mapping[str, Any] | None = No
 
 
 def build_single(number: str) -> nbformat.NotebookNode:
-    """One numbered notebook with the package inside: its bootstrap cell unpacks instead of looking around.
-
-    Raises ServiceError for a number that there is not.
-    """
+    """One numbered notebook, whose bootstrap cell unpacks the package; ServiceError for another number."""
     try:
         stage = find_stage(number)
     except (KeyError, ValueError):
@@ -104,10 +97,7 @@ def write_bundle(number: str = "") -> Path:
 
 
 def check_kernel() -> None:
-    """Raise ServiceError unless kaggle_kernel.ipynb is what these files give.
-
-    The archive is compared by the files' own digest: zlib may pack the same bytes differently elsewhere.
-    """
+    """Raise ServiceError unless kaggle_kernel.ipynb is what these files give, however zlib packed them."""
     if not KERNEL.exists():
         raise ServiceError(f"{KERNEL.name} is missing; run python -m utils bundle.")
     found, expected = nbformat.read(KERNEL, as_version=4), build_kernel()

@@ -48,8 +48,7 @@ class Collected(NamedTuple):
 def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> Collected:
     """Fetch log and output of the last session into `target`, a run directory, and classify how it ended.
 
-    The run itself lies in `target`, what the notebook left beside it in target/kernel. Raises InfrastructureError and
-    ServiceError where Kaggle cannot be asked.
+    What lay beside the run goes into target/kernel. Raises as Kaggle does.
     """
     status, message = kaggle.status(reference)
     if status not in FINISHED:

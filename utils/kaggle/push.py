@@ -93,10 +93,7 @@ def title_of(metadata: Mapping[str, Any], slug: str) -> str:
 
 
 def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> str:
-    """What travels: the kernel notebook of these files with its parameters set, as JSON.
-
-    Raises ConfigError for a wrong setting, ServiceError for what must not travel, ServiceError where it is too large.
-    """
+    """The kernel notebook with its parameters, as JSON; raises ConfigError, ServiceError for what must not leave."""
     overrides = dict(overrides or {})
     config = load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
     for key, value in _local_files(config):
@@ -128,10 +125,7 @@ def _local_files(config: Config) -> list[tuple[str, Any]]:
 def make_submission(
     kaggle: Kaggle, profile: str, overrides: Mapping[str, Any], username: str = "", slug: str = "", run: bool = True
 ) -> Submission:
-    """What to push; Kaggle shall end the session an hour after the profile's run would end itself.
-
-    Raises as `read_metadata`, `find_reference` and `kernel_text` do.
-    """
+    """What to push; Kaggle shall end the session an hour after the profile's run would end itself."""
     metadata, text = read_metadata(), kernel_text(profile, overrides)
     reference = find_reference(kaggle, metadata, username, slug)
     hours = None if profile == "auto" else load_config(profile, overrides).hardware.max_hours
@@ -171,8 +165,7 @@ def wait(
 ) -> tuple[str, str]:
     """(state, message) once the kernel's session has ended; a live line until then.
 
-    With `just_pushed` a session has to be seen at work first: Kaggle can show the version before for minutes. Raises
-    InfrastructureError where Kaggle stays silent, or shows no new session.
+    With `just_pushed` a session has to be seen at work first. Raises InfrastructureError where Kaggle shows none.
     """
     started, before, silent, seen_at_work = time.monotonic(), "", 0, not just_pushed
     with console.status(reference) as live:

@@ -20,10 +20,9 @@ def require_unfinished(kaggle: Kaggle, reference: str) -> None:
 def push_until_done(
     kaggle: Kaggle, what: Submission, console: Console, sessions: int = 6, interval_s: float = 30.0
 ) -> SeriesState | None:
-    """Push `what`, and again with the last output attached; returns the last session's state.
+    """Push `what`, and again with the last output attached, until a session is not to be continued; its state.
 
-    Ends when a session ends as anything but "continue". Raises ServiceError after `sessions` sessions, and where two in
-    a row got no further, so that no quota is burnt on a run that stands still.
+    Raises ServiceError after `sessions` sessions, and where two in a row got no further.
     """
     before = ("", -1)
     for number in range(1, sessions + 1):

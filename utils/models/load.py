@@ -1,7 +1,4 @@
-"""Base model and LoRA: one way to load them, on unsloth where it runs and on plain transformers elsewhere.
-
-Both backends hand out ordinary PEFT models and ordinary tokenizers, so the notebooks' cells are the same.
-"""
+"""Base model and LoRA, loaded by unsloth where it runs and by transformers elsewhere: ordinary PEFT models both."""
 
 import importlib.util
 import os
@@ -19,10 +16,7 @@ _T4_GIB = 14.0
 
 
 def start_backend(config: Config) -> str:
-    """Choose and prepare `unsloth`, which patches transformers and trl as it is imported, or `transformers`.
-
-    Raises HardwareError where the backend that was asked for cannot run here.
-    """
+    """Prepare `unsloth`, which patches transformers, or `transformers`; HardwareError where it cannot run."""
     prepare_device(config)
     resolved = resolve_hardware(config.hardware)
     if resolved["backend"] == "transformers":
@@ -70,8 +64,7 @@ def torch_dtype(config: Config):
 def load_model(config: Config, adapter: Path | None = None, max_seq_length: int | None = None):
     """(model, tokenizer): the base model as configured, with a trained adapter on top where one is given.
 
-    In 4-bit it is NF4 with double quantisation on both backends. unsloth cuts whatever is longer than `max_seq_length`
-    (model.max_seq_length where none is given). Raises ModelError where the model cannot be loaded.
+    unsloth cuts whatever is longer than `max_seq_length`. Raises ModelError where the model cannot be loaded.
     """
     if max_seq_length is not None:
         room = config.model.model_copy(update={"max_seq_length": max_seq_length})
@@ -110,10 +103,7 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
 
 
 def add_lora(model, config: Config, **lora: Any):
-    """Wrap the base model with fresh LoRA weights, and unsloth's fused kernels; `lora` are arguments of peft.LoraConfig.
-
-    unsloth does not know `all-linear`: it gets the seven projections of a Llama or Qwen.
-    """
+    """Wrap the base model with fresh LoRA weights; `lora` are arguments of peft.LoraConfig."""
     if lora.get("target_modules") == ["all-linear"]:
         lora["target_modules"] = list(LoraSection().target_modules) if is_unsloth(model) else "all-linear"
     if is_unsloth(model):

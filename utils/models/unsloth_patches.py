@@ -15,10 +15,7 @@ _CACHE_STEP = 128  # tokens by which unsloth's cache grows; its 512 takes 64 MiB
 
 
 def patch_unsloth() -> None:
-    """Let unsloth use the functions below; call it before a model is loaded, since its forward is put together then.
-
-    Raises HardwareError for another unsloth than they were made for.
-    """
+    """Let unsloth use the functions below, before a model is loaded; raises HardwareError for another unsloth."""
     if (found := version("unsloth")) != MADE_FOR:
         instead = f"install {MADE_FOR}, for which it is patched here, or set hardware.backend=transformers"
         raise HardwareError(f"unsloth {found} is installed; {instead}.")

@@ -1,7 +1,4 @@
-"""One run directory, one run at a time: a lock that ends with the process that holds it, however that ends.
-
-The driver locks; kernels below it need no lock of their own.
-"""
+"""One run directory, one run at a time: a lock that ends with its process. Kernels below a driver need none."""
 
 import fcntl
 import hashlib
@@ -23,10 +20,7 @@ _held: dict[Path, tuple[FileLock, str]] = {}  # by whom in this process
 
 
 def take_lock(run_dir: Path, owner: str, wait_s: float | None = None) -> None:
-    """Lock `run_dir` for `owner`, a stage or a command, until `release_lock` or the end of this process.
-
-    Nothing where this process has it, or one that started it. Raises RunDirError after `wait_s` where another has it.
-    """
+    """Lock `run_dir` unless this process or a parent has it; RunDirError after `wait_s` where another has."""
     if run_dir in _held:
         return
     lock = FileLock(_lockable(run_dir), thread_local=False)

@@ -99,10 +99,7 @@ class RunDir:
         return values
 
     def stale_because(self, stage: Stage, with_notebook: bool = True, with_outputs: bool = True) -> str | None:
-        """Why a stage has to run (again), in words; None while it is current.
-
-        Data and a model that stayed on another machine are taken for what is on record.
-        """
+        """Why a stage has to run (again), in words; None while it is current, as far as data and model are at hand."""
         record = self.record(stage)
         if record.get("state") != "done":
             return {"running": "it was interrupted", "failed": "it failed"}.get(record.get("state"), "it has not run")
@@ -123,10 +120,7 @@ class RunDir:
         return None
 
     def first_stale(self, stages: Iterable[Stage]) -> tuple[Stage, str] | None:
-        """The first of `stages` whose result cannot be relied on, and why; None while all are done and current.
-
-        A notebook that was edited since makes no result wrong, and is passed over.
-        """
+        """The first of `stages` whose result cannot be relied on, and why; an edited notebook makes no result wrong."""
         reasons = ((stage, self.stale_because(stage, with_notebook=False)) for stage in stages)
         return next(((stage, reason) for stage, reason in reasons if reason), None)
 
@@ -220,10 +214,7 @@ def altered_files(path: Path) -> list[str]:
 
 
 def require_recorded(path: Path, names: tuple[str, ...]) -> None:
-    """Raise RunDirError for the first file among `names` (or below a folder there) that is not as its stage left it.
-
-    What no stage has on record is not judged.
-    """
+    """Raise RunDirError for the first recorded file among or below `names` that is not as its stage left it."""
     for stage, name, word in _altered(path, names):
         word = f"{word}, and {stage} wrote it" if word == _MISSING else f"differs from what {stage} wrote"
         again = command("run", "--run-dir", path)

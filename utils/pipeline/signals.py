@@ -1,8 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish rather than an exception: what is at work comes to a good end first.
-
-with StopRequest() as stop:
-    while work and not stop.asked: one more step
-"""
+"""Ctrl-C and SIGTERM as a wish rather than an exception: what is at work comes to a good end first."""
 
 import signal
 import threading

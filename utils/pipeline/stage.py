@@ -34,10 +34,7 @@ class StageRun(RunDir):
             self.write_record(self.stage, **{**self.record(self.stage), "settings": self.settings(self.stage)})
 
     def finish(self, peak: dict[str, float] | None = None, **figures: float | int | str) -> None:
-        """Hash what was written and mark the stage done; `figures` are kept in the manifest beside it.
-
-        `peak` is the peak memory of the process that did the work, where it was another than this one.
-        """
+        """Hash what was written and mark the stage done, with `figures` and another process's `peak` memory."""
         missing = [name for name in self.stage.outputs if not self.file(name).exists()]
         if missing:
             raise RunDirError(f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells.")
@@ -65,8 +62,7 @@ def open_stage(
 ) -> StageRun:
     """Open a stage for work: check what it needs, then mark it as running.
 
-    Raises RunDirError where an earlier stage has not run or is out of date, HardwareError where the machine lacks
-    what the profile asks for, RunDirError where another process is at work there, and what `open_run` raises.
+    Raises RunDirError where an earlier stage is not current or another process is at work, HardwareError, ConfigError.
     """
     hide_secrets()
     hardware.quiet_libraries()

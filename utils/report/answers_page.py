@@ -62,10 +62,7 @@ def _about_row(row: Mapping) -> dict:
 
 
 def _reply(name: str, model: Evaluation, score: Mapping) -> dict:
-    """What one model said, and what its row of the scored frame says about it.
-
-    `letter` was read from the text; `forced` from the logits, where the answer was cut off before it stated one.
-    """
+    """What one model said; `letter` was read from the text, `forced` from the logits where it was cut off."""
     marks = [] if pd.isna(score["correct"]) else ["right" if score["correct"] else "wrong"]
     if not score["stopped"]:
         marks.append("cut off")

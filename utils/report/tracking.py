@@ -1,7 +1,4 @@
-"""Experiment tracking with wandb: offline by default, online where a key is found, never a reason to stop.
-
-The Trainer's own integration (report_to="wandb") is not used because its errors end the training.
-"""
+"""Experiment tracking with wandb: offline by default, online where a key is found, never a reason to stop."""
 
 import os
 from collections.abc import Callable, Mapping
