@@ -208,13 +208,13 @@ def collect(
     """Fetch a kernel's log and output and classify how it ended; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
     from utils.kaggle import collect as kaggle_collect
     from utils.kaggle import push as kaggle_push
-    from utils.kaggle.api import Kaggle
+    from utils.kaggle.api import Kaggle, split_reference
 
     kaggle = Kaggle(_log)
     ref = ref or kaggle_push.find_reference(kaggle, kaggle_push.read_metadata(), username)
     if wait:
         kaggle_push.wait(kaggle, ref, console, poll)
-    target = Path(run_dir).resolve() if run_dir else kaggle_collect.default_target(ref)
+    target = Path(run_dir or f"runs/kaggle-{split_reference(ref)[1]}").resolve()
     collected = kaggle_collect.collect(kaggle, ref, target, console)
     kaggle_collect.show(collected, ref, target, console)
     raise typer.Exit(int(collected.outcome))

@@ -20,7 +20,6 @@ from utils.export.adapter import (
     choose_place,
     copy_adapter,
     find_base,
-    keep_previous,
     merge_adapter,
     merged_into,
     sixteen_bit_source,
@@ -158,15 +157,14 @@ def test_on_kaggle_what_is_large_goes_to_scratch_and_the_old_one_is_not_taken_fo
     monkeypatch.setattr(export, "require_disk", lambda *_: None)
     place = choose_place(merged_run, "merged", 16.0)
     assert place.is_relative_to(tmp_path / "scratch") and "16.0 GiB" in capsys.readouterr().out
-    assert not merged_run.file("export/merged").exists() and merged_run.file("export/merged.previous").exists()
+    assert not merged_run.file("export/merged").exists()
 
 
-def test_an_earlier_export_is_kept_as_previous_where_none_is_wanted(merged_run):
+def test_an_earlier_export_is_gone_where_none_is_wanted(merged_run):
     section = merged_run.config.export.model_copy(update={"merged": False})
     merged_run.config = merged_run.config.model_copy(update={"export": section})
     assert merge_adapter(merged_run) is None
-    keep_previous(merged_run, "merged")  # nothing left to move: the one from before stays
-    assert merged_run.file("export/merged.previous/model.safetensors").exists()
+    assert not merged_run.file("export/merged").exists()
 
 
 def test_without_llama_cpp_the_stage_says_which_command_makes_the_files(merged_run, monkeypatch, tmp_path, capsys):

@@ -48,7 +48,7 @@ def merge_adapter(run: RunDir) -> Merged | None:
     Raises HardwareError where the disk is too small, ModelError where base and adapter do not fit.
     """
     if not run.config.export.merged:
-        keep_previous(run, "merged")
+        shutil.rmtree(run.file("export/merged"), ignore_errors=True)  # an earlier run's
         return None
     base, revision = find_base(run.config)
     lora, target = read_lora(run.file("export/adapter")), choose_place(run, "merged", weights_gib(base))
@@ -83,19 +83,11 @@ def choose_place(run: RunDir, kind: str, needed_gib: float) -> Path:
     """export/KIND; for what is large on Kaggle, which saves 20 GB, scratch that ends with the session."""
     target = run.file(f"export/{kind}")
     if where() == "kaggle" and needed_gib > _KEPT_GIB:
-        keep_previous(run, kind)
+        shutil.rmtree(target, ignore_errors=True)  # an earlier run's
         target = Path(tempfile.gettempdir()) / NAME / run.path.name / kind
         print(f"export/{kind} ({needed_gib:.1f} GiB) is written to {target}, which is not kept with the output")
     require_disk(target.parent, needed_gib + 0.05, f"export/{kind}")
     return target
-
-
-def keep_previous(run: RunDir, kind: str) -> None:
-    """Rename an earlier run's export/KIND, so that it is not taken for this run's where none is written there."""
-    earlier, previous = run.file(f"export/{kind}"), run.file(f"export/{kind}.previous")
-    if earlier.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        earlier.rename(previous)
 
 
 def trained_on(config: Config) -> tuple[str, str | None]:

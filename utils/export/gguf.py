@@ -19,7 +19,7 @@ import httpx
 import tenacity
 
 from utils.errors import HardwareError, ModelError, UserError
-from utils.export.adapter import choose_place, keep_previous, weights_gib
+from utils.export.adapter import choose_place, weights_gib
 from utils.export.chat_template import make_modelfile
 from utils.export.compare_logits import NEW_TOKENS, Continuations, compare_tokens
 from utils.files import atomic_folder
@@ -97,13 +97,9 @@ def _call(words: Sequence[str | Path], kind: type[UserError], advice: str) -> No
     print("+", *words, flush=True)
     if shutil.which(words[0]) is None:
         raise kind(f"{words[0]} is not installed, which llama.cpp is built with; {advice}.")
-    with tempfile.TemporaryDirectory() as scratch:
-        printed = Path(scratch) / "stdout"  # apart: cmake's last line there says nothing of the reason
-        with Child(["sh", "-c", 'exec "$@" > "$0"', printed, *words], Path(scratch) / "stderr") as child:
-            if child.wait() == 0:
-                return
-        child.log = child.log if child.log.stat().st_size else printed
-        raise kind(f"llama.cpp's {Path(words[0]).name} failed ({child.last_words()}); {advice}.")
+    with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log") as child:
+        if child.wait() != 0:
+            raise kind(f"llama.cpp's {Path(words[0]).name} failed ({child.last_words()}); {advice}.")
 
 
 def file_name(kind: str) -> str:
@@ -124,7 +120,7 @@ def write_gguf(run: RunDir, folders: Mapping[str, Path]) -> Path | None:
                 "With a built tree of your own, put LLAMA_CPP_DIR=FOLDER before it."
             )
     if tree is None:
-        keep_previous(run, "gguf")
+        shutil.rmtree(run.file("export/gguf"), ignore_errors=True)  # an earlier run's
         return None
     half = weights_gib(folders["merged"])  # at most: a base in 32 bit takes twice as much
     # q8_0 takes 8.5 of 16 bits, q4_k_m 4.9, and a little.

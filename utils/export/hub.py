@@ -11,7 +11,6 @@ import httpx
 
 from utils.errors import InfrastructureError, ServiceError
 from utils.evaluation.results import read_sentence
-from utils.files import sha256
 from utils.pipeline.run_dir import open_run, read_manifest, require_recorded
 from utils.pipeline.stages import BY_NAME
 from utils.processes import Child
@@ -44,25 +43,17 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
     uploads = []
     for kind in ("adapter", "merged") if merged else ("adapter",):
         prefix = f"export/{kind}/"
-        names = [name for name in recorded if name.startswith(prefix)]
-        if not names or not (run_dir / prefix).is_dir():
+        files = {name.removeprefix(prefix): run_dir / name for name in recorded if name.startswith(prefix)}
+        if not files:
             where = "it stays in a Kaggle session's scratch" if kind == "merged" else "05_export writes it"
             again = command("run", "--run-dir", run_dir, "--from", "05")
             raise ServiceError(f"{run_dir / prefix} is not there ({where}); run {again} first.")
-        files = {name.removeprefix(prefix): _as_recorded(run_dir, name, recorded) for name in names}
+        require_recorded(run_dir, (prefix.rstrip("/"),))
+        for name, path in files.items():  # a manifest may come from elsewhere, and its link lead to a private file
+            if not path.resolve().is_relative_to(run_dir.resolve()):
+                raise ServiceError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
         uploads.append(Upload(kind, repo if kind == "adapter" else f"{repo}-{kind}", files))
     return uploads
-
-
-def _as_recorded(run_dir: Path, name: str, recorded: dict[str, dict]) -> Path:
-    """The file, if it is what the run wrote; a manifest may come from elsewhere, and its link lead to a private file."""
-    path = run_dir / name
-    if not path.resolve().is_relative_to(run_dir.resolve()):
-        raise ServiceError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
-    if not path.is_file() or sha256(path) != recorded[name]["sha256"]:
-        problem = "differs from what was written" if path.is_file() else "is missing"
-        raise ServiceError(f"{name} {problem}; {command('verify', run_dir)} says more, and 05_export writes it anew.")
-    return path
 
 
 def upload_model(upload: Upload, token: Secret, private: bool = True) -> str:

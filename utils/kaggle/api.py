@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ class Kaggle:
         """Fetch the last session's log, and files that match `pattern`; none whose name points outside."""
 
         def is_wanted(response: Any, file: str, quiet: bool = True) -> bool:
-            require_names_below([file.removeprefix(f"{folder}/")])
+            if relative_name(name := file.removeprefix(f"{folder}/")) is None:
+                raise InfrastructureError(f"Kaggle lists an output {name!r}, which points outside; nothing was kept.")
             return True
 
         with patch.object(self._api, "download_needed", is_wanted):
@@ -80,13 +81,6 @@ def _sign_in() -> Any:
     api = KaggleApi()
     api.authenticate()
     return api
-
-
-def require_names_below(names: Iterable[str]) -> None:
-    """Raise InfrastructureError for the first name that would be written outside of the folder it is fetched into."""
-    for name in names:
-        if relative_name(name) is None:
-            raise InfrastructureError(f"Kaggle lists an output {name!r}, which points outside; nothing was kept.")
 
 
 def status_of(error: BaseException | None) -> int | None:

@@ -1,6 +1,5 @@
 """Both ends of a session on Kaggle: resume what an earlier one left, and leave what the next one can resume."""
 
-import os
 import shutil
 import stat
 from pathlib import Path
@@ -15,19 +14,15 @@ from utils.pipeline.state import SeriesState, read_state, write_state
 from utils.project import KAGGLE, runs_dir
 
 DEPTH = 5  # notebooks/OWNER/SLUG/runs/PROFILE
-WIDTH = 1_000  # a folder of more files is somebody's image collection
 
 
 def find_attached(profile: str = "auto", root: Path | None = None) -> Path | None:
     """The run directory of `profile` among the inputs, or None; raises RunDirError for several, or a damaged one."""
     root, found = root or KAGGLE / "input", {}
-    for folder, below, files in os.walk(root):
-        run = Path(folder)
-        manifest = _read_ours(run) if "manifest.json" in files else {}
+    for file in (file for depth in range(DEPTH + 1) for file in root.glob("*/" * depth + "manifest.json")):
+        manifest = _read_ours(file.parent)
         if manifest and profile in ("auto", manifest["profile"]):
-            found.setdefault(sha256(run / "manifest.json"), run)  # one output can be mounted twice
-        if manifest or len(files) > WIDTH or len(run.relative_to(root).parts) == DEPTH:
-            below.clear()
+            found.setdefault(sha256(file), file.parent)  # one output can be mounted twice
     if len(found) > 1:
         places = ", ".join(str(path.relative_to(root)) for path in found.values())
         raise RunDirError(f"{len(found)} different runs are attached ({places}); detach all but the one to resume.")

@@ -164,11 +164,6 @@ def _last_line(log: str) -> str:
     return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing")
 
 
-def default_target(reference: str) -> Path:
-    """runs/kaggle-SLUG below the current directory."""
-    return Path.cwd() / "runs" / f"kaggle-{split_reference(reference)[1]}"
-
-
 def show(collected: Collected, reference: str, target: Path, console: Console) -> None:
     """The outcome in one line, and what to do next."""
     colour = {Outcome.PASS: "green", Outcome.FAIL: "red"}.get(collected.outcome, "yellow")

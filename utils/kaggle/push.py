@@ -86,10 +86,7 @@ def title_of(metadata: Mapping[str, Any], slug: str) -> str:
     """A title that Kaggle turns into `slug`; with another one a second kernel appears beside the first."""
     from slugify import slugify
 
-    for title in (metadata["title"], slug.replace("-", " ")):
-        if slugify(title) == slug and len(slug) >= 5:
-            return title
-    raise ServiceError(f"{slug!r} is no slug; expected five or more of a-z, 0-9 and single dashes between them.")
+    return metadata["title"] if slugify(metadata["title"]) == slug else slug.replace("-", " ")
 
 
 def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> str:
