@@ -108,7 +108,7 @@ def test_where_a_disk_fills_up_the_earlier_export_stays(merged_run, monkeypatch)
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("utils.export.merge.save_file", full)
     with pytest.raises(SafetensorError, match="No space left"):
         merge_adapter(merged_run)
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
@@ -127,17 +127,18 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(merged_run,
 def test_a_merge_that_was_killed_leaves_the_earlier_export_and_the_next_one_is_whole(merged_run):
     before = weights_of(merged_run)
     code = f"""
-import os, signal, safetensors.torch
+import os, signal
+from utils.export import merge
 from utils.export.adapter import merge_adapter
 from utils.pipeline.run_dir import open_run
 
-write = safetensors.torch.save_file
+write = merge.save_file
 
 def write_and_die(*arguments, **options):
     write(*arguments, **options)
     os.kill(os.getpid(), signal.SIGKILL)
 
-safetensors.torch.save_file = write_and_die
+merge.save_file = write_and_die
 merge_adapter(open_run("auto", {str(merged_run.path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)

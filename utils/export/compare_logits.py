@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from utils.files import atomic
 from utils.progress import track
@@ -40,8 +43,6 @@ class Continuations:
 
     def save(self, path: Path) -> None:
         """As safetensors, which any reader opens; the tokens travel in its header."""
-        from safetensors.torch import save_file
-
         with atomic(path) as scratch:
             tensors = {"logits": self.logits, "best": self.best}
             save_file(tensors, scratch, metadata={"tokens": json.dumps(self.tokens)})
@@ -49,8 +50,6 @@ class Continuations:
     @classmethod
     def load(cls, path: Path) -> "Continuations":
         """What `save` wrote."""
-        from safetensors import safe_open
-
         with safe_open(path, framework="pt") as stored:
             tokens = json.loads(stored.metadata()["tokens"])
             return cls(tokens, stored.get_tensor("logits"), stored.get_tensor("best"))
@@ -58,8 +57,6 @@ class Continuations:
 
 def continue_greedily(model, tokenizer, prompts: Sequence[str], description: str) -> Continuations:
     """Decode greedily, one prompt after the other, so that no padding is involved."""
-    import torch
-
     tokens, first = [], []
     best = torch.full((len(prompts), NEW_TOKENS, 2), float("nan"))
     for number, prompt in enumerate(track(prompts, description, unit="prompt")):
@@ -79,8 +76,6 @@ def continue_greedily(model, tokenizer, prompts: Sequence[str], description: str
 
 def follow(model, tokenizer, prompts: Sequence[str], leader: Continuations, description: str) -> Continuations:
     """What the model would say at each step of the leader's continuations, up to its first other token."""
-    import torch
-
     tokens, first = [], []
     best = torch.full((len(prompts), NEW_TOKENS, 2), float("nan"))
     for number, prompt in enumerate(track(prompts, description, unit="prompt")):

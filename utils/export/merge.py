@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
 from utils.errors import ModelError
 from utils.files import is_there
 from utils.progress import Progress
@@ -26,8 +30,6 @@ class Lora:
 
 def read_lora(folder: Path) -> Lora:
     """The adapter in `folder`; raises ModelError for one that holds more than pairs of factors."""
-    from safetensors.torch import load_file
-
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
@@ -62,8 +64,6 @@ def find_shards(folder: Path) -> list[Path]:
 
 def list_tensors(shards: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     """{tensor: (shard, dtype such as bfloat16, shape)}; raises ModelError for a file that is cut short or none."""
-    from safetensors import SafetensorError, safe_open
-
     found = {}
     for path in shards:
         try:
@@ -79,16 +79,12 @@ def list_tensors(shards: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int
 
 def read_tensor(path: Path, name: str):
     """One tensor of a shard. The file is mapped for it alone: pages that other tensors touched would stay in memory."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as shard:
         return shard.get_tensor(name)
 
 
 def merge_shards(base: Path, lora: Lora, target: Path) -> None:
     """Write the shards of `base` with `lora` folded in, and their index; raises ModelError where they don't fit."""
-    from safetensors.torch import save_file
-
     shards = find_shards(base)
     tensors = list_tensors(shards)
     _check_fit(lora, tensors, base)
@@ -116,8 +112,6 @@ def _check_fit(lora: Lora, tensors: Mapping[str, tuple[Path, str, tuple[int, ...
 
 
 def _merge_tensor(path: Path, name: str, lora: Lora):
-    import torch
-
     tensor, changed = read_tensor(path, name), name in lora.factors
     if changed:
         a, b = lora.factors[name]

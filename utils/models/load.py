@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
 from utils.errors import HardwareError, ModelError, first_line
 from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
 from utils.models.tokenizer import load_tokenizer, model_source, require_safetensors
@@ -41,8 +44,6 @@ def prepare_device(config: Config) -> None:
         # TRL raises for one process that sees two GPUs (sft_trainer.py), and unsloth would split batches badly.
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ids()[0]
     if config.hardware.emulate_t4:  # compute and run out of memory as a T4 does
-        import torch
-
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         total = torch.cuda.get_device_properties(local_rank()).total_memory / GIB
@@ -56,8 +57,6 @@ def device(config: Config) -> str:
 
 def torch_dtype(config: Config):
     """The dtype of activations: as configured, or float32 on a CPU, bfloat16 where the GPU has it, else float16."""
-    import torch
-
     return getattr(torch, resolve_hardware(config.hardware)["dtype"])
 
 
@@ -74,8 +73,6 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
         if folder is not None and folder.is_dir():
             require_safetensors(folder, what)
     tokenizer = load_tokenizer(source, config.model.revision)
-    from safetensors import SafetensorError
-
     try:
         if backend == "unsloth":
             from unsloth import FastLanguageModel
@@ -118,7 +115,6 @@ def add_lora(model, config: Config, **lora: Any):
             max_seq_length=config.model.max_seq_length,
             **{key: value for key, value in lora.items() if key != "task_type"},
         )
-    import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.train.seed)
@@ -174,7 +170,6 @@ def count_fused_layers(model) -> dict[str, int] | None:
 
 def load_plain(config: Config, source: str):
     """The model in `source` by plain transformers, in the run's dtype and quantisation, on its device."""
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype, four_bit = torch_dtype(config), None
