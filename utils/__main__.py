@@ -120,21 +120,15 @@ def verify(run_dir: RunDirArgument) -> None:
         for line in altered:
             console.print(f"✗ {line}", style="red")
         again = f"{command('run', '--run-dir', run_dir)} makes them again, or fetch the run again"
-        console.print(f"nothing is loaded from files that changed; {again}")
-        raise typer.Exit(1)
+        raise RunDirError(f"nothing is loaded from files that changed; {again}")
     console.print("✓ every recorded file is as it was written", style="green")
     _warn_if_stale(run, stage)
     if run.record(stage).get("state") != "done":
         console.print("there is no export to load back yet: 05_export has not run")
         return
-    try:
-        require_hardware(run, stage)
-        prepare_device(run.config)
-        figures = verify_exports(run, export_folders(run))
-    except UserError as error:
-        console.print(f"✗ {error}", style="red")
-        raise typer.Exit(1) from None
-    for name, values in figures.items():
+    require_hardware(run, stage)
+    prepare_device(run.config)
+    for name, values in verify_exports(run, export_folders(run)).items():
         text = ", ".join(f"{key} {value}" for key, value in values.items())
         console.print(f"✓ {name}: {text}".replace("_", " "), style="green")
 

@@ -44,7 +44,7 @@ def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]
     for kind in ("adapter", "merged") if merged else ("adapter",):
         prefix = f"export/{kind}/"
         files = {name.removeprefix(prefix): run_dir / name for name in recorded if name.startswith(prefix)}
-        if not files:
+        if not files or not (run_dir / prefix).is_dir():
             where = "it stays in a Kaggle session's scratch" if kind == "merged" else "05_export writes it"
             again = command("run", "--run-dir", run_dir, "--from", "05")
             raise ServiceError(f"{run_dir / prefix} is not there ({where}); run {again} first.")
