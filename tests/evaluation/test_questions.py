@@ -19,7 +19,7 @@ from utils.evaluation.questions import (
     model_digest,
     register,
 )
-from utils.files import read_lines, write_json, write_lines
+from utils.files import read_lines, write_lines
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stages import BY_NAME
 from utils.schema import GenerateSection
@@ -206,13 +206,6 @@ def test_answers_without_any_registration_count_as_changed(answered):
     again = open_run("demo", answered.path)
     again.save()
     assert register(again, [Question("a", "open", "?")], [])["changed_after_answers"] is True
-
-
-def test_a_run_older_than_the_manifests_copy_keeps_what_its_file_says(answered):
-    path = answered.file("data/registration.json")
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "changed_after_answers": True})
-    answered.note("registered", None)
-    assert register(answered, [Question("a", "open", "?")], [])["changed_after_answers"] is True
 
 
 HELD_OUT = pd.DataFrame(

@@ -75,8 +75,7 @@ def collect_references(held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -
 def register(run: RunDir, questions: Sequence[Question], references: Sequence[str]) -> dict:
     """data/registration.json: primary metric, n, questions, `collect_references`, decoding and seed, before any answer.
 
-    Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so. The
-    manifest keeps a copy: to lose or change one of the two is no way around that.
+    Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so.
     """
     config, path = run.config, run.file("data/registration.json")
     planned = {
@@ -87,12 +86,10 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
         "decoding": config.generate.model_dump(mode="json", exclude={"batch_size"}),
         "seed": config.evaluate.seed,
     }
-    before = run.manifest().get("registered")
-    before = before or (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     changed = before.pop("changed_after_answers", False)
     # Of answers without a registration nothing is known.
     planned["changed_after_answers"] = changed or (run.file("baseline/answers.jsonl").exists() and before != planned)
-    run.note("registered", planned)
     write_json(path, planned)
     return planned
 

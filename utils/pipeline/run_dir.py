@@ -67,19 +67,17 @@ class RunDir:
 
     def write_record(self, stage: Stage, **values: Any) -> None:
         """Replace a stage's manifest entry."""
-        stages = self.manifest().get("stages", {}) | {stage.name: values}
-        self.note("stages", dict(sorted(stages.items())))
+        self._write_records(self.manifest().get("stages", {}) | {stage.name: values})
 
     def forget(self, stages: Iterable[Stage]) -> None:
         """Take `stages` out of the manifest: they count as not run."""
         names = {stage.name for stage in stages}
         records = self.manifest().get("stages", {})
-        self.note("stages", {name: record for name, record in records.items() if name not in names})
+        self._write_records({name: record for name, record in records.items() if name not in names})
 
-    def note(self, key: str, value: Any) -> None:
-        """Replace one entry of the manifest; None takes it out."""
-        manifest = {"profile": self.config.profile, "stages": {}} | self.manifest() | {key: value}
-        files.write_json(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
+    def _write_records(self, records: dict[str, dict]) -> None:
+        stages = {"stages": dict(sorted(records.items()))}
+        files.write_json(self.manifest_path, {"profile": self.config.profile} | self.manifest() | stages)
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that this stage's result rests on; local data and model by their content."""

@@ -218,5 +218,3 @@ def _move_aside(run: RunDir, stages: Sequence[Stage]) -> None:
             if place.exists():
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
                 place.rename(aside)
-        if stage.number == "00":
-            run.note("registered", None)

@@ -33,11 +33,6 @@ _SPANS = ["colspan", "rowspan"]
 _ATTRIBUTES = {"*": ["class", "dir", "id", "style", "title"], "a": ["href"], "td": _SPANS, "th": _SPANS}
 
 
-def executed_dir(run: RunDir) -> Path:
-    """Where the driver keeps the executed notebooks."""
-    return run.file("report/notebooks")
-
-
 def write_report(run: RunDir) -> Path:
     """Render the report from what the run directory holds; stages that have not run are left out."""
     templates = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
@@ -71,7 +66,7 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[tuple[Stage, di
 
     chapters = []
     for stage in STAGES:
-        source, record = executed_dir(run) / f"{stage.name}.ipynb", run.record(stage)
+        source, record = run.file(f"report/notebooks/{stage.name}.ipynb"), run.record(stage)
         finished = record.get("finished")
         # A notebook run by hand leaves no executed copy here: an older one would show another run.
         if not source.exists() or (finished and source.stat().st_mtime < datetime.fromisoformat(finished).timestamp()):
