@@ -162,8 +162,12 @@ def test_the_headline_says_what_the_claims_say():
 
 def test_the_registered_metric_decides_the_claim():
     results = {r.name: r for r in (result("accuracy", 0.5, 0.5), result("multiple_choice", 0.2, 0.8))}
-    assert {c.claim: c.metric for c in state_claims(results, {"accuracy": 1.0})}["knows more"] == "multiple_choice"
-    assert {c.claim: c.metric for c in state_claims(results, {"multiple_choice": 0.0})}["knows more"] == "accuracy"
+    assert {c["claim"]: c["metric"] for c in state_claims(results, {"accuracy": 1.0})}[
+        "knows more"
+    ] == "multiple_choice"
+    assert {c["claim"]: c["metric"] for c in state_claims(results, {"multiple_choice": 0.0})}[
+        "knows more"
+    ] == "accuracy"
 
 
 @pytest.mark.parametrize("name", ["accuracy", "multiple_choice", "nll"])
@@ -175,5 +179,5 @@ def test_claim_and_headline_make_the_same_remark_on_the_same_metric(name, tuned)
     corrected = dict.fromkeys(("multiple_choice_forced", "truncated"), 0.01)
     remark = decide(name, named, corrected)[1]
     assert headline(name, named, corrected).endswith(remark)
-    (claim,) = (claim for claim in state_claims(named, corrected) if claim.metric == name)
-    assert remark and claim.sentence.endswith(remark)
+    (claim,) = (claim for claim in state_claims(named, corrected) if claim["metric"] == name)
+    assert remark and claim["sentence"].endswith(remark)
