@@ -250,11 +250,9 @@ def describe_determinism() -> dict[str, object]:
     processor = platform.processor()
     with contextlib.suppress(OSError, TypeError):  # another one may take other vector instructions
         processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
-    described: dict[str, object] = {
-        "python": platform.python_version(),
+    described = describe() | {
         "packages": {name: installed(name) for name in ("tokenizers", "numpy", "scipy", "scikit-learn")},
         "processor": processor,
-        "gpus": [asdict(gpu) for gpu in gpus()],
         "environment": {name: os.environ.get(name) for name in ("PYTHONHASHSEED", "OMP_NUM_THREADS")},
     }
     if torch := sys.modules.get("torch"):

@@ -229,14 +229,6 @@ def test_a_notebook_that_stops_after_the_series_fails(tmp_path):
     assert collected.outcome.name == "FAIL" and "KeyError: 'verdict'" in collected.sentence
 
 
-def test_a_run_that_calls_itself_done_and_is_not_fails(tmp_path):
-    run = write_run(tmp_path / "run")
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["stages"]["03_lora_training"]["state"] = "failed"
-    write_json(run / "manifest.json", manifest)
-    assert "03_lora_training is not" in classify("COMPLETE", "", run, "").sentence
-
-
 def test_the_log_is_readable_in_both_forms():
     assert readable_log("plain text") == "plain text"
     assert readable_log('[{"data": "a"}, {"data": "b"}]') == "ab"
