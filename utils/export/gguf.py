@@ -115,9 +115,7 @@ def write_gguf(run: RunDir, folders: Mapping[str, Path]) -> Path | None:
         if tree is None:
             again = command("run", "--run-dir", run.path, "--set", "export.install_llama_cpp=true")
             print(
-                "No llama.cpp was found, so no GGUF file is written; the other exports stand. This builds it, in 10 to "
-                f"40 minutes, and makes them:\n  {again}\n"
-                "With a built tree of your own, put LLAMA_CPP_DIR=FOLDER before it."
+                f"No llama.cpp was found, so no GGUF file is written. This builds it, in 10 to 40 minutes:\n  {again}"
             )
     if tree is None:
         shutil.rmtree(run.file("export/gguf"), ignore_errors=True)  # an earlier run's
