@@ -21,7 +21,7 @@ class DataError(UserError):
 
 
 class RunDirError(UserError):
-    """A run directory of another profile, one that cannot be written or was changed from outside, or a stage out of turn."""
+    """A run directory of another profile, unwritable or changed from outside, or a stage out of turn."""
 
 
 class HardwareError(UserError):

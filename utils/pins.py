@@ -69,7 +69,7 @@ def _loaded() -> dict[str, str | None]:
 
 
 def _require_restart(before: dict[str, str | None]) -> None:
-    """Raise HardwareError where a package that this kernel had imported is another one now: half of it would be the old one."""
+    """Raise HardwareError where a package that this kernel had imported is another one now."""
     changed = sorted(name for name, version in before.items() if installed(name) != version)
     if changed:
         menu = "Runtime > Restart session" if where() == "colab" else "Run > Restart & clear cell outputs"

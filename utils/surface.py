@@ -1,4 +1,4 @@
-"""A folder's surface: the names that notebooks import from it, each loaded with its module when it is first asked for."""
+"""A folder's surface: the names that notebooks import from it, each loaded when it is first asked for."""
 
 from collections.abc import Callable
 from importlib import import_module

@@ -32,8 +32,8 @@ class Upload:
 def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]:
     """What would be uploaded where: the adapter to `repo`, with `merged` the merged model to `repo`-merged.
 
-    Only what 05_export has on record goes, and only with the digest on record. Raises ServiceError where a stage is undone
-    or out of date, and where an export is missing or is not what the run wrote.
+    Only what 05_export has on record goes. Raises ServiceError where a stage is undone or out of date or an export is
+    missing, RunDirError where it is not what the run wrote.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ServiceError(f"--repo is {repo!r}; expected USER/NAME.")

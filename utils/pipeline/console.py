@@ -22,7 +22,7 @@ _RESULTS = {
 
 
 def make_console(stderr: bool = False) -> Console:
-    """One that prints lines as they are: unbroken, square brackets no markup, nothing coloured that we did not colour."""
+    """One that prints lines as they are: unbroken, without markup, and coloured only where we say so."""
     # A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr, force_terminal=terminal, highlight=False, soft_wrap=True, markup=False)

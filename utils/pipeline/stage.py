@@ -21,7 +21,7 @@ from utils.secrets import hide_secrets
 
 @dataclass
 class StageRun(RunDir):
-    """A stage at work: opened by a notebook's first cells, finished by its last; processes that it starts write none of it."""
+    """A stage at work: opened by a notebook's first cells, finished by its last."""
 
     stage: Stage
     started: float = field(default_factory=time.monotonic)
