@@ -97,9 +97,13 @@ def _call(words: Sequence[str | Path], kind: type[UserError], advice: str) -> No
     print("+", *words, flush=True)
     if shutil.which(words[0]) is None:
         raise kind(f"{words[0]} is not installed, which llama.cpp is built with; {advice}.")
-    with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log") as child:
-        if child.wait() != 0:
-            raise kind(f"llama.cpp's {Path(words[0]).name} failed ({child.last_words()}); {advice}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        printed = Path(scratch) / "stdout"  # apart: cmake's last line there says nothing of the reason
+        with Child(["sh", "-c", 'exec "$@" > "$0"', printed, *words], Path(scratch) / "stderr") as child:
+            if child.wait() == 0:
+                return
+        child.log = child.log if child.log.stat().st_size else printed
+        raise kind(f"llama.cpp's {Path(words[0]).name} failed ({child.last_words()}); {advice}.")
 
 
 def file_name(kind: str) -> str:

@@ -15,7 +15,7 @@ class Tracker:
     """One wandb run for one stage, or nothing; `log`, `table`, `image`, `finish` are safe to call either way."""
 
     def __init__(self, run: StageRun, job_type: str):
-        self._wandb_run, self.mode = None, "disabled"
+        self._wandb_run, self._broken, self.mode = None, False, "disabled"
         wished = run.config.tracking.mode
         if wished == "disabled":
             return
@@ -43,6 +43,7 @@ class Tracker:
 
     def finish(self) -> None:
         """Close the run; offline runs can be sent later with `python -m utils publish` or `wandb sync`."""
+        self._broken = False  # what was logged before a trouble is kept
         self._send(lambda wandb: self._wandb_run.finish())
         self._wandb_run = None
 
@@ -62,7 +63,7 @@ class Tracker:
         self.mode = mode if self._wandb_run else self.mode
 
     def _send(self, action: Callable[[Any], Any]) -> None:
-        if self._wandb_run is not None:
+        if self._wandb_run is not None and not self._broken:  # after the first trouble nothing more is logged
             self._attempt(action, "tracking")
 
     def _attempt(self, action: Callable[[Any], Any], what: str) -> Any:
@@ -73,4 +74,5 @@ class Tracker:
             return action(wandb)
         except Exception as error:  # whatever wandb raises must not cost a training run
             print(f"{what} failed ({type(error).__name__}); the run goes on without it.")
+            self._broken = self._wandb_run is not None
             return None
