@@ -42,4 +42,3 @@ def test_a_profile_that_needs_a_gpu_says_so_where_there_is_none(tmp_path):
     done = run_command("run", "--profile", "t4", "--run-dir", tmp_path / "run", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "00_setup failed: The profile t4 needs a CUDA GPU and found none" in done.stdout
-    assert not (tmp_path / "run" / "manifest.json").exists()

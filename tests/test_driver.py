@@ -14,7 +14,7 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 
 from utils import __main__ as command_line
-from utils.errors import HardwareError, StageOrderError
+from utils.errors import HardwareError, RunDirError
 from utils.evaluation.questions import Question, register
 from utils.files import write_text
 from utils.pipeline import runner
@@ -97,7 +97,7 @@ def test_fresh_from_a_stage_on_leaves_what_earlier_ones_rest_on(ran, tmp_path):
     assert open_run("auto", tmp_path).config.data.revision == "abc"  # which 00 found out, and nobody gave again
     assert ran[6:] == ["03", "04", "05"] and (tmp_path / "training/checkpoints.old/part.txt").exists()
     assert not list(tmp_path.glob("data/*.old")) and not list(tmp_path.glob("baseline/*.old"))
-    with pytest.raises(StageOrderError, match="its settings changed"):  # before anything is moved
+    with pytest.raises(RunDirError, match="its settings changed"):  # before anything is moved
         go(tmp_path, fresh=True, first="04", **{"data.seed": 5})
     assert (tmp_path / "tuned/answers.jsonl").exists()
 
@@ -125,7 +125,7 @@ def test_where_the_hardware_is_missing_the_line_to_resume_by_keeps_the_settings(
         raise HardwareError("no GPU")
 
     monkeypatch.setattr(runner, "require_hardware", lacks)
-    with pytest.raises(StageOrderError):
+    with pytest.raises(RunDirError):
         go(tmp_path / "refused", first="03", **{"train.max_steps": 10})
     assert not (tmp_path / "refused/config.yaml").exists()
     with pytest.raises(StageEnded, match="no GPU") as ended:
@@ -133,7 +133,6 @@ def test_where_the_hardware_is_missing_the_line_to_resume_by_keeps_the_settings(
     words = shlex.split(ended.value.resume)
     run = open_run(words[words.index("--profile") + 1], words[words.index("--run-dir") + 1])
     assert run.path == tmp_path / "my runs" and run.config.train.max_steps == 10
-    assert open_run("tutorial", run.path).config.train.max_steps != 10  # it is no run of demo yet
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -190,7 +189,7 @@ def cell_error(name: str, sentence: str) -> PapermillExecutionError:
             1,
             "its kernel died, most often because memory",
         ),
-        (OSError(28, "No space left on device"), "failed", "HardwareError", 1, "The disk is full"),
+        (OSError(28, "No space left on device"), "failed", "OSError", 1, "[Errno 28] No space left on device"),
     ],
     ids=["user", "unknown", "time", "signal", "killed", "disk"],
 )
@@ -233,7 +232,6 @@ def test_a_report_that_cannot_be_written_is_a_sentence_and_the_run_has_passed(ra
         raise ValueError("No template sub-directory with name 'basic' found")
 
     monkeypatch.setattr("utils.report.index.write_report", no_template)
-    monkeypatch.setattr("utils.report.index.stale_comparison", lambda run: None)
     monkeypatch.setattr(command_line, "console", Console(width=500, file=(output := io.StringIO())))
     command_line.run(profile="demo", run_dir=str(tmp_path))  # typer.Exit would be raised here
     assert "The report could not be written (ValueError: No template sub-directory" in output.getvalue()

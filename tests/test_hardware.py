@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from utils import hardware as platforms
-from utils.errors import HardwareError, PinError
+from utils.errors import HardwareError
 from utils.hardware import (
     Gpu,
     check_pins,
@@ -141,7 +141,7 @@ def test_the_place_is_told_by_kaggles_variable(monkeypatch):
 
 
 def test_missing_requirements_are_a_sentence(tmp_path):
-    with pytest.raises(PinError, match=r"requirements.txt is missing; take it back from git"):
+    with pytest.raises(HardwareError, match=r"requirements.txt is missing; take it back from git"):
         read_pins(tmp_path / "requirements.txt")
 
 
@@ -176,7 +176,7 @@ def test_pins_that_hold_are_reported_and_a_platforms_own_torch_build_counts(monk
 def test_a_pin_that_does_not_hold_is_named_with_found_and_wanted(monkeypatch, package, found, said):
     have(monkeypatch, **{package: found})
     wanted = str(read_pins()[package].specifier)
-    with pytest.raises(PinError) as caught:
+    with pytest.raises(HardwareError) as caught:
         check_pins(cuda=False)
     message = str(caught.value)
     assert message.startswith(f"{package} is {said}, but requirements.txt asks for {package}{wanted}; run `pip install")
@@ -190,7 +190,7 @@ def test_a_pin_that_does_not_hold_is_only_reported_where_the_profile_says_so(mon
 def test_a_cuda_package_is_enforced_on_a_gpu_only(monkeypatch):
     have(monkeypatch, unsloth=None)
     assert [row["package"] for row in check_pins(cuda=False) if not row["holds"]] == ["unsloth"]
-    with pytest.raises(PinError, match=r"unsloth is not installed, but requirements.txt asks for unsloth==2026"):
+    with pytest.raises(HardwareError, match=r"unsloth is not installed, but requirements.txt asks for unsloth==2026"):
         check_pins(cuda=True)
 
 

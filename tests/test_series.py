@@ -164,11 +164,8 @@ def test_a_null_run_cannot_tell_and_only_what_depends_on_the_change_runs_again(c
     assert metrics["verdict"] == "cannot tell" and metrics["primary"]["difference"] == 0
 
 
-def test_the_metrics_follow_their_schema(demo_run):
-    from utils.evaluation.results import Comparison
-
+def test_the_demo_carries_the_claims_that_it_is_built_to_carry(demo_run):
     metrics = metrics_of(demo_run.path)
-    assert Comparison(**metrics).model_dump(mode="json") == metrics
     assert {claim["claim"]: claim["verdict"] for claim in metrics["claims"]} == {
         "knows more": "better", "reasons shorter": "better", "keeps form": "cannot tell", "imitates the reference": "better",
     }  # fmt: skip

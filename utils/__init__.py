@@ -1,7 +1,4 @@
-"""Shared plumbing of the notebook series: measure a model, fine-tune it with LoRA, measure it again, export it.
-
-`utils` is a common name, so `utils.project.prepare` asserts that the imported package carries `SERIES`.
-"""
+"""Shared plumbing of the notebook series; `utils.project.prepare` asserts by `SERIES` that it is this package."""
 
 import os
 

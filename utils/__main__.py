@@ -1,34 +1,28 @@
 """The command line: `python -m utils run | score | verify | ask | bundle | push | collect | publish`."""
 
-from __future__ import annotations
-
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 try:
     import typer
-    from rich.console import Console
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"{error.name} is not installed for {sys.executable}; run make demo, then .venv/bin/python -m utils."
     ) from None
 
-from utils.config import edit_config, load_config, parse_overrides
-from utils.errors import HubError, InfrastructureError, Interrupted, KaggleError, RunDirError, UserError
+from utils.config import parse_overrides
+from utils.errors import InfrastructureError, Interrupted, RunDirError, ServiceError, UserError
+from utils.pipeline.console import make_console, summarise
+from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest, require_recorded
+from utils.pipeline.stages import BY_NAME, STAGES, Stage
 from utils.project import NAME, command
 from utils.secrets import find_secret, hide_secrets, share_secrets
 
-if TYPE_CHECKING:
-    from utils.pipeline.run_dir import RunDir
-    from utils.pipeline.stages import Stage
-    from utils.schema import Config
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-# A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
-console = Console(force_terminal=sys.stdout.isatty())
+console = make_console()
 RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
 ProfileOption = Annotated[str, typer.Option(help="demo, smollm2, tutorial, t4 or full; auto picks by the hardware.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")]
@@ -53,7 +47,6 @@ def run(
     and 143 when it was stopped by Ctrl-C or SIGTERM.
     """
     from utils.pipeline.runner import StageEnded, run_series
-    from utils.pipeline.stages import STAGES
 
     numbers = [stage.number for stage in STAGES]
     if unknown := {from_, to}.difference(numbers):
@@ -70,26 +63,25 @@ def run(
     except StageEnded as ended:
         failed = ended.exit_code == 1
         head = f"{ended.stage.name} failed" if failed else f"to be continued at {ended.stage.name}"
-        _print(f"{head}: {ended}", style="red" if failed else "yellow")
-        _print(f"To resume{', once that is mended' if failed else ''}: {ended.resume}")
+        console.print(f"{head}: {ended}", style="red" if failed else "yellow")
+        console.print(f"To resume{', once that is mended' if failed else ''}: {ended.resume}")
         raise typer.Exit(ended.exit_code) from None
 
 
 def conclude(run: RunDir, worked: bool, seconds: float) -> None:
     """Write the report and say what came of the run; stages that passed have passed, whatever becomes of the report."""
     from utils.evaluation.results import read_sentence
-    from utils.pipeline.console import summarise
-    from utils.report.index import stale_comparison, write_report
+    from utils.report.index import write_report
 
     sentence, stale = "", None
     try:
         if worked or not run.file("report/index.html").exists():
             write_report(run)
         if run.file("comparison/metrics.json").exists():
-            sentence, stale = read_sentence(run.path), stale_comparison(run)
+            sentence, stale = read_sentence(run.path), run.out_of_date(BY_NAME["04_comparison"])
     except Exception as error:
         again = f"{command('run', '--run-dir', run.path)} tries again once report/index.html is removed"
-        _print(f"The report could not be written ({type(error).__name__}: {error}); {again}.", style="yellow")
+        console.print(f"The report could not be written ({type(error).__name__}: {error}); {again}.", style="yellow")
     summarise(run, console, seconds, sentence, stale)
 
 
@@ -99,8 +91,6 @@ def score(run_dir: RunDirArgument) -> None:
     from utils.evaluation import compare_models, read_evaluation, show_p, write_comparison
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
-    from utils.pipeline.run_dir import require_recorded
-    from utils.pipeline.stages import BY_NAME
     from utils.report import draw_comparison, write_answers_page
 
     run, stage = _open(run_dir), BY_NAME["04_comparison"]
@@ -113,9 +103,9 @@ def score(run_dir: RunDirArgument) -> None:
     write_answers_page(run, base, tuned)
     outputs = record_files(run.path, (*stage.outputs, *stage.optional))
     run.write_record(stage, **{**run.record(stage), "outputs": outputs})
-    _print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
+    console.print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
     _warn_if_stale(run, stage)
-    _print(metrics["sentence"], style="bold")
+    console.print(metrics["sentence"], style="bold")
 
 
 @app.command()
@@ -123,32 +113,24 @@ def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
     from utils.export.verify import export_folders, verify_exports
     from utils.models.load import prepare_device
-    from utils.pipeline.run_dir import altered_files
     from utils.pipeline.stage import require_hardware
-    from utils.pipeline.stages import BY_NAME
 
     run, stage = _open(run_dir), BY_NAME["05_export"]
     if altered := altered_files(run.path):
         for line in altered:
-            _print(f"✗ {line}", style="red")
+            console.print(f"✗ {line}", style="red")
         again = f"{command('run', '--run-dir', run_dir)} makes them again, or fetch the run again"
-        _print(f"nothing is loaded from files that changed; {again}")
-        raise typer.Exit(1)
-    _print("✓ every recorded file is as it was written", style="green")
+        raise RunDirError(f"nothing is loaded from files that changed; {again}")
+    console.print("✓ every recorded file is as it was written", style="green")
     _warn_if_stale(run, stage)
     if run.record(stage).get("state") != "done":
-        _print("there is no export to load back yet: 05_export has not run")
+        console.print("there is no export to load back yet: 05_export has not run")
         return
-    try:
-        require_hardware(run, stage)
-        prepare_device(run.config)
-        figures = verify_exports(run, export_folders(run))
-    except UserError as error:
-        _print(f"✗ {error}", style="red")
-        raise typer.Exit(1) from None
-    for name, values in figures.items():
+    require_hardware(run, stage)
+    prepare_device(run.config)
+    for name, values in verify_exports(run, export_folders(run)).items():
         text = ", ".join(f"{key} {value}" for key, value in values.items())
-        _print(f"✓ {name}: {text}".replace("_", " "), style="green")
+        console.print(f"✓ {name}: {text}".replace("_", " "), style="green")
 
 
 @app.command()
@@ -177,10 +159,10 @@ def bundle(
 
     if check:
         check_kernel()
-        _print("kaggle_kernel.ipynb is up to date")
+        console.print("kaggle_kernel.ipynb is up to date")
     else:
         path = write_bundle(notebook)
-        _print(f"{path} ({path.stat().st_size / 1000:.0f} kB)")
+        console.print(f"{path} ({path.stat().st_size / 1000:.0f} kB)")
 
 
 @app.command()
@@ -198,52 +180,31 @@ def push(
     poll: PollOption = 30.0,
 ) -> None:
     """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
-    from utils.kaggle import push as pushing
-    from utils.kaggle import sessions as chain
+    from utils.kaggle import push as kaggle_push
     from utils.kaggle.api import Kaggle
+    from utils.kaggle.sessions import push_until_done, require_unfinished
 
     if no_run and until_done:
-        raise KaggleError("--no-run starts no session that --until-done could wait for; drop one.")
-    overrides = parse_overrides(set_ or [])
-    metadata = pushing.read_metadata()
-    text = pushing.kernel_text(profile, overrides)
-    named = bool(username) or not metadata["id"].startswith("OWNER/")
-    kaggle = None if dry_run and named and not continue_ else Kaggle(_log)
-    reference = pushing.reference_of(metadata, username or ("" if named or kaggle is None else kaggle.username), slug)
-
-    def submission(before: Config | None = None) -> pushing.Submission:
-        """What to send; `before` holds the settings of the session to resume."""
-        new = None if profile == "auto" else load_config(profile, overrides)
-        config = edit_config(before, overrides) if before else new
-        hours = pushing.session_hours(config) if config else None
-        return pushing.submission(metadata, reference, text, not no_run, hours, (reference,) if before else ())
-
-    first = submission(chain.read_unfinished(kaggle, reference) if continue_ else None)
+        raise ServiceError("--no-run starts no session that --until-done could wait for; drop one.")
+    kaggle = Kaggle(_log)
+    what = kaggle_push.make_submission(kaggle, profile, parse_overrides(set_ or []), username, slug, not no_run)
+    if continue_:
+        require_unfinished(kaggle, what.reference)
+        what = what.resuming()
     if dry_run:
         folder = Path(tempfile.mkdtemp(prefix=f"{NAME}-"))
-        first.write(folder)
-        _print(f"{first.describe()}\nall of it is in {folder}; nothing was sent")
+        what.write(folder)
+        console.print(f"{what.describe()}\nall of it is in {folder}; nothing was sent")
     elif until_done:
-        state = chain.push_until_done(kaggle, first, submission, console, sessions, poll)
-        _print(f"the last session ended as {state.state if state else 'unknown'}")
-        collect(reference, poll=poll)
+        state = push_until_done(kaggle, what, console, sessions, poll)
+        console.print(f"the last session ended as {state.state if state else 'unknown'}")
+        collect(what.reference, poll=poll)
     else:
-        _push_once(kaggle, first, no_run, wait, poll)
-
-
-def _push_once(kaggle: Any, what: Any, no_run: bool, wait: bool, poll: float) -> None:
-    from utils.kaggle import push as pushing
-
-    version, url = pushing.push(kaggle, what)
-    _print(f"version {version or '?'} of {what.reference} {'is saved' if no_run else 'runs'}: {url}")
-    if no_run:
-        _print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
-        return
-    _print(f"bring it home: {command('collect', what.reference)}")
-    if wait:
-        status, message = pushing.wait(kaggle, what.reference, console, poll, just_pushed=True)
-        _print(f"{what.reference}: {pushing.readable(status)}{f': {message}' if message else ''}")
-        raise typer.Exit({"COMPLETE": 0, "ERROR": 1}.get(status, 3))
+        kaggle_push.push_once(kaggle, what, console)
+        if wait and not no_run:
+            status, message = kaggle_push.wait(kaggle, what.reference, console, poll, just_pushed=True)
+            console.print(f"{what.reference}: {kaggle_push.readable(status)}{f': {message}' if message else ''}")
+            raise typer.Exit({"COMPLETE": 0, "ERROR": 1}.get(status, 3))
 
 
 @app.command()
@@ -255,25 +216,17 @@ def collect(
     poll: PollOption = 30.0,
 ) -> None:
     """Fetch a kernel's log and output and classify how it ended; exits 0 pass, 1 fail, 3 infrastructure, 4 to be continued."""
-    from utils.kaggle import collect as collecting
-    from utils.kaggle import push as pushing
-    from utils.kaggle.api import Kaggle
+    from utils.kaggle import collect as kaggle_collect
+    from utils.kaggle import push as kaggle_push
+    from utils.kaggle.api import Kaggle, split_reference
 
     kaggle = Kaggle(_log)
-    if not ref:
-        metadata = pushing.read_metadata()
-        named = not metadata["id"].startswith("OWNER/")
-        ref = pushing.reference_of(metadata, username or ("" if named else kaggle.username))
+    ref = ref or kaggle_push.find_reference(kaggle, kaggle_push.read_metadata(), username)
     if wait:
-        pushing.wait(kaggle, ref, console, poll)
-    target = Path(run_dir).resolve() if run_dir else collecting.default_target(ref)
-    collected = collecting.collect(kaggle, ref, target, console)
-    collecting.show(collected, ref, console)
-    if collected.outcome == collecting.Outcome.PASS:
-        upload = command("publish", target, "--repo", "USER/NAME")
-        _print(f"look at {target / 'report' / 'index.html'}; upload it: {upload}")
-    elif collected.outcome == collecting.Outcome.CONTINUE:
-        _print(f"resume it: {command('push', '--continue')}")
+        kaggle_push.wait(kaggle, ref, console, poll)
+    target = Path(run_dir or f"runs/kaggle-{split_reference(ref)[1]}").resolve()
+    collected = kaggle_collect.collect(kaggle, ref, target, console)
+    kaggle_collect.show(collected, ref, target, console)
     raise typer.Exit(int(collected.outcome))
 
 
@@ -291,49 +244,39 @@ def publish(
     from utils.export import hub
 
     run_dir = _open(run_dir).path
-    key = find_secret("WANDB_API_KEY")
     runs = hub.offline_runs(run_dir) if wandb else []
     if not repo and not runs:
-        raise HubError("There is nothing to upload: no --repo, and no offline run of wandb.")
+        raise ServiceError("There is nothing to upload: no --repo, and no offline run of wandb.")
     uploads = hub.plan_uploads(run_dir, repo, merged) if repo else []
-    _print(hub.read_verdict(run_dir))
-    _print(hub.describe_uploads(uploads, private, len(runs)))
+    console.print(f"{hub.read_verdict(run_dir)}\n{hub.describe_uploads(uploads, private, len(runs))}")
     if not (dry_run or yes or sys.stdin.isatty()):
-        raise HubError(
-            "Nobody can be asked here (no terminal) whether to upload this; say --yes, or look by --dry-run."
-        )
+        raise ServiceError("There is no terminal to ask whether to upload this; say --yes, or look by --dry-run.")
     if dry_run or (not yes and not typer.confirm("Upload this?")):
-        _print("nothing was uploaded")
+        console.print("nothing was uploaded")
         return
-    token = find_secret("HF_TOKEN")
+    token, key = find_secret("HF_TOKEN"), find_secret("WANDB_API_KEY")
     for upload in uploads:
-        _print(f"{upload.kind}: {hub.upload_model(upload, token, private)}")
+        console.print(f"{upload.kind}: {hub.upload_model(upload, token, private)}")
     if runs and key:
         hub.sync_tracking(run_dir, key, _log)
     elif runs:
-        _print(f"tracking stays here: there is no WANDB_API_KEY ({key.source})")
+        console.print(f"tracking stays here: there is no WANDB_API_KEY ({key.source})")
 
 
 def _warn_if_stale(run: RunDir, stage: Stage) -> None:
     if stale := run.out_of_date(stage):
         again = f"{command('run', '--run-dir', run.path)} makes them anew"
-        _print(f"{stale}; the results here are those from before, and {again}.", style="yellow")
+        console.print(f"{stale}; the results here are those from before, and {again}.", style="yellow")
 
 
 def _open(run_dir: Path) -> RunDir:
-    from utils.pipeline.run_dir import open_run, read_manifest
-
     if not read_manifest(run_dir.resolve()):
         raise RunDirError(f"{run_dir} is no run directory (no manifest.json); make one with python -m utils run.")
     return open_run("auto", run_dir)
 
 
-def _print(text: str, **options: Any) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False, **options)
-
-
 def _log(text: str) -> None:
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+    make_console(stderr=True).print(text)
 
 
 def main() -> None:

@@ -20,24 +20,16 @@ class DataError(UserError):
     """A data file that is missing, is not what its name says, or does not hold what is asked of it."""
 
 
-class StageOrderError(UserError):
-    """A notebook was started before one that it needs, or after that one went out of date."""
-
-
 class RunDirError(UserError):
-    """A run directory that belongs to another profile, cannot be written, or was changed from outside."""
+    """A run directory of another profile, unwritable or changed from outside, or a stage out of turn."""
 
 
 class HardwareError(UserError):
-    """No GPU where the profile needs one, or too little disk or memory."""
+    """No GPU where the profile needs one, too little disk or memory, or a package that is not the pinned one."""
 
 
 class OutOfMemory(UserError):
     """One question, row or update does not fit into memory: another session of the same machine changes nothing."""
-
-
-class PinError(UserError):
-    """An installed package that is not the pinned one."""
 
 
 class ModelError(UserError):
@@ -48,16 +40,8 @@ class TrainingError(UserError):
     """A training run that went wrong: a loss that is not finite, a mask that is not the formatted one."""
 
 
-class KaggleError(UserError):
-    """Something that Kaggle refuses, or that must not be sent to it; `status` is its HTTP status, where it gave one."""
-
-    def __init__(self, message: str, status: int | None = None):
-        super().__init__(message)
-        self.status = status
-
-
-class HubError(UserError):
-    """Something that the Hugging Face Hub refuses, or that must not be sent to it."""
+class ServiceError(UserError):
+    """Something that Kaggle or the Hugging Face Hub refuses, or that must not be sent there."""
 
 
 class InfrastructureError(UserError):

@@ -1,8 +1,5 @@
 """Atomic writes and fingerprints of files: what is on disk is whole, and what it was is known."""
 
-from __future__ import annotations
-
-import errno
 import hashlib
 import json
 import os
@@ -11,10 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-from utils.errors import HardwareError, RunDirError, UserError
-from utils.hardware import free_disk_gib
-from utils.progress import notebook_shell
 
 _READ_AGAIN = 2**30
 is_there, is_folder = os.path.exists, os.path.isdir  # pathlib's raise where a folder on the way may not be read
@@ -131,11 +124,7 @@ def list_files(root: Path, relative: str) -> list[Path]:
 
 
 def record_files(root: Path, relatives: tuple[str, ...], known: dict[str, dict] | None = None) -> dict[str, dict]:
-    """{relative path: {sha256, bytes, mtime_ns}} of all files below `relatives`.
-
-    A file above _READ_AGAIN bytes whose size and time are those in `known` keeps the digest recorded there: 16 GB are not
-    read again.
-    """
+    """{path: {sha256, bytes, mtime_ns}} of all files below `relatives`; large ones in `known` aren't read again."""
     records = {}
     for relative in relatives:
         for path in list_files(root, relative):
@@ -154,11 +143,7 @@ def digests(records: dict[str, dict]) -> dict[str, str]:
 
 
 def fingerprint(path: Path) -> str:
-    """A digest of a data file's bytes, or of a model folder's file names, sizes and small files.
-
-    Not of times: a folder that is mounted anew is the same model. Not of what lies in folders below: a home directory
-    named by mistake would be read for minutes.
-    """
+    """A digest of a data file's bytes, or of a model folder's own file names, sizes and small files."""
     if path.is_file():
         return sha256(path)
     entries = []
@@ -168,45 +153,3 @@ def fingerprint(path: Path) -> str:
         size = file.stat().st_size
         entries.append(f"{file.name} {size} {sha256(file) if size < 1_000_000 else ''}")
     return hashlib.sha256("\n".join(entries).encode()).hexdigest()
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Libraries that write without Python tell it in words, and torch's writer tells nothing but that it failed.
-_FULL_IN_WORDS = (
-    "No space left",
-    "rrno 28]",
-    "os error 28",
-    "PytorchStreamWriter",
-    "inline_container",
-    "iostream error",
-)
-
-
-def disk_error(error: BaseException, place: Path) -> UserError | None:
-    """The user's error where `error`, of whatever library, says that a disk refused to be written; None elsewhere."""
-    number, text = getattr(error, "errno", None), str(error)
-    if isinstance(error, UserError):
-        return None
-    if isinstance(named := getattr(error, "filename", None), str):
-        place = Path(named)
-    if number in _FULL or any(words in text for words in _FULL_IN_WORDS):
-        return HardwareError(
-            f"The disk is full ({os.strerror(number) if number else text[:100]}): {free_disk_gib(place):.2f} GiB are free at "
-            f"{place}; free some space and run the same again, it resumes from what was saved."
-        )
-    if number == errno.EROFS or "Read-only file system" in text:
-        return RunDirError(f"{place} cannot be written (Read-only file system); resume a copy of the run elsewhere.")
-    return None
-
-
-def tell_disk_errors(run_dir: Path) -> None:
-    """From here on this notebook, if it is one, shows a refused write as its sentence, not as a stack."""
-
-    def show(shell, kind, value, traceback, tb_offset=None):
-        if refused := disk_error(value, run_dir):
-            shell._showtraceback(type(refused), refused, refused._render_traceback_())
-        else:
-            shell.showtraceback((kind, value, traceback), tb_offset=tb_offset)
-
-    if shell := notebook_shell():
-        shell.set_custom_exc((Exception,), show)

@@ -1,9 +1,4 @@
-"""The machine under the run: Kaggle, Colab or local; GPU, memory, disk; installed packages against the pins.
-
-Nothing heavy is imported here: a process that only checks stays light.
-"""
-
-from __future__ import annotations
+"""The machine under the run: Kaggle, Colab or local; GPU, memory, disk, packages. Nothing heavy is imported here."""
 
 import contextlib
 import importlib.metadata
@@ -25,7 +20,7 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from utils.errors import HardwareError, PinError, RunDirError
+from utils.errors import HardwareError, RunDirError
 from utils.project import KAGGLE, ROOT
 
 if TYPE_CHECKING:
@@ -85,7 +80,7 @@ def gpu_ids() -> tuple[str, ...]:
     return tuple(name.strip() for name in names[: len(gpus())])
 
 
-def processes(hardware: HardwareSection) -> int:
+def processes(hardware: "HardwareSection") -> int:
     """How many processes share the work: as configured, or one for each GPU."""
     if hardware.processes != "auto":
         return hardware.processes
@@ -112,7 +107,7 @@ def default_profile() -> str:
     return "t4" if gpus() else "demo"
 
 
-def resolve_hardware(hardware: HardwareSection) -> dict[str, str]:
+def resolve_hardware(hardware: "HardwareSection") -> dict[str, str]:
     """What `auto` comes to on this machine: device, backend, dtype, as plain words."""
     device, backend, dtype = hardware.device, hardware.backend, hardware.dtype
     if device == "auto":
@@ -168,15 +163,11 @@ def require_gpu(profile: str, needed_gib: float) -> Gpu:
     """The first GPU; raises HardwareError where there is none or it has less than `needed_gib` of memory."""
     found = gpus()
     if not found:
-        raise HardwareError(
-            f"The profile {profile} needs a CUDA GPU and found none; switch the accelerator to a T4, "
-            "or take the profile demo, which needs no GPU."
-        )
+        instead = "switch the accelerator to a T4, or take the profile demo, which needs no GPU."
+        raise HardwareError(f"The profile {profile} needs a CUDA GPU and found none; {instead}")
     if found[0].memory_gib < needed_gib:
-        raise HardwareError(
-            f"The profile {profile} needs {needed_gib:.1f} GiB of GPU memory; found {found[0].memory_gib:.1f} GiB "
-            f"on {found[0].name}. Take a larger GPU, or the profile demo."
-        )
+        there = f"found {found[0].memory_gib:.1f} GiB on {found[0].name}. Take a larger GPU, or the profile demo."
+        raise HardwareError(f"The profile {profile} needs {needed_gib:.1f} GiB of GPU memory; {there}")
     return found[0]
 
 
@@ -200,9 +191,9 @@ def installed(package: str) -> str | None:
 
 
 def read_pins(path: Path = ROOT / "requirements.txt") -> dict[str, Requirement]:
-    """requirements.txt as {normalised name: Requirement}; raises PinError where the file is missing."""
+    """requirements.txt as {normalised name: Requirement}; raises HardwareError where the file is missing."""
     if not path.exists():
-        raise PinError(f"{path} is missing; take it back from git, the versions are checked against it.")
+        raise HardwareError(f"{path} is missing; take it back from git, the versions are checked against it.")
     lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     pins = [Requirement(line) for line in lines if line and not line.startswith("-")]
     return {canonicalize_name(pin.name): pin for pin in pins}
@@ -211,8 +202,7 @@ def read_pins(path: Path = ROOT / "requirements.txt") -> dict[str, Requirement]:
 def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | None]]:
     """Compare every pin with what is installed: rows of package, pinned, found, holds, needed here.
 
-    Raises PinError for the first package that is installed in another version, or that a run needs and is missing.
-    A package that this machine does without (unsloth without a CUDA GPU, say) is reported and not enforced.
+    Raises HardwareError for the first that does not hold; what this machine does without is only reported.
     """
     needed = {canonicalize_name(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
     rows = []
@@ -221,10 +211,9 @@ def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | 
         holds = found is not None and pin.specifier.contains(found, prereleases=True)
         enforced = name in needed or (found is not None and name not in left_to_the_platform())
         if enforce and enforced and not holds:
-            raise PinError(
-                f"{name} is {found or 'not installed'}, but requirements.txt asks for {name}{pin.specifier}; "
-                "run `pip install -r requirements.txt` and restart the kernel."
-            )
+            wanted = f"requirements.txt asks for {name}{pin.specifier}"
+            again = "run `pip install -r requirements.txt` and restart the kernel."
+            raise HardwareError(f"{name} is {found or 'not installed'}, but {wanted}; {again}")
         row = {"package": name, "pinned": str(pin.specifier), "found": found, "holds": holds}
         rows.append(row | {"needed here": name in needed})
     return rows
@@ -272,11 +261,9 @@ def describe_determinism() -> dict[str, object]:
     processor = platform.processor()
     with contextlib.suppress(OSError, TypeError):  # another one may take other vector instructions
         processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
-    described: dict[str, object] = {
-        "python": platform.python_version(),
+    described = describe() | {
         "packages": {name: installed(name) for name in ("tokenizers", "numpy", "scipy", "scikit-learn")},
         "processor": processor,
-        "gpus": [asdict(gpu) for gpu in gpus()],
         "environment": {name: os.environ.get(name) for name in ("PYTHONHASHSEED", "OMP_NUM_THREADS")},
     }
     if torch := sys.modules.get("torch"):

@@ -1,7 +1,5 @@
 """On Kaggle and Colab: install what the pins ask for and the image lacks; nothing of that is imported here."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from utils.errors import PinError
+from utils.errors import HardwareError
 from utils.hardware import gpus, installed, left_to_the_platform, read_pins, where
 
 # The image's torch, and what its running kernel talks through: neither may move under it, whoever asks for another.
@@ -20,9 +18,9 @@ IMAGES_OWN = ("torch", "torchvision", "torchaudio", "triton", "jupyter-core", "t
 
 
 def install_missing(restart: bool = True) -> None:
-    """On Kaggle and Colab, install what the pins ask for and the image lacks; elsewhere do nothing.
+    """On Kaggle and Colab, install what the pins ask for and the image lacks.
 
-    Raises PinError with pip's last line where that fails and, with `restart`, where this kernel had loaded what was replaced.
+    Raises HardwareError where that fails, and with `restart` where this kernel had loaded what was replaced.
     """
     if where() == "local":
         return
@@ -39,7 +37,7 @@ def install_missing(restart: bool = True) -> None:
             answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode != 0:
             last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
-            raise PinError(f"pip could not install {', '.join(missing)}: {last} Check that the internet is on.")
+            raise HardwareError(f"pip could not install {', '.join(missing)}: {last} Check that the internet is on.")
         print(f"installed {', '.join(missing)}")
     version = installed("torchao")
     if version and Version(version) < Version("0.16"):  # peft refuses it (unslothai/notebooks issues 258 and 262)
@@ -71,11 +69,9 @@ def _loaded() -> dict[str, str | None]:
 
 
 def _require_restart(before: dict[str, str | None]) -> None:
-    """Raise PinError where a package that this kernel had imported is another one now: half of it would be the old one."""
+    """Raise HardwareError where a package that this kernel had imported is another one now."""
     changed = sorted(name for name, version in before.items() if installed(name) != version)
     if changed:
         menu = "Runtime > Restart session" if where() == "colab" else "Run > Restart & clear cell outputs"
-        raise PinError(
-            f"The pinned {', '.join(changed)} are installed, but this kernel had loaded other versions; "
-            f"restart it ({menu}) and run all cells again: the second time nothing is installed."
-        )
+        found = f"The pinned {', '.join(changed)} are installed, but this kernel had loaded other versions"
+        raise HardwareError(f"{found}; restart it ({menu}) and run all cells again.")

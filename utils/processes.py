@@ -5,8 +5,6 @@ the parent ended, the watcher ends the command and all that it started: nothing 
 the command ends first, killed or not, the watcher ends what it left behind.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -42,7 +40,7 @@ class Child:
                 start_new_session=True,  # Ctrl-C reaches us alone, and we decide what becomes of it
             )
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> "Child":
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,7 +1,5 @@
 """Progress for everything that takes longer than two seconds: a bar in the notebook, one live line in `run`."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -52,7 +50,7 @@ class Progress:
     def close(self) -> None:
         self._bar.close()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,7 +1,5 @@
 """Where this project lives: names, folders and the repository's address, each in exactly one place."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import os
@@ -26,9 +24,7 @@ def prepare(restart: bool = True) -> None:
     import utils
 
     if getattr(utils, "SERIES", None) != NAME:
-        raise ImportError(
-            f"Another package named utils came first ({utils.__file__}): restart the kernel, run this first."
-        )
+        raise ImportError(f"Another package named utils came first ({utils.__file__}): restart the kernel.")
     from utils.pins import install_missing
 
     install_missing(restart)

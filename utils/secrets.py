@@ -1,7 +1,5 @@
 """Secrets, read by name (Kaggle, Colab, environment, .env, cached login, in that order) and hidden in all that leaves."""
 
-from __future__ import annotations
-
 import json
 import netrc
 import os
@@ -28,16 +26,6 @@ SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}|\bKGAT_[A-Za-z0-9]{16,}|\bwandb_v\d+_[A-Za-z0-9_]{20,}"
     r"|(?i:(?<=bearer )|(?<=authorization: basic ))(?=[A-Za-z+/_.-]*[0-9=])[A-Za-z0-9+/_.=-]{16,}"
 )
-# A platform's exceptions by name, since its versions differ in the classes that they have.
-_MEANINGS = {
-    "BackendError": "none attached (a pushed run has none), or a failure of Kaggle's",
-    "CredentialError": "this session has no access to secrets",
-    "ConnectionError": "no connection; is the internet switched on?",
-    "SecretNotFoundError": "none of that name",  # pragma: allowlist secret
-    "NotebookAccessError": "there, but its switch for this notebook is off",
-    "TimeoutException": "no answer; it is read only where the notebook is open in Colab",
-    "AttributeError": "no notebook is open in Colab here",
-}
 _found: set[str] = set()
 
 
@@ -54,10 +42,7 @@ class Secret:
 
 
 def find_secret(name: str) -> Secret:
-    """Look a secret up by its name in `NAMES` and the aliases there.
-
-    Never raises: a run pushed through Kaggle's API has no secrets and must succeed all the same.
-    """
+    """Look a secret up by its name in `NAMES` and the aliases there; never raises, as a pushed run has none."""
     remarks = []
     for source, value in _ask_stores(name):
         value = (value or "").strip()
@@ -79,8 +64,7 @@ def _ask_stores(name: str) -> Iterator[tuple[str, str | None]]:
                 try:
                     yield f"{store} ({alias})", look(alias)
                 except Exception as error:  # a label that does not exist raises; a message can hold the value
-                    kind = type(error).__name__
-                    yield f"{store}: {_MEANINGS.get(kind, kind)}", None
+                    yield f"{store}: none ({type(error).__name__})", None
     for store, values in (("environment", os.environ), (".env", _dotenv())):
         for alias in NAMES[name]:
             yield f"{store} ({alias})", values.get(alias)

@@ -131,7 +131,7 @@ def test_a_notebook_run_too_early_says_which_one_to_run_first(tmp_path):
         for o in c.get("outputs", [])
         if o.output_type == "error"
     ]
-    assert len(errors) == 1 and errors[0].ename == "StageOrderError"
+    assert len(errors) == 1 and errors[0].ename == "RunDirError"
     assert "needs 00_setup, but it has not run" in errors[0].evalue
     assert len(errors[0].traceback) == 1  # the sentence, not a stack
 

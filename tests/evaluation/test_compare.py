@@ -10,12 +10,11 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from utils.errors import StageOrderError
+from utils.errors import RunDirError
 from utils.evaluation.compare import compare_models, write_comparison
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import loss_per_token, score_answers
 from utils.evaluation.questions import Question, register
-from utils.evaluation.results import Comparison
 from utils.files import write_json
 from utils.pipeline.run_dir import RunDir, open_run
 
@@ -71,9 +70,9 @@ def run(tmp_path) -> RunDir:
     return run
 
 
-def test_the_file_follows_its_schema_and_holds_what_the_design_asks_for(run):
+def test_the_file_is_json_and_holds_what_the_design_asks_for(run):
     metrics = compare_models(run, *evaluations())
-    assert Comparison(**metrics).model_dump(mode="json") == metrics == json.loads(json.dumps(metrics, allow_nan=False))
+    assert metrics == json.loads(json.dumps(metrics, allow_nan=False))
     assert set(metrics) >= {"primary", "secondary", "form", "length", "contamination", "verdict", "sentence", "claims"}
     for result in (metrics["primary"], *metrics["secondary"]):
         assert set(result) >= {"name", "n", "base", "tuned", "difference", "ci95", "p_value"}
@@ -110,7 +109,7 @@ def test_held_out_rows_without_a_loss_are_counted(run):
     assert metrics["nll_rows_left_out"] == 3
     assert next(r["n"] for r in metrics["secondary"] if r["name"] == "nll") == 7
     base, tuned = evaluations()
-    with pytest.raises(StageOrderError, match="hold different rows"):
+    with pytest.raises(RunDirError, match="hold different rows"):
         compare_models(run, base, replace(tuned, loss=tuned.loss[1:]))
 
 
@@ -124,7 +123,7 @@ def test_a_registration_changed_after_answers_is_said_in_the_sentence(run):
 
 def test_a_primary_that_the_data_cannot_carry_is_a_sentence(run):
     only = [replace(one, scored=one.scored[one.scored["kind"] == "open"], benchmarks=()) for one in evaluations()]
-    with pytest.raises(StageOrderError, match=r"evaluate.primary is multiple_choice, but"):
+    with pytest.raises(RunDirError, match=r"evaluate.primary is multiple_choice, but"):
         compare_models(run, *only)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from utils.data.prompts import format_row
-from utils.errors import StageOrderError
+from utils.errors import RunDirError
 from utils.evaluation import generate as generation
 from utils.evaluation.evaluate import evaluate_model, load_for_inference, read_evaluation
 from utils.evaluation.workers import answer_share
@@ -75,7 +75,7 @@ def test_a_worker_loads_with_the_same_room(run, unsloth, tiny_model, monkeypatch
 
 def test_what_was_evaluated_is_read_back_without_a_model_and_not_asked_again(run, tiny_model, monkeypatch):
     stage = BY_NAME["01_baseline_inference"]
-    with pytest.raises(StageOrderError, match="01_baseline_inference has not run"):
+    with pytest.raises(RunDirError, match="01_baseline_inference has not run"):
         read_evaluation(run, "base")
     run.write_record(stage, settings=run.settings(stage), inputs={"data/eval.parquet": {"sha256": "0"}})
     options = {"A": "one", "B": "two"}

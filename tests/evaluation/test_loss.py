@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils.data.prompts import format_row
-from utils.errors import ModelError, OutOfMemory, StageOrderError
+from utils.errors import ModelError, OutOfMemory, RunDirError
 from utils.evaluation import loss as loss_module
 from utils.evaluation.loss import (
     check_same_base,
@@ -267,7 +267,7 @@ def test_letters_of_another_model_or_other_items_are_missing(tiny_model, items, 
     elif change != "model":
         few[change] = "C" if change == "gold" else few[change] + "?"
     with pytest.raises(
-        StageOrderError,
+        RunDirError,
         match=r"probe\.jsonl holds 0 of 2 letters, with evaluate\.letter_logprobs on; run the notebook"
         if change in ("model", "question", "options")
         else r"holds \d of 2 letters",

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from utils.config import load_config
-from utils.errors import StageOrderError
+from utils.errors import RunDirError
 from utils.evaluation.questions import (
     Question,
     answer_key,
@@ -19,7 +19,7 @@ from utils.evaluation.questions import (
     model_digest,
     register,
 )
-from utils.files import read_lines, write_json, write_lines
+from utils.files import read_lines, write_lines
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stages import BY_NAME
 from utils.schema import GenerateSection
@@ -96,17 +96,17 @@ def test_the_current_answers_are_those_of_these_questions_and_no_others(tmp_path
 
 def test_missing_answers_are_refused_with_the_count(tmp_path):
     path = tmp_path / "baseline" / "answers.jsonl"
-    with pytest.raises(StageOrderError, match=r"baseline/answers.jsonl holds 0 of 3 answers; run the notebook"):
+    with pytest.raises(RunDirError, match=r"baseline/answers.jsonl holds 0 of 3 answers; run the notebook"):
         current_answers(path, QUESTIONS, GREEDY, "base")
     write_answers(path, QUESTIONS[:2])
-    with pytest.raises(StageOrderError, match="holds 2 of 3 answers"):
+    with pytest.raises(RunDirError, match="holds 2 of 3 answers"):
         current_answers(path, QUESTIONS, GREEDY, "base")
 
 
 @pytest.mark.parametrize(("config", "model"), [(SAMPLED, "base"), (GREEDY, "tuned")])
 def test_answers_of_another_decoding_or_model_count_as_missing(tmp_path, config, model):
     write_answers(tmp_path / "answers.jsonl", QUESTIONS)
-    with pytest.raises(StageOrderError, match="holds 0 of 3 answers"):
+    with pytest.raises(RunDirError, match="holds 0 of 3 answers"):
         current_answers(tmp_path / "answers.jsonl", QUESTIONS, config, model)
 
 
@@ -115,7 +115,7 @@ def test_a_line_that_is_no_answer_of_ours_is_passed_over(tmp_path):
     path = tmp_path / "answers.jsonl"
     lines = [*write_answers(path, QUESTIONS[:1]), "{}", "5", json.dumps({"id": "of another series"})]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with pytest.raises(StageOrderError, match="holds 1 of 2 answers"):
+    with pytest.raises(RunDirError, match="holds 1 of 2 answers"):
         current_answers(path, QUESTIONS[:2], GREEDY, "base")
 
 
@@ -206,13 +206,6 @@ def test_answers_without_any_registration_count_as_changed(answered):
     again = open_run("demo", answered.path)
     again.save()
     assert register(again, [Question("a", "open", "?")], [])["changed_after_answers"] is True
-
-
-def test_a_run_older_than_the_manifests_copy_keeps_what_its_file_says(answered):
-    path = answered.file("data/registration.json")
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "changed_after_answers": True})
-    answered.note("registered", None)
-    assert register(answered, [Question("a", "open", "?")], [])["changed_after_answers"] is True
 
 
 HELD_OUT = pd.DataFrame(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ def describe(one: Result, p: float | None = None) -> str:
 
 def claims(*results: Result, **corrected: float) -> dict[str, object]:
     named = {r.name: r for r in results}
-    return {c.claim: c for c in state_claims("accuracy", named, corrected)}
+    return {c["claim"]: SimpleNamespace(**c) for c in state_claims("accuracy", named, corrected)}
 
 
 def test_a_clear_gain_is_told_with_n_interval_and_p():
@@ -139,7 +141,7 @@ def test_no_sentence_says_better_or_worse_where_the_interval_holds_zero(name, ba
     assert ("is better on" in text or "is worse on" in text) is not silent
     for claim in state_claims("accuracy", {name: one}, {name: p}):
         if silent:
-            assert claim.verdict == "cannot tell"
+            assert claim["verdict"] == "cannot tell"
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))
@@ -158,8 +160,8 @@ def test_the_headline_says_what_the_claims_say():
 def test_the_registered_metric_decides_the_claim():
     results = {r.name: r for r in (result("accuracy", 0.5, 0.5), result("multiple_choice", 0.2, 0.8))}
     for primary in results:
-        assert {c.claim: c.metric for c in state_claims(primary, results, {})}["knows more"] == primary
-    assert {c.claim: c.metric for c in state_claims("nll", results, {})}["knows more"] == "multiple_choice"
+        assert {c["claim"]: c["metric"] for c in state_claims(primary, results, {})}["knows more"] == primary
+    assert {c["claim"]: c["metric"] for c in state_claims("nll", results, {})}["knows more"] == "multiple_choice"
 
 
 @pytest.mark.parametrize("name", ["accuracy", "multiple_choice", "nll"])
@@ -173,5 +175,5 @@ def test_claim_and_headline_make_the_same_remark_on_the_same_metric(name, tuned)
     corrected = {"truncated": 0.01, "parsed": 0.01}
     remark = decide(name, named, corrected)[1]
     assert headline(name, named, corrected).endswith(remark)
-    (claim,) = (claim for claim in state_claims(name, named, corrected) if claim.metric == name)
-    assert remark and claim.sentence.endswith(remark)
+    (claim,) = (claim for claim in state_claims(name, named, corrected) if claim["metric"] == name)
+    assert remark and claim["sentence"].endswith(remark)

@@ -20,7 +20,6 @@ from utils.export.adapter import (
     choose_place,
     copy_adapter,
     find_base,
-    keep_previous,
     merge_adapter,
     merged_into,
     sixteen_bit_source,
@@ -28,7 +27,6 @@ from utils.export.adapter import (
 )
 from utils.export.chat_template import chat_ids, prompt_ids
 from utils.export.gguf import write_gguf
-from utils.files import disk_error
 from utils.models.tokenizer import load_tokenizer
 from utils.pipeline.run_dir import RunDir
 from utils.project import ROOT
@@ -104,17 +102,15 @@ def test_an_adapter_that_is_not_finite_is_refused_and_the_earlier_export_stays(m
     assert not merged_run.file("export/.merged.tmp").exists()
 
 
-def test_a_disk_that_fills_up_is_told_with_numbers_and_the_earlier_export_stays(merged_run, monkeypatch):
+def test_where_a_disk_fills_up_the_earlier_export_stays(merged_run, monkeypatch):
     before = weights_of(merged_run)
 
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(SafetensorError) as found:
+    monkeypatch.setattr("utils.export.merge.save_file", full)
+    with pytest.raises(SafetensorError, match="No space left"):
         merge_adapter(merged_run)
-    told = disk_error(found.value, merged_run.path)  # what driver and notebook show
-    assert isinstance(told, HardwareError) and "The disk is full" in str(told)
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
 
 
@@ -131,17 +127,18 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(merged_run,
 def test_a_merge_that_was_killed_leaves_the_earlier_export_and_the_next_one_is_whole(merged_run):
     before = weights_of(merged_run)
     code = f"""
-import os, signal, safetensors.torch
+import os, signal
+from utils.export import merge
 from utils.export.adapter import merge_adapter
 from utils.pipeline.run_dir import open_run
 
-write = safetensors.torch.save_file
+write = merge.save_file
 
 def write_and_die(*arguments, **options):
     write(*arguments, **options)
     os.kill(os.getpid(), signal.SIGKILL)
 
-safetensors.torch.save_file = write_and_die
+merge.save_file = write_and_die
 merge_adapter(open_run("auto", {str(merged_run.path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
@@ -152,24 +149,23 @@ merge_adapter(open_run("auto", {str(merged_run.path)!r}))
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
 
 
-def test_on_kaggle_what_does_not_fit_goes_to_scratch_and_the_old_one_is_not_taken_for_it(
+def test_on_kaggle_what_is_large_goes_to_scratch_and_the_old_one_is_not_taken_for_it(
     merged_run, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(export, "where", lambda: "kaggle")
     monkeypatch.setattr(export.tempfile, "gettempdir", lambda: str(tmp_path / "scratch"))
     assert choose_place(merged_run, "merged", 0.1) == merged_run.file("export/merged")
-    monkeypatch.setattr(export, "free_disk_gib", lambda _: 16.5)
+    monkeypatch.setattr(export, "require_disk", lambda *_: None)
     place = choose_place(merged_run, "merged", 16.0)
     assert place.is_relative_to(tmp_path / "scratch") and "16.0 GiB" in capsys.readouterr().out
-    assert not merged_run.file("export/merged").exists() and merged_run.file("export/merged.previous").exists()
+    assert not merged_run.file("export/merged").exists()
 
 
-def test_an_earlier_export_is_kept_as_previous_where_none_is_wanted(merged_run):
+def test_an_earlier_export_is_gone_where_none_is_wanted(merged_run):
     section = merged_run.config.export.model_copy(update={"merged": False})
     merged_run.config = merged_run.config.model_copy(update={"export": section})
     assert merge_adapter(merged_run) is None
-    keep_previous(merged_run, "merged")  # nothing left to move: the one from before stays
-    assert merged_run.file("export/merged.previous/model.safetensors").exists()
+    assert not merged_run.file("export/merged").exists()
 
 
 def test_without_llama_cpp_the_stage_says_which_command_makes_the_files(merged_run, monkeypatch, tmp_path, capsys):
@@ -240,5 +236,5 @@ def test_a_base_out_of_reach_is_a_sentence(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ModelError, match=r"neither a local folder nor reachable on the Hub .*export\.base=FOLDER"):
+    with pytest.raises(ModelError, match=r"is no folder and cannot be fetched .*export\.base=FOLDER"):
         find_base(load_config("t4", {"model.name": HUB}))

@@ -13,7 +13,7 @@ import pytest
 from tests import fake_tokens
 from tests.loopback import DEAD, Answer
 from tests.staged import complete
-from utils.errors import HubError, RunDirError
+from utils.errors import RunDirError, ServiceError
 from utils.export.hub import offline_runs, plan_uploads
 from utils.files import record_files, write_json, write_text
 from utils.pipeline.run_dir import read_manifest
@@ -97,7 +97,10 @@ def test_what_lies_outside_the_run_is_not_uploaded_although_a_manifest_names_it(
     manifest = read_manifest(run)
     manifest["stages"]["05_export"]["outputs"][name] = {"sha256": hashlib.sha256(secret.read_bytes()).hexdigest()}
     write_json(run / "manifest.json", manifest)
-    refused = {"dots": (RunDirError, "does not lie below the run directory"), "link": (HubError, "which lies outside")}
+    refused = {
+        "dots": (RunDirError, "does not lie below the run directory"),
+        "link": (ServiceError, "which lies outside"),
+    }
     kind, said = refused[way]
     with pytest.raises(kind, match=said):
         plan_uploads(run, "alice/medical")
@@ -216,7 +219,7 @@ def change(run: Path, stage: str, **values) -> None:
 def test_an_export_that_is_not_the_runs_last_word_is_not_uploaded(run, stage, values, said):
     assert plan_uploads(run, "alice/medical")
     change(run, stage, **values)
-    with pytest.raises(HubError, match=said):
+    with pytest.raises(ServiceError, match=said):
         plan_uploads(run, "alice/medical")
 
 
@@ -225,7 +228,7 @@ def test_an_export_that_recorded_no_file_is_not_uploaded(run):
     manifest = read_manifest(run)
     del manifest["stages"]["05_export"]["outputs"]
     write_json(run / "manifest.json", manifest)
-    with pytest.raises(HubError, match="is not there"):
+    with pytest.raises(ServiceError, match="is not there"):
         plan_uploads(run, "alice/medical")
 
 
@@ -248,7 +251,7 @@ def test_a_wrong_name_or_a_model_that_is_not_here_is_a_sentence(run, repo, merge
     import shutil
 
     shutil.rmtree(run / "export" / "merged")
-    with pytest.raises(HubError, match=said):
+    with pytest.raises(ServiceError, match=said):
         plan_uploads(run, repo, merged)
 
 

@@ -130,9 +130,9 @@ def test_a_shard_that_was_cut_short_is_refused_before_anything_is_written(pair, 
 def test_a_missing_shard_is_told_with_numbers_and_its_name(pair, tmp_path):
     base, _, out = pair
     (base / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"lacks 1 of 2 shards, model-00002-of-00002\.safetensors first"):
+    with pytest.raises(ModelError, match=r"lacks 1 of 2 shards \(model-00002-of-00002\.safetensors"):
         find_shards(base)
-    with pytest.raises(ModelError, match=r"lacks 1 of 1 shards, model\.safetensors first"):
+    with pytest.raises(ModelError, match=r"lacks 1 of 1 shards \(model\.safetensors"):
         find_shards(out)
 
 
@@ -159,10 +159,12 @@ def test_a_tensor_that_is_no_factor_is_refused_by_name(tmp_path, key):
 def test_an_adapter_of_another_base_is_told_with_numbers(pair, tmp_path):
     base, _, out = pair
     deeper = SHAPES | {"model.layers.9.mlp.down_proj": (32, 96)}
-    with pytest.raises(ModelError, match=r"changes 3 tensors, 1 of which .* \(model\.layers\.9\.mlp"):
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.9\.mlp.* it is missing; it was trained on another base model"
+    ):
         merge_shards(base, read_lora(write_adapter(tmp_path / "deeper", shapes=deeper)), out)
     wider = SHAPES | {NAMES[0]: (64, 32)}
-    with pytest.raises(ModelError, match=r"as \(64, 32\), but it is \(48, 32\)"):
+    with pytest.raises(ModelError, match=r"as \(64, 32\), but in .* it is \(48, 32\)"):
         merge_shards(base, read_lora(write_adapter(tmp_path / "wider", shapes=wider)), out)
     assert list(out.iterdir()) == []
 
@@ -174,7 +176,7 @@ def test_quantised_weights_are_never_merged_into(tmp_path):
     tensors[f"{NAMES[0]}.weight"] = torch.zeros(768, 1, dtype=torch.uint8)
     save_file(tensors, file)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ModelError, match=r"stored as U8 .*rounds twice; name the 16-bit model in export\.base"):
+    with pytest.raises(ModelError, match=r"stored as U8 .*name the model in 16 bit in export\.base"):
         merge_shards(base, read_lora(write_adapter(tmp_path / "adapter")), tmp_path / "out")
 
 

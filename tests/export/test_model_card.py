@@ -51,26 +51,10 @@ def test_the_metadata_is_yaml_that_the_hubs_classes_read_back(hub_run):
     header = yaml.safe_load(str(card).split("---\n")[1])
     assert set(header) == {
         "base_model", "base_model_relation", "datasets", "language", "library_name", "license", "license_name",
-        "license_link", "model-index", "pipeline_tag", "tags",
+        "license_link", "pipeline_tag", "tags",
     }  # fmt: skip
     assert header["base_model_relation"] == "adapter"
     assert yaml.safe_load(str(card_of(hub_run, "merged")).split("---\n")[1])["base_model_relation"] == "finetune"
-
-
-def test_the_figure_in_the_metadata_is_the_primary_one_of_metrics_json_with_its_data_set(hub_run):
-    known = json.loads(hub_run.file("comparison/metrics.json").read_text())["primary"]
-    (entry,) = ModelCard(str(card_of(hub_run))).data.eval_results
-    assert (entry.metric_type, entry.metric_value, entry.metric_name) == ("accuracy", known["tuned"], known["label"])
-    assert all(entry.metric_args[key] == known[key] for key in ("n", "base", "difference", "ci95", "p_value"))
-    assert (entry.dataset_type, entry.dataset_split) == ("GBaker/MedQA-USMLE-4-options", "test")
-    assert entry.dataset_revision == "e" * 40
-
-
-def test_a_primary_loss_is_of_the_held_out_rows(hub_run):
-    write_evidence(hub_run, primary=result("nll", 1.5, 1.2, -0.4, -0.2, unit="nats per token"))
-    (entry,) = ModelCard(str(card_of(hub_run))).data.eval_results
-    assert (entry.metric_type, entry.dataset_name) == ("loss", "invented rows, held-out rows")
-    assert entry.dataset_type == "FreedomIntelligence/medical-o1-reasoning-SFT" and entry.dataset_split is None
 
 
 def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):
@@ -85,10 +69,9 @@ def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):
     figures = {"merged": merged, "gguf_f16": gguf}
     folders = dict.fromkeys(("adapter", "merged", "gguf"), hub_run.path)
     cards = {kind: make_card(hub_run, kind, folders, figures) for kind in folders}
-    assert ModelCard(str(cards["adapter"])).data.eval_results and "not measured again" not in str(cards["adapter"])
+    assert "not measured again" not in str(cards["adapter"])
     for kind, prompts in (("merged", 50), ("gguf", 20)):
-        header, body = str(cards[kind]).split("---\n", 2)[1:]
-        assert not {"model-index", "model_name"} & set(yaml.safe_load(header))
+        body = str(cards[kind])
         assert "measured with the adapter on the base in 4-bit NF4;" in body
         assert (
             f"the files here were held against the adapter on the 16-bit base on {prompts} prompts, not measured again."

@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.exported import make_run, write_evidence
 from utils.errors import ModelError, RunDirError
-from utils.export.adapter import copy_adapter, find_base, merge_adapter
+from utils.export.adapter import copy_adapter, merge_adapter
 from utils.export.compare_logits import Continuations
 from utils.export.model_card import write_cards
 from utils.export.verify import (
     REFERENCE,
-    check_merged_weights,
     choose_tolerances,
     export_folders,
     verify_exports,
@@ -71,7 +70,6 @@ def test_adapter_and_merged_model_agree_with_the_model_in_memory(exported):
     for kind in ("adapter", "merged"):
         assert agreement[kind]["level"] == "exact" and agreement[kind]["identical"] == agreement[kind]["prompts"] == 4
         assert agreement[kind]["largest_logit_difference"] < 1e-4
-    assert agreement["merged_weights"]["modules"] == 4
     assert export_folders(exported) == {kind: exported.file(f"export/{kind}") for kind in ("adapter", "merged", "gguf")}
 
 
@@ -95,18 +93,9 @@ def test_a_weight_that_changed_is_found_by_loading_even_where_no_digest_is_asked
         verify_exports(copied, folders_of(copied))
 
 
-def test_merged_weights_are_checked_against_base_plus_adapter(copied):
-    folders, (base, _) = export_folders(copied), find_base(copied.config)
-    assert check_merged_weights(folders, base)["largest_rounding_units"] < 4
-    for change in (1e-4, float("nan")):
-        change_a_weight(folders["merged"] / "model.safetensors", change)
-        with pytest.raises(ModelError, match="differ from base plus adapter"):
-            check_merged_weights(folders, base)
-
-
 def test_an_export_that_cannot_be_loaded_ends_in_a_sentence(copied):
     copied.file("export/adapter/adapter_model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"could not be loaded in a fresh process \([\w.]+Error: "):
+    with pytest.raises(ModelError, match=r"could not be loaded afresh \([\w.]+Error: "):
         verify_exports(copied, {"adapter": copied.file("export/adapter")})
 
 

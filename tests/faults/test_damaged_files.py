@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import run_command
 from tests.faults.fuzzing import check_sentence
 from utils.__main__ import score
-from utils.errors import HubError, RunDirError, StageOrderError
+from utils.errors import RunDirError, ServiceError
 from utils.export.hub import plan_uploads, read_verdict
 from utils.files import read_lines
 from utils.kaggle.collect import Outcome, classify
@@ -131,7 +131,7 @@ def found_by_the_run(work: Path, name: str, maker: Stage) -> None:
     behind = next((stage for stage in STAGES if maker in ancestors(stage)), None)
     if behind is not None:
         before = run.manifest_path.read_bytes()
-        sentence = told(StageOrderError, open_stage, behind.name, "auto", work)
+        sentence = told(RunDirError, open_stage, behind.name, "auto", work)
         assert name in sentence and maker.name in sentence and run.manifest_path.read_bytes() == before
 
 
@@ -142,7 +142,11 @@ def found_by_the_others(work: Path, name: str, maker: Stage) -> None:
     assert collected.outcome == Outcome.FAIL and name in collected.sentence
     check_sentence(collected.sentence)
     refused = [told(RunDirError, score, work)] if is_below(name, READ_BY["score"]) else []
-    refused += [told(HubError, plan_uploads, work, "you/adapter")] if is_below(name, READ_BY["publish"]) else []
+    refused += (
+        [told((ServiceError, RunDirError), plan_uploads, work, "you/adapter")]
+        if is_below(name, READ_BY["publish"])
+        else []
+    )
     refused += [told(RunDirError, read_verdict, work)] if name == "comparison/metrics.json" else []
     assert all(name in sentence and maker.name in sentence for sentence in refused)
 
@@ -154,7 +158,7 @@ def test_a_damaged_manifest_is_refused_by_name_or_is_no_run_directory(work, kind
         if kind == "deleted":  # the directory of a run that has not begun: every stage is to do
             assert open_run("demo", work).first_stale(STAGES) == (STAGES[0], "it has not run")
             assert "needs 00_setup, but it has not run" in told(
-                StageOrderError, open_stage, "03_lora_training", "demo", work
+                RunDirError, open_stage, "03_lora_training", "demo", work
             )
         else:
             for read in (

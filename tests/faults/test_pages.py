@@ -30,7 +30,7 @@ def hostile_pages(tmp_path_factory):
     from tests.report.test_answers_page import evaluated, make_run
     from utils.files import write_json
     from utils.report.answers_page import write_answers_page
-    from utils.report.index import executed_dir, write_report
+    from utils.report.index import write_report
 
     run = make_run(tmp_path_factory.mktemp("<b>run") / "<script>window.ran = 1<!-- ")
     claim = {"claim": EVIL, "verdict": EVIL, "sentence": EVIL}
@@ -46,8 +46,8 @@ def hostile_pages(tmp_path_factory):
     machine = {"where": EVIL, "gpus": [{"name": EVIL}], "processors": 2}
     write_json(run.file("environment.json"), {"machine": machine})
     write_json(run.file("export/verify.json"), {"agreement": {EVIL: {EVIL: EVIL}}})
-    executed_dir(run).mkdir(parents=True)
-    nbformat.write(hostile_notebook(), executed_dir(run) / "00_setup.ipynb")
+    run.file("report/notebooks").mkdir(parents=True)
+    nbformat.write(hostile_notebook(), run.file("report/notebooks") / "00_setup.ipynb")
     answers = write_answers_page(run, evaluated(0), evaluated(1))
     report = write_report(run)
     return {

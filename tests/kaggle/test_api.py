@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import requests
 
-from utils.errors import KaggleError
+from utils.errors import ServiceError
 from utils.kaggle import api
 
 
@@ -18,7 +18,7 @@ def test_what_the_client_itself_refuses_is_not_tried_again(monkeypatch):
         tried.append(1)
         raise ValueError("Title must be at least five characters")
 
-    with pytest.raises(KaggleError, match="Title must be at least five characters"):
+    with pytest.raises(ServiceError, match="Title must be at least five characters"):
         api.repeat("the push", refuse, lambda _: None)
     assert len(tried) == 1
 

@@ -10,7 +10,7 @@ from utils import hardware
 from utils.errors import RunDirError
 from utils.files import write_json
 from utils.kaggle import attach as kaggle_attach
-from utils.kaggle.attach import SeriesStopped, find_attached, finish_session, move_large_files, resume_from_attached
+from utils.kaggle.attach import UserError, find_attached, finish_session, resume_from_attached
 from utils.pipeline.state import SeriesState, read_state, write_state
 
 TODAY = "notebooks/alice/deepseek-r1-medical-lora/runs/t4"
@@ -50,14 +50,9 @@ def test_one_output_mounted_twice_is_one_run_and_two_different_ones_are_named(tm
     assert TODAY in str(caught.value) or OLDER in str(caught.value)
 
 
-def test_somebody_elses_manifest_and_a_large_collection_are_passed_over(tmp_path, monkeypatch):
+def test_somebody_elses_manifest_is_passed_over(tmp_path):
     (tmp_path / "datasets/bob/webapp").mkdir(parents=True)
     (tmp_path / "datasets/bob/webapp/manifest.json").write_text('{"name": "an app"}')
-    monkeypatch.setattr(kaggle_attach, "WIDTH", 50)
-    images = tmp_path / "datasets/bob/xrays"
-    images.mkdir()
-    for number in range(60):
-        (images / f"{number}.png").touch()
     run = attach(tmp_path, TODAY)
     assert find_attached("t4", tmp_path) == run
 
@@ -112,40 +107,20 @@ def run(tmp_path, monkeypatch):
     return path
 
 
-TINY = 1e-6  # GiB: every export but the adapter is large
-
-
-def test_a_run_that_is_done_keeps_adapter_and_report_and_leaves_the_rest_in_scratch(run, tmp_path, capsys):
+def test_on_kaggle_a_run_that_is_done_loses_its_checkpoints_and_nothing_else(run, monkeypatch):
     write_state(run, SeriesState(state="done"))
-    state = finish_session(run, TINY)
-    assert state.state == "done"
-    assert read_state(run).left_in_scratch == {"export/merged": 4000, "training/checkpoints": 2000}
-    assert (run / "export/adapter/adapter_model.safetensors").exists() and not (run / "export/merged").exists()
-    scratch = tmp_path / "kaggle" / "temp"
-    assert sorted(path.name for path in scratch.rglob("*") if path.is_file()) == [
-        "config.json",
-        "model.safetensors",
-        "optimizer.pt",
-    ]
-    assert "export/merged (0.0 GiB) is in" in capsys.readouterr().out
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(kaggle_attach, "where", lambda: "local")
+        finish_session(run)
+    assert (run / "training/checkpoints").exists()
+    assert finish_session(run).state == "done" and not (run / "training/checkpoints").exists()
+    assert (run / "training/adapter").exists() and (run / "export/merged/model.safetensors").exists()
 
 
 def test_a_run_to_be_continued_keeps_its_checkpoints(run):
     write_state(run, SeriesState(state="continue", stage="03_lora_training", sentence="8.0 h old"))
-    assert finish_session(run, TINY).state == "continue"
+    assert finish_session(run).state == "continue"
     assert (run / "training/checkpoints/abc/checkpoint-50/optimizer.pt").exists()
-
-
-def test_small_exports_stay(run):
-    write_state(run, SeriesState(state="done"))
-    finish_session(run)
-    assert (run / "export/merged/model.safetensors").exists()
-
-
-def test_elsewhere_nothing_moves(run, monkeypatch):
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
-    monkeypatch.setattr(kaggle_attach, "where", lambda: "local")
-    assert move_large_files(run, done=True, limit_gib=TINY) == {} and (run / "training/checkpoints").exists()
 
 
 def test_a_series_that_failed_stops_the_notebook_with_its_sentence(run):
@@ -153,23 +128,18 @@ def test_a_series_that_failed_stops_the_notebook_with_its_sentence(run):
         run,
         SeriesState(state="failed", stage="03_lora_training", kind="TrainingError", sentence="Loss was not finite."),
     )
-    with pytest.raises(SeriesStopped, match=r"03_lora_training failed: Loss was not finite\. What finished is kept"):
+    with pytest.raises(UserError, match=r"03_lora_training failed: Loss was not finite\. What finished is kept"):
         finish_session(run)
 
 
 def test_a_series_that_died_without_a_word_is_recorded_as_killed(run):
     write_state(run, SeriesState(state="running"))
-    with pytest.raises(SeriesStopped, match="its process died"):
+    with pytest.raises(UserError, match="its process died"):
         finish_session(run)
     assert (read_state(run).state, read_state(run).kind) == ("failed", "killed")
 
 
 def test_a_series_that_never_began_says_so(tmp_path):
-    with pytest.raises(SeriesStopped, match="it never began"):
+    with pytest.raises(UserError, match="it never began"):
         finish_session(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
-
-
-def test_a_single_notebook_notes_what_it_moved_too(run):
-    assert set(move_large_files(run, limit_gib=TINY)) == {"export/merged"}
-    assert read_state(run) == SeriesState(state="done", left_in_scratch={"export/merged": 4000})

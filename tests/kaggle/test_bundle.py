@@ -11,7 +11,7 @@ import pytest
 from utils.kaggle.bundle import (
     KERNEL,
     MAXIMUM_BYTES,
-    BundleError,
+    ServiceError,
     build_kernel,
     build_single,
     check_kernel,
@@ -50,15 +50,15 @@ def test_a_kernel_that_is_out_of_date_is_told(tmp_path, monkeypatch):
     stale = tmp_path / "kaggle_kernel.ipynb"
     stale.write_text(KERNEL.read_text(encoding="utf-8").replace('CONTENT = \\"', 'CONTENT = \\"0'))
     monkeypatch.setattr(bundle, "KERNEL", stale)
-    with pytest.raises(BundleError, match="out of date; run python -m utils bundle"):
+    with pytest.raises(ServiceError, match="out of date; run python -m utils bundle"):
         check_kernel()
     edited = json.loads(KERNEL.read_text(encoding="utf-8"))
     edited["cells"][4]["source"] = "print('edited by hand')"
     stale.write_text(json.dumps(edited))
-    with pytest.raises(BundleError, match="out of date"):
+    with pytest.raises(ServiceError, match="out of date"):
         check_kernel()
     stale.unlink()
-    with pytest.raises(BundleError, match="is missing"):
+    with pytest.raises(ServiceError, match="is missing"):
         check_kernel()
 
 
@@ -86,5 +86,5 @@ def test_any_numbered_notebook_can_be_made_self_contained(number):
 
 
 def test_a_notebook_that_there_is_not_cannot_be_bundled():
-    with pytest.raises(BundleError, match="no notebook '07'; there are 00 to 05"):
+    with pytest.raises(ServiceError, match="no notebook '07'; there are 00 to 05"):
         build_single("07")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from tests.kaggle.test_collect import serve, write_run
 from tests.loopback import Answer, series_call
-from utils.config import load_config
-from utils.errors import KaggleError
+from utils.errors import ServiceError
+from utils.kaggle.push import Submission
 from utils.kaggle.sessions import push_until_done
-from utils.pipeline.run_dir import RunDir
 from utils.pipeline.runner import checkpointed_steps
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
@@ -27,12 +25,11 @@ def home(tmp_path):
 
 def test_continue_attaches_the_last_output_and_keeps_the_runs_own_profile(kaggle_server, home, tmp_path):
     run = write_run(tmp_path / "run", "continue", stage="03_lora_training", steps=50)
-    RunDir(run, load_config("full", {"hardware.max_hours": 5})).save()
     serve(kaggle_server, run)
     done = series_call(kaggle_server, home, "push", "--continue")
     assert done.returncode == 0, done.stderr
     (body,) = kaggle_server.versions
-    assert body["kernelDataSources"] == [REFERENCE] and body["sessionTimeoutSeconds"] == 6 * 3600
+    assert body["kernelDataSources"] == [REFERENCE]
     assert 'PROFILE = "auto"' in body["text"].replace('\\"', '"')  # the attached run knows its own
 
 
@@ -68,34 +65,27 @@ class Scripted:
     def _peek(self, kaggle, reference):
         from utils.pipeline.state import SeriesState
 
-        config = load_config("full")
         end = next(self.ends)
         if end is None:
-            return SeriesState(state="done"), config
-        return SeriesState(state="continue", stage=end[0], steps=end[1], sentence="8 h"), config
+            return SeriesState(state="done")
+        return SeriesState(state="continue", stage=end[0], steps=end[1], sentence="8 h")
 
 
 def chain(ends, monkeypatch, sessions=6):
     scripted = Scripted(ends, monkeypatch)
-    first = SimpleNamespace(reference=REFERENCE, name="first")
-    state = push_until_done(
-        None,
-        first,
-        lambda config: SimpleNamespace(name=f"next of {config.profile}"),
-        Console(quiet=True),
-        sessions,
-    )
-    return state, [request.name for request in scripted.pushed]
+    first = Submission({"id": REFERENCE, "kernel_sources": []}, "")
+    state = push_until_done(None, first, Console(quiet=True), sessions)
+    return state, [request.metadata["kernel_sources"] for request in scripted.pushed]
 
 
 def test_sessions_follow_each_other_until_one_is_done(monkeypatch):
     ends = [("03_lora_training", 50), ("03_lora_training", 120), ("04_comparison", 120), None]
     state, pushed = chain(ends, monkeypatch)
-    assert state.state == "done" and pushed == ["first", *["next of full"] * 3]
+    assert state.state == "done" and pushed == [[], *[[REFERENCE]] * 3]
 
 
 def test_a_run_that_stands_still_is_not_pushed_a_third_time(monkeypatch):
-    with pytest.raises(KaggleError, match="Two sessions in a row ended at 03_lora_training, step 50"):
+    with pytest.raises(ServiceError, match="Two sessions in a row ended at 03_lora_training, step 50"):
         chain([("03_lora_training", 50)] * 9, monkeypatch)
 
 
@@ -107,7 +97,7 @@ def test_a_series_that_one_session_does_is_collected_at_once(kaggle_server, home
 
 
 def test_there_is_a_limit_to_how_many_sessions_are_started(monkeypatch):
-    with pytest.raises(KaggleError, match="not done after 2 sessions; push --continue --until-done for more"):
+    with pytest.raises(ServiceError, match="not done after 2 sessions; push --continue --until-done for more"):
         chain([("03_lora_training", 50 * n) for n in range(1, 9)], monkeypatch, sessions=2)
 
 
@@ -117,7 +107,7 @@ def test_the_last_sessions_state_is_read_without_its_other_files(kaggle_server, 
     done = series_call(kaggle_server, home, "push", "--continue", "--dry-run")
     assert done.returncode == 0 and not kaggle_server.versions, done.stderr
     fetched = sorted(Path(call.path).name for call in kaggle_server.calls("/files/"))
-    assert fetched == ["config.yaml", "manifest.json", "state.json"]
+    assert fetched == ["manifest.json", "state.json"]
     assert f'kernel_sources: ["{REFERENCE}"]' in done.stdout
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.chat_forms import FORMS, save_tokenizer
 from utils.config import differing_settings, load_config
 from utils.data.prompts import NATIVE, find_format, format_prompt, format_row
-from utils.errors import ModelError, StageOrderError
+from utils.errors import ModelError, RunDirError
 from utils.evaluation.answer_parsing import parse_completion
 from utils.models.prompt_format import check_training_text, count_reasoning, make_prompt_format
 from utils.models.tokenizer import load_tokenizer
@@ -133,7 +133,7 @@ def test_a_template_that_does_not_fit_is_a_sentence(tmp_path, template, said):
 def test_a_style_whose_tokens_the_model_lacks_is_a_sentence(form):
     with pytest.raises(ModelError, match="is no token of this model; take auto or chat"):
         make_prompt_format("native", form("qwen3"))
-    with pytest.raises(ModelError, match="joins the end of the prompt"):  # "<think>" + newline is one token less there
+    with pytest.raises(ModelError, match="joins prompt and completion"):  # "<think>" + newline is one token less there
         check_training_text(form("llama-3.2"), *format_row(ROWS[0], make_prompt_format("tutorial", form("llama-3.2"))))
 
 
@@ -149,7 +149,7 @@ def test_a_format_that_00_pinned_survives_config_yaml(form, name):
 
 
 def test_before_00_the_text_of_a_chat_model_is_not_known():
-    with pytest.raises(StageOrderError, match="known once 00_setup has run"):
+    with pytest.raises(RunDirError, match="known once 00_setup has run"):
         format_prompt("Why?", load_config("demo", {"prompt.style": "chat"}).prompt)
     assert format_prompt("Why?", load_config("demo", {"prompt.style": "native"}).prompt) == format_prompt(
         "Why?", NATIVE

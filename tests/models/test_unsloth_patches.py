@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.recipe import notebook_functions
-from utils.errors import PinError
+from utils.errors import HardwareError
 from utils.models import unsloth_patches as packing
 from utils.models.unsloth_patches import (
     MADE_FOR,
@@ -122,7 +122,7 @@ def test_the_plain_backend_never_packs_where_samples_would_see_each_other(traini
 def test_another_unsloth_than_the_pinned_one_is_refused_by_a_sentence(monkeypatch):
     assert f"unsloth=={MADE_FOR} " in (ROOT / "requirements.txt").read_text(encoding="utf-8")
     monkeypatch.setattr(packing, "version", lambda _: "2099.1.1")
-    with pytest.raises(PinError, match=r"unsloth 2099\.1\.1 is installed; its patches here were made for"):
+    with pytest.raises(HardwareError, match=r"unsloth 2099\.1\.1 is installed; install "):
         packing.patch_unsloth()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from utils.files import write_json
 from utils.pipeline.run_dir import open_run
-from utils.report.index import executed_dir, write_report
+from utils.report.index import write_report
 
 
 def make_run(tmp_path):
@@ -53,8 +53,8 @@ def test_an_executed_notebook_shows_the_last_state_of_a_progress_bar_and_no_badg
     title = nbformat.v4.new_markdown_cell(
         "# T\n\n[![Open in Colab](https://x/badge.svg)](https://x)\n\n[next](01_b.ipynb)"
     )
-    executed_dir(run).mkdir(parents=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=[title, cell]), executed_dir(run) / "00_setup.ipynb")
+    run.file("report/notebooks").mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[title, cell]), run.file("report/notebooks") / "00_setup.ipynb")
     write_report(run)
     page = run.file("report/00_setup.html").read_text(encoding="utf-8")
     assert "100%" in page and "50%" not in page
@@ -74,9 +74,9 @@ def test_the_report_needs_no_template_of_nbconvert(tmp_path, monkeypatch):
     cell.outputs.append(
         nbformat.v4.new_output("execute_result", {"text/plain": "one <b>", "image/png": "iVBORw0KGgo="})
     )
-    executed_dir(run).mkdir(parents=True)
+    run.file("report/notebooks").mkdir(parents=True)
     cells = [nbformat.v4.new_markdown_cell("## Two"), cell]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), executed_dir(run) / "00_setup.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), run.file("report/notebooks") / "00_setup.ipynb")
     write_report(run)
     page = run.file("report/00_setup.html").read_text(encoding="utf-8")
     assert "<h2" in page and 'src="data:image/png;base64,iVBORw0KGgo="' in page and "one <b>" not in page
@@ -90,8 +90,8 @@ def test_every_kind_of_output_is_shown_and_none_of_it_runs(tmp_path):
                  {"application/javascript": "alert(3)"}):  # fmt: skip
         cell.outputs.append(nbformat.v4.new_output("display_data", data))
     cell.outputs.append(nbformat.v4.new_output("error", ename="E", evalue="v", traceback=["\x1b[31mE\x1b[0m: <v>"]))
-    executed_dir(run).mkdir(parents=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), executed_dir(run) / "00_setup.ipynb")
+    run.file("report/notebooks").mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), run.file("report/notebooks") / "00_setup.ipynb")
     write_report(run)
     page = run.file("report/00_setup.html").read_text(encoding="utf-8")
     assert "<td>7</td>" in page and "<strong>bold</strong>" in page and "a &lt; b" in page and "&lt;v&gt;" in page

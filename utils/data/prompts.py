@@ -7,7 +7,7 @@ config.yaml. BOS is added by the tokenizer and the end token by the trainer: nei
 
 from __future__ import annotations
 
-from utils.errors import StageOrderError
+from utils.errors import RunDirError
 from utils.schema import PromptFormat, PromptSection
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|finetune_right_pad_id|>"
@@ -38,13 +38,13 @@ STYLES = tuple(_BY_STYLE)
 def find_format(prompt: PromptFormat | PromptSection | str) -> PromptFormat:
     """The format that 00 found for a run's `config.prompt`, or that of a style which needs no tokenizer to be known.
 
-    Raises StageOrderError for `auto` and `chat` before 00.
+    Raises RunDirError for `auto` and `chat` before 00.
     """
     if isinstance(prompt, PromptSection):
         prompt = prompt.format or prompt.style
     found = prompt if isinstance(prompt, PromptFormat) else _BY_STYLE.get(prompt)
     if found is None:
-        raise StageOrderError(f"prompt.style is {prompt}, and its text is known once 00_setup has run; run that first.")
+        raise RunDirError(f"prompt.style is {prompt}, and its text is known once 00_setup has run; run that first.")
     return found
 
 

@@ -1,31 +1,14 @@
 """What both models are asked, what they answered, and what the difference lets one say."""
 
-from importlib import import_module
+from utils.surface import surface
 
-_SURFACE = {
-    "any_letter": "answer_parsing",
-    "ask": "own_question",
-    "build_questions": "questions",
-    "check_batching": "generate",
-    "collect_references": "questions",
-    "compare_models": "compare",
-    "detectable_difference": "statistics",
-    "evaluate_model": "evaluate",
-    "load_for_inference": "evaluate",
-    "load_questions": "questions",
-    "load_tutorial_question": "questions",
-    "read_evaluation": "evaluate",
-    "read_sentence": "results",
-    "register": "questions",
-    "require_adapter": "own_question",
-    "show_p": "statistics",
-    "tokenize_row": "loss",
-    "write_comparison": "compare",
-}
-__all__ = list(_SURFACE)
-
-
-def __getattr__(name):
-    if name in _SURFACE:
-        return getattr(import_module(f"{__name__}.{_SURFACE[name]}"), name)
-    raise AttributeError(name)
+__all__, __getattr__ = surface(
+    __name__,
+    questions="build_questions collect_references load_questions load_tutorial_question register",
+    generate="check_batching",
+    evaluate="evaluate_model load_for_inference read_evaluation",
+    own_question="ask require_adapter",
+    answer_parsing="any_letter",
+    statistics="detectable_difference show_p",
+    compare="compare_models write_comparison",
+)

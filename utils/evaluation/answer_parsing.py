@@ -4,8 +4,6 @@ Only what stands after the closed think block counts. A letter or a name inside 
 crediting those lifts reported accuracy by 11 to 25 points on real outputs.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -84,10 +82,7 @@ class Completion(NamedTuple):
 
 
 def parse_completion(text: str) -> Completion:
-    """Split a completion at `</think>`; the opening mark may be missing, since the prompt ends in it.
-
-    Well-formed means: the block is closed once, opened at most once and at the start, and followed by an answer.
-    """
+    """Split a completion at `</think>`; it is well-formed with one such mark and an answer after it."""
     for mark in _MARKS:
         text = text.replace(mark, "")
     head, mark, tail = text.partition(CLOSE)

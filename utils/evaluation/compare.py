@@ -1,9 +1,4 @@
-"""Both models side by side, from files alone (no torch): paired figures, the claims they carry, the verdict in words.
-
-No sentence says more than the interval and the corrected p carry: better, worse or cannot tell.
-"""
-
-from __future__ import annotations
+"""Both models side by side, from files alone: paired figures, the claims they carry, the verdict in words."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,10 +6,10 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
-from utils.errors import StageOrderError
+from utils.errors import RunDirError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
-from utils.evaluation.results import Claim, Comparison, Result, Verdict
+from utils.evaluation.results import Result, Verdict
 from utils.evaluation.statistics import compare_paired, detectable_difference, show_p, verdict
 from utils.files import atomic, write_json
 from utils.pipeline.run_dir import RunDir
@@ -38,12 +33,12 @@ _CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their 
 
 
 def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
-    """Everything of metrics.json (`results.Comparison`); Holm's correction is over what is only described.
+    """Everything of metrics.json; Holm's correction is over what is only described.
 
-    Raises StageOrderError where the two hold other rows, or the data cannot carry the primary metric.
+    Raises RunDirError where rows differ, or the data lack the primary metric.
     """
     if list(base.loss.index) != list(tuned.loss.index):
-        raise StageOrderError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
+        raise RunDirError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
     evaluate, results = run.config.evaluate, {}
     for name, before, after, groups in _pair_values(base, tuned):
         metric, sampling = find_metric(name), {"resamples": evaluate.resamples, "seed": evaluate.seed}
@@ -51,9 +46,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         results[name] = result.model_copy(update={"label": metric.label, "unit": metric.unit})
     name = evaluate.primary
     if name not in results:
-        raise StageOrderError(
-            f"evaluate.primary is {name}, but this run's data cannot carry it; it offers {', '.join(results)}."
-        )
+        raise RunDirError(f"evaluate.primary is {name}, but this run's data offer only {', '.join(results)}.")
     secondary = [result for key, result in results.items() if key != name]
     described = [result for result in secondary if result.name not in _OF_KNOWLEDGE]
     adjusted = multipletests([r.p_value for r in described], method="holm")[1] if described else []
@@ -62,27 +55,27 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         json.loads(run.file(f"data/{file}.json").read_text(encoding="utf-8")) for file in ("split", "registration")
     )
     models = {which: one.scored for which, one in (("base", base), ("tuned", tuned))}
-    return Comparison(
-        profile=run.config.profile,
-        benchmarks=list(base.benchmarks),
-        primary=results[name],
-        secondary=[result.model_copy(update={"p_holm": corrected.get(result.name)}) for result in secondary],
-        form={which: scored[[*_FORM]].mean().dropna().to_dict() for which, scored in models.items()},
-        length={
+    return {
+        "profile": run.config.profile,
+        "benchmarks": list(base.benchmarks),  # the first one's metrics carry no name after a colon
+        "primary": results[name].model_dump(mode="json"),
+        "secondary": [{**r.model_dump(mode="json"), "p_holm": corrected.get(r.name)} for r in secondary],
+        "form": {which: scored[[*_FORM]].mean().dropna().to_dict() for which, scored in models.items()},
+        "length": {
             which: {
-                **scored[["reasoning_tokens", "answer_tokens"]].mean().add_suffix("_mean"),
-                "reasoning_tokens_median": scored["reasoning_tokens"].median(),
-                "truncated": scored["truncated"].mean(),
+                **scored[["reasoning_tokens", "answer_tokens"]].mean().add_suffix("_mean").to_dict(),
+                "reasoning_tokens_median": float(scored["reasoning_tokens"].median()),
+                "truncated": float(scored["truncated"].mean()),
             }
             for which, scored in models.items()
         },
-        nll_rows_left_out=base.left_out,
-        contamination=contamination.get("contamination", {}),
-        registration=registration,
-        claims=state_claims(name, results, corrected),
-        verdict=decide(name, results, corrected)[0],
-        sentence=headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
-    ).model_dump(mode="json")
+        "nll_rows_left_out": base.left_out,  # longer than model.max_seq_length: in no loss, of neither model
+        "contamination": contamination.get("contamination", {}),
+        "registration": registration,
+        "claims": state_claims(name, results, corrected),
+        "verdict": decide(name, results, corrected)[0],
+        "sentence": headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
+    }
 
 
 def _pair_values(base: Evaluation, tuned: Evaluation) -> Iterator[tuple[str, pd.Series, pd.Series, list[str]]]:
@@ -130,10 +123,10 @@ def headline(name: str, results: Mapping[str, Result], corrected: Mapping[str, f
 
 
 def decide(name: str, results: Mapping[str, Result], corrected: Mapping[str, float]) -> tuple[Verdict, str]:
-    """(verdict, remark): what may be said of this metric, and what has to be said wherever it is named.
+    """(verdict, remark) for headline and claims: what may be said, and what has to be said in the same breath.
 
-    The one rule for headline and claims. Strict accuracy also rises where answers come to their end more often, and falls
-    where they state fewer letters, so forced accuracy must agree before more or less is known.
+    Strict accuracy also rises where answers come to their end more often, and falls where they state fewer letters, so
+    forced accuracy must agree before more or less is known.
     """
     found = verdict(results[name], corrected.get(name))
     forced, parsed, truncated = (results.get(other) for other in ("multiple_choice_forced", "parsed", "truncated"))
@@ -187,14 +180,14 @@ def _conclusion(result: Result, found: Verdict) -> str:
     return f"{told} With this many, only about {points:.0f} points or more would show."
 
 
-def state_claims(primary: str, results: Mapping[str, Result], corrected: Mapping[str, float]) -> list[Claim]:
+def state_claims(primary: str, results: Mapping[str, Result], corrected: Mapping[str, float]) -> list[dict]:
     """What people would like to say; where two metrics could decide, the primary one does."""
     claims = []
     for (claim, (better, worse)), names in zip(_CLAIMS.items(), _DECIDED_BY, strict=True):
         name = min((name for name in names if name in results), key=lambda name: name != primary, default=None)
         if name is None:
             words = "Nothing in this run measures it."
-            claims.append(Claim(claim=claim, metric=None, verdict="cannot tell", sentence=words))
+            claims.append({"claim": claim, "metric": None, "verdict": "cannot tell", "sentence": words})
             continue
         result, (found, remark) = results[name], decide(name, results, corrected)
         words = {"better": better, "worse": worse}.get(found) or _conclusion(result, found)
@@ -202,5 +195,5 @@ def state_claims(primary: str, results: Mapping[str, Result], corrected: Mapping
             low = result.ci95[0]
             words = f"No change is certain; a loss of more than {-100 * low:.1f} points is unlikely." if low < 0 else ""
         sentence = " ".join(part for part in (_figures(result, corrected.get(name)), words, remark) if part)
-        claims.append(Claim(claim=claim, metric=name, verdict=found, sentence=sentence))
+        claims.append({"claim": claim, "metric": name, "verdict": found, "sentence": sentence})
     return claims

@@ -1,14 +1,12 @@
 """One model evaluated, the same way for the base and the tuned model: what it answers, and what it finds likely."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pandas as pd
 
 from utils.data.prompts import format_row
 from utils.data.rows import write_frame
-from utils.errors import StageOrderError
+from utils.errors import RunDirError
 from utils.evaluation import loss as losses
 from utils.evaluation.answer_parsing import CLOSE
 from utils.evaluation.generate import answer_questions
@@ -40,10 +38,7 @@ class Evaluation:
 
 
 def load_for_inference(run: RunDir, which: Model):
-    """(model, tokenizer): the base model, with the trained adapter on it for `tuned`, ready to answer.
-
-    It has room for the longest prompt, a whole answer and the cue: unsloth silently cuts what is longer (issue 2558).
-    """
+    """(model, tokenizer) ready to answer, with the adapter for `tuned`, and room for the longest answer."""
     from utils.models.load import load_model, ready_for_inference, start_backend
     from utils.models.tokenizer import load_tokenizer, model_source
 
@@ -87,12 +82,10 @@ def evaluate_model(run: RunDir, model, tokenizer, which: Model) -> Evaluation:
 
 
 def read_evaluation(run: RunDir, which: Model) -> Evaluation:
-    """What `evaluate_model` wrote, scored without a model; raises StageOrderError where any of it is missing."""
+    """What `evaluate_model` wrote, scored without a model; raises RunDirError where any of it is missing."""
     stage = "04_comparison" if which == "tuned" else "01_baseline_inference"
     if not run.record(BY_NAME[stage]).get("inputs"):
-        raise StageOrderError(
-            f"{run.path} has no answers of both models yet: {stage} has not run; run the series to 04."
-        )
+        raise RunDirError(f"{run.path} has no answers of both models yet: {stage} has not run; run the series to 04.")
     folder, digest = run.file(FOLDERS[which]), model_digest(run, which)
     questions, held_out, benchmark = load_questions(run)
     answers = current_answers(folder / "answers.jsonl", questions, run.config.generate, digest)

@@ -4,14 +4,10 @@
 answers. Here every question has its own stream, the same for both models (common random numbers: less noise in the pairs).
 """
 
-from __future__ import annotations
-
 import hashlib
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -173,10 +169,7 @@ def _up_to_end(ids: list[int], tokenizer) -> list[int]:
 def generate_batch(
     model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection, streamer=None
 ) -> list[list[int]]:
-    """Up to `steps` new token ids for each row, padding after the end token included; a `streamer` shows a single row's.
-
-    Padded on the left by hand: unsloth's generate turns the tokenizer's padding_side to the right (issue 3283).
-    """
+    """Up to `steps` new token ids for each row; padded by hand, as unsloth pads on the right (issue 3283)."""
     import torch
 
     width = max(one.length for one in batch)
@@ -209,10 +202,7 @@ def question_stream(seed: int, question_id: str, count: int) -> np.ndarray:
 
 
 def sampling_processors(config: GenerateSection, streams: Sequence[np.ndarray], start: int, device):
-    """Temperature, top-p, then each row's own draw: the inverse of the distribution function at the row's number.
-
-    `streams` holds for each row the numbers of the tokens to come; `start` is the padded prompt's length.
-    """
+    """Temperature, top-p, then each row's own draw from `streams`, its numbers from the token at `start` on."""
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -249,20 +239,15 @@ def check_batching(model, tokenizer, questions: Sequence[Question], count: int =
     near_ties = 0
     for row, together in zip(rows, batched, strict=True):
         (alone,) = generate_batch(model, tokenizer, [row], tokens, greedy)
-        pairs = list(zip_longest(_up_to_end(together, tokenizer), _up_to_end(alone, tokenizer)))
-        place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
-        if place is None:
+        differ = (i for i, (one, other) in enumerate(zip(together, alone, strict=False)) if one != other)
+        if (place := next(differ, None)) is None:
             continue
-        gap, how = math.inf, "ends elsewhere"  # one is the other's beginning: an end token was lost
-        if None not in pairs[place]:
-            logits = last_logits(model, row.prompt + alone[:place])[0]
-            gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
-            how = f"{gap:.2f} standard deviations of the logits apart"
+        logits = last_logits(model, row.prompt + alone[:place])[0]
+        gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
         if gap > _TIE:
+            found = f"answers the question {row.question.id} otherwise than alone, from token {place + 1} on"
             raise ModelError(
-                f"In a batch the model answers the question {row.question.id} otherwise than alone, from token "
-                f"{place + 1} on ({how}); padding is handled wrongly here: set hardware.backend=transformers, or "
-                "generate.batch_size=1."
+                f"In a batch the model {found}; set hardware.backend=transformers or generate.batch_size=1."
             )
         near_ties += 1
     return {"prompts": count, "identical": count - near_ties, "near_ties": near_ties}

@@ -1,7 +1,5 @@
 """What a loaded model finds likely: each held-out row's completion, and the letters of multiple-choice options."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,10 +51,7 @@ def completion_loss(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd
 
 
 def _loss_of_batch(model, tokenizer, batch: list[dict]) -> list[list]:
-    """Each row's loss and tokens of the reasoning, loss and tokens of the response.
-
-    Right-padded and without a mask: causal attention keeps padding from reaching the tokens before it.
-    """
+    """Loss and tokens of each row's reasoning and response; padded on the right, which nothing looks at."""
     import torch
 
     rows = [torch.tensor(row["input_ids"]) for row in batch]
@@ -73,27 +68,22 @@ def _loss_of_batch(model, tokenizer, batch: list[dict]) -> list[list]:
 
 
 def check_same_base(model, tokenizer, rows: pd.DataFrame, baseline: pd.DataFrame, count: int = 8) -> float:
-    """The largest relative deviation of the loss on `count` rows, adapter switched off, from what 01 measured.
-
-    Raises ModelError above 2 % (4-bit in fp16 moves by a tenth of that): another base would be compared as fine-tuning.
-    """
+    """The largest relative deviation of `count` rows' loss, adapter off, from 01's; ModelError above 2 %."""
     chosen = rows[rows["id"].isin(baseline["id"])].head(count)
     with model.disable_adapter():
         now = completion_loss(model, tokenizer, chosen, max_length=10**9)
     after, before = (one.set_index("id")[["reasoning_nll", "response_nll"]].sum(axis=1) for one in (now, baseline))
     worst = float((after / before[after.index] - 1).abs().max()) if len(after) else 0.0
     if worst > _SAME_BASE:
-        raise ModelError(
-            f"With the adapter switched off the loss differs by {worst:.1%} from the baseline's; this is not the base "
-            "model that answered in 01: run 01_baseline_inference here again."
-        )
+        found = f"With the adapter switched off the loss differs by {worst:.1%} from the baseline's"
+        raise ModelError(f"{found}; this is not the base model that answered in 01: run 01 here again.")
     return worst
 
 
 def forced_letters(
     model, tokenizer, questions: Sequence[Question], answers: Sequence[dict], items: pd.DataFrame | None, path: Path
 ) -> None:
-    """For each multiple-choice answer that states no option, append to `path` (JSONL) the letter that the logits say.
+    """Append to `path` the letter that the logits say for each choice that states no option, finished or not.
 
     After prompt, answer, `</think>` where it is missing, and CUE (budget forcing, as in m1, arXiv 2504.00869).
     """
@@ -106,10 +96,7 @@ def forced_letters(
 
 
 def measure_letters(model, tokenizer, items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
-    """Append to `path` the letter that the logits say right after each question, by the model of this `digest`.
-
-    It is what a model knows, with no room to reason, as lm-eval's medqa_4options measures it; see `read_letters`.
-    """
+    """Append to `path` the letter that the logits say right after each question, as lm-eval's medqa_4options does."""
     prompts = [format_letter_prompt(item.question, item.options) for item in items.itertuples()]
     asked = list(
         zip(items["id"].astype(str), _letter_keys(items, digest).values(), prompts, items["options"], strict=True)
@@ -131,10 +118,7 @@ def _append_letters(model, tokenizer, asked: Sequence[tuple[str, str, str, Mappi
 
 
 def letter_logprobs(model, tokenizer, text: str, letters: Iterable[str]) -> dict[str, float]:
-    """log p(" X" | text) in nats for each letter X, in one forward pass unless letters take several tokens.
-
-    Raises OutOfMemory where that does not fit, ModelError where a value is not finite.
-    """
+    """log p(" X" | text) in nats for each letter X; raises OutOfMemory, and ModelError where a value is not finite."""
     import torch
 
     ids = tokenizer(text)["input_ids"]
@@ -164,7 +148,7 @@ def format_letter_prompt(question: str, options: Mapping[str, str]) -> str:
 
 
 def read_letters(items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
-    """What `measure_letters` wrote, in the order of `items`, with `correct`; StageOrderError unless every item is there."""
+    """What `measure_letters` wrote, in the order of `items`, with `correct`; RunDirError unless every item is there."""
     keys = _letter_keys(items, digest)
     rows = require_rows(path, keys, "letters, with evaluate.letter_logprobs on")
     found = pd.DataFrame([rows[identifier] for identifier in keys])

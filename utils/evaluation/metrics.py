@@ -1,8 +1,5 @@
 """From saved answers to per-question values: right or wrong, well formed or not, how long."""
 
-from __future__ import annotations
-
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -104,23 +101,11 @@ def needs_forcing(answer: Mapping, options: Mapping[str, str]) -> bool:
     return parsing.explicit_letter(parsing.parse_completion(answer["text"]).answer, options) is None
 
 
-class _Words:
-    """rouge_score's own tokenizer drops everything but a to z and 0 to 9: Chinese would score nothing."""
-
-    def tokenize(self, text: str) -> list[str]:
-        letters = [c for c in text if c.isalpha()]
-        unspaced = sum("\u3040" <= c <= "\u9fff" for c in letters) > len(letters) / 2  # a script without spaces
-        return re.findall(r"[^\W_]", text) if unspaced else re.findall(r"\w+", text.casefold())
-
-
 def rouge_l(answers: Mapping[str, dict], held_out: pd.DataFrame) -> pd.Series:
-    """ROUGE-L F1 of each open answer against its row's Response, by id (Lin 2004, through rouge_score).
-
-    It measures wording: an answer with every fact turned into its opposite scores 0.93.
-    """
+    """ROUGE-L F1 of open answers against their Response, by id (Lin 2004, by rouge_score): wording, not truth."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    scorer = RougeScorer(["rougeL"])
     references = dict(zip(held_out["id"], held_out["Response"], strict=True))
     texts = {i: parsing.parse_completion(a["text"]).answer for i, a in answers.items() if a["kind"] == "open"}
     scores = {i: scorer.score(references[i], text)["rougeL"].fmeasure for i, text in texts.items()}

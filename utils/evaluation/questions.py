@@ -1,7 +1,5 @@
 """What both models are asked, and the answers on file: pure, so that scores can be recomputed without a model."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
@@ -14,7 +12,7 @@ import pandas as pd
 
 from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.data.rows import read_benchmark
-from utils.errors import DataError, StageOrderError
+from utils.errors import DataError, RunDirError
 from utils.evaluation.metrics import needs_forcing
 from utils.files import digests, read_lines, write_json
 from utils.pipeline.run_dir import RunDir
@@ -77,8 +75,7 @@ def collect_references(held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -
 def register(run: RunDir, questions: Sequence[Question], references: Sequence[str]) -> dict:
     """data/registration.json: primary metric, n, questions, `collect_references`, decoding and seed, before any answer.
 
-    Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so. The
-    manifest keeps a copy: to lose or change one of the two is no way around that.
+    Where answers are there already and any of it changes, `changed_after_answers` becomes true and stays so.
     """
     config, path = run.config, run.file("data/registration.json")
     planned = {
@@ -89,12 +86,10 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
         "decoding": config.generate.model_dump(mode="json", exclude={"batch_size"}),
         "seed": config.evaluate.seed,
     }
-    before = run.manifest().get("registered")
-    before = before or (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     changed = before.pop("changed_after_answers", False)
     # Of answers without a registration nothing is known.
     planned["changed_after_answers"] = changed or (run.file("baseline/answers.jsonl").exists() and before != planned)
-    run.note("registered", planned)
     write_json(path, planned)
     return planned
 
@@ -129,18 +124,16 @@ def matching_rows(path: Path, keys: Mapping[str, str]) -> dict[str, dict]:
 
 
 def require_rows(path: Path, keys: Mapping[str, str], what: str) -> dict[str, dict]:
-    """`matching_rows`; raises StageOrderError where one is missing, with the count: n is never silently smaller."""
+    """`matching_rows`; raises RunDirError where one is missing, with the count: n is never silently smaller."""
     rows = matching_rows(path, keys)
     if len(rows) < len(keys):
-        raise StageOrderError(
-            f"{path.parent.name}/{path.name} holds {len(rows)} of {len(keys)} {what}; run the notebook that writes it "
-            "again, it resumes where it stopped."
-        )
+        found = f"{path.parent.name}/{path.name} holds {len(rows)} of {len(keys)} {what}"
+        raise RunDirError(f"{found}; run the notebook that writes it again, it resumes where it stopped.")
     return rows
 
 
 def current_answers(path: Path, questions: Sequence[Question], config: GenerateSection, model: str) -> dict[str, dict]:
-    """{question id: answer} for exactly these questions, this decoding and this model (its digest), or StageOrderError."""
+    """{question id: answer} for exactly these questions, this decoding and this model (its digest), or RunDirError."""
     return require_rows(path, {question.id: answer_key(question, config, model) for question in questions}, "answers")
 
 
@@ -155,7 +148,7 @@ def find_letterless(answers: Mapping[str, dict], benchmark: pd.DataFrame | None)
 
 
 def read_forced(path: Path, answers: Mapping[str, dict], benchmark: pd.DataFrame | None) -> dict[str, str]:
-    """{question id: letter} of every answer that states none (see `loss.forced_letters`), or StageOrderError."""
+    """{question id: letter} of every answer that states none (see `loss.forced_letters`), or RunDirError."""
     keys = {name: key for name, (key, _) in find_letterless(answers, benchmark).items()}
     rows = require_rows(path, keys, "letters of answers that state none")
     return {name: row["letter"] for name, row in rows.items()}

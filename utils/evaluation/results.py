@@ -1,10 +1,8 @@
-"""comparison/metrics.json: its one schema, checked before it is written; read by card, console and collect."""
-
-from __future__ import annotations
+"""What comparison/metrics.json holds of each metric, and its sentence, as console, collect and publish read it."""
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -32,32 +30,6 @@ class Result(BaseModel, extra="forbid", frozen=True):
     test: str
     p_value: float  # two-sided
     p_holm: float | None = None  # corrected over all that is only described; what decides needs none
-
-
-class Claim(BaseModel, extra="forbid"):
-    """What people would like to say, and what the statistics let them say."""
-
-    claim: Literal["knows more", "reasons shorter", "keeps form", "imitates the reference"]
-    metric: str | None  # the metric that decides; None where this run measured none
-    verdict: Verdict
-    sentence: str
-
-
-class Comparison(BaseModel, extra="forbid"):
-    """The whole file."""
-
-    profile: str
-    benchmarks: list[str]  # in the order of the configuration: the first one's metrics carry no name after a colon
-    primary: Result
-    secondary: list[Result]
-    form: dict[Literal["base", "tuned"], dict[str, float]]  # shares of a model's answers, where they apply
-    length: dict[Literal["base", "tuned"], dict[str, float]]  # tokens in a model's answers
-    nll_rows_left_out: int  # held-out rows longer than model.max_seq_length: in no loss, of neither model
-    contamination: dict[str, float | int | bool | None]
-    registration: dict[str, Any]  # data/registration.json
-    claims: list[Claim]
-    verdict: Verdict
-    sentence: str
 
 
 def read_sentence(run_dir: Path) -> str:

@@ -4,8 +4,6 @@ Items of one group (near duplicates) are not independent: where a group has more
 groups and the test flips whole groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,10 +72,7 @@ def mean_interval(values: np.ndarray, groups: Sequence[str], resamples: int, see
 
 
 def difference_interval(differences: np.ndarray, groups: Sequence[str], resamples: int, seed: int) -> Interval:
-    """Interval of a mean difference of shares: the bootstrap over groups, except where all shares changed alike.
-
-    The bootstrap would claim certainty there; Wilson's bound for n of n independent units says what could be missed.
-    """
+    """Interval of a mean difference of shares: the bootstrap, or Wilson's bound where all changed alike."""
     first = float(differences[0])
     if np.any(differences != first):
         return bootstrap_interval(differences, groups, resamples, seed)

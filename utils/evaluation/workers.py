@@ -1,9 +1,4 @@
-"""One more process for every further GPU, each with the same model, answering its share of the questions.
-
-Each appends to a file of its own, and what one leaves undone is answered by the notebook's own process afterwards.
-"""
-
-from __future__ import annotations
+"""One more process for every further GPU, with a share of the questions; what it leaves is answered here."""
 
 import json
 import sys

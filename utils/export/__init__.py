@@ -1,20 +1,11 @@
 """Files that others can load, and the proof that they are what was trained."""
 
-from importlib import import_module
+from utils.surface import surface
 
-_SURFACE = {
-    "copy_adapter": "adapter",
-    "merge_adapter": "adapter",
-    "write_gguf": "gguf",
-    "write_reference": "verify",
-    "verify_exports": "verify",
-    "write_cards": "model_card",
-    "write_record": "verify",
-}  # name: module
-__all__ = list(_SURFACE)
-
-
-def __getattr__(name: str):
-    if name in _SURFACE:
-        return getattr(import_module(f"{__name__}.{_SURFACE[name]}"), name)
-    raise AttributeError(name)
+__all__, __getattr__ = surface(
+    __name__,
+    adapter="copy_adapter merge_adapter",
+    gguf="write_gguf",
+    verify="write_reference verify_exports write_record",
+    model_card="write_cards",
+)

@@ -1,7 +1,5 @@
 """What others can load: the adapter in one folder, the merged model in another, each complete and a repository of its own."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
@@ -12,13 +10,13 @@ from utils.errors import ModelError
 from utils.export.chat_template import fit_chat_template
 from utils.export.merge import find_shards, merge_shards, read_lora
 from utils.files import atomic_folder, is_folder, write_json
-from utils.hardware import GIB, free_disk_gib, require_disk, where
+from utils.hardware import GIB, require_disk, where
 from utils.models.tokenizer import load_tokenizer, model_source
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME
 from utils.schema import EMBEDDED, Config
 
-_SPARE_GIB = 1.0  # left free beside the merged model, for the report and the next checkpoint
+_KEPT_GIB = 1.0  # of Kaggle's output for each export
 # What transformers 5 notes about this machine and this loading; of no use to others.
 _LOCAL_KEYS = ("is_local", "local_files_only", "backend", "name_or_path")
 
@@ -47,12 +45,10 @@ def copy_adapter(run: RunDir) -> Path:
 def merge_adapter(run: RunDir) -> Merged | None:
     """export/merged: the adapter folded into the 16-bit base, shard by shard; None where export.merged is off.
 
-    On Kaggle it goes to scratch where the working directory is too small. Raises HardwareError where no disk is large
-    enough, ModelError where base and adapter do not belong together or a weight is not finite. An earlier folder stays
-    until the new one is whole.
+    Raises HardwareError where the disk is too small, ModelError where base and adapter do not fit.
     """
     if not run.config.export.merged:
-        keep_previous(run, "merged")
+        shutil.rmtree(run.file("export/merged"), ignore_errors=True)  # an earlier run's
         return None
     base, revision = find_base(run.config)
     lora, target = read_lora(run.file("export/adapter")), choose_place(run, "merged", weights_gib(base))
@@ -84,24 +80,14 @@ def save_tokenizer(run: RunDir, folder: Path) -> None:
 
 
 def choose_place(run: RunDir, kind: str, needed_gib: float) -> Path:
-    """export/KIND where `needed_gib` and a little more are free; on Kaggle, whose output is small, else scratch."""
+    """export/KIND; for what is large on Kaggle, which saves 20 GB, scratch that ends with the session."""
     target = run.file(f"export/{kind}")
-    if where() != "kaggle" or free_disk_gib(target) >= needed_gib + _SPARE_GIB:
-        require_disk(target.parent, needed_gib + 0.05, f"export/{kind}")
-        return target
-    scratch = Path(tempfile.gettempdir()) / NAME / run.path.name / kind
-    require_disk(scratch, needed_gib + 0.05, f"export/{kind}, for which the working directory is too small,")
-    keep_previous(run, kind)
-    print(f"{run.path} has no room for {needed_gib:.1f} GiB: written to {scratch}, which is not kept with the output")
-    return scratch
-
-
-def keep_previous(run: RunDir, kind: str) -> None:
-    """Rename an earlier run's export/KIND, so that it is not taken for this run's where none is written there."""
-    earlier, previous = run.file(f"export/{kind}"), run.file(f"export/{kind}.previous")
-    if earlier.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        earlier.rename(previous)
+    if where() == "kaggle" and needed_gib > _KEPT_GIB:
+        shutil.rmtree(target, ignore_errors=True)  # an earlier run's
+        target = Path(tempfile.gettempdir()) / NAME / run.path.name / kind
+        print(f"export/{kind} ({needed_gib:.1f} GiB) is written to {target}, which is not kept with the output")
+    require_disk(target.parent, needed_gib + 0.05, f"export/{kind}")
+    return target
 
 
 def trained_on(config: Config) -> tuple[str, str | None]:
@@ -139,8 +125,6 @@ def find_base(config: Config) -> tuple[Path, str | None]:
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
-        raise ModelError(
-            f"The 16-bit base {source} is neither a local folder nor reachable on the Hub ({type(error).__name__}); "
-            "check the network, or name a local copy: --set export.base=FOLDER."
-        ) from None
+        found = f"The 16-bit base {source} is no folder and cannot be fetched ({type(error).__name__})"
+        raise ModelError(f"{found}; check the network, or name a copy: --set export.base=FOLDER.") from None
     return folder, folder.name  # a snapshot's folder is named by its commit

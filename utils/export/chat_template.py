@@ -1,9 +1,4 @@
-"""The prompt format of training as servers need it: a chat template, and a Modelfile for Ollama.
-
-A server that wraps questions otherwise than training did loses part of what was learnt, without an error.
-"""
-
-from __future__ import annotations
+"""The prompt format of training as servers need it: a chat template, and a Modelfile for Ollama."""
 
 import json
 
@@ -14,10 +9,7 @@ Prompt = PromptSection | PromptFormat | str
 
 
 def chat_template(style: Prompt, adds_bos: bool = True) -> str:
-    """A Jinja chat template whose generation prompt is `format_prompt`; for `native` it renders as DeepSeek's own does.
-
-    Reasoning in earlier assistant turns is dropped, as in DeepSeek's. BOS stands first where the tokenizer adds it.
-    """
+    """A Jinja chat template whose generation prompt is `format_prompt`; earlier turns lose their reasoning."""
     form = find_format(style)
     parts = (form.before, form.after.partition("<think>")[0], form.after, form.end)
     before, between, after, end = (json.dumps(part, ensure_ascii=False) for part in parts)
@@ -56,10 +48,7 @@ def fit_chat_template(tokenizer, style: Prompt) -> None:
 
 
 def make_modelfile(file: str, style: Prompt, generate: GenerateSection, context: int) -> str:
-    """An Ollama Modelfile for the GGUF `file`: training prompt, end token, and the sampling that was measured.
-
-    BOS is added by Ollama, as by the tokenizer. What follows .Response closes earlier turns; Ollama cuts there.
-    """
+    """An Ollama Modelfile for the GGUF `file`: training prompt, end token, and the sampling that was measured."""
     form = find_format(style)
     return f'''\
 FROM ./{file}

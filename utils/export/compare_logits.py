@@ -1,7 +1,5 @@
 """What a model answers to fixed prompts, greedily, kept so that another process can compare an export with it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -10,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from utils.files import atomic
 from utils.progress import track
@@ -42,17 +43,13 @@ class Continuations:
 
     def save(self, path: Path) -> None:
         """As safetensors, which any reader opens; the tokens travel in its header."""
-        from safetensors.torch import save_file
-
         with atomic(path) as scratch:
             tensors = {"logits": self.logits, "best": self.best}
             save_file(tensors, scratch, metadata={"tokens": json.dumps(self.tokens)})
 
     @classmethod
-    def load(cls, path: Path) -> Continuations:
+    def load(cls, path: Path) -> "Continuations":
         """What `save` wrote."""
-        from safetensors import safe_open
-
         with safe_open(path, framework="pt") as stored:
             tokens = json.loads(stored.metadata()["tokens"])
             return cls(tokens, stored.get_tensor("logits"), stored.get_tensor("best"))
@@ -60,8 +57,6 @@ class Continuations:
 
 def continue_greedily(model, tokenizer, prompts: Sequence[str], description: str) -> Continuations:
     """Decode greedily, one prompt after the other, so that no padding is involved."""
-    import torch
-
     tokens, first = [], []
     best = torch.full((len(prompts), NEW_TOKENS, 2), float("nan"))
     for number, prompt in enumerate(track(prompts, description, unit="prompt")):
@@ -80,12 +75,7 @@ def continue_greedily(model, tokenizer, prompts: Sequence[str], description: str
 
 
 def follow(model, tokenizer, prompts: Sequence[str], leader: Continuations, description: str) -> Continuations:
-    """What the model would say at each step of the leader's continuations, in one pass for each prompt.
-
-    Its tokens end at the first that is not the leader's: until there, greedy decoding would have come the same way.
-    """
-    import torch
-
+    """What the model would say at each step of the leader's continuations, up to its first other token."""
     tokens, first = [], []
     best = torch.full((len(prompts), NEW_TOKENS, 2), float("nan"))
     for number, prompt in enumerate(track(prompts, description, unit="prompt")):
@@ -149,10 +139,7 @@ def choose_tolerance(dtypes: Iterable[str]) -> str:
 
 
 def check_tolerance(figures: dict[str, float | int], tolerance: str) -> str | None:
-    """What is wrong with the figures of `compare`, in words; None where they pass LEVELS.
-
-    A token counts as undecided where the reference's margin was less than twice the largest difference of a logit.
-    """
+    """What is wrong with the figures of `compare`, in words; None where they pass LEVELS."""
     largest, relative = figures["largest_logit_difference"], figures["relative_logit_difference"]
     margin = figures["largest_margin_lost"]
     if not all(map(math.isfinite, (largest, relative, margin))):

@@ -3,8 +3,6 @@
 `python -m utils.export.gguf CONVERTER ...` is that converter for a vocabulary that llama.cpp has never seen.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import runpy
@@ -21,7 +19,7 @@ import httpx
 import tenacity
 
 from utils.errors import HardwareError, ModelError, UserError
-from utils.export.adapter import choose_place, keep_previous, weights_gib
+from utils.export.adapter import choose_place, weights_gib
 from utils.export.chat_template import make_modelfile
 from utils.export.compare_logits import NEW_TOKENS, Continuations, compare_tokens
 from utils.files import atomic_folder
@@ -54,10 +52,8 @@ def find_llama_cpp() -> Path | None:
     if all((tree / name).exists() for name in _CONVERTERS) and find_program(tree, "llama-quantize"):
         return tree
     if named:
-        raise HardwareError(
-            f"LLAMA_CPP_DIR is {named}, which lacks {', '.join(_CONVERTERS)} or a built llama-quantize; unset it, and "
-            "--set export.install_llama_cpp=true builds one."
-        )
+        lack = f"{', '.join(_CONVERTERS)} or a built llama-quantize"
+        raise HardwareError(f"LLAMA_CPP_DIR is {named}, which lacks {lack}; unset it, or name a built tree.")
     return None
 
 
@@ -123,12 +119,10 @@ def write_gguf(run: RunDir, folders: Mapping[str, Path]) -> Path | None:
         if tree is None:
             again = command("run", "--run-dir", run.path, "--set", "export.install_llama_cpp=true")
             print(
-                "No llama.cpp was found, so no GGUF file is written; the other exports stand. This builds it, in 10 to "
-                f"40 minutes, and makes them:\n  {again}\n"
-                "With a built tree of your own, put LLAMA_CPP_DIR=FOLDER before it."
+                f"No llama.cpp was found, so no GGUF file is written. This builds it, in 10 to 40 minutes:\n  {again}"
             )
     if tree is None:
-        keep_previous(run, "gguf")
+        shutil.rmtree(run.file("export/gguf"), ignore_errors=True)  # an earlier run's
         return None
     half = weights_gib(folders["merged"])  # at most: a base in 32 bit takes twice as much
     # q8_0 takes 8.5 of 16 bits, q4_k_m 4.9, and a little.
@@ -162,10 +156,7 @@ def name_pre_tokenizer(tokenizer_json: Path) -> str | None:
 
 
 def run_converter(script: str, *arguments: str) -> None:
-    """Run llama.cpp's converter on a model that splits text as GPT-2 does.
-
-    It knows that rule by a hash over what a vocabulary makes of a test text, and refuses those that it has never seen.
-    """
+    """Run llama.cpp's converter on a model that splits text as GPT-2; it refuses vocabularies it never saw."""
     root = Path(script).parent
     sys.path.insert(0, str(root))
     if (root / "conversion" / "base.py").is_file():
@@ -223,10 +214,7 @@ def continue_in_llama_cpp(client: httpx.Client, ids: Sequence[int]) -> list[int]
 def check_gguf(
     tree: Path, path: Path, tokenizer, prompts: Sequence[str], reference: Continuations, margin: float | None
 ) -> dict[str, float | int]:
-    """Load a file in llama.cpp and hold token ids of prompts, and greedy continuations, against the reference's.
-
-    `margin`: where they part, the reference's best token may lie so far above its second; None: only reported.
-    """
+    """Hold prompts' token ids and greedy continuations in llama.cpp against the reference's; see MARGINS."""
     end, theirs = tokenizer.eos_token_id, []
     with serve(tree, path) as client:
         for prompt in prompts:
@@ -241,10 +229,8 @@ def check_gguf(
     figures = compare_tokens(Continuations(ours, reference.logits, reference.best), theirs)
     lost = figures["largest_margin_lost"]
     if margin is not None and not lost <= margin:  # NaN is no agreement
-        raise ModelError(
-            f"{path.name} in llama.cpp takes another token where the best was {lost:.2f} ahead, at most {margin} is "
-            "rounding; run 05 again."
-        )
+        found = f"takes another token where the best was {lost:.2f} ahead"
+        raise ModelError(f"{path.name} in llama.cpp {found}, at most {margin} is rounding; run 05 again.")
     return figures
 
 

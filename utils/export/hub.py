@@ -1,10 +1,4 @@
-"""Upload a run from where the tokens are: adapter and merged model to the Hub, offline tracking to wandb.
-
-One repository for each model and one commit for each upload, so that a repository never shows half a model; an
-upload that broke off is taken up by running the same command again. Files on disk are only read.
-"""
-
-from __future__ import annotations
+"""Upload a run from where the tokens are: models to the Hub, a commit each; offline tracking to wandb."""
 
 import subprocess
 import sys
@@ -15,9 +9,8 @@ from pathlib import Path
 
 import httpx
 
-from utils.errors import HubError, InfrastructureError
+from utils.errors import InfrastructureError, ServiceError
 from utils.evaluation.results import read_sentence
-from utils.files import sha256
 from utils.pipeline.run_dir import open_run, read_manifest, require_recorded
 from utils.pipeline.stages import BY_NAME
 from utils.processes import Child
@@ -39,66 +32,52 @@ class Upload:
 def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]:
     """What would be uploaded where: the adapter to `repo`, with `merged` the merged model to `repo`-merged.
 
-    Only what 05_export has on record goes, and only with the digest on record. Raises HubError where a stage is undone
-    or out of date, and where an export is missing or is not what the run wrote.
+    Only what 05_export has on record goes. Raises ServiceError where a stage is undone or out of date or an export is
+    missing, RunDirError where it is not what the run wrote.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
-        raise HubError(f"--repo is {repo!r}; expected USER/NAME.")
+        raise ServiceError(f"--repo is {repo!r}; expected USER/NAME.")
     if problem := open_run("auto", run_dir).out_of_date(BY_NAME["05_export"]):
-        raise HubError(f"{problem}; run {command('run', '--run-dir', run_dir)} first, then publish.")
+        raise ServiceError(f"{problem}; run {command('run', '--run-dir', run_dir)} first, then publish.")
     recorded = read_manifest(run_dir)["stages"]["05_export"].get("outputs", {})
     uploads = []
     for kind in ("adapter", "merged") if merged else ("adapter",):
         prefix = f"export/{kind}/"
-        names = [name for name in recorded if name.startswith(prefix)]
-        if not names or not (run_dir / prefix).is_dir():
+        files = {name.removeprefix(prefix): run_dir / name for name in recorded if name.startswith(prefix)}
+        if not files or not (run_dir / prefix).is_dir():
             where = "it stays in a Kaggle session's scratch" if kind == "merged" else "05_export writes it"
             again = command("run", "--run-dir", run_dir, "--from", "05")
-            raise HubError(f"{run_dir / prefix} is not there ({where}); run {again} first.")
-        files = {name.removeprefix(prefix): _as_recorded(run_dir, name, recorded) for name in names}
+            raise ServiceError(f"{run_dir / prefix} is not there ({where}); run {again} first.")
+        require_recorded(run_dir, (prefix.rstrip("/"),))
+        for name, path in files.items():  # a manifest may come from elsewhere, and its link lead to a private file
+            if not path.resolve().is_relative_to(run_dir.resolve()):
+                raise ServiceError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
         uploads.append(Upload(kind, repo if kind == "adapter" else f"{repo}-{kind}", files))
     return uploads
 
 
-def _as_recorded(run_dir: Path, name: str, recorded: dict[str, dict]) -> Path:
-    """The file, if it is what the run wrote; a manifest may come from elsewhere, and its link lead to a private file."""
-    path = run_dir / name
-    if not path.resolve().is_relative_to(run_dir.resolve()):
-        raise HubError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
-    if not path.is_file() or sha256(path) != recorded[name]["sha256"]:
-        problem = "differs from what was written" if path.is_file() else "is missing"
-        raise HubError(f"{name} {problem}; {command('verify', run_dir)} says more, and 05_export writes it anew.")
-    return path
-
-
 def upload_model(upload: Upload, token: Secret, private: bool = True) -> str:
-    """Create the repository where it is missing and upload in one commit; returns the commit's address.
-
-    Raises HubError where the Hub refuses, or where the repository is public and `private` was asked for, and
-    InfrastructureError where it cannot be reached.
-    """
+    """Upload in one commit and return its address; raises ServiceError or InfrastructureError."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not token:
-        raise HubError(
-            f"There is no HF_TOKEN here ({token.source}); set it in the environment or in .env, or run hf auth login."
-        )
+        raise ServiceError(f"There is no HF_TOKEN here ({token.source}); set it in .env, or run hf auth login.")
     api = HfApi(token=token.value)
     operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
     try:
         api.create_repo(upload.repo, private=private, exist_ok=True)
         if private and api.repo_info(upload.repo).private is False:
-            raise HubError(f"{upload.repo} exists and is public; name another --repo, or say --public.")
+            raise ServiceError(f"{upload.repo} exists and is public; name another --repo, or say --public.")
         return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
     except (httpx.HTTPError, ValueError, OSError) as error:
         raise _explain(error, upload, token) from None
 
 
-def _explain(error: Exception, upload: Upload, token: Secret) -> HubError | InfrastructureError:
+def _explain(error: Exception, upload: Upload, token: Secret) -> ServiceError | InfrastructureError:
     """What huggingface_hub raised, as a sentence: refused by the Hub, or not reached."""
     status = getattr(getattr(error, "response", None), "status_code", 0)
     message = getattr(error, "server_message", None) or type(error).__name__
-    kind, problem = HubError, "The Hub refused"
+    kind, problem = ServiceError, "The Hub refused"
     if status == 401:
         problem = f"The Hub does not accept the token from {token.source}; make a new one"
     elif status == 403:
@@ -128,10 +107,8 @@ def sync_tracking(run_dir: Path, key: Secret, log: Callable[[str], None] = print
             except subprocess.TimeoutExpired:
                 status, problem = 1, f"no end after {_SYNC_TIMEOUT_S} s"
         if status or not list(folder.glob("*.synced")):
-            raise InfrastructureError(
-                f"wandb took {number} of {len(folders)} offline runs ({problem}); the others stay in tracking/wandb: "
-                "run publish again."
-            )
+            found = f"wandb took {number} of {len(folders)} offline runs ({problem})"
+            raise InfrastructureError(f"{found}; the others stay in tracking/wandb: run publish again.")
         log(f"sent {folder.name}")
 
 

@@ -1,7 +1,5 @@
 """LoRA folded into a model's own 16-bit shards, one shard in memory: W + scale * B @ A, in float32, rounded once."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -9,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from utils.errors import ModelError
 from utils.files import is_there
@@ -20,10 +22,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter's factors by the base tensor that they change; `scale` is alpha/r, or alpha/sqrt(r) with rslora.
-
-    A is (r, columns) and B is (rows, r), float32 both.
-    """
+    """An adapter's factors A (r, columns) and B (rows, r) by base tensor, in float32, and alpha/r or alpha/√r."""
 
     scale: float
     factors: Mapping[str, tuple[Any, Any]]
@@ -31,17 +30,13 @@ class Lora:
 
 def read_lora(folder: Path) -> Lora:
     """The adapter in `folder`; raises ModelError for one that holds more than pairs of factors."""
-    from safetensors.torch import load_file
-
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     odd = sorted({f"{name}.lora_{side}.weight" for name in names for side in "AB"} ^ set(tensors))
     if odd or not names:
-        raise ModelError(
-            f"The adapter holds {odd[0] if odd else 'no LoRA factors'}, expected pairs of lora_A and lora_B only; "
-            "merge it with peft's merge_and_unload."
-        )
+        found = odd[0] if odd else "no LoRA factors"
+        raise ModelError(f"The adapter holds {found}, expected pairs of lora_A and lora_B only; merge it with peft.")
     factors, r = {}, settings["r"]
     for name in names:
         a, b = (tensors[f"{name}.lora_{side}.weight"].float().contiguous() for side in "AB")
@@ -63,16 +58,12 @@ def find_shards(folder: Path) -> list[Path]:
             raise ModelError(f"{index} is no index of shards ({error}); fetch the base model again.") from None
     missing = [name for name in names if not is_there(folder / name)]
     if missing:
-        raise ModelError(
-            f"{folder} lacks {len(missing)} of {len(names)} shards, {missing[0]} first; fetch the model again."
-        )
+        raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards ({missing[0]}); fetch the model again.")
     return [folder / name for name in names]
 
 
 def list_tensors(shards: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     """{tensor: (shard, dtype such as bfloat16, shape)}; raises ModelError for a file that is cut short or none."""
-    from safetensors import SafetensorError, safe_open
-
     found = {}
     for path in shards:
         try:
@@ -88,19 +79,12 @@ def list_tensors(shards: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int
 
 def read_tensor(path: Path, name: str):
     """One tensor of a shard. The file is mapped for it alone: pages that other tensors touched would stay in memory."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as shard:
         return shard.get_tensor(name)
 
 
 def merge_shards(base: Path, lora: Lora, target: Path) -> None:
-    """Write the shards of `base` with `lora` folded in, and their index, into `target`.
-
-    Raises ModelError where the adapter does not fit the base, the base is quantised, or a weight is not finite.
-    """
-    from safetensors.torch import save_file
-
+    """Write the shards of `base` with `lora` folded in, and their index; raises ModelError where they don't fit."""
     shards = find_shards(base)
     tensors = list_tensors(shards)
     _check_fit(lora, tensors, base)
@@ -118,29 +102,16 @@ def merge_shards(base: Path, lora: Lora, target: Path) -> None:
 
 def _check_fit(lora: Lora, tensors: Mapping[str, tuple[Path, str, tuple[int, ...]]], base: Path) -> None:
     """Raise ModelError unless every tensor that the adapter changes is in the base, with its shape, in floats."""
-    absent = [name for name in lora.factors if name not in tensors]
-    if absent:
-        raise ModelError(
-            f"The adapter changes {len(lora.factors)} tensors, {len(absent)} of which {base} does not have "
-            f"({absent[0]} first); it was trained on another base model."
-        )
     for name, (a, b) in lora.factors.items():
-        _, dtype, shape = tensors[name]
+        _, dtype, shape = tensors.get(name, (None, "bfloat16", None))
         if dtype not in _DTYPES.values():
-            raise ModelError(
-                f"{name} is stored as {dtype} in {base}, expected 16- or 32-bit floats: merging into quantised weights "
-                "rounds twice; name the 16-bit model in export.base."
-            )
-        if shape != (b.shape[0], a.shape[1]):
-            raise ModelError(
-                f"The adapter changes {name} as {(b.shape[0], a.shape[1])}, but it is {shape} in {base}; the adapter "
-                "was trained on another base model."
-            )
+            raise ModelError(f"{name} is stored as {dtype} in {base}; name the model in 16 bit in export.base.")
+        if shape != (changed := (b.shape[0], a.shape[1])):
+            found = f"The adapter changes {name} as {changed}, but in {base} it is {shape or 'missing'}"
+            raise ModelError(f"{found}; it was trained on another base model.")
 
 
 def _merge_tensor(path: Path, name: str, lora: Lora):
-    import torch
-
     tensor, changed = read_tensor(path, name), name in lora.factors
     if changed:
         a, b = lora.factors[name]

@@ -1,7 +1,5 @@
 """The model card: the words are in the template, the figures in the run's own files."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Mapping
@@ -9,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from utils.data.prompts import find_format, format_prompt
 from utils.evaluation.statistics import show_p
@@ -102,38 +100,8 @@ def _metadata(run: RunDir, kind: str) -> ModelCardData:
         about |= {"base_model": base, "base_model_relation": relation}
     if config.data.path is None and "/" in config.data.name:
         about["datasets"] = [config.data.name]
-    if kind == "adapter":  # what stands here the Hub takes for figures of the files beside it; no other was measured
-        about |= {"model_name": _title(run), "eval_results": [_measured(run)]}
     tags = ["lora", "medical", "reasoning", "research-only", *(["synthetic-data"] if config.embedded_data else [])]
     return ModelCardData(language="en", library_name=library, pipeline_tag="text-generation", tags=tags, **about)
-
-
-def _measured(run: RunDir) -> EvalResult:
-    """The primary metric in the Hub's form, with n, the base's figure and the interval as arguments."""
-    result, split, data = (
-        _read(run, "comparison/metrics.json")["primary"],
-        _read(run, "data/split.json"),
-        run.config.data,
-    )
-    name, subset, part, revision = data.name, None, None, split["revision"]
-    known_as, local = f"{split['source']}, held-out rows", data.path is not None
-    if result["name"].startswith(("multiple_choice", "letter")):
-        first = run.config.evaluate.benchmarks[0]
-        name, subset, part, revision = first.name, first.subset, first.split, first.revision
-        known_as, local = first.name or first.path.name, first.path is not None
-    kept = ("n", "groups", "base", "difference", "ci95", "p_value")
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type="local" if local else name,
-        dataset_name=known_as,
-        dataset_config=subset,
-        dataset_split=None if local else part,
-        dataset_revision=revision,
-        metric_type="loss" if result["unit"] == "nats per token" else "accuracy",
-        metric_name=result["label"],
-        metric_value=result["tuned"],
-        metric_args={"metric": result["name"]} | {key: result[key] for key in kept},
-    )
 
 
 def _known_base(run: RunDir) -> bool:

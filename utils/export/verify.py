@@ -4,10 +4,7 @@
 memory, and the tokenizer is the one in the export's own folder.
 """
 
-from __future__ import annotations
-
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -18,7 +15,6 @@ import pandas as pd
 
 from utils.data.prompts import format_prompt
 from utils.errors import ModelError, RunDirError
-from utils.export.adapter import find_base
 from utils.export.compare_logits import (
     EXACT,
     ROUNDED,
@@ -30,7 +26,7 @@ from utils.export.compare_logits import (
     follow,
 )
 from utils.export.gguf import check_folder
-from utils.export.merge import find_shards, list_tensors, read_lora, read_tensor
+from utils.export.merge import find_shards, list_tensors
 from utils.files import is_folder, write_json
 from utils.hardware import resolve_hardware
 from utils.models.load import load_plain, prepare_device
@@ -81,10 +77,7 @@ def choose_tolerances(run: RunDir, folders: Mapping[str, Path]) -> dict[str, str
 
 
 def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
-    """Load the exports back and compare; returns figures by check.
-
-    Raises ModelError where an export misses its tolerance, or merged weights are not base plus adapter.
-    """
+    """Load the exports back and compare: figures by check; raises ModelError where one misses its tolerance."""
     tolerances, prompts, figures = choose_tolerances(run, folders), export_prompts(run), {}
     reference = Continuations.load(run.file(REFERENCE))
     answers = answer_elsewhere(run.config, {kind: folders[kind] for kind in tolerances}, prompts, run.file(REFERENCE))
@@ -94,8 +87,6 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
         figures[kind] = {**_AGAINST, "level": level, **found}
         if problem := check_tolerance(found, tolerance):
             raise ModelError(f"The exported {kind}, loaded back, gives {problem}; delete export/ and run 05 again.")
-    if "merged" in folders:
-        figures["merged_weights"] = check_merged_weights(folders, find_base(run.config)[0])
     if "gguf" in folders:
         # In 4-bit, the model in memory is no measure of files that were rounded less.
         asked, judged = prompts[:_GGUF_PROMPTS], not run.config.model.load_in_4bit
@@ -107,10 +98,7 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
 def answer_elsewhere(
     config: Config, folders: Mapping[str, Path], prompts: Sequence[str], reference: Path
 ) -> dict[str, Continuations]:
-    """Let each export follow the reference in one fresh process; returns {kind: continuations}.
-
-    Raises ModelError with the process's last line where one cannot be loaded.
-    """
+    """{kind: continuations} of exports that follow the reference in a fresh process, or ModelError."""
     with tempfile.TemporaryDirectory() as scratch:
         task = Path(scratch) / "task.json"
         shutil.copy(reference, task.with_name("reference.safetensors"))
@@ -119,9 +107,7 @@ def answer_elsewhere(
         command = [sys.executable, "-m", "utils.export.verify", task]
         with Child(command, task.with_name("log"), {"PYTHONUNBUFFERED": "1"}) as child:
             if child.wait():
-                raise ModelError(
-                    f"An export could not be loaded in a fresh process ({child.last_words()}); run 05 again."
-                )
+                raise ModelError(f"An export could not be loaded afresh ({child.last_words()}); run 05 again.")
         return {kind: Continuations.load(task.with_name(f"{kind}.safetensors")) for kind in folders}
 
 
@@ -148,34 +134,6 @@ def load_export(config: Config, folder: str, on_base: bool = False):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     guard_tokenizer(tokenizer, folder)
     return (PeftModel.from_pretrained(model, folder) if on_base else model).eval(), tokenizer
-
-
-def check_merged_weights(folders: Mapping[str, Path], base: Path, modules: int = 12) -> dict[str, float | int]:
-    """Compare merged weights with base + scale * B @ A, computed here in float64, over evenly chosen modules.
-
-    Returns how many were compared and the largest difference in units of the stored dtype's rounding; r products are
-    added for each entry, so ModelError is raised where any differs by more than r units.
-    """
-    import torch
-
-    lora = read_lora(folders["adapter"])
-    names = sorted(lora.factors)[:: max(1, len(lora.factors) // modules)]
-    places = [list_tensors(find_shards(folder)) for folder in (base, folders["merged"])]
-    worst, rank = 0.0, len(next(iter(lora.factors.values()))[0])
-    for name in names:
-        before, after = (read_tensor(found[name][0], name) for found in places)
-        a, b = (factor.double() for factor in lora.factors[name])
-        difference = (after.double() - before.double()).addmm_(b, a, alpha=-lora.scale).abs_()
-        # What rounding may do depends on the terms that were added, not on their sum, which can cancel.
-        terms = before.double().abs_().addmm_(b.abs(), a.abs(), alpha=abs(lora.scale))
-        units = difference.div_(terms.mul_(torch.finfo(after.dtype).eps).clamp_(min=1e-12)).max()
-        worst = max(worst, float(units.nan_to_num(nan=math.inf)))  # max() of Python would pass over NaN
-    if worst > rank:
-        raise ModelError(
-            f"The merged weights differ from base plus adapter by {worst:.1f} units of rounding, at most {rank} are "
-            "rounding; run 05 again."
-        )
-    return {"modules": len(names), "largest_rounding_units": round(worst, 3)}
 
 
 def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, dict]) -> None:

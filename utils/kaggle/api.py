@@ -1,22 +1,17 @@
-"""Kaggle's API through Kaggle's own package, with what that package lacks: a limit to silence, and another try.
-
-Its command line ends with status 0 for pushes and runs that failed, so its methods are called and their answers read.
-"""
-
-from __future__ import annotations
+"""Kaggle's API through Kaggle's own package, with what that package lacks: a limit to silence, and another try."""
 
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import tenacity
 
-from utils.errors import InfrastructureError, KaggleError, UserError
+from utils.errors import InfrastructureError, ServiceError, UserError
 from utils.files import relative_name
 
 ATTEMPTS = 6
@@ -28,27 +23,26 @@ _HINTS = {401: f"; make a new token at {SETTINGS}", 403: _OWNER, 404: _OWNER}
 
 
 class Kaggle:
-    """A signed-in client; `log` gets one line for everything that is tried again.
-
-    Raises KaggleError where there are no credentials or Kaggle does not accept them.
-    """
+    """A client that signs in when first asked, or raises ServiceError; `log` gets a line for each new try."""
 
     def __init__(self, log: Callable[[str], None] = print):
-        self.log, self.username = log, ""
+        self.log = log
+
+    @cached_property
+    def _api(self) -> Any:
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):  # and a page of help
-            self._api = repeat("signing in", _sign_in, log)
-            self.username = self._api.get_config_value("username") or ""
-        if not self.username:
-            raise KaggleError(
-                f"There are no Kaggle credentials, or they are no longer valid; make a token at {SETTINGS} and put it "
-                "into ~/.kaggle/access_token or KAGGLE_API_TOKEN."
-            )
+            api = repeat("signing in", _sign_in, self.log)
+            if api.get_config_value("username"):
+                return api
+        where = f"make a token at {SETTINGS} and put it into ~/.kaggle/access_token"
+        raise ServiceError(f"There are no Kaggle credentials, or they are no longer valid; {where}.")
+
+    @property
+    def username(self) -> str:
+        return self._api.get_config_value("username")
 
     def push(self, folder: Path, reference: str, hours: float | None = None, run: bool = True) -> Any:
-        """Push what `folder` holds, as `kaggle kernels push` does; the answer is the package's own.
-
-        Repeated only where Kaggle turned it away for its rate (429): a push whose answer is lost may have arrived.
-        """
+        """`kaggle kernels push`; repeated only where turned away for its rate: else it may have arrived."""
         from kagglesdk.kernels.types.kernels_api_service import ApiSaveKernelRequest
         from kagglesdk.kernels.types.kernels_enums import KernelExecutionType
 
@@ -60,9 +54,8 @@ class Kaggle:
             with patch("kaggle.api.kaggle_api_extended.ApiSaveKernelRequest", lambda: request):
                 return repeat("the push", action, self.log, _is_turned_away)
         except InfrastructureError as error:
-            raise InfrastructureError(
-                f"{error} Whether the push arrived is not known: look at {page(reference)} before you push again."
-            ) from None
+            unsure = f"Whether the push arrived is not known: look at {page(reference)} before you push again."
+            raise InfrastructureError(f"{error} {unsure}") from None
 
     def status(self, reference: str) -> tuple[str, str]:
         """(state, message) of a kernel's last session: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_ACKNOWLEDGED, …"""
@@ -70,13 +63,11 @@ class Kaggle:
         return answer.status.name, answer.failure_message or ""
 
     def output(self, reference: str, folder: Path, pattern: str | None = None) -> None:
-        """Fetch the files of a kernel's last session that match `pattern`, and its log as SLUG.log.
-
-        Raises InfrastructureError for a file whose name points out of `folder`, before it is written.
-        """
+        """Fetch the last session's log, and files that match `pattern`; none whose name points outside."""
 
         def is_wanted(response: Any, file: str, quiet: bool = True) -> bool:
-            require_names_below([file.removeprefix(f"{folder}/")])
+            if relative_name(name := file.removeprefix(f"{folder}/")) is None:
+                raise InfrastructureError(f"Kaggle lists an output {name!r}, which points outside; nothing was kept.")
             return True
 
         with patch.object(self._api, "download_needed", is_wanted):
@@ -90,15 +81,6 @@ def _sign_in() -> Any:
     api = KaggleApi()
     api.authenticate()
     return api
-
-
-def require_names_below(names: Iterable[str]) -> None:
-    """Raise InfrastructureError for the first name that would be written outside of the folder it is fetched into."""
-    for name in names:
-        if relative_name(name) is None:
-            raise InfrastructureError(
-                f"Kaggle lists an output called {name!r}, which points outside or is no file name; nothing was kept."
-            )
 
 
 def status_of(error: BaseException | None) -> int | None:
@@ -121,10 +103,7 @@ def passes(error: BaseException | None) -> bool:
 
 
 def repeat(what: str, action: Callable[[], Any], log: Callable[[str], None], again: Callable = passes) -> Any:
-    """The result of `action`, tried up to ATTEMPTS times while `again` holds for its exception.
-
-    Raises KaggleError or InfrastructureError for what the package raised.
-    """
+    """The result of `action`, tried again while `again` holds; raises ServiceError or InfrastructureError."""
 
     def announce(state: tenacity.RetryCallState) -> None:
         trouble, seconds = describe(state.outcome.exception()), state.next_action.sleep
@@ -181,19 +160,19 @@ def _explain(error: BaseException, what: str) -> UserError:
     if passes(error):
         return InfrastructureError(f"Kaggle could not be reached for {what} ({reason}); try again later.")
     if status is not None:
-        return KaggleError(f"Kaggle refused {what} ({reason}){_HINTS.get(status, '')}.")
+        return ServiceError(f"Kaggle refused {what} ({reason}){_HINTS.get(status, '')}.")
     if isinstance(error, ValueError):
-        return KaggleError(f"Kaggle's client refused {what}: {error}")
+        return ServiceError(f"Kaggle's client refused {what}: {error}")
     return InfrastructureError(
         f"Kaggle answered {what} with something that its package does not understand ({type(error).__name__}: {error})."
     )
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """("you", "slug") of "you/slug"; raises KaggleError for anything else."""
+    """("you", "slug") of "you/slug"; raises ServiceError for anything else."""
     owner, sign, slug = reference.partition("/")
     if not (owner and sign and slug) or "/" in slug:
-        raise KaggleError(f"{reference!r} is no kernel; expected OWNER/SLUG, as in the kernel's address.")
+        raise ServiceError(f"{reference!r} is no kernel; expected OWNER/SLUG, as in the kernel's address.")
     return owner, slug
 
 

@@ -1,12 +1,5 @@
-"""Both ends of a session on Kaggle: resume what an earlier one left, and leave what the next one can resume.
+"""Both ends of a session on Kaggle: resume what an earlier one left, and leave what the next one can resume."""
 
-Kaggle saves /kaggle/working (20 GB at most) and nothing else. Attached outputs are mounted, read-only, in one of two
-layouts: the manifest is searched for, and no path is taken for granted.
-"""
-
-from __future__ import annotations
-
-import os
 import shutil
 import stat
 from pathlib import Path
@@ -14,40 +7,25 @@ from typing import Any
 
 from utils.errors import RunDirError, UserError
 from utils.files import atomic_folder, sha256
-from utils.hardware import GIB, default_profile, where
+from utils.hardware import default_profile, where
 from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.state import FILE as STATE
 from utils.pipeline.state import SeriesState, read_state, write_state
-from utils.project import KAGGLE, NAME, runs_dir
+from utils.project import KAGGLE, runs_dir
 
 DEPTH = 5  # notebooks/OWNER/SLUG/runs/PROFILE
-WIDTH = 1_000  # a folder of more files is somebody's image collection
-KEPT_GIB = 1.0  # a folder below export/ that has more leaves the output, whole: half a model looks like a model
-
-
-class SeriesStopped(UserError):
-    """The series inside a kernel notebook failed; its sentence says where."""
 
 
 def find_attached(profile: str = "auto", root: Path | None = None) -> Path | None:
-    """The run directory of `profile` below the attached inputs, None where there is none.
-
-    Raises RunDirError where there are several different ones, or a damaged one.
-    """
+    """The run directory of `profile` among the inputs, or None; raises RunDirError for several, or a damaged one."""
     root, found = root or KAGGLE / "input", {}
-    for folder, below, files in os.walk(root):
-        run = Path(folder)
-        manifest = _read_ours(run) if "manifest.json" in files else {}
+    for file in (file for depth in range(DEPTH + 1) for file in root.glob("*/" * depth + "manifest.json")):
+        manifest = _read_ours(file.parent)
         if manifest and profile in ("auto", manifest["profile"]):
-            found.setdefault(sha256(run / "manifest.json"), run)  # one output can be mounted twice
-        if manifest or len(files) > WIDTH or len(run.relative_to(root).parts) == DEPTH:
-            below.clear()
+            found.setdefault(sha256(file), file.parent)  # one output can be mounted twice
     if len(found) > 1:
         places = ", ".join(str(path.relative_to(root)) for path in found.values())
-        raise RunDirError(
-            f"{len(found)} different runs are attached ({places}); detach all but the one to resume, or name its "
-            "copy in RUN_DIR."
-        )
+        raise RunDirError(f"{len(found)} different runs are attached ({places}); detach all but the one to resume.")
     return next(iter(found.values()), None)
 
 
@@ -62,10 +40,7 @@ def _read_ours(run: Path) -> dict[str, Any]:
 
 
 def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: Path | None = None) -> Path:
-    """The run directory to work in: `run_dir`, or the default one; a copy of the attached run while it is empty.
-
-    Raises RunDirError as `find_attached` does.
-    """
+    """The run directory to work in: `run_dir`, or the default one; a copy of the attached run while it is empty."""
     attached = None if run_dir and read_manifest(Path(run_dir)) else find_attached(profile, root)
     if run_dir:
         target = Path(run_dir)
@@ -82,11 +57,8 @@ def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: 
     return target.resolve()
 
 
-def finish_session(run_dir: str | Path, limit_gib: float = KEPT_GIB) -> SeriesState:
-    """Record how the series ended, and move what is large out of a Kaggle kernel's output.
-
-    Raises SeriesStopped where the series failed, after that.
-    """
+def finish_session(run_dir: str | Path) -> SeriesState:
+    """Record how the series ended in a kernel, without checkpoints when done; raises UserError where it failed."""
     run_dir = Path(run_dir)
     began = (run_dir / "manifest.json").exists()
     state = read_state(run_dir) or SeriesState(
@@ -96,39 +68,8 @@ def finish_session(run_dir: str | Path, limit_gib: float = KEPT_GIB) -> SeriesSt
         died = "its process died, most often because memory ran out."
         state = state.model_copy(update={"state": "failed", "kind": "killed", "sentence": died})
     write_state(run_dir, state)
-    move_large_files(run_dir, state.state == "done", limit_gib)
     if state.state == "failed":
-        raise SeriesStopped(
-            f"{state.stage or 'The series'} failed: {state.sentence} What finished is kept in {run_dir}."
-        )
+        raise UserError(f"{state.stage or 'The series'} failed: {state.sentence} What finished is kept in {run_dir}.")
+    if state.state == "done" and where() == "kaggle":
+        shutil.rmtree(run_dir / "training" / "checkpoints", ignore_errors=True)
     return state
-
-
-def move_large_files(run_dir: str | Path, done: bool = False, limit_gib: float = KEPT_GIB) -> dict[str, int]:
-    """On Kaggle, move large exports, and the checkpoints of a run that is done, out of the output: {folder: bytes}.
-
-    They are in /kaggle/temp until the session ends; state.json names them, so that nobody misses them afterwards.
-    """
-    run_dir = Path(run_dir)
-    if where() != "kaggle" or not run_dir.resolve().is_relative_to((KAGGLE / "working").resolve()):
-        return {}
-    exports, checkpoints = sorted((run_dir / "export").glob("*/")), run_dir / "training" / "checkpoints"
-    sizes = {path: _size(path) for path in exports if path.is_dir() and path.name != "adapter"}
-    sizes = {path: size for path, size in sizes.items() if size > limit_gib * GIB}
-    if done and checkpoints.is_dir():
-        sizes[checkpoints] = _size(checkpoints)
-    moved = {path.relative_to(run_dir).as_posix(): size for path, size in sizes.items()}
-    for name, size in moved.items():
-        target = KAGGLE / "temp" / NAME / run_dir.name / name
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(run_dir / name, target)
-        print(f"{name} ({size / GIB:.1f} GiB) is in {target} until this session ends; the output keeps the rest")
-    if moved:
-        state = read_state(run_dir) or SeriesState(state="done")
-        write_state(run_dir, state.model_copy(update={"left_in_scratch": state.left_in_scratch | moved}))
-    return moved
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

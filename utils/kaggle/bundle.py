@@ -1,10 +1,4 @@
-"""The series in one self-contained notebook, for Kaggle's push (which carries one file) and for Colab.
-
-The package, the notebooks and the pins travel as a zip inside one cell; `build_single` makes one numbered notebook
-self-contained in the same way.
-"""
-
-from __future__ import annotations
+"""The series in one self-contained notebook, a zip in one of its cells, for Kaggle's push and for Colab."""
 
 import base64
 import hashlib
@@ -19,7 +13,7 @@ from typing import Any
 
 import nbformat
 
-from utils.errors import UserError
+from utils.errors import ServiceError
 from utils.files import write_text
 from utils.pipeline.stages import find_stage
 from utils.project import NAME, ROOT
@@ -31,14 +25,9 @@ _PATTERNS = ("utils/**/*.py", "utils/report/templates/*", "notebooks/*.ipynb", "
              "requirements.txt")  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed date: the same files give the same archive
 TEMPLATE = Path(__file__).with_name("kernel.ipynb")  # the kernel's cells; what stands between two @ is filled in
-# A single notebook's cells: install what the image lacks, resume an earlier output, keep large files out of its own.
+# A single notebook's cells: install what the image lacks, resume an earlier output.
 SINGLE_PREPARE = "from utils.project import prepare\n\nprepare()"
 SINGLE_RESUME = "from utils.kaggle import resume_from_attached\n\nRUN_DIR = str(resume_from_attached(PROFILE, RUN_DIR))"
-SINGLE_END = "from utils.kaggle import move_large_files\n\nmove_large_files(RUN_DIR)"
-
-
-class BundleError(UserError):
-    """The generated kernel notebook is missing, out of date, or too large to push."""
 
 
 def bundled_files() -> list[Path]:
@@ -47,7 +36,7 @@ def bundled_files() -> list[Path]:
 
 
 def build_kernel(profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> nbformat.NotebookNode:
-    """The kernel notebook, the same for the same files; raises BundleError where Kaggle would not take it."""
+    """The kernel notebook, the same for the same files; raises ServiceError where Kaggle would not take it."""
     notebook = nbformat.read(TEMPLATE, as_version=4)
     _, parameters, materialise, *_ = notebook.cells
     if profile != "auto":
@@ -60,24 +49,17 @@ def build_kernel(profile: str = "auto", overrides: Mapping[str, Any] | None = No
 
 
 def build_single(number: str) -> nbformat.NotebookNode:
-    """One numbered notebook with the package inside: its bootstrap cell unpacks instead of looking around.
-
-    Raises BundleError for a number that there is not.
-    """
+    """One numbered notebook, whose bootstrap cell unpacks the package; ServiceError for another number."""
     try:
         stage = find_stage(number)
     except (KeyError, ValueError):
-        raise BundleError(f"There is no notebook {number!r}; there are 00 to 05.") from None
+        raise ServiceError(f"There is no notebook {number!r}; there are 00 to 05.") from None
     notebook, template = (nbformat.read(path, as_version=4) for path in (stage.notebook, TEMPLATE))
     cells = notebook.cells
     bootstrap, parameters = [cell for cell in cells if cell.cell_type == "code"][:2]
     bootstrap.source = f"{_materialise(template.cells[2].source)}\n\n{SINGLE_PREPARE}"
-    attached, output = (
-        nbformat.v4.new_code_cell(source, id=f"{stage.number}-{name}")
-        for name, source in (("attached", SINGLE_RESUME), ("output", SINGLE_END))
-    )
+    attached = nbformat.v4.new_code_cell(SINGLE_RESUME, id=f"{stage.number}-attached")
     cells.insert(cells.index(parameters) + 1, attached)
-    cells.insert(-1, output)
     return _checked(nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata))
 
 
@@ -102,12 +84,12 @@ def _materialise(template: str) -> str:
 def _checked(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     size = len(json.dumps(notebook))  # as the Kaggle package counts: serialised in ASCII
     if size >= MAXIMUM_BYTES:
-        raise BundleError(f"The notebook has {size:,} bytes; Kaggle takes less than {MAXIMUM_BYTES:,}.")
+        raise ServiceError(f"The notebook has {size:,} bytes; Kaggle takes less than {MAXIMUM_BYTES:,}.")
     return notebook
 
 
 def write_bundle(number: str = "") -> Path:
-    """Write kaggle_kernel.ipynb, or bundles/NN_….ipynb; raises BundleError where Kaggle would not take it."""
+    """Write kaggle_kernel.ipynb, or bundles/NN_….ipynb; raises ServiceError where Kaggle would not take it."""
     notebook = build_single(number) if number else build_kernel()
     path = SINGLES / f"{find_stage(number).name}.ipynb" if number else KERNEL
     write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
@@ -115,15 +97,12 @@ def write_bundle(number: str = "") -> Path:
 
 
 def check_kernel() -> None:
-    """Raise BundleError unless kaggle_kernel.ipynb is what these files give.
-
-    The archive is compared by the files' own digest: zlib may pack the same bytes differently elsewhere.
-    """
+    """Raise ServiceError unless kaggle_kernel.ipynb is what these files give, however zlib packed them."""
     if not KERNEL.exists():
-        raise BundleError(f"{KERNEL.name} is missing; run python -m utils bundle.")
+        raise ServiceError(f"{KERNEL.name} is missing; run python -m utils bundle.")
     found, expected = nbformat.read(KERNEL, as_version=4), build_kernel()
     if [_essence(cell) for cell in found.cells] != [_essence(cell) for cell in expected.cells]:
-        raise BundleError(f"{KERNEL.name} is out of date; run python -m utils bundle and commit it.")
+        raise ServiceError(f"{KERNEL.name} is out of date; run python -m utils bundle and commit it.")
 
 
 def _essence(cell: nbformat.NotebookNode) -> str:

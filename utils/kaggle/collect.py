@@ -1,7 +1,5 @@
 """Bring a kernel's log and output home, compare them with the manifest, and say how the run ended."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import tempfile
@@ -12,24 +10,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from utils.config import read_config
 from utils.errors import RunDirError
 from utils.evaluation.results import read_sentence
 from utils.files import list_files, parse_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.kaggle.push import readable
-from utils.pipeline.run_dir import CONFIG, altered_files, read_manifest
+from utils.pipeline.run_dir import altered_files
 from utils.pipeline.state import FILE as STATE
 from utils.pipeline.state import SeriesState, read_state
-from utils.schema import Config
+from utils.project import command
 from utils.secrets import redact
 
-_OF_THE_MACHINE = ("HardwareError", "PinError")  # the session lacked what the run asks for; the run is not judged
+_OF_THE_MACHINE = "HardwareError"  # the session lacked what the run asks for; the run is not judged
 _NO_MEMORY = "tried to allocate more memory"  # Kaggle's words, for a session that it ended for that
 # torch.cuda.OutOfMemoryError: what it says
-_ERROR = re.compile(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception)|OutOfMemory|SeriesStopped): (.*)$")
+_ERROR = re.compile(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception)|OutOfMemory): (.*)$")
 
 
 class Outcome(IntEnum):
@@ -51,8 +48,7 @@ class Collected(NamedTuple):
 def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> Collected:
     """Fetch log and output of the last session into `target`, a run directory, and classify how it ended.
 
-    The run itself lies in `target`, what the notebook left beside it in target/kernel. Raises InfrastructureError and
-    KaggleError where Kaggle cannot be asked.
+    What lay beside the run goes into target/kernel. Raises as Kaggle does.
     """
     status, message = kaggle.status(reference)
     if status not in FINISHED:
@@ -72,16 +68,14 @@ def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> C
                 place = target / ("" if path == log_file else "kernel") / path.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, place)
-    console.print(f"{len(files)} file(s) are in {target}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"{len(files)} file(s) are in {target}")
     return classify(status, message, target, log)
 
 
-def peek(kaggle: Kaggle, reference: str) -> tuple[SeriesState | None, Config | None]:
-    """(state, settings) of the last session's output, without the rest of it; None for what it did not leave."""
-    with _fetched(kaggle, reference, r"(^|/)(manifest\.json|state\.json|config\.yaml)$") as (_, run):
-        if run is None:
-            return None, None
-        return read_state(run), read_config(run / CONFIG) if (run / CONFIG).exists() else None
+def peek(kaggle: Kaggle, reference: str) -> SeriesState | None:
+    """The state in the last session's output, without the rest of it; None where it left none."""
+    with _fetched(kaggle, reference, r"(^|/)(manifest|state)\.json$") as (_, run):
+        return read_state(run) if run else None
 
 
 @contextmanager
@@ -125,7 +119,7 @@ def classify(status: str, message: str, target: Path, log: str) -> Collected:
     if state is None:
         return _classify_by_log(status, remark, log)
     if state.state == "failed":
-        outcome = Outcome.INFRASTRUCTURE if state.kind in _OF_THE_MACHINE else Outcome.FAIL
+        outcome = Outcome.INFRASTRUCTURE if state.kind == _OF_THE_MACHINE else Outcome.FAIL
         return Collected(outcome, f"{state.stage or 'the series'} failed: {state.sentence}")
     if state.state == "done" and status == "ERROR":
         return Collected(Outcome.FAIL, f"the series is done, but the notebook stopped after it: {_last_line(log)}")
@@ -139,25 +133,21 @@ def classify(status: str, message: str, target: Path, log: str) -> Collected:
 
 
 def _compare_with_manifest(target: Path, state: SeriesState) -> Collected:
-    """The outcome of a run that ended as it should: every file on record is there, and every stage done."""
+    """The outcome of a run that ended as it should: every file on record is there."""
     if wrong := altered_files(target):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         return Collected(Outcome.FAIL, f"the output is not what the run wrote: {wrong[0]}{more}; collect it again.")
     if state.state == "continue":
         return Collected(Outcome.CONTINUE, f"to be continued at {state.stage}: {state.sentence}.")
-    stages = read_manifest(target).get("stages", {})
-    undone = [name for name, record in stages.items() if record.get("state") != "done"]
-    if undone or not stages:
-        return Collected(Outcome.FAIL, f"the run calls itself done, but {', '.join(undone) or 'no stage'} is not.")
-    compared = "04_comparison" in stages and (target / "comparison" / "metrics.json").exists()
-    return Collected(Outcome.PASS, read_sentence(target) if compared else f"{', '.join(stages)} done.")
+    compared = (target / "comparison" / "metrics.json").exists()
+    return Collected(Outcome.PASS, read_sentence(target) if compared else "the series is done, without a comparison.")
 
 
 def _classify_by_log(status: str, remark: str, log: str) -> Collected:
     """A kernel that never came to the series: a Python error is the notebook's fault, all else the platform's."""
     if errors := _ERROR.findall(log):
         kind, sentence = errors[-1]
-        if kind in _OF_THE_MACHINE:
+        if kind == _OF_THE_MACHINE:
             return Collected(Outcome.INFRASTRUCTURE, sentence)
         return Collected(Outcome.FAIL, f"the notebook stopped before the series began: {kind}: {sentence}")
     ended = "the kernel was saved and not run, or kept no output."
@@ -170,15 +160,14 @@ def _last_line(log: str) -> str:
     return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing")
 
 
-def default_target(reference: str) -> Path:
-    """runs/kaggle-SLUG below the current directory."""
-    return Path.cwd() / "runs" / f"kaggle-{split_reference(reference)[1]}"
-
-
-def show(collected: Collected, reference: str, console: Console) -> None:
-    """The outcome in one line, and where to look."""
+def show(collected: Collected, reference: str, target: Path, console: Console) -> None:
+    """The outcome in one line, and what to do next."""
     colour = {Outcome.PASS: "green", Outcome.FAIL: "red"}.get(collected.outcome, "yellow")
-    word = collected.outcome.name.lower()
-    console.print(f"[{colour}]{word}[/{colour}]: {escape(collected.sentence)}", highlight=False, soft_wrap=True)
-    if collected.outcome != Outcome.PASS:
-        console.print(f"  {page(reference)}", highlight=False, soft_wrap=True)
+    console.print(Text.assemble((collected.outcome.name.lower(), colour), f": {collected.sentence}"))
+    if collected.outcome == Outcome.PASS:
+        upload = command("publish", target, "--repo", "USER/NAME")
+        console.print(f"look at {target / 'report' / 'index.html'}; upload it: {upload}")
+        return
+    console.print(f"  {page(reference)}")
+    if collected.outcome == Outcome.CONTINUE:
+        console.print(f"resume it: {command('push', '--continue')}")

@@ -1,23 +1,21 @@
 """Push the kernel notebook to Kaggle: look at what would travel, send it, read the answer, wait for the end."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from utils.config import expand_home, load_config
-from utils.errors import InfrastructureError, KaggleError
+from utils.errors import InfrastructureError, ServiceError
 from utils.files import is_there, parse_json, write_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.kaggle.bundle import MAXIMUM_BYTES, build_kernel, bundled_files
-from utils.project import ROOT
+from utils.project import ROOT, command
 from utils.schema import Config
 from utils.secrets import redact
 
@@ -45,6 +43,11 @@ class Submission:
     def reference(self) -> str:
         return self.metadata["id"]
 
+    def resuming(self) -> "Submission":
+        """The same with the kernel's own last output attached."""
+        sources = dict.fromkeys([*self.metadata["kernel_sources"], self.reference])
+        return replace(self, metadata={**self.metadata, "kernel_sources": list(sources)})
+
     def write(self, folder: Path) -> None:
         """The folder that `kaggle kernels push -p` takes."""
         write_json(folder / METADATA.name, self.metadata)
@@ -59,57 +62,47 @@ class Submission:
 
 
 def read_metadata() -> dict[str, Any]:
-    """kernel-metadata.json; raises KaggleError where a setting is not written out, or is none."""
+    """kernel-metadata.json; raises ServiceError where a setting is not written out, or is none."""
     try:
         found = parse_json(METADATA.read_text(encoding="utf-8"))
         wrong = [key for kind, keys in _EXPECTED.items() for key in keys if not isinstance(found[key], kind)]
         wrong += [key for key in _EXPECTED[list] if not all(isinstance(part, str) for part in found[key])]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KaggleError(f"{METADATA} cannot be read ({error!r}); take it back from git.") from None
+        raise ServiceError(f"{METADATA} cannot be read ({error!r}); take it back from git.") from None
     if wrong:
-        raise KaggleError(f"{METADATA.name} has to write out {', '.join(wrong)}; take it back from git.")
+        raise ServiceError(f"{METADATA.name} has to write out {', '.join(wrong)}; take it back from git.")
     return found
 
 
-def reference_of(metadata: Mapping[str, Any], username: str = "", slug: str = "") -> str:
-    """OWNER/SLUG with the user filled in: `username`, else the one in `id`; raises KaggleError where there is none."""
+def find_reference(kaggle: Kaggle, metadata: Mapping[str, Any], username: str = "", slug: str = "") -> str:
+    """OWNER/SLUG; the owner is `username`, else the one in `id`, else who is signed in."""
     owner, _, own_slug = metadata["id"].partition("/")
-    owner = username or ("" if owner == "OWNER" else owner)
-    if not owner:
-        raise KaggleError(f"{METADATA.name} still has OWNER in its id; pass --username, or put your user name there.")
-    return "/".join(split_reference(f"{owner}/{slug or own_slug}"))
+    if owner == "OWNER" and not username:
+        username = kaggle.username
+    return "/".join(split_reference(f"{username or owner}/{slug or own_slug}"))
 
 
 def title_of(metadata: Mapping[str, Any], slug: str) -> str:
     """A title that Kaggle turns into `slug`; with another one a second kernel appears beside the first."""
     from slugify import slugify
 
-    for title in (metadata["title"], slug.replace("-", " ")):
-        if slugify(title) == slug and len(slug) >= 5:
-            return title
-    raise KaggleError(f"{slug!r} is no slug; expected five or more of a-z, 0-9 and single dashes between them.")
+    return metadata["title"] if slugify(metadata["title"]) == slug else slug.replace("-", " ")
 
 
 def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = None) -> str:
-    """What travels: the kernel notebook of these files with its parameters set, as JSON.
-
-    Raises ConfigError for a wrong setting, KaggleError for what must not travel, BundleError where it is too large.
-    """
+    """The kernel notebook with its parameters, as JSON; raises ConfigError, ServiceError for what must not leave."""
     overrides = dict(overrides or {})
     config = load_config("t4" if profile == "auto" else profile, overrides)  # auto: what Kaggle's GPU will make of it
     for key, value in _local_files(config):
         if not str(value).startswith("/kaggle/input/"):
-            raise KaggleError(
-                f"{key} is {value}, which lies on this machine; attach it to the kernel as a data set and give its "
-                "path below /kaggle/input."
-            )
+            instead = "attach it to the kernel as a data set and give its path below /kaggle/input."
+            raise ServiceError(f"{key} is {value}, which lies on this machine; {instead}")
     text = json.dumps(build_kernel(profile, overrides))
     files = ((path.name, path.read_text(encoding="utf-8")) for path in bundled_files())  # base64 hides them in `text`
     for place, content in (("A setting", text), *files):
         if redact(content) != content:
-            raise KaggleError(
-                f"{place} holds a secret, or what looks like one; take it out: a pushed version cannot be unpushed."
-            )
+            advice = "take it out: a pushed version cannot be unpushed."
+            raise ServiceError(f"{place} holds a secret, or what looks like one; {advice}")
     return text
 
 
@@ -126,42 +119,42 @@ def _local_files(config: Config) -> list[tuple[str, Any]]:
     return [(key, path) for key, path in paths if path]
 
 
-def submission(
-    metadata: dict, reference: str, text: str, run: bool = True, hours: float | None = None, sources: tuple = ()
+def make_submission(
+    kaggle: Kaggle, profile: str, overrides: Mapping[str, Any], username: str = "", slug: str = "", run: bool = True
 ) -> Submission:
-    """What to push as `reference`; `run` False only saves, `sources` are kernels whose output is attached too."""
-    filled = {
-        **metadata,
-        "id": reference,
-        "title": title_of(metadata, split_reference(reference)[1]),
-        "kernel_sources": list(dict.fromkeys([*metadata["kernel_sources"], *sources])),
-    }
-    return Submission(filled, text, hours, run)
-
-
-def session_hours(config: Config) -> float | None:
-    """When Kaggle shall end the session: an hour after the run would end itself; None leaves it to Kaggle."""
-    hours = config.hardware.max_hours
-    return hours + 1.0 if hours else None
+    """What to push; Kaggle shall end the session an hour after the profile's run would end itself."""
+    metadata, text = read_metadata(), kernel_text(profile, overrides)
+    reference = find_reference(kaggle, metadata, username, slug)
+    hours = None if profile == "auto" else load_config(profile, overrides).hardware.max_hours
+    filled = {**metadata, "id": reference, "title": title_of(metadata, split_reference(reference)[1])}
+    return Submission(filled, text, hours + 1.0 if hours else None, run)
 
 
 def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
-    """(version, address) of what was sent; raises KaggleError where Kaggle took it in part or not at all."""
+    """(version, address) of what was sent; raises ServiceError where Kaggle took it in part or not at all."""
     with tempfile.TemporaryDirectory() as folder:
         what.write(Path(folder))
         answer = kaggle.push(Path(folder), what.reference, what.hours, what.run)
     if answer.error:
-        raise KaggleError(f"Kaggle did not take the push: {answer.error}")
+        raise ServiceError(f"Kaggle did not take the push: {answer.error}")
     kinds = {"dataset": "data sets", "kernel": "kernels", "competition": "competitions", "model": "models"}
     refused = {word: getattr(answer, f"invalid_{kind}_sources") for kind, word in kinds.items()}
     url = answer.url or page(what.reference)
     if any(refused.values()):
         names = "; ".join(f"{kind} {', '.join(values)}" for kind, values in refused.items() if values)
-        raise KaggleError(
-            f"Kaggle made version {answer.version_number} of {what.reference} without what was to be attached "
-            f"({names}); stop it at {url}, check those names in {METADATA.name}, and push again."
-        )
+        found = f"Kaggle made version {answer.version_number} of {what.reference} without {names}"
+        raise ServiceError(f"{found}; stop it at {url}, check those names in {METADATA.name}, and push again.")
     return answer.version_number, url
+
+
+def push_once(kaggle: Kaggle, what: Submission, console: Console) -> None:
+    """`push`, with what to do next; raises as it does."""
+    version, url = push(kaggle, what)
+    console.print(f"version {version or '?'} of {what.reference} {'runs' if what.run else 'is saved'}: {url}")
+    if what.run:
+        console.print(f"bring it home: {command('collect', what.reference)}")
+    else:
+        console.print("open it there, attach HF_TOKEN and WANDB_API_KEY under Add-ons > Secrets, then Save & Run All")
 
 
 def wait(
@@ -169,8 +162,7 @@ def wait(
 ) -> tuple[str, str]:
     """(state, message) once the kernel's session has ended; a live line until then.
 
-    With `just_pushed` a session has to be seen at work first: Kaggle can show the version before for minutes. Raises
-    InfrastructureError where Kaggle stays silent, or shows no new session.
+    With `just_pushed` a session has to be seen at work first. Raises InfrastructureError where Kaggle shows none.
     """
     started, before, silent, seen_at_work = time.monotonic(), "", 0, not just_pushed
     with console.status(reference) as live:
@@ -185,15 +177,13 @@ def wait(
             line = f"{reference}: {readable(state)} after {passed / 60:.0f} min"
             live.update(line)
             if state != before:
-                console.print(line, highlight=False, soft_wrap=True)
+                console.print(line)
             before, seen_at_work = state, seen_at_work or state in ("QUEUED", "RUNNING")
             if seen_at_work and state in FINISHED:
                 return state, message
             if not seen_at_work and passed > _START_S:
-                raise InfrastructureError(
-                    f"Kaggle took the push, but shows no queued or running session of {reference} after "
-                    f"{_START_S / 60:.0f} min (the last state: {readable(state)}); look at {page(reference)}."
-                )
+                found = f"no queued or running session of {reference} (the last state: {readable(state)})"
+                raise InfrastructureError(f"Kaggle took the push, but shows {found}; look at {page(reference)}.")
             time.sleep(interval_s)
 
 

@@ -1,56 +1,41 @@
 """Longer than one session: push, wait, and push again with the last output attached, until the series is done."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 from rich.console import Console
 
-from utils.errors import KaggleError
+from utils.errors import ServiceError
 from utils.kaggle.api import Kaggle
 from utils.kaggle.collect import peek
 from utils.kaggle.push import Submission, push, wait
 from utils.pipeline.state import SeriesState
-from utils.schema import Config
 
 
-def read_unfinished(kaggle: Kaggle, reference: str) -> Config:
-    """The settings of the session to resume; raises KaggleError where the last one does not ask for another."""
-    state, config = peek(kaggle, reference)
-    if state is None or config is None or state.state != "continue":
+def require_unfinished(kaggle: Kaggle, reference: str) -> None:
+    """Raise ServiceError where the last session does not ask for another."""
+    state = peek(kaggle, reference)
+    if state is None or state.state != "continue":
         word = "left no run directory" if state is None else f"ended as {state.state!r}"
-        raise KaggleError(f"The last session of {reference} {word}, so there is nothing to resume; drop --continue.")
-    return config
+        raise ServiceError(f"The last session of {reference} {word}, so there is nothing to resume; drop --continue.")
 
 
 def push_until_done(
-    kaggle: Kaggle,
-    first: Submission,
-    following: Callable[[Config], Submission],
-    console: Console,
-    sessions: int = 6,
-    interval_s: float = 30.0,
+    kaggle: Kaggle, what: Submission, console: Console, sessions: int = 6, interval_s: float = 30.0
 ) -> SeriesState | None:
-    """Push `first`, then what `following` makes of each session's settings; returns the last session's state.
+    """Push `what`, and again with the last output attached, until a session is not to be continued; its state.
 
-    Ends when a session ends as anything but "continue". Raises KaggleError after `sessions` sessions, and where two in
-    a row got no further, so that no quota is burnt on a run that stands still.
+    Raises ServiceError after `sessions` sessions, and where two in a row got no further.
     """
-    what, before = first, ("", -1)
+    before = ("", -1)
     for number in range(1, sessions + 1):
         version, url = push(kaggle, what)
-        console.print(f"session {number}: version {version}, {url}", highlight=False, soft_wrap=True)
-        wait(kaggle, first.reference, console, interval_s, just_pushed=True)
-        state, config = peek(kaggle, first.reference)
-        if state is None or config is None or state.state != "continue":
+        console.print(f"session {number}: version {version}, {url}")
+        wait(kaggle, what.reference, console, interval_s, just_pushed=True)
+        state = peek(kaggle, what.reference)
+        if state is None or state.state != "continue":
             return state
         reached = (state.stage, state.steps)  # their names are in order
         if reached <= before:
-            raise KaggleError(
-                f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}; give a session "
-                "more time (hardware.max_hours), or let checkpoints come closer together (train.save_steps)."
-            )
-        before = reached
-        console.print(f"  to be continued at {state.stage}, step {state.steps}", highlight=False, soft_wrap=True)
-        what = following(config)
-    raise KaggleError(f"The series is not done after {sessions} sessions; push --continue --until-done for more.")
+            found = f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}"
+            raise ServiceError(f"{found}; raise hardware.max_hours, or lower train.save_steps.")
+        before, what = reached, what.resuming()
+        console.print(f"  to be continued at {state.stage}, step {state.steps}")
+    raise ServiceError(f"The series is not done after {sessions} sessions; push --continue --until-done for more.")

@@ -1,14 +1,12 @@
-"""Base model and LoRA: one way to load them, on unsloth where it runs and on plain transformers elsewhere.
-
-Both backends hand out ordinary PEFT models and ordinary tokenizers, so the notebooks' cells are the same.
-"""
-
-from __future__ import annotations
+"""Base model and LoRA, loaded by unsloth where it runs and by transformers elsewhere: ordinary PEFT models both."""
 
 import importlib.util
 import os
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
 
 from utils.errors import HardwareError, ModelError, first_line
 from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
@@ -21,10 +19,7 @@ _T4_GIB = 14.0
 
 
 def start_backend(config: Config) -> str:
-    """Choose and prepare `unsloth`, which patches transformers and trl as it is imported, or `transformers`.
-
-    Raises HardwareError where the backend that was asked for cannot run here.
-    """
+    """Prepare `unsloth`, which patches transformers, or `transformers`; HardwareError where it cannot run."""
     prepare_device(config)
     resolved = resolve_hardware(config.hardware)
     if resolved["backend"] == "transformers":
@@ -49,8 +44,6 @@ def prepare_device(config: Config) -> None:
         # TRL raises for one process that sees two GPUs (sft_trainer.py), and unsloth would split batches badly.
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ids()[0]
     if config.hardware.emulate_t4:  # compute and run out of memory as a T4 does
-        import torch
-
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         total = torch.cuda.get_device_properties(local_rank()).total_memory / GIB
@@ -64,16 +57,13 @@ def device(config: Config) -> str:
 
 def torch_dtype(config: Config):
     """The dtype of activations: as configured, or what `resolve_hardware` makes of auto."""
-    import torch
-
     return getattr(torch, resolve_hardware(config.hardware)["dtype"])
 
 
 def load_model(config: Config, adapter: Path | None = None, max_seq_length: int | None = None):
     """(model, tokenizer): the base model as configured, with a trained adapter on top where one is given.
 
-    In 4-bit it is NF4 with double quantisation on both backends. unsloth cuts whatever is longer than `max_seq_length`
-    (model.max_seq_length where none is given). Raises ModelError where the model cannot be loaded.
+    unsloth cuts whatever is longer than `max_seq_length`. Raises ModelError where the model cannot be loaded.
     """
     if max_seq_length is not None:
         room = config.model.model_copy(update={"max_seq_length": max_seq_length})
@@ -83,8 +73,6 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
         if folder is not None and folder.is_dir():
             require_safetensors(folder, what)
     tokenizer = load_tokenizer(source, config.model.revision)
-    from safetensors import SafetensorError
-
     try:
         if backend == "unsloth":
             from unsloth import FastLanguageModel
@@ -102,10 +90,8 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
         else:
             model = load_plain(config, source)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"The model {source} could not be loaded ({first_line(error)}); expected a Hub id that can be reached, "
-            "or a local folder with config.json and safetensors."
-        ) from None
+        expected = "expected a Hub id that can be reached, or a folder with config.json and safetensors"
+        raise ModelError(f"The model {source} could not be loaded ({first_line(error)}); {expected}.") from None
     if adapter is not None:
         from peft import PeftModel  # it would load a pickle, weights only, where there is no safetensors file
 
@@ -114,10 +100,7 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
 
 
 def add_lora(model, config: Config, **lora: Any):
-    """Wrap the base model with fresh LoRA weights, and unsloth's fused kernels; `lora` are arguments of peft.LoraConfig.
-
-    unsloth does not know `all-linear`: it gets the seven projections of a Llama or Qwen.
-    """
+    """Wrap the base model with fresh LoRA weights; `lora` are arguments of peft.LoraConfig."""
     if lora.get("target_modules") == ["all-linear"]:
         lora["target_modules"] = list(LoraSection().target_modules) if is_unsloth(model) else "all-linear"
     if is_unsloth(model):
@@ -132,7 +115,6 @@ def add_lora(model, config: Config, **lora: Any):
             max_seq_length=config.model.max_seq_length,
             **{key: value for key, value in lora.items() if key != "task_type"},
         )
-    import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.train.seed)
@@ -188,7 +170,6 @@ def count_fused_layers(model) -> dict[str, int] | None:
 
 def load_plain(config: Config, source: str):
     """The model in `source` by plain transformers, in the run's dtype and quantisation, on its device."""
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype, four_bit = torch_dtype(config), None

@@ -1,7 +1,5 @@
 """Device memory: how much is free, how many sequences fit into it, and what running out looks like."""
 
-from __future__ import annotations
-
 import gc
 
 import psutil

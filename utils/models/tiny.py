@@ -1,15 +1,11 @@
-"""The embedded default's model: a tiny Llama in DeepSeek's shape, trained on first use, cached, deterministic.
-
-The tokenizer is a byte-level BPE with DeepSeek's special tokens and chat template; the model has under a million
-parameters and is taught the rows of `synthetic.base_rows` in about a minute on two cores.
-"""
-
-from __future__ import annotations
+"""The embedded default's model: a tiny Llama in DeepSeek's shape, trained on first use, cached, deterministic."""
 
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from utils.data.prompts import ASSISTANT, BOS, EOS, PAD, USER, format_row
 from utils.data.synthetic import DISCLAIMER, base_rows
@@ -46,10 +42,7 @@ def ensure_model() -> Path:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY):
-    """A byte-level BPE tokenizer with DeepSeek's special tokens and chat template, trained on `texts`.
-
-    Returns a `PreTrainedTokenizerFast` that prepends BOS, as the real one does.
-    """
+    """A byte-level BPE tokenizer with DeepSeek's special tokens, BOS and chat template, trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +70,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY):
 
 def build_model(target: Path) -> None:
     """Train tokenizer and base model from nothing and save both to `target`; bit-identical on one machine."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rows = base_rows(ROWS)
@@ -102,8 +94,6 @@ def build_model(target: Path) -> None:
 
 def _train(model, encoded: list, pad: int) -> None:
     """A plain loop over whole sequences: prompt tokens count too, or the model never learns to copy findings."""
-    import torch
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=WARMUP / STEPS, cycle_momentum=False

@@ -1,7 +1,5 @@
 """Where a pretrained model comes from, what its folder may hold, and its tokenizer, proven to keep text as it is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from utils.errors import ModelError, first_line
@@ -27,10 +25,7 @@ def model_source(config: Config) -> str:
 
 
 def check_model(config: Config) -> tuple[str, str | None]:
-    """Where the base model will come from, in words, and the commit to pin where it comes from the Hub.
-
-    Raises ModelError where it is neither here nor reachable.
-    """
+    """(where the base model will come from, commit to pin or None); ModelError where it cannot be had."""
     name = config.model.name
     if name == EMBEDDED:
         return "embedded: a tiny model, built on this machine", None
@@ -53,10 +48,8 @@ def check_model(config: Config) -> tuple[str, str | None]:
     except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
         if try_to_load_from_cache(name, "config.json", revision=config.model.revision):
             return f"{name}, from the cache (the Hub is out of reach)", None
-        raise ModelError(
-            f"The model {name} is neither a local folder nor reachable on the Hub ({type(error).__name__}); "
-            "check model.name and the network."
-        ) from None
+        found = f"The model {name} is neither a local folder nor reachable on the Hub ({type(error).__name__})"
+        raise ModelError(f"{found}; check model.name and the network.") from None
     size = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")) / GIB
     return f"{name} at {info.sha[:12]}, {size:.1f} GiB to download", info.sha
 
@@ -65,10 +58,8 @@ def require_safetensors(folder: Path, what: str) -> None:
     """Raise ModelError where a folder's weights are none, or a pickle, which is a program and not data."""
     if not list(folder.glob("*.safetensors")):
         found = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        raise ModelError(
-            f"The {what} folder {folder} holds {', '.join(found) or 'no weights'}; expected safetensors files: convert it, "
-            "or take another."
-        )
+        there = ", ".join(found) or "no weights"
+        raise ModelError(f"The {what} folder {folder} holds {there}; expected safetensors files: convert it.")
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None):
@@ -82,13 +73,9 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
-    except BaseException as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
-        if not _is_of_the_file(error):
-            raise
-        raise ModelError(
-            f"No tokenizer could be loaded from {source} ({first_line(error)}); expected a Hub id that can be "
-            "reached, or a local folder with tokenizer.json."
-        ) from None
+    except Exception as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
+        expected = "expected a Hub id that can be reached, or a folder with tokenizer.json"
+        raise ModelError(f"No tokenizer could be loaded from {source} ({first_line(error)}); {expected}.") from None
     guard_tokenizer(tokenizer, str(source))
     flags = get_tokenizer_config(str(source), revision=revision)
     if flags.get("add_bos_token") and tokenizer.bos_token and not tokenizer("").input_ids:
@@ -102,19 +89,6 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
 
 def guard_tokenizer(tokenizer, source: str) -> None:
     """Raise ModelError unless decode(encode(text)) gives the text back, spaces and newlines included."""
-    try:
-        back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
-    except BaseException as error:  # tokenizers raises plain Exception
-        if not _is_of_the_file(error):
-            raise
-        raise ModelError(f"The tokenizer of {source} cannot be used ({first_line(error)}); fetch it again.") from None
+    back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
     if back != _PROBE:
-        raise ModelError(
-            f"The tokenizer of {source} corrupts text: {_PROBE!r} came back as {back!r}; "
-            "load it as PreTrainedTokenizerFast from a folder with a byte-level tokenizer.json."
-        )
-
-
-def _is_of_the_file(error: BaseException) -> bool:
-    """Whether reading the file raised it, and not Ctrl-C: tokenizers is Rust, whose panics are no Exception."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        raise ModelError(f"The tokenizer of {source} corrupts text: {_PROBE!r} came back as {back!r}; take another.")

@@ -4,12 +4,10 @@ Training: one launch of the memory-efficient kernel takes all documents of a pac
 Decoding in batches: the query heads of a group are rows of one product, where torch repeats keys and values in float32.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.metadata import version
 
-from utils.errors import PinError
+from utils.errors import HardwareError
 
 MADE_FOR = "2026.10.7"  # of unsloth, whose internals these patches replace
 _CAUSAL = 1  # aten::_efficient_attention_forward: custom_mask_type, from each document's first token on
@@ -17,15 +15,10 @@ _CACHE_STEP = 128  # tokens by which unsloth's cache grows; its 512 takes 64 MiB
 
 
 def patch_unsloth() -> None:
-    """Let unsloth use the functions below; call it before a model is loaded, since its forward is put together then.
-
-    Raises PinError for another unsloth than they were made for.
-    """
+    """Let unsloth use the functions below, before a model is loaded; raises HardwareError for another unsloth."""
     if (found := version("unsloth")) != MADE_FOR:
-        raise PinError(
-            f"unsloth {found} is installed; its patches here were made for {MADE_FOR}: install that, or set "
-            "hardware.backend=transformers."
-        )
+        instead = f"install {MADE_FOR}, for which it is patched here, or set hardware.backend=transformers"
+        raise HardwareError(f"unsloth {found} is installed; {instead}.")
     from unsloth.models import llama
 
     if getattr(llama.run_attention, "keeps_documents_apart", False):

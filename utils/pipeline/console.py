@@ -1,13 +1,12 @@
 """What the driver shows: one line for the stage at work, and in the end what was written and what comes next."""
 
-from __future__ import annotations
-
 import json
+import sys
 import threading
 import time
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import Stage
@@ -22,6 +21,13 @@ _RESULTS = {
 }
 
 
+def make_console(stderr: bool = False) -> Console:
+    """One that prints lines as they are: unbroken, without markup, and coloured only where we say so."""
+    # A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, force_terminal=terminal, highlight=False, soft_wrap=True, markup=False)
+
+
 class LiveLine:
     """How long a stage has been at work, and how far it is: redrawn on a terminal, else now and then."""
 
@@ -30,7 +36,7 @@ class LiveLine:
         self.started, self._stop = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> LiveLine:
+    def __enter__(self) -> "LiveLine":
         self.file.write_text("{}")  # the kernel writes where this lies
         self._thread.start()
         return self
@@ -39,16 +45,17 @@ class LiveLine:
         self._stop.set()
         self._thread.join()
         self.file.unlink(missing_ok=True)
-        show(self.console, f"{'[red]✗[/red]' if kind else '[green]✓[/green]'} {self._heading()}")
+        self.console.print(Text.assemble(("✗", "red") if kind else ("✓", "green"), " ", self._heading()))
 
-    def _heading(self) -> str:
-        return f"{self.stage.number} {self.stage.title}  [dim]{time.monotonic() - self.started:.0f} s[/dim]"
+    def _heading(self) -> Text:
+        seconds = f"{time.monotonic() - self.started:.0f} s"
+        return Text.assemble(f"{self.stage.number} {self.stage.title}  ", (seconds, "dim"))
 
-    def _text(self) -> str:
+    def _text(self) -> Text:
         try:
             at = json.loads(self.file.read_text())
-            done = f"{at['description']} {at['done']}/{at['total']}"
-            return f"{self._heading()}  {escape(done)}  [dim]{escape(str(at['note']))}[/dim]"
+            done = f"  {at['description']} {at['done']}/{at['total']}  "
+            return Text.assemble(self._heading(), done, (str(at["note"]), "dim"))
         except (OSError, ValueError, KeyError):  # the kernel is still importing
             return self._heading()
 
@@ -58,12 +65,7 @@ class LiveLine:
                 while not self._stop.wait(0.25):
                     status.update(self._text())
         while not self._stop.wait(30):  # a log file gets a line every half minute, not a spinner
-            show(self.console, "  " + self._text())
-
-
-def show(console: Console, markup: str) -> None:
-    """A line that is not broken, and in which nothing is coloured that we did not colour."""
-    console.print(markup, highlight=False, soft_wrap=True)
+            self.console.print(Text.assemble("  ", self._text()))
 
 
 def summarise(run: RunDir, console: Console, seconds: float, sentence: str = "", stale: str | None = None) -> None:
@@ -72,14 +74,14 @@ def summarise(run: RunDir, console: Console, seconds: float, sentence: str = "",
     console.print()
     if stale:
         text = f"The verdict on file is of an earlier run ({stale}); {series} brings it up to date. It was:"
-        show(console, f"[yellow]{escape(text)}[/yellow]")
+        console.print(text, style="yellow")
     if sentence:
-        console.print(sentence, style=None if stale else "bold", highlight=False, markup=False)
+        console.print(sentence, style=None if stale else "bold")
     for name, hint in _RESULTS.items():
         if run.file(name).exists():
-            show(console, f"  {escape(str(run.file(name)))}  [dim]{hint}[/dim]")
+            console.print(Text.assemble(f"  {run.file(name)}  ", (hint, "dim")))
     if run.file("export/adapter").exists() and not stale:
         upload = command("publish", run.path, "--repo", "USER/NAME")
-        show(console, f"[dim]To upload it, where your tokens are:\n  {escape(upload)}[/dim]")
+        console.print(f"To upload it, where your tokens are:\n  {upload}", style="dim")
     text = f"{seconds:.0f} s. Next: change a setting; only what depends on it runs again:\n  {series} --set KEY=VALUE"
-    show(console, f"[dim]{escape(text)}[/dim]")
+    console.print(text, style="dim")

@@ -1,9 +1,4 @@
-"""One run directory, one run at a time: a lock that ends with the process that holds it, however that ends.
-
-The driver locks; kernels below it need no lock of their own.
-"""
-
-from __future__ import annotations
+"""One run directory, one run at a time: a lock that ends with its process. Kernels below a driver need none."""
 
 import fcntl
 import hashlib
@@ -11,27 +6,21 @@ import tempfile
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
 
 from utils.errors import RunDirError
 from utils.files import read_lines, write_lines
-from utils.progress import notebook_shell
 from utils.project import NAME
 
 FILE = ".lock"
 _WAIT_S = 5.0  # a killed driver's kernel looks once a second whether the driver is still there
 _held: dict[Path, tuple[FileLock, str]] = {}  # by whom in this process
-_notebook: dict[Path, str] = {}  # the stages that are at work in this notebook
 
 
 def take_lock(run_dir: Path, owner: str, wait_s: float | None = None) -> None:
-    """Lock `run_dir` for `owner`, a stage or a command, until `release_lock` or the end of this process.
-
-    Nothing where this process has it, or one that started it. Raises RunDirError after `wait_s` where another has it.
-    """
+    """Lock `run_dir` unless this process or a parent has it; RunDirError after `wait_s` where another has."""
     if run_dir in _held:
         return
     lock = FileLock(_lockable(run_dir), thread_local=False)
@@ -42,10 +31,8 @@ def take_lock(run_dir: Path, owner: str, wait_s: float | None = None) -> None:
     try:
         lock.acquire(timeout=_WAIT_S if wait_s is None else wait_s)
     except Timeout:
-        raise RunDirError(
-            f"{run_dir} is in use by {signed.get('who', 'another process')}; wait for it or end it (a notebook's "
-            "kernel: shut it down), or name another RUN_DIR."
-        ) from None
+        who, advice = signed.get("who", "another process"), "wait for it, shut its kernel down, or name another RUN_DIR"
+        raise RunDirError(f"{run_dir} is in use by {who}; {advice}.") from None
     me = psutil.Process()
     who = f"{owner} (process {me.pid}, since {datetime.now():%H:%M})"
     with suppress(OSError):  # on a full disk those who wait are told less
@@ -77,31 +64,8 @@ def _signature(lock: FileLock) -> Path:
 
 def release_lock(run_dir: Path, owner: str) -> None:
     """Let others in; nothing where `owner` has no lock."""
-    _notebook.pop(run_dir, None)
     lock, holder = _held.get(run_dir, (None, None))
     if holder == owner:
         del _held[run_dir]
         _signature(lock).unlink(missing_ok=True)
         lock.release()
-
-
-def follow_cells(run_dir: Path, owner: str) -> None:
-    """In a notebook, until `release_lock`: a cell that failed leaves an idle kernel, which must not keep others out."""
-    if shell := notebook_shell():
-        _notebook[run_dir] = owner
-        shell.events.register("post_run_cell", _after_cell)  # once, however often
-        shell.events.register("pre_run_cell", _before_cell)
-
-
-def _after_cell(result: Any) -> None:
-    for run_dir, owner in [] if result.success else list(_notebook.items()):
-        release_lock(run_dir, owner)
-        _notebook[run_dir] = owner  # who is at work still: the next cell asks again
-
-
-def _before_cell(_: Any) -> None:
-    for run_dir, owner in _notebook.items():
-        try:
-            take_lock(run_dir, owner, wait_s=0)
-        except RunDirError as error:
-            print(error)

@@ -4,8 +4,6 @@
 need not run again, while its settings, inputs, outputs and notebook are those on record.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,9 +18,7 @@ from utils import files
 from utils.config import absolute_overrides, expand_home, found_by_setup, load_config, read_config
 from utils.errors import ConfigError, RunDirError
 from utils.hardware import default_profile, require_disk
-from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
-from utils.pipeline.state import FILE as STATE
-from utils.pipeline.state import SeriesState, read_state
+from utils.pipeline.stages import BY_NAME, Stage, ancestors
 from utils.project import command, embedded_fingerprint, runs_dir
 from utils.schema import EMBEDDED, Config
 
@@ -42,16 +38,7 @@ class RunDir:
     config: Config
 
     def save(self) -> None:
-        """Write manifest and config.yaml; raises RunDirError where the directory cannot be written."""
-        self.save_settings()
-        try:
-            # The manifest last: with it a run has begun, and its config.yaml is there.
-            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
-        except OSError as error:
-            raise self._unwritable(error) from None
-
-    def save_settings(self) -> None:
-        """Write config.yaml alone: the folder can still become a run of another profile. Raises as `save` does."""
+        """Write config.yaml and manifest; raises RunDirError where the directory cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = None
@@ -59,11 +46,10 @@ class RunDir:
                 stored = read_config(self.file(CONFIG))
             if stored != self.config:  # else it stays as somebody may have written it
                 files.write_text(self.file(CONFIG), _HEADER + self.config.to_yaml())
+            # The manifest last: with it a run has begun, and its config.yaml is there.
+            files.write_json(self.manifest_path, {"profile": self.config.profile, "stages": {}} | self.manifest())
         except OSError as error:
-            raise self._unwritable(error) from None
-
-    def _unwritable(self, error: OSError) -> RunDirError:
-        return RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.")
+            raise RunDirError(f"{self.path} cannot be written ({error.strerror}); choose another RUN_DIR.") from None
 
     def file(self, relative: str) -> Path:
         return self.path / relative
@@ -81,19 +67,17 @@ class RunDir:
 
     def write_record(self, stage: Stage, **values: Any) -> None:
         """Replace a stage's manifest entry."""
-        stages = self.manifest().get("stages", {}) | {stage.name: values}
-        self.note("stages", dict(sorted(stages.items())))
+        self._write_records(self.manifest().get("stages", {}) | {stage.name: values})
 
     def forget(self, stages: Iterable[Stage]) -> None:
         """Take `stages` out of the manifest: they count as not run."""
         names = {stage.name for stage in stages}
         records = self.manifest().get("stages", {})
-        self.note("stages", {name: record for name, record in records.items() if name not in names})
+        self._write_records({name: record for name, record in records.items() if name not in names})
 
-    def note(self, key: str, value: Any) -> None:
-        """Replace one entry of the manifest; None takes it out."""
-        manifest = {"profile": self.config.profile, "stages": {}} | self.manifest() | {key: value}
-        files.write_json(self.manifest_path, {name: entry for name, entry in manifest.items() if entry is not None})
+    def _write_records(self, records: dict[str, dict]) -> None:
+        stages = {"stages": dict(sorted(records.items()))}
+        files.write_json(self.manifest_path, {"profile": self.config.profile} | self.manifest() | stages)
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that this stage's result rests on; local data and model by their content."""
@@ -113,10 +97,7 @@ class RunDir:
         return values
 
     def stale_because(self, stage: Stage, with_notebook: bool = True, with_outputs: bool = True) -> str | None:
-        """Why a stage has to run (again), in words; None while it is current.
-
-        Data, model and heavy exports that stayed on another machine are taken for what is on record.
-        """
+        """Why a stage has to run (again), in words; None while it is current, as far as data and model are at hand."""
         record = self.record(stage)
         if record.get("state") != "done":
             return {"running": "it was interrupted", "failed": "it failed"}.get(record.get("state"), "it has not run")
@@ -129,8 +110,6 @@ class RunDir:
         for kind, names in relatives.items():
             known = record.get(f"{kind}s", {}) if names else {}
             found = files.record_files(self.path, names, known)
-            if state := read_state(self.path):
-                found |= {name: entry for name, entry in known.items() if name not in found and state.left(name)}
             before, now = files.digests(known), files.digests(found)
             if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
                 word = "was added" if changed[0] not in before else _DIFFERS if changed[0] in now else _MISSING
@@ -139,10 +118,7 @@ class RunDir:
         return None
 
     def first_stale(self, stages: Iterable[Stage]) -> tuple[Stage, str] | None:
-        """The first of `stages` whose result cannot be relied on, and why; None while all are done and current.
-
-        A notebook that was edited since makes no result wrong, and is passed over.
-        """
+        """The first of `stages` whose result cannot be relied on, and why; an edited notebook makes no result wrong."""
         reasons = ((stage, self.stale_because(stage, with_notebook=False)) for stage in stages)
         return next(((stage, reason) for stage, reason in reasons if reason), None)
 
@@ -172,40 +148,19 @@ def open_run(
         run_dir = runs_dir() / profile
     path = expand_home(run_dir, "RUN_DIR").resolve()
     manifest = read_manifest(path)
-    if not manifest and (found := _somebody_elses(path)):
-        raise RunDirError(
-            f"{path} holds {found}, but no run of this series, and would lose it; name another run directory."
-        )
+    if not manifest and (path / CONFIG).is_file() and not (path / CONFIG).read_bytes().startswith(_HEAD.encode()):
+        raise RunDirError(f"{path} holds a {CONFIG} that no run of this series wrote; name another run directory.")
     if profile == "auto":
         profile = manifest.get("profile") or default_profile()
     if manifest and manifest["profile"] != profile:
-        raise RunDirError(
-            f"{path} holds a run of the profile {manifest['profile']}, not {profile}; "
-            f"name another run directory, or the profile {manifest['profile']}."
-        )
-    given, stored = absolute_overrides(overrides), bool(manifest) or _is_prepared(path, profile)
-    config = read_config(path / CONFIG, given) if stored and not fresh else load_config(profile, given)
+        found = f"{path} holds a run of the profile {manifest['profile']}, not {profile}"
+        raise RunDirError(f"{found}; name another run directory, or that profile.")
+    given = absolute_overrides(overrides)
+    config = read_config(path / CONFIG, given) if manifest and not fresh else load_config(profile, given)
     if manifest and fresh and keep_found:
         config = load_config(profile, given | found_by_setup(read_config(path / CONFIG), config))
     require_disk(path, 0.1, "A run directory")
     return RunDir(path, config)
-
-
-def _is_prepared(path: Path, profile: str) -> bool:
-    """Whether settings of `profile` wait there for a run that could not begin, such as for want of a GPU."""
-    with suppress(ConfigError, OSError):
-        file = path / CONFIG
-        return file.read_bytes().startswith(_HEAD.encode()) and read_config(file).profile == profile
-    return False
-
-
-def _somebody_elses(path: Path) -> str | None:
-    """A file in `path` that a run would write over; None where state.json or the settings' head says one wrote it."""
-    settings = path / CONFIG
-    if (path / STATE).exists() or (settings.is_file() and settings.read_bytes().startswith(_HEAD.encode())):
-        return None
-    outputs = (name for stage in STAGES for name in (*stage.outputs, *stage.optional))
-    return next((name for name in (CONFIG, *outputs, "report/index.html") if (path / name).exists()), None)
 
 
 def _below(name: str) -> str:
@@ -248,26 +203,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].removeprefix('Value error, ')}"
     except (ValueError, OSError) as error:
         reason = str(error)
-    raise RunDirError(
-        f"{file} cannot be read ({reason}); restore it, take a new --run-dir, or delete it to run every stage again: "
-        "nothing was changed."
-    )
+    raise RunDirError(f"{file} cannot be read ({reason}); restore it, or delete it to run every stage again.")
 
 
 def altered_files(path: Path) -> list[str]:
-    """Rehash every output on record and name those that are missing or differ; an empty list is a clean bill.
-
-    What state.json says stayed in a session's scratch is not missed.
-    """
-    state = read_state(path) or SeriesState(state="done")
-    return [f"{name} {word}" for _, name, word in _altered(path) if word != _MISSING or not state.left(name)]
+    """Rehash every output on record and name those that are missing or differ; an empty list is a clean bill."""
+    return [f"{name} {word}" for _, name, word in _altered(path)]
 
 
 def require_recorded(path: Path, names: tuple[str, ...]) -> None:
-    """Raise RunDirError for the first file among `names` (or below a folder there) that is not as its stage left it.
-
-    What no stage has on record is not judged.
-    """
+    """Raise RunDirError for the first recorded file among or below `names` that is not as its stage left it."""
     for stage, name, word in _altered(path, names):
         word = f"{word}, and {stage} wrote it" if word == _MISSING else f"differs from what {stage} wrote"
         again = command("run", "--run-dir", path)

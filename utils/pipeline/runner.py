@@ -1,11 +1,8 @@
 """The driver: the six notebooks in order, by papermill, each in a fresh kernel, with one live line per stage."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,12 +13,10 @@ import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
-from rich.markup import escape
 
 from utils.config import differing_settings, read_config
 from utils.errors import HardwareError, Interrupted, SessionOver, UserError
-from utils.files import disk_error
-from utils.pipeline.console import LiveLine, show
+from utils.pipeline.console import LiveLine, make_console
 from utils.pipeline.lock import release_lock, take_lock
 from utils.pipeline.run_dir import CONFIG, RunDir, open_run
 from utils.pipeline.signals import StopRequest
@@ -77,7 +72,7 @@ def run_series(
     StageEnded, also on file as state.json, where it ends early; what finished stays. Raises RunDirError where another
     process is at work in `run_dir`.
     """
-    console = console or Console(force_terminal=sys.stdout.isatty())
+    console = console or make_console()
     run = open_run(profile, run_dir, overrides, fresh, keep_found=find_stage(first) is not STAGES[0])
     stages = STAGES[STAGES.index(find_stage(first)) : STAGES.index(find_stage(last)) + 1]
     stage, worked = stages[0], False
@@ -109,14 +104,14 @@ def run_series(
 
 def _begin(run: RunDir, stages: Sequence[Stage], fresh: bool, console: Console) -> None:
     require_ancestors(run, stages[0])
-    run.save_settings()  # whoever resumes finds them, also where the first stage lacks its hardware
+    run.save()  # whoever resumes finds the settings, also where the first stage lacks its hardware
     if fresh and run.manifest():
         run.forget(stages)  # whoever resumes runs them all
         _move_aside(run, stages)
     if differing := differing_settings(run.config):
         settings = ", ".join(f"{key}={value}" for key, value in differing.items())
-        text = f"settings other than the profile's: {settings} (--fresh reads the profile again)"
-        show(console, f"[dim]  {escape(text)}[/dim]")
+        text = f"  settings other than the profile's: {settings} (--fresh reads the profile again)"
+        console.print(text, style="dim")
 
 
 def _run_unless_current(run: RunDir, stage: Stage, worked: bool, console: Console, stop: StopRequest) -> bool:
@@ -124,10 +119,10 @@ def _run_unless_current(run: RunDir, stage: Stage, worked: bool, console: Consol
     record, reason = run.record(stage), run.stale_because(stage)
     if reason is None:
         text = f"unchanged, not run again (took {record.get('seconds', 0):.0f} s)"
-        show(console, f"[dim]  {stage.number} {stage.title}: {text}[/dim]")
+        console.print(f"  {stage.number} {stage.title}: {text}", style="dim")
         return False
     if record.get("state") == "done":
-        show(console, f"[dim]  {stage.number} {stage.title}: again, because {escape(reason)}[/dim]")
+        console.print(f"  {stage.number} {stage.title}: again, because {reason}", style="dim")
     deadline = Deadline.of(run.config.hardware.max_hours)
     if worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
         raise StageEnded(SessionOver.__name__, deadline.sentence(), 4)
@@ -138,7 +133,7 @@ def _run_unless_current(run: RunDir, stage: Stage, worked: bool, console: Consol
 
 def run_stage(run: RunDir, stage: Stage, console: Console, stop: StopRequest) -> None:
     """Execute one notebook into report/notebooks/; raises HardwareError where the machine cannot, and as `execute`."""
-    require_hardware(run, stage)  # before the folder is a run of a profile that needs another machine
+    require_hardware(run, stage)
     run.save()
     output = run.file(f"report/notebooks/{stage.name}.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -196,8 +191,8 @@ def _ended_by(error: BaseException, run: RunDir, stage: Stage, stop: StopRequest
         ended = StageEnded(kind, sentence)
     elif isinstance(error, DeadKernelError) or str(error).startswith("Kernel died"):  # nbclient's, and jupyter_client's
         ended = StageEnded("killed", "its kernel died, most often because memory ran out; what was saved stays")
-    elif isinstance(error, OSError) and (refused := disk_error(error, run.path)):
-        ended = StageEnded(type(refused).__name__, str(refused))
+    elif isinstance(error, OSError):  # such as a full disk
+        ended = StageEnded(type(error).__name__, f"{error}; what was saved stays")
     else:
         return None
     record = run.record(stage)
@@ -223,5 +218,3 @@ def _move_aside(run: RunDir, stages: Sequence[Stage]) -> None:
             if place.exists():
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
                 place.rename(aside)
-        if stage.number == "00":
-            run.note("registered", None)

@@ -1,10 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish rather than an exception: what is at work comes to a good end first.
-
-with StopRequest() as stop:
-    while work and not stop.asked: one more step
-"""
-
-from __future__ import annotations
+"""Ctrl-C and SIGTERM as a wish rather than an exception: what is at work comes to a good end first."""
 
 import signal
 import threading
@@ -31,7 +25,7 @@ class StopRequest:
         """What asked, in words."""
         return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         main = threading.current_thread() is threading.main_thread()
         heard = [s for s in (signal.SIGINT, signal.SIGTERM) if main and signal.getsignal(s) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._ask) for number in heard}

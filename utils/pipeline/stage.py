@@ -1,7 +1,5 @@
 """A stage at work: what it needs is checked, it is marked as running, and at its end its outputs are put on record."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +9,9 @@ from typing import Any
 
 from utils import hardware, progress
 from utils.config import flatten, read_config
-from utils.errors import StageOrderError
-from utils.files import is_folder, record_files, sweep_scratch, tell_disk_errors
-from utils.pipeline.lock import follow_cells, release_lock, take_lock
+from utils.errors import RunDirError
+from utils.files import is_folder, record_files, sweep_scratch
+from utils.pipeline.lock import release_lock, take_lock
 from utils.pipeline.run_dir import CONFIG, RunDir, notebook_digest, open_run
 from utils.pipeline.stages import BY_NAME, Stage, ancestors
 from utils.project import source_digest
@@ -23,22 +21,10 @@ from utils.secrets import hide_secrets
 
 @dataclass
 class StageRun(RunDir):
-    """A stage at work: opened by a notebook's first cells, finished by its last.
-
-    It writes with the lock: after a failed cell, which let it go, that raises RunDirError where another process is at
-    work there by now. Processes that a stage starts write nothing of it.
-    """
+    """A stage at work: opened by a notebook's first cells, finished by its last."""
 
     stage: Stage
     started: float = field(default_factory=time.monotonic)
-
-    def save(self) -> None:
-        take_lock(self.path, self.stage.name)
-        super().save()
-
-    def note(self, key: str, value: Any) -> None:
-        take_lock(self.path, self.stage.name)  # `write_record` goes this way too
-        super().note(key, value)
 
     def pin(self, key: str, value: str | list | dict | None) -> None:
         """Keep a setting that was found out here, such as the commit behind a Hub id, in config.yaml."""
@@ -48,16 +34,10 @@ class StageRun(RunDir):
             self.write_record(self.stage, **{**self.record(self.stage), "settings": self.settings(self.stage)})
 
     def finish(self, peak: dict[str, float] | None = None, **figures: float | int | str) -> None:
-        """Hash what was written and mark the stage done; `figures` are kept in the manifest beside it.
-
-        `peak` is the peak memory of the process that did the work, where it was another than this one.
-        """
+        """Hash what was written and mark the stage done, with `figures` and another process's `peak` memory."""
         missing = [name for name in self.stage.outputs if not self.file(name).exists()]
         if missing:
-            raise StageOrderError(
-                f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells, from the first."
-            )
-        take_lock(self.path, self.stage.name)  # refused before anything is hashed
+            raise RunDirError(f"{self.stage.name} did not write {', '.join(missing)}; run all of its cells.")
         settings = flatten(self.config.model_dump(mode="json"))
         seeds = {key: value for key, value in settings.items() if key.endswith(".seed")}
         seconds, outputs = time.monotonic() - self.started, (*self.stage.outputs, *self.stage.optional)
@@ -82,13 +62,11 @@ def open_stage(
 ) -> StageRun:
     """Open a stage for work: check what it needs, then mark it as running.
 
-    Raises StageOrderError where an earlier stage has not run or is out of date, HardwareError where the machine lacks
-    what the profile asks for, RunDirError where another process is at work there, and what `open_run` raises.
+    Raises RunDirError where an earlier stage is not current or another process is at work, HardwareError, ConfigError.
     """
     hide_secrets()
     hardware.quiet_libraries()
     stage, run = BY_NAME[name], open_run(profile, run_dir, overrides)
-    tell_disk_errors(run.path)
     if run.path.is_dir():
         take_lock(run.path, name)
     try:
@@ -104,9 +82,9 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
     computed_on = hardware.resolve_hardware(run.config.hardware)
     before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on", {})
     if stage.name == "04_comparison" and before != computed_on:  # it would be compared as fine-tuning
-        raise StageOrderError(
-            f"The baseline was answered on {', '.join(before.values())}, this is {', '.join(computed_on.values())}; "
-            "run 01_baseline_inference here again, so that both models answer under the same conditions."
+        there, here = (", ".join(found.values()) for found in (before, computed_on))
+        raise RunDirError(
+            f"The baseline was answered on {there}, this is {here}; run 01_baseline_inference here again."
         )
     take_lock(run.path, stage.name)  # which makes the folder: only now that nothing stands against it
     sweep_scratch(run.path)
@@ -125,19 +103,16 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
         inputs=record_files(run.path, stage.inputs),
         outputs={},
     )
-    follow_cells(run.path, stage.name)
     progress.report_to(run.path)
     return opened
 
 
 def require_ancestors(run: RunDir, stage: Stage) -> None:
-    """Raise StageOrderError unless every stage that this one rests on is done and current."""
+    """Raise RunDirError unless every stage that this one rests on is done and current."""
     if found := run.first_stale(ancestors(stage)):
         needed, reason = found
-        raise StageOrderError(
-            f"{stage.name} needs {needed.name}, but {reason} in {run.path}; run notebooks/{needed.name}.ipynb first, "
-            f"with the same PROFILE and RUN_DIR."
-        )
+        first = f"run notebooks/{needed.name}.ipynb first, with the same PROFILE and RUN_DIR"
+        raise RunDirError(f"{stage.name} needs {needed.name}, but {reason} in {run.path}; {first}.")
 
 
 def require_hardware(run: RunDir, stage: Stage) -> None:

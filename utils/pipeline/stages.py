@@ -1,7 +1,5 @@
 """The six stages as one table: what each needs, reads and writes, and which settings change its result."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

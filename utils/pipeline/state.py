@@ -1,11 +1,9 @@
 """How a run stands, in `state.json`: read by whoever brings the run home or resumes it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from utils.files import parse_json, write_json
 
@@ -20,11 +18,6 @@ class SeriesState(BaseModel):
     kind: str = ""  # the failure's type
     sentence: str = ""
     steps: int = 0  # checkpointed so far: two sessions in a row with the same number made no progress
-    left_in_scratch: dict[str, int] = Field(default_factory=dict)  # {folder below the run directory: bytes}
-
-    def left(self, name: str) -> bool:
-        """Whether the file `name`, below the run directory, stayed in the session's scratch."""
-        return any(name.startswith(f"{folder}/") for folder in self.left_in_scratch)
 
 
 def write_state(run_dir: Path, state: SeriesState) -> None:

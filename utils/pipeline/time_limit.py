@@ -1,7 +1,5 @@
 """When a session has to end: plain arithmetic, by which a long run stops itself before its platform does."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 
@@ -33,7 +31,7 @@ class Deadline:
     reserve_s: float = RESERVE_S
 
     @classmethod
-    def of(cls, max_hours: float | None) -> Deadline:
+    def of(cls, max_hours: float | None) -> "Deadline":
         """This session's; of a very short session a tenth is kept in reserve, so that trials can be short."""
         return cls(session_started(), max_hours, min(RESERVE_S, 360.0 * (max_hours or 24)))
 

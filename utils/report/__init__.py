@@ -1,21 +1,10 @@
 """Pictures, pages and tracking: what people look at."""
 
-from importlib import import_module
+from utils.surface import surface
 
-_SURFACE = {
-    "Tracker": "tracking",
-    "draw_comparison": "figures",
-    "draw_lengths": "figures",
-    "draw_loss": "figures",
-    "executed_dir": "index",
-    "stale_comparison": "index",
-    "write_answers_page": "answers_page",
-    "write_report": "index",
-}
-__all__ = list(_SURFACE)
-
-
-def __getattr__(name):
-    if name in _SURFACE:
-        return getattr(import_module(f"{__name__}.{_SURFACE[name]}"), name)
-    raise AttributeError(name)
+__all__, __getattr__ = surface(
+    __name__,
+    figures="draw_comparison draw_lengths",
+    answers_page="write_answers_page",
+    tracking="Tracker",
+)

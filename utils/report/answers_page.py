@@ -1,7 +1,5 @@
 """comparison/answers.html: every held-out question with its reference and both models' answers, broken ones first."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,10 +62,7 @@ def _about_row(row: Mapping) -> dict:
 
 
 def _reply(name: str, model: Evaluation, score: Mapping) -> dict:
-    """What one model said, and what its row of the scored frame says about it.
-
-    `letter` was read from the text; `forced` from the logits, where the answer states none.
-    """
+    """What one model said; `letter` was read from the text, `forced` from the logits where it states none."""
     marks = [] if pd.isna(score["correct"]) else ["right" if score["correct"] else "wrong"]
     if not score["stopped"]:
         marks.append("cut off")

@@ -1,7 +1,5 @@
 """The series' pictures: row lengths, loss curve, and the comparison of both models. Drawn without a display."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from textwrap import fill
 

@@ -1,7 +1,5 @@
 """A forest plot of paired differences: every metric turned so that right is better, coloured by what it can tell."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,8 +31,7 @@ class Row:
 
 def build_rows(metrics: dict) -> list[Row]:
     """The rows of metrics.json's results, primary first."""
-    results = (metrics["primary"], *metrics["secondary"])
-    return [_build_row(result, "normal" if index else "bold") for index, result in enumerate(results)]
+    return [_build_row(metrics["primary"], "bold"), *(_build_row(one, "normal") for one in metrics["secondary"])]
 
 
 def _build_row(result: dict, weight: str) -> Row:

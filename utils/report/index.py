@@ -1,7 +1,5 @@
 """report/index.html: the verdict, the figures and the executed notebooks, in files that open without a network."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io
@@ -18,7 +16,7 @@ from markupsafe import Markup
 from utils.errors import RunDirError
 from utils.files import write_text
 from utils.pipeline.run_dir import RunDir, require_recorded
-from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
+from utils.pipeline.stages import BY_NAME, STAGES, Stage
 
 _FIGURES = {
     "comparison/comparison.png": "Both models on the same held-out questions",
@@ -35,11 +33,6 @@ _SPANS = ["colspan", "rowspan"]
 _ATTRIBUTES = {"*": ["class", "dir", "id", "style", "title"], "a": ["href"], "td": _SPANS, "th": _SPANS}
 
 
-def executed_dir(run: RunDir) -> Path:
-    """Where the driver keeps the executed notebooks."""
-    return run.file("report/notebooks")
-
-
 def write_report(run: RunDir) -> Path:
     """Render the report from what the run directory holds; stages that have not run are left out."""
     templates = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
@@ -49,7 +42,7 @@ def write_report(run: RunDir) -> Path:
     page = templates.get_template("report.html.j2").render(
         run=run,
         metrics=metrics,
-        stale=stale_comparison(run) if metrics else None,
+        stale=run.out_of_date(BY_NAME["04_comparison"]) if metrics else None,
         table=list(csv.DictReader(io.StringIO(_read(run, "comparison/table.csv").decode()))),
         split=_read_json(run, "data/split.json"),
         environment=_read_json(run, "environment.json"),
@@ -66,13 +59,6 @@ def write_report(run: RunDir) -> Path:
     return run.file("report/index.html")
 
 
-def stale_comparison(run: RunDir) -> str | None:
-    """Why the comparison on file is not that of the settings in force, in words; None where it is."""
-    comparison = BY_NAME["04_comparison"]
-    found = run.first_stale((*ancestors(comparison), comparison))
-    return f"{found[0].name} changed: {found[1]}" if found else None
-
-
 def _write_chapters(run: RunDir, templates: Environment) -> list[tuple[Stage, dict]]:
     """A page for each executed notebook, without badges, which are pictures from a network, with links to the report's own
     pages, and with the last state of each progress bar only; returns (stage, its record)."""
@@ -80,7 +66,7 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[tuple[Stage, di
 
     chapters = []
     for stage in STAGES:
-        source, record = executed_dir(run) / f"{stage.name}.ipynb", run.record(stage)
+        source, record = run.file(f"report/notebooks/{stage.name}.ipynb"), run.record(stage)
         finished = record.get("finished")
         # A notebook run by hand leaves no executed copy here: an older one would show another run.
         if not source.exists() or (finished and source.stat().st_mtime < datetime.fromisoformat(finished).timestamp()):

@@ -1,9 +1,4 @@
-"""Experiment tracking with wandb: offline by default, online where a key is found, never a reason to stop.
-
-The Trainer's own integration (report_to="wandb") is not used because its errors end the training.
-"""
-
-from __future__ import annotations
+"""Experiment tracking with wandb: offline by default, online where a key is found, never a reason to stop."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -68,8 +63,7 @@ class Tracker:
         self.mode = mode if self._wandb_run else self.mode
 
     def _send(self, action: Callable[[Any], Any]) -> None:
-        """Do it where there is a run; after the first trouble nothing more is logged."""
-        if self._wandb_run is not None and not self._broken:
+        if self._wandb_run is not None and not self._broken:  # after the first trouble nothing more is logged
             self._attempt(action, "tracking")
 
     def _attempt(self, action: Callable[[Any], Any], what: str) -> Any:
