@@ -350,7 +350,7 @@ def test_a_blank_cell_among_the_hubs_rows_costs_that_row_and_is_listed(hub, tmp_
     rows[2]["Complex_CoT"], rows[5]["Response"] = "  ", None
     train, _, held_out, report = split_rows(hub(rows))
     assert report["dropped"] == [
-        {"row": 3, "reason": "Complex_CoT is empty"},
+        {"row": 3, "reason": "Complex_CoT is empty, and data.reasoning is required"},
         {"row": 6, "reason": "Response is empty"},
     ]
     assert accounted(train, held_out, report) and report["source_rows"] == 8 and len(train) + len(held_out) == 6
@@ -359,7 +359,7 @@ def test_a_blank_cell_among_the_hubs_rows_costs_that_row_and_is_listed(hub, tmp_
 
 
 def test_hub_rows_that_are_all_blank_or_lack_a_column_are_refused(hub):
-    with pytest.raises(DataError, match="someone/rows has no row without an empty cell"):
+    with pytest.raises(DataError, match="someone/rows has no row that can be used: in the first, Response is empty"):
         split_rows(hub([row | {"Response": ""} for row in numbered(4)]))
     with pytest.raises(DataError, match=r"someone/rows lacks the column\(s\) Response"):
         split_rows(hub([{"Question": "Why?", "Complex_CoT": ""}, {"Question": "How?", "Complex_CoT": "So."}]))
