@@ -232,7 +232,6 @@ def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, 
     questions = [text for pair in FACTS[:8] for text in pair[:1]] + [TUTORIAL_QUESTION.upper() + " ", reworded]
     train, _, held_out, report = split(tmp_path, questions, eval_rows=2, train_rows=3, shuffle=shuffle)
     assert not any("cystometry" in text.lower() for text in [*train["Question"], *held_out["Question"]])
-    assert report["contamination"]["tutorial_question_found"]
     assert set(report["tutorial_question"]) == {"id", "Question", "Complex_CoT", "Response"}
     assert (report["tutorial_question"]["Response"], [entry["row"] for entry in report["dropped"]]) == (
         "Answer 8.",
@@ -243,7 +242,7 @@ def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, 
 
 def test_without_the_tutorials_question_none_is_shown(tmp_path):
     report = split(tmp_path, [source for source, _ in FACTS[:6]], eval_rows=2)[3]
-    assert report["tutorial_question"] == {} and report["contamination"]["tutorial_question_found"] is False
+    assert report["tutorial_question"] == {}
 
 
 @settings(deadline=None, max_examples=60)
