@@ -41,6 +41,8 @@ class DataSection(Section):
     subset: str | None = None
     revision: str | None = None
     path: Path | None = None
+    columns: dict[Literal["Question", "Complex_CoT", "Response", "group", "messages", "conversations"], str] = {}
+    reasoning: Literal["required", "optional"] = "required"  # optional: rows without any train an empty think block
     train_rows: Positive | None = None
     eval_rows: Positive = 200
     validation_rows: Positive | None = None  # looked at while training: their loss is a curve beside the training loss

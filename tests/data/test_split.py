@@ -232,7 +232,6 @@ def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, 
     questions = [text for pair in FACTS[:8] for text in pair[:1]] + [TUTORIAL_QUESTION.upper() + " ", reworded]
     train, _, held_out, report = split(tmp_path, questions, eval_rows=2, train_rows=3, shuffle=shuffle)
     assert not any("cystometry" in text.lower() for text in [*train["Question"], *held_out["Question"]])
-    assert report["contamination"]["tutorial_question_found"]
     assert set(report["tutorial_question"]) == {"id", "Question", "Complex_CoT", "Response"}
     assert (report["tutorial_question"]["Response"], [entry["row"] for entry in report["dropped"]]) == (
         "Answer 8.",
@@ -243,7 +242,7 @@ def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, 
 
 def test_without_the_tutorials_question_none_is_shown(tmp_path):
     report = split(tmp_path, [source for source, _ in FACTS[:6]], eval_rows=2)[3]
-    assert report["tutorial_question"] == {} and report["contamination"]["tutorial_question_found"] is False
+    assert report["tutorial_question"] == {}
 
 
 @settings(deadline=None, max_examples=60)
@@ -350,7 +349,7 @@ def test_a_blank_cell_among_the_hubs_rows_costs_that_row_and_is_listed(hub, tmp_
     rows[2]["Complex_CoT"], rows[5]["Response"] = "  ", None
     train, _, held_out, report = split_rows(hub(rows))
     assert report["dropped"] == [
-        {"row": 3, "reason": "Complex_CoT is empty"},
+        {"row": 3, "reason": "Complex_CoT is empty, and data.reasoning is required"},
         {"row": 6, "reason": "Response is empty"},
     ]
     assert accounted(train, held_out, report) and report["source_rows"] == 8 and len(train) + len(held_out) == 6
@@ -359,7 +358,7 @@ def test_a_blank_cell_among_the_hubs_rows_costs_that_row_and_is_listed(hub, tmp_
 
 
 def test_hub_rows_that_are_all_blank_or_lack_a_column_are_refused(hub):
-    with pytest.raises(DataError, match="someone/rows has no row without an empty cell"):
+    with pytest.raises(DataError, match="someone/rows has no row that can be used: in the first, Response is empty"):
         split_rows(hub([row | {"Response": ""} for row in numbered(4)]))
     with pytest.raises(DataError, match=r"someone/rows lacks the column\(s\) Response"):
         split_rows(hub([{"Question": "Why?", "Complex_CoT": ""}, {"Question": "How?", "Complex_CoT": "So."}]))

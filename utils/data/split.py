@@ -72,6 +72,7 @@ def split_rows(
         "train_sha256": _digest(train),  # of the ids in order: splits with the same digests hold the same questions
         "eval_sha256": _digest(held_out),
         "benchmark_commits": {s.name: s.revision for s in config.evaluate.benchmarks if s.path is None},
+        **{"dropped": [], "excluded": [], "contamination": {}, "tutorial_question": {}},
         **found,
     }
     return train, validation, held_out, report
@@ -107,10 +108,6 @@ def _split_embedded(data: DataSection) -> tuple[list[pd.DataFrame], dict]:
         "duplicates are not looked for",
         "source_rows": sum(map(len, parts)) + not_drawn,
         "not_drawn": not_drawn,
-        "dropped": [],
-        "excluded": [],
-        "contamination": {},
-        "tutorial_question": {},
     }
 
 
@@ -129,13 +126,11 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[li
     dropped += entries
     item_vectors = vectors.take(np.arange(len(rows), len(rows) + len(stems)))
     rows, vectors = rows.iloc[kept].reset_index(drop=True), vectors.take(kept)
-    rows["group"], duplicates = _group(rows, vectors, data.duplicate_threshold)
-
+    rows["group"] = _group(rows, vectors, data.duplicate_threshold)
     groups = pd.factorize(rows["group"])[0]
     divide = _draw_shuffled if data.shuffle else _draw_after_first
     *parts, excluded = divide(groups, data, np.random.default_rng(data.seed))
     train, validation, held_out = parts
-    sizes = np.bincount(duplicates)
     seen = np.concatenate([train, validation])  # by which training may be decided
     found = {
         "source_rows": source_rows,
@@ -147,14 +142,10 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[li
         ],
         "contamination": {
             "threshold": data.duplicate_threshold,
-            "exact_duplicates": int(again.sum()),
-            "near_duplicate_groups": int((sizes > 1).sum()),
-            "largest_group": int(sizes.max()) if len(sizes) else 0,
-            "rows_in_groups": int(sizes[sizes > 1].sum()),
+            "largest_group": int(rows["group"].value_counts().max()),
             "near_benchmark": sum(entry["reason"] == _NEAR_ITEM for entry in dropped),
             "largest_cosine_train_eval": _round_down(largest_cosine(vectors.take(held_out), vectors.take(seen))),
             "largest_cosine_train_benchmark": _round_down(largest_cosine(item_vectors, vectors.take(seen))),
-            "tutorial_question_found": bool(tutorial),
         },
         "tutorial_question": tutorial,
     }
@@ -191,21 +182,18 @@ def _drop_near(
     return np.setdiff1d(np.arange(count), list(near)), dropped, tutorial
 
 
-def _group(rows: pd.DataFrame, vectors: Vectors, threshold: float) -> tuple[list[str], np.ndarray]:
-    """(names, near-duplicate group numbers): near duplicates and rows of one `group` of the data's own share a name."""
-    links: list = [(np.empty(0), np.empty(0))]
+def _group(rows: pd.DataFrame, vectors: Vectors, threshold: float) -> pd.Series:
+    """The name of each row's group: near duplicates, and rows of one `group` of the data's own, share one."""
+    own = rows["group"] if "group" in rows.columns else pd.Series([None] * len(rows))
+    positions = pd.Series(np.arange(len(rows)))
+    first = positions.groupby(own).transform("first")
+    links = [(first[own.notna()], positions[own.notna()])]
     if threshold < 1:
         pairs = near_pairs(vectors, threshold=threshold)
         links.append((pairs.left, pairs.right))
-    own = rows["group"] if "group" in rows.columns else pd.Series([None] * len(rows))
-    first: dict[str, int] = {}
-    same = [(first.setdefault(name, i), i) for i, name in enumerate(own) if isinstance(name, str)]
-    joined = group_duplicates(len(rows), *links, tuple(zip(*same, strict=True)) if same else ([], []))
-    names: dict[int, str] = {}
-    for number, name in [*zip(joined, own, strict=True), *zip(joined, rows["id"], strict=True)]:
-        if isinstance(name, str):
-            names.setdefault(number, name)
-    return [names[number] for number in joined], group_duplicates(len(rows), *links)
+    joined = group_duplicates(len(rows), *links)
+    named = own.groupby(joined).transform("first")
+    return named.where(named.notna(), rows["id"].groupby(joined).transform("first"))
 
 
 def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Drawn:

@@ -82,7 +82,9 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
 def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer, tracker):
     """(trainer, stopwatch) once the last update is done, None where memory ran out; raises where the session ends."""
     config, folder = run.config, checkpoint_dir(run)
-    validation = _read_validation(run)
+    validation = None
+    if config.data.validation_rows:
+        validation = pd.read_parquet(run.file("data/formatted/validation.parquet"))
     trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder), validation)
     print(check_loss_mask(trainer.train_dataset, rows))
     if validation is not None:
@@ -140,11 +142,6 @@ def _is_of_last_update(trainer, checkpoint: str) -> bool:
     trainer.model.load_adapter(str(adapter), trainer.model.active_adapters[0], is_trainable=True)
     trainer.state = state
     return True
-
-
-def _read_validation(run: StageRun) -> pd.DataFrame | None:
-    path = run.file("data/formatted/validation.parquet")
-    return pd.read_parquet(path) if run.config.data.validation_rows else None
 
 
 def _fall_back(run: StageRun, plan: StepPlan, model, first: dict) -> StepPlan:
