@@ -94,28 +94,41 @@ def conclude(run: RunDir, worked: bool, seconds: float) -> None:
 
 
 @app.command()
-def score(run_dir: RunDirArgument) -> None:
+def score(
+    run_dir: RunDirArgument,
+    ratings: Annotated[
+        Path | None, typer.Option(help="What comparison/rate.html saved; kept for later scores.")
+    ] = None,
+) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
-    from utils.evaluation import compare_models, read_evaluation, show_p, write_comparison
+    from utils.evaluation import compare_models, keep_ratings, read_evaluation, show_p, write_comparison
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
     from utils.pipeline.run_dir import require_recorded
     from utils.pipeline.stages import BY_NAME
-    from utils.report import draw_comparison, write_answers_page
+    from utils.report import draw_comparison, write_answers_page, write_rating_page, write_report
 
     run, stage = _open(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
     require_recorded(run.path, (*stage.inputs[:-1], "tuned"))  # all that is read here; the adapter is not
     base, tuned = read_evaluation(run, "base"), read_evaluation(run, "tuned")
+    if ratings is not None:
+        keep_ratings(run, base, tuned, ratings)
     metrics = compare_models(run, base, tuned)
     table = write_comparison(run, metrics)
     draw_comparison(base, tuned, metrics, run.file("comparison/comparison.png"))
     write_answers_page(run, base, tuned)
+    write_rating_page(run, base, tuned)
     outputs = record_files(run.path, (*stage.outputs, *stage.optional))
     run.write_record(stage, **{**run.record(stage), "outputs": outputs})
+    if run.file("report/index.html").exists():
+        write_report(run)  # which shows the claims
     _print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
     _warn_if_stale(run, stage)
     _print(metrics["sentence"], style="bold")
+    for claim in metrics["claims"]:
+        if claim["claim"] == "preferred by a reader":
+            _print(claim["sentence"])
 
 
 @app.command()

@@ -31,6 +31,7 @@ def hostile_pages(tmp_path_factory):
     from utils.files import write_json
     from utils.report.answers_page import write_answers_page
     from utils.report.index import executed_dir, write_report
+    from utils.report.rating_page import write_rating_page
 
     run = make_run(tmp_path_factory.mktemp("<b>run") / "<script>window.ran = 1<!-- ")
     claim = {"claim": EVIL, "verdict": EVIL, "sentence": EVIL}
@@ -49,16 +50,18 @@ def hostile_pages(tmp_path_factory):
     executed_dir(run).mkdir(parents=True)
     nbformat.write(hostile_notebook(), executed_dir(run) / "00_setup.ipynb")
     answers = write_answers_page(run, evaluated(0), evaluated(1))
+    rating = write_rating_page(run, evaluated(0), evaluated(1))
     report = write_report(run)
     return {
         "answers.html": answers,
+        "rate.html": rating,
         "report/index.html": report,
         "report/00_setup.html": report.with_name("00_setup.html"),
     }
 
 
 @pytest.mark.parametrize("policy", [True, False], ids=["as written", "without its policy"])
-@pytest.mark.parametrize("name", ["answers.html", "report/index.html", "report/00_setup.html"])
+@pytest.mark.parametrize("name", ["answers.html", "rate.html", "report/index.html", "report/00_setup.html"])
 def test_markup_in_rows_answers_and_names_is_shown_as_text(name, policy, hostile_pages, driver, tmp_path, fault):
     """Twice: the browser's content policy alone would hide that something was not escaped."""
     text = hostile_pages[name].read_text(encoding="utf-8")
@@ -71,7 +74,7 @@ def test_markup_in_rows_answers_and_names_is_shown_as_text(name, policy, hostile
         "document.querySelectorAll('a').forEach(a => { if (a.protocol == 'javascript:') a.click() }); return window.ran"
     )
     found = driver.execute_script(
-        "return [...document.querySelectorAll('script, iframe, svg, object, embed, [onerror], [onload]')].map(e => e.outerHTML)"
+        "return [...document.querySelectorAll('script:not([nonce]), iframe, svg, object, embed, [onerror], [onload]')].map(e => e.outerHTML)"
     )
     found += driver.execute_script("return [...document.images].map(i => i.src).filter(s => !s.startsWith('data:'))")
     seen = driver.execute_script("return document.documentElement.textContent")

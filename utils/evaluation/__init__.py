@@ -10,6 +10,7 @@ _SURFACE = {
     "compare_models": "compare",
     "detectable_difference": "statistics",
     "evaluate_model": "evaluate",
+    "keep_ratings": "rating",
     "load_for_inference": "evaluate",
     "load_questions": "questions",
     "load_tutorial_question": "questions",

@@ -14,6 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from utils.errors import StageOrderError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
+from utils.evaluation.rating import state_preference
 from utils.evaluation.results import Claim, Comparison, Result, Verdict
 from utils.evaluation.statistics import compare_paired, detectable_difference, show_p, verdict
 from utils.files import atomic, write_json
@@ -79,7 +80,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         nll_rows_left_out=base.left_out,
         contamination=contamination.get("contamination", {}),
         registration=registration,
-        claims=state_claims(name, results, corrected),
+        claims=[*state_claims(name, results, corrected), *state_preference(run, base, tuned)],
         verdict=decide(name, results, corrected)[0],
         sentence=headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
     ).model_dump(mode="json")

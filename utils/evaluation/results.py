@@ -37,10 +37,21 @@ class Result(BaseModel, extra="forbid", frozen=True):
 class Claim(BaseModel, extra="forbid"):
     """What people would like to say, and what the statistics let them say."""
 
-    claim: Literal["knows more", "reasons shorter", "keeps form", "imitates the reference"]
+    claim: Literal["knows more", "reasons shorter", "keeps form", "imitates the reference", "preferred by a reader"]
     metric: str | None  # the metric that decides; None where this run measured none
     verdict: Verdict
     sentence: str
+
+
+class Preference(Claim):
+    """What a reader's blind ratings let one say; a share of 0.5 is no preference."""
+
+    claim: Literal["preferred by a reader"] = "preferred by a reader"
+    metric: None = None
+    n: int  # pairs in which one answer was preferred
+    share: float | None  # of them, in which it was the fine-tuned model's
+    ci95: Interval
+    p_value: float  # exact binomial test, two-sided
 
 
 class Comparison(BaseModel, extra="forbid"):
@@ -55,7 +66,7 @@ class Comparison(BaseModel, extra="forbid"):
     nll_rows_left_out: int  # held-out rows longer than model.max_seq_length: in no loss, of neither model
     contamination: dict[str, float | int | bool | None]
     registration: dict[str, Any]  # data/registration.json
-    claims: list[Claim]
+    claims: list[Preference | Claim]
     verdict: Verdict
     sentence: str
 

@@ -41,22 +41,23 @@ def write_answers_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path
 
 def _build_items(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[dict]:
     """The scored questions as the template shows them, by outcome; within one they keep the order of the frames."""
-    _, held_out, benchmark = load_questions(run)
-    rows = held_out.set_index("id").to_dict("index")
-    choices = {} if benchmark is None else {str(item["id"]): item for item in benchmark.to_dict("records")}
-    items = []
+    about, items = describe_questions(run), []
     for before, after in zip(base.scored.to_dict("records"), tuned.scored.to_dict("records"), strict=True):
         known = not (pd.isna(before["correct"]) or pd.isna(after["correct"]))
         outcome = _OUTCOMES[bool(before["correct"]), bool(after["correct"])] if known else _NOT_CHECKABLE
-        if before["kind"] == "choice":
-            item = choices[before["id"]]
-            options, gold = item["options"], item["gold"]
-            about = {"question": item["question"], "reference": options[gold], "options": options, "gold": gold}
-        else:
-            about = _about_row(rows[before["id"]])
         replies = [_reply("base", base, before), _reply("tuned", tuned, after)]
-        items.append({"id": before["id"], "outcome": outcome, "replies": replies, **about})
+        items.append({"id": before["id"], "outcome": outcome, "replies": replies, **about[before["id"]]})
     return sorted(items, key=lambda item: OUTCOMES.index(item["outcome"]))
+
+
+def describe_questions(run: RunDir) -> dict[str, dict]:
+    """{id: question and reference, and of multiple choice options and gold} of all that is scored."""
+    _, held_out, benchmark = load_questions(run)
+    about = {row["id"]: _about_row(row) for row in held_out.to_dict("records")}
+    for item in [] if benchmark is None else benchmark.to_dict("records"):
+        known = {key: item[key] for key in ("question", "options", "gold")}
+        about[str(item["id"])] = {**known, "reference": item["options"][item["gold"]]}
+    return about
 
 
 def _about_row(row: Mapping) -> dict:
