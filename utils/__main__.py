@@ -32,6 +32,7 @@ console = Console(force_terminal=sys.stdout.isatty())
 RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
 ProfileOption = Annotated[str, typer.Option(help="demo, tutorial, t4 or full; auto picks by the hardware.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")]
+RatingsOption = Annotated[Path | None, typer.Option(help="What comparison/rate.html saved; later scores keep it.")]
 UserOption = Annotated[str, typer.Option(help="Your Kaggle user name; else the one that you are signed in as.")]
 PollOption = Annotated[float, typer.Option(help="Seconds between two questions about the session.")]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until the session has ended.")]
@@ -94,12 +95,7 @@ def conclude(run: RunDir, worked: bool, seconds: float) -> None:
 
 
 @app.command()
-def score(
-    run_dir: RunDirArgument,
-    ratings: Annotated[
-        Path | None, typer.Option(help="What comparison/rate.html saved; kept for later scores.")
-    ] = None,
-) -> None:
+def score(run_dir: RunDirArgument, ratings: RatingsOption = None) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
     from utils.evaluation import compare_models, keep_ratings, read_evaluation, show_p, write_comparison
     from utils.files import record_files
