@@ -1,4 +1,4 @@
-"""The command line: `python -m utils run | score | verify | bundle | push | collect | publish`."""
+"""The command line: `python -m utils run | score | verify | ask | bundle | push | collect | publish`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pret
 # A kernel sets FORCE_COLOR, which rich takes for a terminal: a log would get thousands of redrawn lines.
 console = Console(force_terminal=sys.stdout.isatty())
 RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
-ProfileOption = Annotated[str, typer.Option(help="demo, tutorial, t4 or full; auto picks by the hardware.")]
+ProfileOption = Annotated[str, typer.Option(help="demo, smollm2, tutorial, t4 or full; auto picks by the hardware.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")]
 RatingsOption = Annotated[Path | None, typer.Option(help="What comparison/rate.html saved; later scores keep it.")]
 UserOption = Annotated[str, typer.Option(help="Your Kaggle user name; else the one that you are signed in as.")]
@@ -158,6 +158,22 @@ def verify(run_dir: RunDirArgument) -> None:
     for name, values in figures.items():
         text = ", ".join(f"{key} {value}" for key, value in values.items())
         _print(f"✓ {name}: {text}".replace("_", " "), style="green")
+
+
+@app.command()
+def ask(
+    run_dir: RunDirArgument,
+    question: Annotated[str, typer.Argument(help="A question of your own, in quotes.")],
+) -> None:
+    """Answer a question of your own by the base and the fine-tuned model, as they write; the run stays as it is."""
+    from utils import evaluation
+    from utils.pipeline.stage import require_hardware
+    from utils.pipeline.stages import BY_NAME
+
+    run = _open(run_dir)
+    evaluation.require_adapter(run)
+    require_hardware(run, BY_NAME["04_comparison"])
+    evaluation.ask(run, *evaluation.load_for_inference(run, "tuned"), question)
 
 
 @app.command()

@@ -204,14 +204,14 @@ def test_extra_columns_are_kept_and_white_space_around_text_is_not(tmp_path):
 
 
 def test_a_written_split_is_read_back_as_it_was(tmp_path):
-    train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
+    train, _, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
     items = pd.DataFrame([{"id": "007", "question": "医\u2028/?", "options": {"A": "a", "B": "b"}, "gold": "B"}])
-    write_split(tmp_path, train, held_out, items, report)
+    write_split(tmp_path, {"train": train, "eval": held_out}, items, report)
     assert pd.read_parquet(tmp_path / "train.parquet").to_dict("records") == train.to_dict("records")
     assert pd.read_parquet(tmp_path / "eval.parquet").to_dict("records") == held_out.to_dict("records")
     assert read_benchmark(tmp_path).to_dict("records") == items.to_dict("records")
     assert json.loads((tmp_path / "split.json").read_text()) == report
-    write_split(tmp_path, train, held_out, None, report)
+    write_split(tmp_path, {"train": train, "eval": held_out}, None, report)
     assert read_benchmark(tmp_path) is None
 
 
@@ -242,8 +242,13 @@ def test_a_commit_that_cannot_be_found_costs_none_of_the_others(monkeypatch):
 
 
 def test_the_tutorials_question_is_a_file_of_its_own_and_empty_where_there_is_none(tmp_path):
-    train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
-    write_split(tmp_path, train, held_out, None, report)
+    train, _, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
+    write_split(tmp_path, {"train": train, "eval": held_out}, None, report)
     assert json.loads((tmp_path / "anecdote.json").read_text()) == {}
-    write_split(tmp_path, train, held_out, None, report | {"tutorial_question": {"id": "x", "question": "医?"}})
+    write_split(
+        tmp_path,
+        {"train": train, "eval": held_out},
+        None,
+        report | {"tutorial_question": {"id": "x", "question": "医?"}},
+    )
     assert json.loads((tmp_path / "anecdote.json").read_text(encoding="utf-8")) == {"id": "x", "question": "医?"}

@@ -124,14 +124,13 @@ def _find_commit(section: Any) -> str | None:
         return None
 
 
-def write_split(
-    directory: Path, train: pd.DataFrame, held_out: pd.DataFrame, benchmark: pd.DataFrame | None, report: dict
-) -> None:
-    """train.parquet, eval.parquet, benchmark.jsonl (empty without one), anecdote.json and split.json, each atomically.
+def write_split(directory: Path, parts: dict[str, pd.DataFrame], benchmark: pd.DataFrame | None, report: dict) -> None:
+    """{name}.parquet of each part, benchmark.jsonl (empty without one), anecdote.json and split.json, each atomically.
 
-    anecdote.json is the tutorials' example row, which is in neither part; {} where the data have no such row.
+    A part without rows leaves no file. anecdote.json is the tutorials' example row, which is in no part; {} where the data
+    have no such row.
     """
-    for name, frame in (("train", train), ("eval", held_out)):
+    for name, frame in parts.items():
         write_frame(directory / f"{name}.parquet", frame)
     items = "" if benchmark is None else benchmark.to_json(orient="records", lines=True, force_ascii=False)
     write_text(directory / "benchmark.jsonl", items)
@@ -149,7 +148,10 @@ def read_benchmark(directory: Path) -> pd.DataFrame | None:
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """A Parquet file, written atomically."""
+    """A Parquet file, written atomically; none where the frame has no rows."""
+    if not len(frame):
+        path.unlink(missing_ok=True)
+        return
     with atomic(path) as scratch:
         frame.to_parquet(scratch, index=False)
 

@@ -4,6 +4,7 @@ from importlib import import_module
 
 _SURFACE = {
     "any_letter": "answer_parsing",
+    "ask": "own_question",
     "build_questions": "questions",
     "check_batching": "generate",
     "collect_references": "questions",
@@ -17,6 +18,7 @@ _SURFACE = {
     "read_evaluation": "evaluate",
     "read_sentence": "results",
     "register": "questions",
+    "require_adapter": "own_question",
     "show_p": "statistics",
     "tokenize_row": "loss",
     "write_comparison": "compare",
