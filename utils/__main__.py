@@ -122,9 +122,8 @@ def score(run_dir: RunDirArgument, ratings: RatingsOption = None) -> None:
     _print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
     _warn_if_stale(run, stage)
     _print(metrics["sentence"], style="bold")
-    for claim in metrics["claims"]:
-        if claim["claim"] == "preferred by a reader":
-            _print(claim["sentence"])
+    if ratings is not None:
+        _print(metrics["claims"][-1]["sentence"])
 
 
 @app.command()

@@ -142,7 +142,7 @@ def doctor(kind: str, good: dict) -> object:
         ("without ratings", "ratings: Field required"),
         ("of another run", "rates other answers than this run's (page 0000000000000000, not "),
         ("with an unknown pair", "rates 'nobody', which is none of the 12 pairs"),
-        ("with a pair twice", "2 times, and once is expected"),
+        ("with a pair twice", "2 times, not once"),
         ("with a side that is none", "ratings.0.choice: Input should be '1', '2', 'equal' or 'both bad'"),
         ("with a side as a number", "ratings.0.choice: Input should be '1', '2', 'equal' or 'both bad'"),
         ("with more than was asked", "models: Extra inputs are not permitted"),
@@ -162,7 +162,7 @@ def test_a_doctored_file_gets_a_sentence_and_changes_nothing(run, tmp_path, kind
 
 
 def test_a_file_that_is_not_there_gets_a_sentence(run, tmp_path):
-    with pytest.raises(DataError, match=r"nowhere.json cannot be read .*; expected what comparison/rate.html saves"):
+    with pytest.raises(DataError, match=r"nowhere.json cannot be read .*; save the ratings again in"):
         keep_ratings(run, *evaluations(numbered(3)), tmp_path / "nowhere.json")
 
 

@@ -29,9 +29,8 @@ def hostile_pages(tmp_path_factory):
     """{name: page} of a run in whose name, settings, rows, answers, metrics and notebooks stands `EVIL`."""
     from tests.report.test_answers_page import evaluated, make_run
     from utils.files import write_json
-    from utils.report.answers_page import write_answers_page
+    from utils.report.answers_page import write_answers_page, write_rating_page
     from utils.report.index import executed_dir, write_report
-    from utils.report.rating_page import write_rating_page
 
     run = make_run(tmp_path_factory.mktemp("<b>run") / "<script>window.ran = 1<!-- ")
     claim = {"claim": EVIL, "verdict": EVIL, "sentence": EVIL}

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.rating import Pair, digest_pairs, draw_pairs, keep_ratings, state_preference
 from utils.pipeline.run_dir import open_run
-from utils.report.rating_page import write_rating_page
+from utils.report.answers_page import write_rating_page
 
 EVIL = (
     "</div></section><script>window.ran = 'script'</script><img src=x onerror=\"window.ran = 'image'\"> & <b>bold</b>"
@@ -104,7 +104,7 @@ def test_nothing_in_the_source_depends_on_whose_answer_stands_where(rated, monke
     pairs = draw_pairs(run, base, tuned)
     turned = [Pair(pair.id, pair.models[::-1], pair.texts[::-1]) for pair in pairs]
     sources = [page.read_text(encoding="utf-8").replace(digest_pairs(pairs), "digest")]
-    monkeypatch.setattr("utils.report.rating_page.draw_pairs", lambda *_: turned)
+    monkeypatch.setattr("utils.report.answers_page.draw_pairs", lambda *_: turned)
     text = write_rating_page(run, base, tuned).read_text(encoding="utf-8")
     sources.append(text.replace(digest_pairs(turned), "digest"))
     first, second = (

@@ -26,11 +26,6 @@ from utils.pipeline.run_dir import RunDir
 
 _PAIRS = 100  # at most: more than this nobody rates
 _KEY, _RATINGS = "comparison/rating_key.json", "comparison/ratings.json"
-_CONCLUSIONS: dict[Verdict, str] = {
-    "better": "Its answers are preferred.",
-    "worse": "The base's answers are preferred.",
-    "cannot tell": "This cannot tell the two apart.",
-}
 
 
 @dataclass(frozen=True)
@@ -63,14 +58,14 @@ def draw_pairs(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[Pair]:
     if not key.exists():
         write_json(key, {"seed": token_hex(16)})
     rng = np.random.default_rng(list(key.read_bytes()))
-    scored, is_open = base.scored, base.scored["kind"] == "open"
-    asked = scored[is_open] if is_open.any() else scored
+    is_open = base.scored["kind"] == "open"
+    asked = base.scored[is_open] if is_open.any() else base.scored
     chosen = asked.iloc[rng.permutation(len(asked))].drop_duplicates("group").head(_PAIRS)["id"]
     pairs = []
     for name, swapped in zip(chosen, rng.permutation(len(chosen)) % 2, strict=True):
-        said: list[tuple[Model, Evaluation]] = [("base", base), ("tuned", tuned)]
-        (first, one), (second, other) = reversed(said) if swapped else said
-        pairs.append(Pair(name, (first, second), (one.answers[name]["text"], other.answers[name]["text"])))
+        one, other = base.answers[name]["text"], tuned.answers[name]["text"]
+        pair = Pair(name, ("tuned", "base"), (other, one)) if swapped else Pair(name, ("base", "tuned"), (one, other))
+        pairs.append(pair)
     return pairs
 
 
@@ -109,21 +104,18 @@ def _read_ratings(file: Path, pairs: Sequence[Pair]) -> _Ratings:
     try:
         read = _Ratings.model_validate_json(file.read_bytes())
     except OSError as error:
-        raise DataError(
-            f"{file} cannot be read ({error.strerror}); expected what comparison/rate.html saves."
-        ) from None
+        raise DataError(f"{file} cannot be read ({error.strerror}); {again}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(f"{file} is not what comparison/rate.html saves ({place}: {first['msg']}); {again}.") from None
     if read.page != (expected := digest_pairs(pairs)):
         raise DataError(f"{file} rates other answers than this run's (page {read.page}, not {expected}); {again}.")
-    names = Counter(rating.pair for rating in read.ratings)
-    for name, count in names.items():
-        if name not in {pair.id for pair in pairs}:
-            raise DataError(f"{file} rates {name!r}, which is none of the {len(pairs)} pairs; {again}.")
-        if count > 1:
-            raise DataError(f"{file} rates {name!r} {count} times, and once is expected; {again}.")
+    known = {pair.id for pair in pairs}
+    for name, count in Counter(rating.pair for rating in read.ratings).items():
+        if name not in known or count > 1:
+            found = f"{count} times, not once" if name in known else f"which is none of the {len(pairs)} pairs"
+            raise DataError(f"{file} rates {name!r}, {found}; {again}.")
     return read
 
 
@@ -140,6 +132,6 @@ def _conclude(counts: Counter[str], pairs: int) -> Preference:
         found = "better" if won > n / 2 else "worse"
     sentence = (
         f"A reader, not told which was which, preferred the fine-tuned model's answer in {won} of {n} decided pairs "
-        f"({rest}): {won / n:.1%} (95 % interval {low:.1%} to {high:.1%}), p {show_p(p)}. {_CONCLUSIONS[found]}"
+        f"({rest}): {won / n:.1%} (95 % interval {low:.1%} to {high:.1%}), p {'' if p < 0.001 else '= '}{show_p(p)}."
     )
     return Preference(sentence=sentence, verdict=found, n=n, share=won / n, ci95=(low, high), p_value=p)

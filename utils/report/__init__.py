@@ -10,7 +10,7 @@ _SURFACE = {
     "executed_dir": "index",
     "stale_comparison": "index",
     "write_answers_page": "answers_page",
-    "write_rating_page": "rating_page",
+    "write_rating_page": "answers_page",
     "write_report": "index",
 }
 __all__ = list(_SURFACE)

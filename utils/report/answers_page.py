@@ -1,4 +1,4 @@
-"""comparison/answers.html: every held-out question with its reference and both models' answers, broken ones first."""
+"""The pages of answers: comparison/answers.html shows all with their scores, comparison/rate.html some without names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 from utils.evaluation.answer_parsing import parse_completion
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.questions import TUTORIAL, load_questions, load_tutorial_question
+from utils.evaluation.rating import digest_pairs, draw_pairs
 from utils.files import write_text
 from utils.pipeline.run_dir import RunDir
 
@@ -21,6 +22,7 @@ _OUTCOMES = {
     (False, True): "fixed",
     (True, True): "both right",
 }
+_TEMPLATES = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
 _NOT_CHECKABLE = "not checkable"
 OUTCOMES = (*_OUTCOMES.values(), _NOT_CHECKABLE)
 
@@ -28,8 +30,7 @@ OUTCOMES = (*_OUTCOMES.values(), _NOT_CHECKABLE)
 def write_answers_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path:
     """Render comparison/answers.html from both models' answers and their scores; one file that needs no script."""
     models, items = {"base": base, "tuned": tuned}, _build_items(run, base, tuned)
-    templates = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
-    page = templates.get_template("answers.html.j2").render(
+    page = _TEMPLATES.get_template("answers.html.j2").render(
         items=items,
         tutorial=_build_tutorial(load_tutorial_question(run), models),
         outcomes=OUTCOMES,
@@ -39,9 +40,19 @@ def write_answers_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path
     return run.file("comparison/answers.html")
 
 
+def write_rating_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path:
+    """Render comparison/rate.html, one file that works offline; `python -m utils score --ratings` takes what it saves."""
+    pairs, about = draw_pairs(run, base, tuned), _describe_questions(run)
+    items = [{**about[pair.id], "id": pair.id, "replies": map(parse_completion, pair.texts)} for pair in pairs]
+    # The nonce lets the page's own script run and no other: no answer can hold a digest of itself.
+    text = _TEMPLATES.get_template("rate.html.j2").render(items=items, nonce=digest_pairs(pairs))
+    write_text(run.file("comparison/rate.html"), text)
+    return run.file("comparison/rate.html")
+
+
 def _build_items(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[dict]:
     """The scored questions as the template shows them, by outcome; within one they keep the order of the frames."""
-    about, items = describe_questions(run), []
+    about, items = _describe_questions(run), []
     for before, after in zip(base.scored.to_dict("records"), tuned.scored.to_dict("records"), strict=True):
         known = not (pd.isna(before["correct"]) or pd.isna(after["correct"]))
         outcome = _OUTCOMES[bool(before["correct"]), bool(after["correct"])] if known else _NOT_CHECKABLE
@@ -50,7 +61,7 @@ def _build_items(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[dict]
     return sorted(items, key=lambda item: OUTCOMES.index(item["outcome"]))
 
 
-def describe_questions(run: RunDir) -> dict[str, dict]:
+def _describe_questions(run: RunDir) -> dict[str, dict]:
     """{id: question and reference, and of multiple choice options and gold} of all that is scored."""
     _, held_out, benchmark = load_questions(run)
     about = {row["id"]: _about_row(row) for row in held_out.to_dict("records")}
