@@ -26,6 +26,7 @@ console = make_console()
 RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
 ProfileOption = Annotated[str, typer.Option(help="demo, smollm2, tutorial, t4 or full; auto picks by the hardware.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")]
+RatingsOption = Annotated[Path | None, typer.Option(help="What comparison/rate.html saved; later scores keep it.")]
 UserOption = Annotated[str, typer.Option(help="Your Kaggle user name; else the one that you are signed in as.")]
 PollOption = Annotated[float, typer.Option(help="Seconds between two questions about the session.")]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until the session has ended.")]
@@ -86,26 +87,33 @@ def conclude(run: RunDir, worked: bool, seconds: float) -> None:
 
 
 @app.command()
-def score(run_dir: RunDirArgument) -> None:
+def score(run_dir: RunDirArgument, ratings: RatingsOption = None) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
-    from utils.evaluation import compare_models, read_evaluation, show_p, write_comparison
+    from utils.evaluation import compare_models, keep_ratings, read_evaluation, show_p, write_comparison
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
-    from utils.report import draw_comparison, write_answers_page
+    from utils.report import draw_comparison, write_answers_page, write_rating_page, write_report
 
     run, stage = _open(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
     require_recorded(run.path, (*stage.inputs[:-1], "tuned"))  # all that is read here; the adapter is not
     base, tuned = read_evaluation(run, "base"), read_evaluation(run, "tuned")
+    if ratings is not None:
+        keep_ratings(run, base, tuned, ratings)
     metrics = compare_models(run, base, tuned)
     table = write_comparison(run, metrics)
     draw_comparison(base, tuned, metrics, run.file("comparison/comparison.png"))
     write_answers_page(run, base, tuned)
+    write_rating_page(run, base, tuned)
     outputs = record_files(run.path, (*stage.outputs, *stage.optional))
     run.write_record(stage, **{**run.record(stage), "outputs": outputs})
+    if run.file("report/index.html").exists():
+        write_report(run)  # which shows the claims
     console.print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
     _warn_if_stale(run, stage)
     console.print(metrics["sentence"], style="bold")
+    if ratings is not None:
+        console.print(metrics["claims"][-1]["sentence"])
 
 
 @app.command()

@@ -223,6 +223,17 @@ def test_every_entry_names_the_row_the_reason_and_what_it_is_near(tmp_path):
     assert entries[5]["reason"] == "same question as an earlier row" and entries[5]["cosine"] == 1
 
 
+def test_a_row_near_an_item_whose_letter_alone_is_probed_is_dropped_too(tmp_path):
+    probed = items_of([source for source, _ in FACTS[:6]])
+    rows = write_jsonl(tmp_path / "rows.jsonl", rows_of(["One?", "Two?"] + [rewrite for _, rewrite in FACTS[:6]]))
+    drawn = split_rows(local(rows, eval_rows=1), probed.head(2))[3]
+    assert {entry["near"] for entry in drawn["dropped"]} == {"item-0", "item-1"}
+    for benchmark in (probed.head(2), None):
+        train, _, held_out, report = split_rows(local(rows, eval_rows=1), benchmark, probed)
+        assert {entry["near"] for entry in report["dropped"]} == {f"item-{i}" for i in range(6)}
+        assert {*train["Question"], *held_out["Question"]} == {"One?", "Two?"}
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, shuffle):
     reworded = (

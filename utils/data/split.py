@@ -36,10 +36,11 @@ Drawn = tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, str, int]]]
 
 
 def split_rows(
-    config: Config, benchmark: pd.DataFrame | None = None
+    config: Config, benchmark: pd.DataFrame | None = None, probed: pd.DataFrame | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, dict]:
-    """(train, validation, held-out, report), fixed by data.seed and the benchmark's items; each frame has a `group`.
+    """(train, validation, held-out, report), fixed by data.seed and the items; each frame has a `group`.
 
+    Rows near an item are dropped, whether it is one of the `benchmark` or its letter alone is `probed`.
     Without data.validation_rows there are none; with them the same rows are held out as without. The report accounts for
     every row of the source: `train_rows`, `validation_rows`, `eval_rows`, each entry of `dropped` and `excluded`, and
     `not_drawn` (left over where data.train_rows asks for fewer) add up to `source_rows`. Raises DataError where more rows
@@ -51,6 +52,8 @@ def split_rows(
             f"evaluate.questions asks for {asked} answers in words, but data.eval_rows holds out only {data.eval_rows} "
             "rows to ask; lower the one, or raise the other."
         )
+    if probed is not None:
+        benchmark = pd.concat([benchmark, probed], ignore_index=True).drop_duplicates("id")
     parts, found = _split_embedded(data) if config.embedded_data else _split_loaded(data, benchmark)
     train, validation, held_out = (part.reset_index(drop=True) for part in parts)
     if config.evaluate.primary == "accuracy" and not {"answer", "choices"} <= set(held_out.columns):

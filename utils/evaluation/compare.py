@@ -9,6 +9,7 @@ from statsmodels.stats.multitest import multipletests
 from utils.errors import RunDirError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
+from utils.evaluation.rating import state_preference
 from utils.evaluation.results import Result, Verdict
 from utils.evaluation.statistics import compare_paired, detectable_difference, show_p, verdict
 from utils.files import atomic, write_json
@@ -72,7 +73,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         "nll_rows_left_out": base.left_out,  # longer than model.max_seq_length: in no loss, of neither model
         "contamination": contamination.get("contamination", {}),
         "registration": registration,
-        "claims": state_claims(name, results, corrected),
+        "claims": [*state_claims(name, results, corrected), *state_preference(run, base, tuned)],
         "verdict": decide(name, results, corrected)[0],
         "sentence": headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
     }
