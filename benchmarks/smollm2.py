@@ -185,7 +185,8 @@ def main(
         tiny = {"model.name": save_tiny_model(form, bench.folder(f"{form} model")), **FEW}
         jobs.append(bench.series_job("forms", form, "t4", tiny))
     jobs += [bench.seed_job(n) for n in range(1, seeds + 1) if not (work / f"parity/seed-{n:02}.json").exists()]
-    jobs += [bench.series_job("cases", n, profile, CASES[n] | beside) for n in CASES.keys() - bench.passed("cases")]
+    for name in CASES.keys() - bench.passed("cases"):  # exports are the first one's
+        jobs.append(bench.series_job("cases", name, profile, CASES[name] | beside, last="04"))
     for name in CONTROLS.keys() - bench.passed("controls"):
         control = bench.series_job("controls", name, profile, CASES[FIRST] | beside | CONTROLS[name], last="04")
         shutil.copytree(bench.folder(FIRST), bench.folder(name))  # the first case's rows and baseline answers

@@ -93,11 +93,11 @@ def test_a_readers_choices_are_undone_and_counted(run, tmp_path):
     write(tmp_path / "r.json", ratings_of(draw_pairs(run, *models), prefer))
     keep_ratings(run, *models, tmp_path / "r.json")
     (claim,) = state_preference(run, *models)
-    assert (claim.n, claim.share, claim.verdict) == (34, 25 / 34, "better")
-    assert claim.p_value == binomtest(25, 34).pvalue and claim.ci95 == pytest.approx(
+    assert (claim["n"], claim["share"], claim["verdict"]) == (34, 25 / 34, "better")
+    assert claim["p_value"] == binomtest(25, 34).pvalue and claim["ci95"] == pytest.approx(
         proportion_confint(25, 34, method="wilson")
     )
-    assert "25 of 34 decided pairs (4 equal, 2 both bad, 10 of 50 not rated): 73.5%" in claim.sentence
+    assert "25 of 34 decided pairs (4 equal, 2 both bad, 10 of 50 not rated): 73.5%" in claim["sentence"]
 
 
 @given(st.integers(0, 100), st.integers(0, 100))
@@ -105,16 +105,16 @@ def test_the_verdict_says_no_more_than_interval_and_test(tuned, base):
     claim = _conclude(Counter(tuned=tuned, base=base), 200)
     swapped = _conclude(Counter(tuned=base, base=tuned), 200)
     opposite = {"better": "worse", "worse": "better", "cannot tell": "cannot tell"}
-    assert swapped.verdict == opposite[claim.verdict] and swapped.p_value == pytest.approx(claim.p_value)
-    if claim.verdict != "cannot tell":
-        assert claim.p_value < 0.05 and (claim.ci95[0] > 0.5 or claim.ci95[1] < 0.5)
-        assert (claim.verdict == "better") == (tuned > base)
+    assert swapped["verdict"] == opposite[claim["verdict"]] and swapped["p_value"] == pytest.approx(claim["p_value"])
+    if claim["verdict"] != "cannot tell":
+        assert claim["p_value"] < 0.05 and (claim["ci95"][0] > 0.5 or claim["ci95"][1] < 0.5)
+        assert (claim["verdict"] == "better") == (tuned > base)
 
 
 def test_where_no_pair_was_decided_nothing_is_claimed():
     claim = _conclude(Counter({"equal": 7}), 9)
-    assert (claim.n, claim.share, claim.verdict, claim.ci95) == (0, None, "cannot tell", (0.0, 1.0))
-    assert "7 equal, 0 both bad, 2 of 9 not rated" in claim.sentence
+    assert (claim["n"], claim["share"], claim["verdict"], claim["ci95"]) == (0, None, "cannot tell", [0.0, 1.0])
+    assert "7 equal, 0 both bad, 2 of 9 not rated" in claim["sentence"]
 
 
 def doctor(kind: str, good: dict) -> object:

@@ -94,8 +94,8 @@ def test_fifty_pairs_by_keyboard_reloaded_in_the_middle_saved_and_scored(rated, 
     assert Counter(rating["choice"] for rating in ratings).keys() == {"1", "2", "equal", "both bad"}
     keep_ratings(run, base, tuned, saved)
     (claim,) = state_preference(run, base, tuned)
-    assert (claim.n, claim.share, claim.p_value) == (41, 29 / 41, binomtest(29, 41).pvalue)
-    assert "6 equal, 3 both bad, 0 of 50 not rated" in claim.sentence and claim.verdict == "better"
+    assert (claim["n"], claim["share"], claim["p_value"]) == (41, 29 / 41, binomtest(29, 41).pvalue)
+    assert "6 equal, 3 both bad, 0 of 50 not rated" in claim["sentence"] and claim["verdict"] == "better"
 
 
 def test_nothing_in_the_source_depends_on_whose_answer_stands_where(rated, monkeypatch):

@@ -9,15 +9,15 @@ from utils.pipeline.run_dir import RunDir, require_recorded
 from utils.pipeline.stages import BY_NAME
 
 
-def ask(run: RunDir, model, tokenizer, question: str) -> None:
+def ask(run: RunDir, model, tokenizer, question: str, max_new_tokens: int | None = None) -> None:
     """Print what the base (adapter off) and the fine-tuned model (adapter on) answer, under the run's conditions.
 
-    Prompt format, cap, decoding and random numbers are those of the measured answers; (model, tokenizer) come from
-    `load_for_inference(run, "tuned")`. Raises DataError where the model has no room for the question and an answer.
+    Prompt format, decoding, random numbers and, unless `max_new_tokens` says otherwise, the cap are those of the measured
+    answers; (model, tokenizer) come from `load_for_inference(run, "tuned")`. Raises DataError where the model has no room for the question and an answer.
     """
     from transformers import TextStreamer
 
-    prompt, cap = format_prompt(question, run.config.prompt), run.config.generate.max_new_tokens
+    prompt, cap = format_prompt(question, run.config.prompt), max_new_tokens or run.config.generate.max_new_tokens
     ids = tokenizer(prompt)["input_ids"]
     room = getattr(model, "max_seq_length", model.config.max_position_embeddings) - cap  # unsloth cuts what is longer
     if len(ids) > room:
