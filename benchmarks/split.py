@@ -85,7 +85,7 @@ def measure(folder: Path, planted: int) -> dict:
     config = load_config("demo", settings)
     started = time.monotonic()
     items = load_benchmarks(config.evaluate)
-    train, held_out, report = split_rows(config, items)
+    train, _, held_out, report = split_rows(config, items)
     seconds = time.monotonic() - started
     near = {entry["row"] for entry in report["dropped"] if entry["reason"] == "near duplicate of a benchmark item"}
     hits = len(near & set(range(QUESTIONS - planted + 1, QUESTIONS + 1)))

@@ -164,6 +164,18 @@ def scorers() -> str:
     return markdown(("scorer", "accuracy"), rows, source)
 
 
+def calibration() -> str:
+    found = evidence("calibration")["cases"]
+    rows = [
+        (name, *(f"{case[verdict]:.1%}" for verdict in ("better", "worse")),
+         f"{case['announced']:.1%}" if "announced" in case else NOTHING)
+        for name, case in found.items()
+    ]  # fmt: skip
+    one = next(iter(found.values()))
+    source = f"{one['experiments']:,} simulated runs of {one['n']} questions each ({link('calibration')})."
+    return markdown(("the truth", 'says "better"', 'says "worse"', "announced by 00"), rows, source)
+
+
 def merge() -> str:
     found = evidence("merge")
     copied = min(found["seconds"]["front_to_back"])
@@ -234,7 +246,7 @@ def make_targets() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
     for table in (
-        answering, gguf, killed, make_targets, merge, packing_parity, repeatability, scorers, series, split, stages,
+        answering, calibration, gguf, killed, make_targets, merge, packing_parity, repeatability, scorers, series, split, stages,
         training, training_ratios, training_rows,
     )
 }  # fmt: skip

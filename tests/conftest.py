@@ -165,10 +165,14 @@ def training_run(tiny_folder: Path, tmp_path: Path, request: pytest.FixtureReque
     from utils.pipeline.stages import BY_NAME
 
     tokenizer = load_tokenizer(tiny_folder)
-    pairs = [format_row(row, "native") for row in demo_data.tuning_rows("train", 64)]
-    parts = [tokenize_row(tokenizer, *pair)["part"] for pair in pairs]
-    rows = pd.DataFrame(pairs, columns=["prompt", "completion"])
-    rows["tokens"], rows["counted"] = [len(part) for part in parts], [sum(p > 0 for p in part) for part in parts]
+
+    def formatted(part: str, count: int, **changes: str) -> pd.DataFrame:
+        pairs = [format_row(row | changes, "native") for row in demo_data.tuning_rows(part, count)]
+        parts = [tokenize_row(tokenizer, *pair)["part"] for pair in pairs]
+        counts = {"tokens": [len(part) for part in parts], "counted": [sum(p > 0 for p in part) for part in parts]}
+        return pd.DataFrame(pairs, columns=["prompt", "completion"]).assign(**counts)
+
+    rows = formatted("train", 64)
 
     def make(name: str = "run", **settings):
         few = {"model.name": str(tiny_folder), "train.max_steps": 12, "train.save_steps": 3, "tracking.mode": "disabled",
@@ -182,6 +186,9 @@ def training_run(tiny_folder: Path, tmp_path: Path, request: pytest.FixtureReque
         run.write_record(run.stage, state="running", started="2026-11-21T00:00:00+00:00", computed_on=computed_on)
         run.file("data/formatted").mkdir(parents=True)
         rows.to_parquet(run.file("data/formatted/train.parquet"))
+        if count := run.config.data.validation_rows:
+            strange = formatted("validation", count, Complex_CoT="~ # ^ " * 5, Response="{ } | " * 5)
+            strange.to_parquet(run.file("data/formatted/validation.parquet"))  # less likely, the more is learnt
         shutil.copy(ROOT / "benchmarks" / "results" / "demo-comparison.png", run.file("data/lengths.png"))
         return run
 

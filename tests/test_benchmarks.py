@@ -6,12 +6,17 @@ import inspect
 import json
 import re
 import statistics
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from benchmarks import merge, repeatability
+from benchmarks import merge, repeatability, smollm2
+from benchmarks.calibration import Case, run_experiment
 from benchmarks.evidence import add_to_file
+from benchmarks.packing import ratio_over_seeds
+from benchmarks.series import summarise
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train_cases import CASES, flops_per_token
 from utils.export.compare_logits import check_tolerance
@@ -253,3 +258,55 @@ def test_the_merge_benchmark_describes_its_options_and_no_number_of_rounds_but_t
     options = [name for name, value in inspect.signature(merge.main).parameters.items() if name != "base"]
     assert [name for name in options if f"--{name}" not in merge.__doc__] == []
     assert not re.search(r"(two|three|\d) rounds", merge.__doc__, re.IGNORECASE)
+
+
+def test_the_calibration_calls_no_model_better_or_worse_that_knows_as_much_and_keeps_what_00_announces():
+    cases = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text(encoding="utf-8"))["cases"]
+    for name in ("no difference", "fewer letters, same knowledge", "shorter, same knowledge"):
+        assert cases[name]["better"] + cases[name]["worse"] <= 0.05, name
+    gains = {name: case for name, case in cases.items() if "announced" in case}
+    assert len(gains) == 3
+    for name, case in gains.items():
+        assert case["better"] == pytest.approx(case["announced"], abs=0.05), name
+
+
+def test_a_simulated_run_without_a_difference_is_judged_by_the_code_that_judges_real_ones():
+    forms = np.array([[1.0, 1.0], [0.0, 0.0]])
+    for case, verdict in ((Case(), "cannot tell"), (Case(gain=0.4, asked=0.1), "better")):
+        assert run_experiment(case, 300, forms, np.random.default_rng(1)) == verdict
+
+
+def test_the_ratio_over_seeds_and_its_interval_are_those_of_a_t_test_on_its_logarithm():
+    from math import exp, log
+
+    from scipy import stats
+
+    runs = {f"seed-{i}": {"packed": {"nll": 2.0 * r}, "padded": {"nll": 2.0}} for i, r in enumerate((0.99, 1.0, 1.02))}
+    found, logs = ratio_over_seeds(runs), [log(0.99), log(1.0), log(1.02)]
+    low, high = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert found["nll_ratio"] == pytest.approx(exp(sum(logs) / 3), abs=1e-5)
+    assert found["ci95"] == pytest.approx([exp(low), exp(high)], abs=1e-5)
+    assert ratio_over_seeds({"seed-1": runs["seed-1"]}) == {"nll_ratio": None, "ci95": None}
+
+
+def test_jobs_run_together_with_a_log_and_a_compile_folder_each_and_are_collected(tmp_path):
+    bench, ended = smollm2.Bench({}, {}, tmp_path, tmp_path), {}
+    code = "import os, sys; print(os.environ['UNSLOTH_COMPILE_LOCATION']); sys.exit(int(sys.argv[1]))"
+
+    def job(name: str, status: int):
+        command = [sys.executable, "-c", code, str(status)]
+        return smollm2.Job(name, command, lambda status, seconds: ended.update({name: status}))
+
+    smollm2.run_jobs([job("plain, 4-bit", 0), job("null run", 3)], bench, at_once=2)
+    assert ended == {"plain, 4-bit": 0, "null run": 3}
+    said = [(tmp_path / f"{name}.log").read_text(encoding="utf-8") for name in ("plain-4-bit", "null-run")]
+    assert said == [f"{tmp_path / 'plain-4-bit'}-compiled\n", f"{tmp_path / 'null-run'}-compiled\n"]
+
+
+def test_a_null_run_without_an_update_is_summarised_too(tmp_path):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "log.csv").write_text("step,loss,grad_norm\n", encoding="utf-8")
+    assert summarise(tmp_path) == {"stages": {}, "peak_gpu_reserved_gib": 0.0}
+    (tmp_path / "training" / "log.csv").write_text("step,loss,grad_norm\n1,2.5,\n2,2.25,0.5\n", encoding="utf-8")
+    training = summarise(tmp_path)["training"]
+    assert training["losses"] == [2.5, 2.25] and training["gradients_not_finite"] == 1 and not training["finite"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,8 @@ def header(name: str) -> list[str]:
     return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
 
 
-def test_the_four_profiles_exist():
-    assert profile_names() == ["demo", "full", "t4", "tutorial"]
+def test_the_five_profiles_exist():
+    assert profile_names() == ["demo", "full", "smollm2", "t4", "tutorial"]
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -90,6 +91,19 @@ def test_data_from_the_hub_is_pinned_to_a_revision(name):
     assert data.name == "embedded" or len(data.revision) == 40
 
 
+def test_a_profile_has_the_size_of_its_device_and_an_override_wins():
+    on_cpu = load_config("smollm2", {"hardware.device": "cpu", "data.eval_rows": 7})
+    on_gpu = load_config("smollm2", {"hardware.device": "cuda", "data.eval_rows": 7})
+    assert on_cpu.data.train_rows < on_gpu.data.train_rows and on_cpu.data.eval_rows == on_gpu.data.eval_rows == 7
+    assert on_cpu.lora == on_gpu.lora and on_cpu.generate == on_gpu.generate
+
+
+def test_what_a_profile_says_for_a_cpu_is_validated(tmp_path, monkeypatch):
+    write_profile(tmp_path, monkeypatch, b"model: {name: x}\nhardware: {device: cpu}\non_cpu: {train: {max_step: 3}}\n")
+    with pytest.raises(ConfigError, match="did you mean train"):
+        load_config("mine")
+
+
 def test_a_config_cannot_be_changed_after_validation():
     with pytest.raises(ValidationError, match="frozen"):
         load_config("demo").train.max_steps = 3
@@ -102,7 +116,7 @@ def test_an_override_changes_its_key_and_nothing_else():
 
 
 def test_an_unknown_profile_is_refused_with_the_list_of_those_that_exist():
-    with pytest.raises(ConfigError, match=r"There is no profile 'dmo'; there are demo, full, t4, tutorial."):
+    with pytest.raises(ConfigError, match=r"There is no profile 'dmo'; there are demo, full, smollm2, t4, tutorial."):
         load_config("dmo")
 
 
@@ -355,3 +369,28 @@ def test_any_override_validates_or_is_a_config_error(overrides):
         assert load_config("demo", overrides).to_yaml()
     except ConfigError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            {"train.keep": "best"},
+            "train.keep is best, but there are no validation rows to decide by; set data.validation_rows",
+        ),
+        (
+            {"train.early_stopping_patience": 2},
+            "train.early_stopping_patience is set, but there are no validation rows",
+        ),
+        (
+            {"train.keep": "best", "data.validation_rows": 9, "train.eval_steps": 7},
+            "train.save_steps=60 is no multiple of train.eval_steps=7; change either",
+        ),
+    ],
+)
+def test_what_the_validation_loss_decides_needs_validation_rows_and_checkpoints_where_it_is_measured(
+    overrides, sentence
+):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load_config("demo", overrides)
+    assert load_config("demo", {"train.keep": "best", "data.validation_rows": 9}).train.eval_steps == 20

@@ -21,9 +21,11 @@ from utils.hardware import (
     read_pins,
     require_disk,
     require_gpu,
+    resolve_hardware,
     threads,
 )
 from utils.project import ROOT
+from utils.schema import HardwareSection
 
 
 @pytest.fixture
@@ -84,6 +86,18 @@ def test_a_gpu_is_asked_for_once_only(nvidia_smi):
     nvidia_smi("NVIDIA T4, 15360, 7.5")
     first = gpus()
     assert gpus() is first
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("7.5", "float16"), ("9.0", "bfloat16")])
+def test_a_gpu_computes_in_bfloat16_where_it_has_it(nvidia_smi, capability, dtype):
+    nvidia_smi(f"NVIDIA X, 15360, {capability}")
+    assert resolve_hardware(HardwareSection())["dtype"] == dtype
+
+
+@pytest.mark.parametrize(("has_bfloat16", "dtype"), [(False, "float32"), (True, "bfloat16")])
+def test_a_cpu_computes_in_bfloat16_where_it_has_instructions_for_it(monkeypatch, has_bfloat16, dtype):
+    monkeypatch.setattr(platforms, "cpu_multiplies_bfloat16", lambda: has_bfloat16)
+    assert resolve_hardware(HardwareSection(device="cpu"))["dtype"] == dtype
 
 
 def test_a_missing_gpu_is_a_sentence_with_a_way_out(nvidia_smi):

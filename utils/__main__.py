@@ -1,4 +1,4 @@
-"""The command line: `python -m utils run | score | verify | bundle | push | collect | publish`."""
+"""The command line: `python -m utils run | score | verify | ask | bundle | push | collect | publish`."""
 
 import sys
 import tempfile
@@ -24,8 +24,9 @@ from utils.secrets import find_secret, hide_secrets, share_secrets
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = make_console()
 RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
-ProfileOption = Annotated[str, typer.Option(help="demo, tutorial, t4 or full; auto picks by the hardware.")]
+ProfileOption = Annotated[str, typer.Option(help="demo, smollm2, tutorial, t4 or full; auto picks by the hardware.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")]
+RatingsOption = Annotated[Path | None, typer.Option(help="What comparison/rate.html saved; later scores keep it.")]
 UserOption = Annotated[str, typer.Option(help="Your Kaggle user name; else the one that you are signed in as.")]
 PollOption = Annotated[float, typer.Option(help="Seconds between two questions about the session.")]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until the session has ended.")]
@@ -70,26 +71,33 @@ def run(
 
 
 @app.command()
-def score(run_dir: RunDirArgument) -> None:
+def score(run_dir: RunDirArgument, ratings: RatingsOption = None) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
-    from utils.evaluation import compare_models, read_evaluation, show_p, write_comparison
+    from utils.evaluation import compare_models, keep_ratings, read_evaluation, show_p, write_comparison
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
-    from utils.report import draw_comparison, write_answers_page
+    from utils.report import draw_comparison, write_answers_page, write_rating_page, write_report
 
     run, stage = _open(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
     require_recorded(run.path, (*stage.inputs[:-1], "tuned"))  # all that is read here; the adapter is not
     base, tuned = read_evaluation(run, "base"), read_evaluation(run, "tuned")
+    if ratings is not None:
+        keep_ratings(run, base, tuned, ratings)
     metrics = compare_models(run, base, tuned)
     table = write_comparison(run, metrics)
     draw_comparison(base, tuned, metrics, run.file("comparison/comparison.png"))
     write_answers_page(run, base, tuned)
+    write_rating_page(run, base, tuned)
     outputs = record_files(run.path, (*stage.outputs, *stage.optional))
     run.write_record(stage, **{**run.record(stage), "outputs": outputs})
+    if run.file("report/index.html").exists():
+        write_report(run)  # which shows the claims
     console.print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
     _warn_if_stale(run, stage)
     console.print(metrics["sentence"], style="bold")
+    if ratings is not None:
+        console.print(metrics["claims"][-1]["sentence"])
 
 
 @app.command()
@@ -115,6 +123,22 @@ def verify(run_dir: RunDirArgument) -> None:
     for name, values in verify_exports(run, export_folders(run)).items():
         text = ", ".join(f"{key} {value}" for key, value in values.items())
         console.print(f"✓ {name}: {text}".replace("_", " "), style="green")
+
+
+@app.command()
+def ask(
+    run_dir: RunDirArgument,
+    question: Annotated[str, typer.Argument(help="A question of your own, in quotes.")],
+) -> None:
+    """Answer a question of your own by the base and the fine-tuned model, as they write; the run stays as it is."""
+    from utils import evaluation
+    from utils.pipeline.stage import require_hardware
+    from utils.pipeline.stages import BY_NAME
+
+    run = _open(run_dir)
+    evaluation.require_adapter(run)
+    require_hardware(run, BY_NAME["04_comparison"])
+    evaluation.ask(run, *evaluation.load_for_inference(run, "tuned"), question)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from utils.errors import ConfigError
 from utils.files import is_there
+from utils.hardware import resolve_hardware
 from utils.project import PROFILES
 from utils.schema import Config
 
@@ -39,12 +40,19 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
 
 
 def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The profile's YAML with `overrides` (dotted keys) applied; raises ConfigError with key, value and what is allowed."""
+    """The profile's YAML with `overrides` (dotted keys) applied; raises ConfigError with key, value and what is allowed.
+
+    Where the run's device is a CPU, the profile's section `on_cpu` comes between the two: the same run, in another size.
+    """
     names = profile_names()
     if profile not in names:
         raise ConfigError(f"There is no profile {profile!r}; there are {', '.join(names)}.")
     values = _read_yaml(PROFILES / f"{profile}.yaml", "take it back from git") | {"profile": profile}
-    return _validate(_apply(values, overrides), f"profile {profile}")
+    on_cpu, source = values.pop("on_cpu", None), f"profile {profile}"
+    config = _validate(_apply(values, overrides), source)
+    if on_cpu and resolve_hardware(config.hardware)["device"] == "cpu":
+        return _validate(_apply(values, dotted_overrides(on_cpu) | dotted_overrides(overrides)), source)
+    return config
 
 
 def read_config(file: Path, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -116,8 +116,19 @@ def resolve_hardware(hardware: "HardwareSection") -> dict[str, str]:
         backend = "unsloth" if device == "cuda" and importlib.util.find_spec("unsloth") else "transformers"
     if dtype == "auto":
         modern = bool(gpus()) and float(gpus()[0].capability or 0) >= 8.0  # a T4 has 7.5, and no bfloat16
-        dtype = "float32" if device == "cpu" else "bfloat16" if modern else "float16"
+        if device == "cpu":
+            dtype = "bfloat16" if cpu_multiplies_bfloat16() else "float32"
+        else:
+            dtype = "bfloat16" if modern else "float16"
     return {"device": device, "backend": backend, "dtype": dtype}
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16 (AVX-512 or AMX): twice as fast as float32, else far slower."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # macOS has no such file
+        return False
 
 
 def memory_gib() -> float:

@@ -41,8 +41,11 @@ class DataSection(Section):
     subset: str | None = None
     revision: str | None = None
     path: Path | None = None
+    columns: dict[Literal["Question", "Complex_CoT", "Response", "group", "messages", "conversations"], str] = {}
+    reasoning: Literal["required", "optional"] = "required"  # optional: rows without any train an empty think block
     train_rows: Positive | None = None
     eval_rows: Positive = 200
+    validation_rows: Positive | None = None  # looked at while training: their loss is a curve beside the training loss
     shuffle: bool = True
     duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5  # two questions are one; 1: exact duplicates only
     shuffle_answers: bool = False  # a control: every training question gets another row's answer
@@ -116,6 +119,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool = True
     step_plan: Literal["auto", "given"] = "given"  # auto: micro-batch, accumulation, recomputed layers found by trials
     save_steps: Positive = 50
+    eval_steps: Positive = 50  # updates between two looks at the validation rows
+    keep: Literal["last", "best"] = "last"  # best: the weights with the lowest validation loss
+    early_stopping_patience: Positive | None = None  # looks without a lower validation loss before training ends
     logging_steps: Positive = 1
     seed: NotNegative = 3407
 
@@ -237,6 +243,20 @@ class Config(Section):
             raise ValueError("evaluate.letter_logprobs is on, but no evaluate.benchmark is named")
         if primary == "accuracy" and not self.embedded_data and self.data.path is None:
             raise ValueError("evaluate.primary is accuracy, but a Hub data set has no answers that a rule can check")
+        return self
+
+    @model_validator(mode="after")
+    def _can_validate(self) -> Config:
+        """What is decided by the validation loss needs validation rows, and checkpoints where it is measured."""
+        train = self.train
+        if self.data.validation_rows is None and (train.keep == "best" or train.early_stopping_patience):
+            chosen = "train.keep is best" if train.keep == "best" else "train.early_stopping_patience is set"
+            raise ValueError(f"{chosen}, but there are no validation rows to decide by; set data.validation_rows")
+        if train.keep == "best" and train.save_steps % train.eval_steps:
+            raise ValueError(
+                f"train.keep is best, but train.save_steps={train.save_steps} is no multiple of "
+                f"train.eval_steps={train.eval_steps}; change either"
+            )
         return self
 
     @property

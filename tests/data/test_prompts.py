@@ -68,6 +68,12 @@ def test_the_training_text_begins_with_the_inference_prompt(style):
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_a_row_without_reasoning_closes_the_think_block_that_the_prompt_opened(style):
+    text = "".join(format_row(ROW | {"Complex_CoT": ""}, style))
+    assert "<think>\n</think>\n" in text and text.startswith(format_prompt(ROW["Question"], style))
+
+
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("mark", [BOS, EOS, PAD])
 def test_no_mark_that_tokenizer_or_trainer_adds_is_in_a_string(style, mark):
     assert mark not in "".join(format_row(ROW, style))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from utils.config import load_config
-from utils.data.rows import check_rows, find_commits, read_benchmark, read_table, write_split
+from utils.data.rows import check_rows, find_commits, load_rows, read_benchmark, read_table, write_split
 from utils.data.split import split_rows
 from utils.errors import DataError
 from utils.schema import Config
@@ -168,26 +168,27 @@ def test_a_csv_with_unquoted_commas_is_refused_and_its_columns_do_not_shift(tmp_
 def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path):
     rows = [{"Question": "a", "cot": "b", "Response": "c"}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert refusal(path) == "rows.jsonl lacks the column(s) Complex_CoT; it has Question, cot, Response."
+    assert refusal(path).startswith("rows.jsonl lacks the column(s) Complex_CoT; it has Question, cot, Response. Name")
 
 
 @pytest.mark.parametrize(
     ("cell", "what"),
     [
-        ("", "is empty"),
+        ("", "is empty, and data.reasoning is required"),
         (" \n\u00a0", "is empty"),
         (None, "is empty"),
         (float("nan"), "is empty"),
-        (7, "holds a int"),
-        (["a"], "holds a list"),
-        ({"a": 1}, "holds a dict"),
+        (7, "holds a int, expected text"),
+        (["a"], "holds a list, expected text"),
+        ({"a": 1}, "holds a dict, expected text"),
+        ("a</think>b", "holds a <think> or </think> that is not one closed block"),
     ],
 )
 def test_an_empty_or_non_string_cell_is_refused_by_row_and_column(tmp_path, cell, what):
     rows = numbered(3)
     rows[1]["Complex_CoT"] = cell
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert refusal(path) == f"rows.jsonl, row 2: Complex_CoT {what}; every row needs text there."
+    assert refusal(path).startswith(f"rows.jsonl, row 2: Complex_CoT {what}")
 
 
 def test_an_empty_cell_of_a_csv_is_refused(tmp_path):
@@ -204,14 +205,14 @@ def test_extra_columns_are_kept_and_white_space_around_text_is_not(tmp_path):
 
 
 def test_a_written_split_is_read_back_as_it_was(tmp_path):
-    train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
+    train, _, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
     items = pd.DataFrame([{"id": "007", "question": "医\u2028/?", "options": {"A": "a", "B": "b"}, "gold": "B"}])
-    write_split(tmp_path, train, held_out, items, report)
+    write_split(tmp_path, {"train": train, "eval": held_out}, items, report)
     assert pd.read_parquet(tmp_path / "train.parquet").to_dict("records") == train.to_dict("records")
     assert pd.read_parquet(tmp_path / "eval.parquet").to_dict("records") == held_out.to_dict("records")
     assert read_benchmark(tmp_path).to_dict("records") == items.to_dict("records")
     assert json.loads((tmp_path / "split.json").read_text()) == report
-    write_split(tmp_path, train, held_out, None, report)
+    write_split(tmp_path, {"train": train, "eval": held_out}, None, report)
     assert read_benchmark(tmp_path) is None
 
 
@@ -242,8 +243,88 @@ def test_a_commit_that_cannot_be_found_costs_none_of_the_others(monkeypatch):
 
 
 def test_the_tutorials_question_is_a_file_of_its_own_and_empty_where_there_is_none(tmp_path):
-    train, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
-    write_split(tmp_path, train, held_out, None, report)
+    train, _, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
+    write_split(tmp_path, {"train": train, "eval": held_out}, None, report)
     assert json.loads((tmp_path / "anecdote.json").read_text()) == {}
-    write_split(tmp_path, train, held_out, None, report | {"tutorial_question": {"id": "x", "question": "医?"}})
+    write_split(
+        tmp_path,
+        {"train": train, "eval": held_out},
+        None,
+        report | {"tutorial_question": {"id": "x", "question": "医?"}},
+    )
     assert json.loads((tmp_path / "anecdote.json").read_text(encoding="utf-8")) == {"id": "x", "question": "医?"}
+
+
+CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>\nHmm.\n</think>\n\nSo."}]
+SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "<think>Hmm.</think>So."}]
+ONE_ROW = {"Question": "Why?", "Complex_CoT": "Hmm.", "Response": "So."}
+FORMS = {
+    "columns": ({"prompt": "Why?", "reasoning": "Hmm.", "answer": " So."},
+                {"columns": {"Question": "prompt", "Complex_CoT": "reasoning", "Response": "answer"}}),
+    "swapped": ({"Response": "Why?", "Question": "So.", "Complex_CoT": "Hmm."},
+                {"columns": {"Question": "Response", "Response": "Question"}}),
+    "block": ({"Question": "Why?", "Response": "<think>Hmm.</think>So."}, {}),
+    "messages": ({"messages": CHAT}, {}),
+    "conversations": ({"conversations": SHAREGPT}, {}),
+    "renamed chat": ({"dialog": CHAT}, {"columns": {"messages": "dialog"}}),
+    "chat as text": ({"messages": json.dumps(CHAT)}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_in_the_readers_own_form_are_the_same_rows(tmp_path, form, suffix):
+    row, settings = FORMS[form]
+    WRITERS[suffix](pd.DataFrame([row]), tmp_path / f"rows{suffix}")
+    rows, dropped = load_rows(local(tmp_path / f"rows{suffix}", **settings).data)
+    assert rows[list(ONE_ROW)].to_dict("records") == [ONE_ROW] and dropped == []
+    assert set(rows.columns) <= {*ONE_ROW, "id", "row", "answer"}
+
+
+def test_rows_without_reasoning_are_read_where_the_reader_says_so(tmp_path):
+    for row in ({"Question": "Why?", "Response": "So."}, {"messages": [CHAT[0], CHAT[1] | {"content": "So."}]},
+                {**ONE_ROW, "Complex_CoT": None}):  # fmt: skip
+        path = write_jsonl(tmp_path / "rows.jsonl", [row])
+        rows, _ = load_rows(local(path, reasoning="optional").data)
+        assert rows[list(ONE_ROW)].to_dict("records") == [ONE_ROW | {"Complex_CoT": ""}]
+        with pytest.raises(DataError, match=r"data\.reasoning"):
+            load_rows(local(path).data)
+
+
+@pytest.mark.parametrize(
+    ("chat", "reason"),
+    [
+        (CHAT * 2, "has the turns user, assistant, user, assistant, expected one of user and assistant"),
+        (CHAT[:1], "has the turns user, expected"),
+        ([], "has the turns of nobody, expected"),
+        ("Why?", "is no list of messages"),
+        ({"role": "user"}, "is no list of messages"),
+        ([CHAT[0], {"role": "assistant", "content": "<think>Hm"}], "holds a <think> or </think> that is not one closed"),
+        ([CHAT[0], {"role": "assistant", "content": None}], "Response is empty"),
+    ],
+)  # fmt: skip
+def test_a_chat_of_another_shape_is_refused_in_a_file_and_dropped_from_the_hub(tmp_path, monkeypatch, chat, reason):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}, {"messages": chat}])
+    with pytest.raises(DataError, match=f"rows.jsonl, row 2: .*{reason}"):
+        load_rows(local(path).data)
+    monkeypatch.setattr("utils.data.rows.load_hub_table", lambda *_: read_table(path))
+    rows, dropped = load_rows(load_config("demo", {"data.name": "someone/rows"}).data)
+    assert rows["row"].tolist() == [1] and [entry["row"] for entry in dropped] == [2] and reason in dropped[0]["reason"]
+
+
+def test_one_system_message_is_left_out_and_said_and_several_are_refused(tmp_path, capsys):
+    chats = [[{"role": "system", "content": said}, *CHAT] for said in ("Be kind.", "Be kind.", "Be brief.")]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats[:2]])
+    assert load_rows(local(path).data)[0]["Question"].tolist() == ["Why?", "Why?"]
+    assert "the system message is left out, 'Be kind.'" in capsys.readouterr().out
+    write_jsonl(path, [{"messages": chat} for chat in chats])
+    with pytest.raises(DataError, match="has 2 different system messages in messages, expected none or one for all"):
+        load_rows(local(path).data)
+
+
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"q": "Why?", "Response": "So."}])
+    with pytest.raises(
+        DataError, match=r"has no column 'prompt', which data.columns.Question names; it has q, Response"
+    ):
+        load_rows(local(path, columns={"Question": "prompt"}).data)

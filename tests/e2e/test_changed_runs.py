@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 
 from tests.conftest import run_command
+from utils.files import write_lines
 from utils.pipeline.state import read_state
 from utils.project import ROOT
 
@@ -92,6 +93,25 @@ def test_what_is_measured_cannot_be_changed_unseen_after_answers_exist(small_cop
     metrics = metrics_of(small_copy)
     assert metrics["primary"]["name"] == "nll" and metrics["registration"]["changed_after_answers"] is True
     assert "changed after answers existed" in metrics["sentence"]
+
+
+def test_with_the_letter_probe_on_no_training_row_is_near_any_item_of_the_benchmark(tmp_path, embedded_model):
+    facts = read_jsonl(ROOT / "tests" / "planted" / "facts.jsonl")
+    options = {"options": {"A": "yes", "B": "no"}, "answer_idx": "A"}
+    write_lines(tmp_path / "items.jsonl", [{"question": fact["source"], **options} for fact in facts])
+    questions = [fact["rewrite"] for fact in facts] + [f"How is sign {i} of a {i * i} told?" for i in range(9)]
+    rows = [{"Question": q, "Complex_CoT": "Hm.", "Response": "So."} for q in questions]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    settings = (f"data.path={tmp_path}/rows.jsonl", "data.eval_rows=1", f"evaluate.benchmark.path={tmp_path}/items.jsonl",
+                "evaluate.benchmark.rows=3", "evaluate.letter_logprobs=true", "data.train_rows=null")  # fmt: skip
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = run_command("run", "--profile", "demo", "--run-dir", tmp_path / "run", "--to", "00", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = tmp_path / "run" / "data"
+    near = {entry["near"] for entry in json.loads((data / "split.json").read_text(encoding="utf-8"))["dropped"]}
+    assert len(near) >= 0.9 * len(facts) and len(read_jsonl(data / "benchmark.jsonl")) == 3
+    probed = read_jsonl(data / "probe_items.jsonl")
+    assert len(probed) == len(facts) and set(probed[0]) == {"id", "question", "options", "gold"}
 
 
 def test_a_notebook_runs_by_papermill_from_another_directory(small_copy, tmp_path):

@@ -23,6 +23,7 @@ from utils.project import ROOT
 
 SAMPLE = ROOT.parent / "shared" / "data" / "think_completions_sample.jsonl"
 LONG = 100_000
+ABCD = dict.fromkeys("ABCD", "")  # options whose texts are not looked for
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def test_a_completion_is_taken_apart_at_its_closing_mark(text, reasoning, answer
 def test_no_text_makes_parsing_fail(text):
     parsed = parse_completion(text)
     assert parsed.closed or not (parsed.answer or parsed.well_formed)
-    assert explicit_letter(parsed.answer, "ABCD") in (None, *"ABCD")
+    assert explicit_letter(parsed.answer, ABCD) in (None, *"ABCD")
     assert set(named_choices(parsed.answer, ["A", "医"])) <= {"A", "医"}
     assert count_paragraphs(parsed.answer) >= bool(parsed.answer)
     assert has_bullets(parsed.answer) in (True, False)
@@ -120,18 +121,46 @@ def test_no_text_makes_parsing_fail(text):
     ],
 )
 def test_a_letter_counts_where_it_is_stated_explicitly_and_alone(answer, letter):
-    assert explicit_letter(answer, "ABCD") == letter
+    assert explicit_letter(answer, ABCD) == letter
 
 
 def test_only_the_items_own_letters_count():
-    assert explicit_letter("The answer is E.", "ABCDE") == "E"
-    assert explicit_letter("The answer is D.", ["A", "B"]) is None
+    assert explicit_letter("The answer is E.", ABCD | {"E": ""}) == "E"
+    assert explicit_letter("The answer is D.", {"A": "", "B": ""}) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("This patient has stress incontinence.", "A"),
+        ("STRESS INCONTINENCE", "A"),
+        ("The patient needs 5 mg. Not 50 mg.", "C"),
+        ("It is not an overactive bladder. Stress incontinence fits.", "A"),
+        ("It is not stress incontinence.", None),
+        ("It isn't stress incontinence.", None),
+        ("Stress incontinence is unlikely.", None),
+        ("Stress incontinence, rather than an overactive bladder.", None),
+        ("Stress incontinence or an overactive bladder.", None),
+        ("Distress incontinence.", None),
+        ("The answer is B: stress incontinence.", "B"),  # a letter that is stated goes before a text
+        ("The answer is A or B. Stress incontinence.", None),
+        ("50 mg", "D"),
+        ("", None),
+    ],
+)
+def test_an_option_named_in_full_and_alone_counts_as_its_letter_unless_it_is_negated(answer, letter):
+    options = {"A": "Stress incontinence", "B": "Overactive bladder.", "C": "5 mg", "D": "50 mg"}
+    assert explicit_letter(answer, options) == letter
+
+
+def test_a_text_that_two_options_share_names_neither():
+    assert explicit_letter("It is gout.", {"A": "Gout", "B": "gout"}) is None
 
 
 @pytest.mark.parametrize("text", ["<think>So the answer is B.", "The answer is B. Wait", "\\boxed{B}"])
 def test_a_letter_inside_unfinished_reasoning_does_not_count(text):
-    assert explicit_letter(text, "ABCD") == "B"
-    assert explicit_letter(parse_completion(text).answer, "ABCD") is None
+    assert explicit_letter(text, ABCD) == "B"
+    assert explicit_letter(parse_completion(text).answer, ABCD) is None
 
 
 @pytest.mark.parametrize(
@@ -204,7 +233,7 @@ def test_a_hundred_thousand_characters_of_anything_are_read_within_a_second(fill
     text = f"Hmm.</think>{opening}" + filler * (LONG // len(filler)) + "fever"
     with one_second():
         answer = parse_completion(text).answer
-        explicit_letter(answer, "ABCD")
+        explicit_letter(answer, ABCD)
         named_choices(answer, ["fever", "Arden fever"])
         count_paragraphs(answer)
         has_bullets(answer)
@@ -232,4 +261,4 @@ def test_nearly_every_real_completion_that_was_closed_states_a_letter():
 @pytest.mark.parametrize(("name", "example"), [way[:2] for way in answer_parsing._WAYS])
 def test_each_pattern_reads_the_example_beside_it(name, example):
     ways, _ = answer_parsing._compile("ABCD")
-    assert ways[name].search(example)["letter"] == "B" == explicit_letter(example, "ABCD")
+    assert ways[name].search(example)["letter"] == "B" == explicit_letter(example, ABCD)

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from utils.data.prompts import format_row
-from utils.errors import ModelError, OutOfMemory
+from utils.errors import ModelError, OutOfMemory, SessionOver
 from utils.evaluation import generate as generation
 from utils.evaluation.generate import (
     answer_questions,
@@ -195,6 +195,18 @@ def draw(scores: torch.Tensor, numbers: np.ndarray, **settings) -> list[int]:
     ids = torch.zeros((len(numbers), 3), dtype=torch.long)
     processors = sampling_processors(config, [np.array([n]) for n in numbers], 3, scores.device)
     return processors(ids, rows).argmax(dim=-1).tolist()
+
+
+def test_a_session_that_ends_between_two_batches_goes_on_to_the_same_answers(tiny_model, tmp_path, monkeypatch):
+    sampled = GREEDY.model_copy(update={"do_sample": True, "batch_size": 1})
+    undisturbed = answer_questions(*tiny_model, questions(), sampled, tmp_path / "whole.jsonl", "model")
+    looks = iter([False, False, True])
+    monkeypatch.setattr(generation.Deadline, "is_due", lambda self, **_: next(looks, False))
+    path = tmp_path / "ended.jsonl"
+    with pytest.raises(SessionOver, match=r"questions wait for their answers, because this session is .* h old"):
+        answer_questions(*tiny_model, questions(), sampled, path, "model", max_hours=9)
+    assert 0 < len(read_lines(path)) < len(questions())
+    assert answer_questions(*tiny_model, questions(), sampled, path, "model", max_hours=9) == undisturbed
 
 
 def test_what_is_drawn_follows_the_distribution():

@@ -148,7 +148,7 @@ STATEMENTS = [
 
 @pytest.mark.parametrize(("answer", "letter"), STATEMENTS)
 def test_a_letter_is_read_where_it_is_stated(answer, letter):
-    assert explicit_letter(answer, "ABCDE") == letter
+    assert explicit_letter(answer, dict.fromkeys("ABCDE", "")) == letter
 
 
 def test_on_real_completions_next_to_no_letter_is_invented_and_none_that_was_given_is_missed():
@@ -169,7 +169,7 @@ def test_on_real_completions_next_to_no_letter_is_invented_and_none_that_was_giv
 
 def test_a_scorer_that_takes_any_letter_flatters():
     assert any_letter("Hmm, B looks right. But wait", "ABCD") == "B"
-    assert explicit_letter(parse_completion("Hmm, B looks right. But wait").answer, "ABCD") is None
+    assert explicit_letter(parse_completion("Hmm, B looks right. But wait").answer, dict.fromkeys("ABCD", "")) is None
     assert any_letter("no letter at all", "ABCD") is None
 
 

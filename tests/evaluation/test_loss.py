@@ -137,12 +137,17 @@ def force(tiny_model, folder, answers, items=ITEMS) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("text", "closing"), [("It could be A", "\n</think>\n\nThe answer is"), ("Hm.</think>So", "\n\nThe answer is")]
+    ("text", "closing", "reason"),
+    [
+        ("It could be A", "\n</think>\n\nThe answer is", "length"),
+        ("Hm.</think>So", "\n\nThe answer is", "length"),
+        ("Hm.</think>Gout.", "\n\nThe answer is", "stop"),  # finished, with no letter: SmolLM2 after fine-tuning
+    ],
 )
-def test_a_forced_letter_is_the_likeliest_after_the_closed_block(tiny_model, tmp_path, text, closing):
+def test_a_forced_letter_is_the_likeliest_behind_what_the_model_wrote(tiny_model, tmp_path, text, closing, reason):
     """By hand: one forward pass, log-softmax at the last place, the letters' tokens summed."""
     model, tokenizer = tiny_model
-    (row,) = force(tiny_model, tmp_path, unfinished(text))
+    (row,) = force(tiny_model, tmp_path, unfinished(text, reason))
     ids = tokenizer("Which one?<think>\n" + text + closing + " ")["input_ids"]
     space = tokenizer.encode(" A", add_special_tokens=False)
     assert len(space) == 2  # this small vocabulary writes the space by itself; both must be handled
@@ -155,9 +160,9 @@ def test_a_forced_letter_is_the_likeliest_after_the_closed_block(tiny_model, tmp
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("Hm.</think>The answer is B.", "stop"), ("Hm.</think>Gout.", "stop"), ("Hm.</think>B", "length")]
+    ("text", "reason"), [("Hm.</think>The answer is B.", "stop"), ("Hm.</think>It is two.", "stop"), ("Hm.</think>B", "length")]
 )  # fmt: skip
-def test_an_answer_that_came_to_its_own_end_or_states_a_letter_is_not_forced(tiny_model, tmp_path, text, reason):
+def test_an_answer_that_states_an_option_is_not_asked_for_its_letter(tiny_model, tmp_path, text, reason):
     assert force(tiny_model, tmp_path, unfinished(text, reason)) == []
     assert (tmp_path / "forced.jsonl").read_text() == ""
 
@@ -191,8 +196,10 @@ class Failing:
         raise self.error
 
 
-def test_an_unfinished_answer_that_does_not_fit_is_a_sentence(tiny_model):
-    with pytest.raises(OutOfMemory, match=r"unfinished answer does not fit into memory; lower generate.max_new_tokens"):
+def test_an_answer_that_does_not_fit_with_its_cue_is_a_sentence(tiny_model):
+    with pytest.raises(
+        OutOfMemory, match=r"does not fit into memory to be asked for its letter; lower generate.max_new_tokens"
+    ):
         letter_logprobs(Failing(torch.OutOfMemoryError("CUDA out of memory")), tiny_model[1], "Hm", "AB")
     with pytest.raises(RuntimeError, match=r"^shape$"):  # anything else is no lack of memory
         letter_logprobs(Failing(RuntimeError("shape")), tiny_model[1], "Hm", "AB")

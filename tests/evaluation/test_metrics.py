@@ -48,7 +48,7 @@ def test_an_open_answer_is_right_if_well_formed_and_naming_the_right_choice_only
         ("Hmm.</think>The answer is B.", 1, 1),
         ("Hmm.</think>The answer is A.", 0, 1),
         ("Hmm.</think>The answer is C.", 0, 0),
-        ("Hmm.</think>two", 0, 0),
+        ("Hmm.</think>two", 1, 1),  # the text of B alone
         ("The answer is B.", 0, 0),
         ("Hmm. The answer is B.</think>", 0, 0),
     ],
@@ -107,10 +107,11 @@ def test_an_answer_that_was_cut_off_is_wrong_even_if_it_had_named_the_right_one(
         ("Hm, B", "length", "B", 0, 1),
         ("Hm, B", "length", "A", 0, 0),
         ("Hm, B", "length", None, 0, 0),
-        ("Hm.</think>Gout.", "stop", None, 0, 0),
+        ("Hm.</think>Gout.", "stop", "B", 0, 1),
+        ("Hm.</think>Gout.", "stop", "A", 0, 0),
     ],
 )
-def test_a_forced_letter_counts_where_the_answer_was_cut_off(text, finish_reason, letter, correct, forced):
+def test_a_forced_letter_counts_where_the_answer_states_none(text, finish_reason, letter, correct, forced):
     given = {"7": answer(text, "choice", finish_reason)}
     scored = score_answers(given, HELD_OUT, BENCHMARK, {"7": letter} if letter else {}).iloc[0]
     assert (scored["correct"], scored["forced"]) == (correct, forced)
@@ -119,10 +120,12 @@ def test_a_forced_letter_counts_where_the_answer_was_cut_off(text, finish_reason
 @pytest.mark.parametrize(
     ("text", "finish_reason", "expected"),
     [("Hm", "length", True), ("Hm", "stop", True), ("Hm.</think>So", "length", True), ("Hm.</think>B.", "length", False),
-     ("Hm.</think>Gout.", "stop", False), ("", "stop", True), ("<think>a<think>b", "length", True)],
+     ("Hm.</think>Gout.", "stop", True), ("Hm.</think>Arden fever.", "stop", False), ("Hm, B", "stop", True),
+     ("", "stop", True), ("<think>a<think>b", "length", True)],
 )  # fmt: skip
-def test_only_what_was_cut_off_before_a_letter_is_forced(text, finish_reason, expected):
-    assert needs_forcing({"text": text, "finish_reason": finish_reason}, "AB") is expected
+def test_every_answer_that_states_no_option_is_asked_finished_or_not(text, finish_reason, expected):
+    options = {"A": "Borel fever", "B": "Arden fever"}
+    assert needs_forcing({"text": text, "finish_reason": finish_reason}, options) is expected
 
 
 def test_the_tutorials_question_is_never_scored():

@@ -34,7 +34,7 @@ def describe(one: Result, p: float | None = None) -> str:
 
 def claims(*results: Result, **corrected: float) -> dict[str, object]:
     named = {r.name: r for r in results}
-    return {c["claim"]: SimpleNamespace(**c) for c in state_claims(named, corrected)}
+    return {c["claim"]: SimpleNamespace(**c) for c in state_claims("accuracy", named, corrected)}
 
 
 def test_a_clear_gain_is_told_with_n_interval_and_p():
@@ -45,7 +45,7 @@ def test_a_clear_gain_is_told_with_n_interval_and_p():
 
 def test_too_few_questions_say_how_few_they_are():
     assert "cannot tell" in describe(result("accuracy", 0.4, 0.5, n=30))
-    assert "only about 25 points or more would show" in describe(result("accuracy", 0.4, 0.4, n=30, seed=1))
+    assert "only about 26 points or more would show" in describe(result("accuracy", 0.4, 0.4, n=30, seed=1))
     assert "No difference would show with so few." in describe(result("accuracy", 0.4, 0.4, n=4))
 
 
@@ -74,13 +74,19 @@ def test_a_corrected_p_above_five_percent_takes_the_claim_back():
     assert found.verdict == "cannot tell" and "p = 0.200 after Holm's correction" in found.sentence
 
 
-def test_a_gain_that_forcing_takes_away_is_no_knowledge():
+def strict_and_forced(strict: tuple[float, float], forced: tuple[float, float]) -> dict[str, Result]:
+    """Both accuracies, base and tuned, and the shares of answers that state an option."""
+    rates = {"multiple_choice": strict, "multiple_choice_forced": forced, "parsed": (0.9, 0.4)}
+    return {name: result(name, *pair) for name, pair in rates.items()}
+
+
+def test_a_gain_that_asking_for_the_letter_takes_away_is_no_knowledge():
     """Shorter reasoning is cut off less often: strict accuracy rises though nothing was learnt."""
-    found = claims(result("multiple_choice", 0.3, 0.6), result("multiple_choice_forced", 0.6, 0.6))["knows more"]
-    assert found.verdict == "cannot tell" and "how often an answer ends in time" in found.sentence
+    found = claims(*strict_and_forced((0.3, 0.6), (0.6, 0.6)).values())["knows more"]
+    assert found.verdict == "cannot tell" and "how answers end" in found.sentence
     assert "answers more questions" not in found.sentence
-    both = claims(result("multiple_choice", 0.3, 0.6), result("multiple_choice_forced", 0.3, 0.6))["knows more"]
-    assert both.verdict == "better"
+    both = claims(*strict_and_forced((0.3, 0.6), (0.3, 0.6)).values())["knows more"]
+    assert both.verdict == "better" and "of the fine-tuned model's state no letter" in both.sentence
 
 
 @pytest.mark.parametrize(
@@ -88,27 +94,20 @@ def test_a_gain_that_forcing_takes_away_is_no_knowledge():
 )
 def test_the_headline_says_no_more_than_the_claim_below_it(strict, forced):
     """It said "better" from strict accuracy where the claim said "cannot tell": forced answers disagreed."""
-    named = {r.name: r for r in (result("multiple_choice", *strict), result("multiple_choice_forced", *forced))}
-    text = headline("multiple_choice", named, {"multiple_choice_forced": 1.0})
-    assert decide("multiple_choice", named, {"multiple_choice_forced": 1.0})[0] == "cannot tell"
-    assert "is better" not in text and "is worse" not in text and "how often an answer ends in time" in text
+    named = strict_and_forced(strict, forced)
+    text = headline("multiple_choice", named, {})
+    assert decide("multiple_choice", named, {})[0] == "cannot tell"
+    assert "is better" not in text and "is worse" not in text and "how answers end" in text
 
 
-def test_strict_and_forced_both_count_at_five_percent_without_a_correction():
-    """The intersection-union test: both must be below 5 %, and its error is at most 5 % too."""
-    named = {r.name: r for r in (result("multiple_choice", 0.3, 0.6), result("multiple_choice_forced", 0.3, 0.6))}
-    assert named["multiple_choice_forced"].p_value < 0.05
-    corrected = {"multiple_choice_forced": 0.3}
-    assert decide("multiple_choice", named, corrected)[0] == "better"
-    assert "is better on this metric" in headline("multiple_choice", named, corrected)
-
-
-def test_where_multiple_choice_is_only_described_holm_holds_for_both():
-    named = {r.name: r for r in (result("nll", 2.0, 1.9), result("multiple_choice", 0.3, 0.6))}
-    named["multiple_choice_forced"] = result("multiple_choice_forced", 0.3, 0.6)
-    assert (
-        decide("multiple_choice", named, {"multiple_choice": 0.01, "multiple_choice_forced": 0.3})[0] == "cannot tell"
-    )
+@pytest.mark.parametrize("primary", ["multiple_choice", "nll"])
+def test_strict_and_forced_both_count_at_five_percent_without_a_correction(primary):
+    """The intersection-union test: both must be below 5 %, and its error is at most 5 % too, registered or not."""
+    named = strict_and_forced((0.3, 0.6), (0.3, 0.6)) | {"nll": result("nll", 2.0, 1.9)}
+    assert decide("multiple_choice", named, {"parsed": 0.3})[0] == "better"
+    assert "is better on this metric" in headline("multiple_choice", named, {"parsed": 0.3})
+    told = {claim.claim: claim.verdict for claim in state_claims(primary, named, {"parsed": 0.3})}
+    assert told["knows more"] == "better"
 
 
 def test_lengths_that_were_cut_are_told_as_such():
@@ -140,7 +139,7 @@ def test_no_sentence_says_better_or_worse_where_the_interval_holds_zero(name, ba
     silent = p >= 0.05 or low <= 0 <= high
     text = describe(one, p)
     assert ("is better on" in text or "is worse on" in text) is not silent
-    for claim in state_claims({name: one}, {name: p}):
+    for claim in state_claims("accuracy", {name: one}, {name: p}):
         if silent:
             assert claim["verdict"] == "cannot tell"
 
@@ -152,9 +151,7 @@ def test_every_metric_can_be_described(name):
 
 def test_the_headline_says_what_the_claims_say():
     """The model card prints only this sentence."""
-    strict, forced = result("multiple_choice", 0.3, 0.6), result("multiple_choice_forced", 0.6, 0.6)
-    text = headline("multiple_choice", {r.name: r for r in (strict, forced)}, {"multiple_choice_forced": 1.0})
-    assert "how often an answer ends in time" in text
+    assert "how answers end" in headline("multiple_choice", strict_and_forced((0.3, 0.6), (0.6, 0.6)), {})
     assert "says nothing about truth" in headline("nll", {"nll": result("nll", 2.0, 1.5)}, {})
     both = {r.name: r for r in (result("accuracy", 0.2, 0.8), result("truncated", 0.6, 0.0))}
     assert "were cut off at the limit" in headline("accuracy", both, {"truncated": 0.01})
@@ -162,22 +159,21 @@ def test_the_headline_says_what_the_claims_say():
 
 def test_the_registered_metric_decides_the_claim():
     results = {r.name: r for r in (result("accuracy", 0.5, 0.5), result("multiple_choice", 0.2, 0.8))}
-    assert {c["claim"]: c["metric"] for c in state_claims(results, {"accuracy": 1.0})}[
-        "knows more"
-    ] == "multiple_choice"
-    assert {c["claim"]: c["metric"] for c in state_claims(results, {"multiple_choice": 0.0})}[
-        "knows more"
-    ] == "accuracy"
+    for primary in results:
+        assert {c["claim"]: c["metric"] for c in state_claims(primary, results, {})}["knows more"] == primary
+    assert {c["claim"]: c["metric"] for c in state_claims("nll", results, {})}["knows more"] == "multiple_choice"
 
 
 @pytest.mark.parametrize("name", ["accuracy", "multiple_choice", "nll"])
 @pytest.mark.parametrize("tuned", [0.1, 0.9])
 def test_claim_and_headline_make_the_same_remark_on_the_same_metric(name, tuned):
     """A claim that could not tell kept silent that losses are imitation, which the headline said."""
-    results = (result(name, 0.3, tuned), result("multiple_choice_forced", 0.6, 0.6), result("truncated", 0.6, 0.1))
-    named = {r.name: r for r in results}
-    corrected = dict.fromkeys(("multiple_choice_forced", "truncated"), 0.01)
+    named = strict_and_forced((0.3, 0.3), (0.6, 0.6)) | {
+        name: result(name, 0.3, tuned),
+        "truncated": result("truncated", 0.6, 0.1),
+    }
+    corrected = {"truncated": 0.01, "parsed": 0.01}
     remark = decide(name, named, corrected)[1]
     assert headline(name, named, corrected).endswith(remark)
-    (claim,) = (claim for claim in state_claims(named, corrected) if claim["metric"] == name)
+    (claim,) = (claim for claim in state_claims(name, named, corrected) if claim["metric"] == name)
     assert remark and claim["sentence"].endswith(remark)

@@ -29,7 +29,7 @@ def hostile_pages(tmp_path_factory):
     """{name: page} of a run in whose name, settings, rows, answers, metrics and notebooks stands `EVIL`."""
     from tests.report.test_answers_page import evaluated, make_run
     from utils.files import write_json
-    from utils.report.answers_page import write_answers_page
+    from utils.report.answers_page import write_answers_page, write_rating_page
     from utils.report.index import write_report
 
     run = make_run(tmp_path_factory.mktemp("<b>run") / "<script>window.ran = 1<!-- ")
@@ -49,16 +49,18 @@ def hostile_pages(tmp_path_factory):
     run.file("report/notebooks").mkdir(parents=True)
     nbformat.write(hostile_notebook(), run.file("report/notebooks") / "00_setup.ipynb")
     answers = write_answers_page(run, evaluated(0), evaluated(1))
+    rating = write_rating_page(run, evaluated(0), evaluated(1))
     report = write_report(run)
     return {
         "answers.html": answers,
+        "rate.html": rating,
         "report/index.html": report,
         "report/00_setup.html": report.with_name("00_setup.html"),
     }
 
 
 @pytest.mark.parametrize("policy", [True, False], ids=["as written", "without its policy"])
-@pytest.mark.parametrize("name", ["answers.html", "report/index.html", "report/00_setup.html"])
+@pytest.mark.parametrize("name", ["answers.html", "rate.html", "report/index.html", "report/00_setup.html"])
 def test_markup_in_rows_answers_and_names_is_shown_as_text(name, policy, hostile_pages, driver, tmp_path, fault):
     """Twice: the browser's content policy alone would hide that something was not escaped."""
     text = hostile_pages[name].read_text(encoding="utf-8")
@@ -71,7 +73,7 @@ def test_markup_in_rows_answers_and_names_is_shown_as_text(name, policy, hostile
         "document.querySelectorAll('a').forEach(a => { if (a.protocol == 'javascript:') a.click() }); return window.ran"
     )
     found = driver.execute_script(
-        "return [...document.querySelectorAll('script, iframe, svg, object, embed, [onerror], [onload]')].map(e => e.outerHTML)"
+        "return [...document.querySelectorAll('script:not([nonce]), iframe, svg, object, embed, [onerror], [onload]')].map(e => e.outerHTML)"
     )
     found += driver.execute_script("return [...document.images].map(i => i.src).filter(s => !s.startsWith('data:'))")
     seen = driver.execute_script("return document.documentElement.textContent")

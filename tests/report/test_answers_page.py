@@ -244,3 +244,8 @@ def test_a_reply_that_was_cut_off_shows_its_forced_letter_and_no_other_reply_has
     base, tuned = text[start : text.index("</article>", start)].split('<section class="reply">')[1:]
     assert ">forced: B</span>" in base and ">forced: &lt;i&gt;C&lt;/i&gt;</span>" in tuned
     assert text.count("forced: ") == 2 and "<i>" not in text
+
+
+def test_reasoning_that_never_ended_is_all_that_was_said_and_is_not_folded(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<details open>") == text.count("tokens, never ended") == 2  # both models' cut-off reply

@@ -111,6 +111,14 @@ def test_no_words_overlap_or_leave_the_picture(case):
         assert across <= 1 or down <= 1, (one, other)
 
 
+def test_where_the_loss_decides_well_formed_answers_stand_beside_right_ones():
+    base, tuned, metrics = make_case(60, 60)
+    results = [metrics["primary"] | {"name": "multiple_choice"}, *metrics["secondary"]]
+    loss = next(one for one in results if one["unit"] == "nats per token")
+    metrics = {"primary": loss, "secondary": [one for one in results if one is not loss]}
+    assert "Form and knowledge, 95 % intervals" in words_of(compose_comparison(base, tuned, metrics))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_picture_is_written_wide_enough_for_a_page(case, tmp_path):
     path = draw_comparison(*make_case(*CASES[case]), tmp_path / "comparison.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -23,7 +24,8 @@ from utils.data.prompts import format_row
 from utils.errors import SessionOver, TrainingError
 from utils.evaluation.loss import tokenize_row
 from utils.training import train_adapter
-from utils.training.train import check_loss_mask, find_checkpoint, save_adapter, training_log
+from utils.training.launch import SUMMARY
+from utils.training.train import check_loss_mask, checkpoint_dir, find_checkpoint, save_adapter, training_log
 
 ROWS = demo_data.tuning_rows("train", 12)
 
@@ -216,6 +218,41 @@ def test_sessions_that_end_in_time_lead_to_the_same_adapter_as_one_long_one(trai
     assert apart(parts, short) == 0
 
 
+VALIDATED = {"data__validation_rows": 5, "train__eval_steps": 2, "train__save_steps": 4}
+
+
+def test_the_weights_with_the_lowest_validation_loss_are_kept_though_no_checkpoint_was_due_there(training_run):
+    functions = notebook_functions()
+    best, last = (training_run(keep, train__keep=keep, **VALIDATED) for keep in ("best", "last"))
+    figures = train_adapter(best, *functions)["figures"]
+    log = pd.read_csv(best.file("training/log.csv")).set_index("step")
+    assert list(log["eval_loss"].dropna().index) == [2, 4, 6, 8, 10, 12]
+    lowest = log["eval_loss"].idxmin()
+    assert figures["kept_step"] == lowest < 12 and lowest % 4 == 2
+    kept = load_file(checkpoint_dir(best) / f"checkpoint-{lowest}" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], weights) for name, weights in adapter(best).items())
+    assert train_adapter(last, *functions)["figures"]["kept_step"] == 12
+    assert pd.read_csv(last.file("training/log.csv")).equals(log.reset_index()) and apart(best, last) > 0
+
+
+def test_a_moved_run_resumed_after_each_update_stops_and_keeps_as_an_undisturbed_one(training_run):
+    functions = notebook_functions()
+    settings = VALIDATED | {"train__keep": "best", "train__early_stopping_patience": 1}
+    whole, parts = training_run("whole", **settings), training_run("parts", hardware__max_hours=1e-6, **settings)
+    figures, place = train_adapter(whole, *functions)["figures"], parts.path
+    sessions = 0
+    while not parts.file(SUMMARY).exists():
+        with contextlib.suppress(SessionOver):
+            train_adapter(parts, *functions)
+        sessions += 1
+        parts.path = place.rename(place.with_name(f"parts-{sessions}"))
+        place = parts.path
+    assert figures["steps"] == figures["kept_step"] + 2 < 12 and sessions == figures["steps"] + 1
+    assert json.loads(parts.file(SUMMARY).read_text())["figures"]["kept_step"] == figures["kept_step"]
+    logs = [pd.read_csv(run.file("training/log.csv")) for run in (whole, parts)]
+    assert apart(whole, parts) == 0 and logs[0].equals(logs[1])
+
+
 def test_an_adapters_file_names_its_modules_in_one_order(tiny_model, tmp_path):
     """peft writes them as a set gives them, in the order of a process's hashes, and 04 keeps its answers by the digest."""
     model = get_peft_model(
@@ -228,3 +265,13 @@ def test_an_adapters_file_names_its_modules_in_one_order(tiny_model, tmp_path):
         save_adapter(model, tiny_model[1], run, pd.DataFrame({"step": [1]}))
         settings = json.loads((tmp_path / "training/adapter/adapter_config.json").read_text(encoding="utf-8"))
         assert settings["target_modules"] == ["down_proj", "k_proj", "q_proj"]
+
+
+def test_a_run_killed_after_its_last_checkpoint_takes_no_further_update(training_run):
+    """The trainer goes on where the last update is not at an epoch's end: 12 of 16 here."""
+    functions, run = notebook_functions(), training_run()
+    train_adapter(run, *functions)
+    first = adapter(run)
+    run.file(SUMMARY).unlink()
+    assert train_adapter(run, *functions)["figures"]["steps"] == 12
+    assert all(torch.equal(first[name], weights) for name, weights in adapter(run).items())

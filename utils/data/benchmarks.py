@@ -54,8 +54,8 @@ def load_benchmarks(evaluate: EvaluateSection) -> pd.DataFrame | None:
 
 
 def load_items(section: BenchmarkSection) -> pd.DataFrame:
-    """All items of one benchmark, for the letters' log-probabilities: id, question, options and gold; raises as `load_benchmarks`."""
-    return _read(section, "evaluate.benchmark")[0][["id", "question", "options", "gold"]]
+    """All items of one benchmark, for the letters' log-probabilities: id, question, options, gold and stem; raises as `load_benchmarks`."""
+    return _read(section, "evaluate.benchmark")[0][["id", "question", "options", "gold", "stem"]]
 
 
 def describe_primary(config: Config) -> str:

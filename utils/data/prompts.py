@@ -55,9 +55,14 @@ def format_prompt(question: str, prompt: PromptFormat | PromptSection | str) -> 
 
 
 def format_completion(reasoning: str, response: str, prompt: PromptFormat | PromptSection | str) -> str:
-    """What the model is to produce after `format_prompt`; prompt + completion is the training text."""
+    """What the model is to produce after `format_prompt`; prompt + completion is the training text.
+
+    A row without reasoning closes the think block at once, since the prompt, which has opened it, is the same for every
+    row and at inference. No newline comes before the `</think>` then: tokenizers would join it with the prompt's.
+    """
     text = find_format(prompt)
-    return f"{text.lead}{reasoning}{text.close}{response}"
+    close = text.close if reasoning else text.close.lstrip()
+    return f"{text.lead}{reasoning}{close}{response}"
 
 
 def format_row(row: dict[str, str], prompt: PromptFormat | PromptSection | str) -> tuple[str, str]:

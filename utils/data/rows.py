@@ -1,6 +1,6 @@
 """Rows: read, checked, and written once they are split.
 
-A row has Question, Complex_CoT and Response. Beside them it may carry `answer` and `choices` (where an answer can be
+A row has Question, Complex_CoT and Response, under these names, under those of data.columns, or as a chat. Beside them it may carry `answer` and `choices` (where an answer can be
 checked by rule, as in the demo) and `group` (rows that are not independent of each other share one).
 """
 
@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from utils.data.chats import CHATS, read_chats, split_think_block
 from utils.data.near_duplicates import normalise
 from utils.errors import DataError
 from utils.files import atomic, is_there, parse_json, write_json, write_text
 from utils.schema import EMBEDDED, Config, DataSection
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
+_REASONING = COLUMNS[1]
+_DEFAULT = DataSection()
 
 
 def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] = COLUMNS) -> pd.DataFrame:
@@ -42,44 +45,92 @@ def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] 
     return frame
 
 
-def check_rows(frame: pd.DataFrame, source: str) -> pd.DataFrame:
-    """The frame with string cells stripped and an `id` from the question's text.
-
-    Raises DataError where a column is missing, or a cell is empty or not a string (with the first such row).
-    """
-    missing = [column for column in COLUMNS if column not in frame.columns]
-    if missing:
-        raise DataError(
-            f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}."
-        )
-    frame = frame.reset_index(drop=True).copy()
-    for column in COLUMNS:
-        for number, cell in enumerate(frame[column], start=1):
-            if _is_blank(cell) or not isinstance(cell, str):
-                what = "is empty" if _is_blank(cell) else f"holds a {type(cell).__name__}"
-                raise DataError(f"{source}, row {number}: {column} {what}; every row needs text there.")
-        frame[column] = frame[column].str.strip()
-    if "group" in frame.columns:
-        frame["group"] = [None if _is_blank(group) else str(group) for group in frame["group"]]
-    frame["id"] = [hashlib.sha256(normalise(question).encode()).hexdigest()[:12] for question in frame["Question"]]
-    return frame
-
-
 def load_rows(config: DataSection) -> tuple[pd.DataFrame, list[dict]]:
     """(checked rows of a local file or a Hub data set with their place in it as `row`, entries of those dropped).
 
-    A blank cell costs a row of the Hub's, which nobody here can mend; in a local file it is a DataError.
+    A row that cannot be used is dropped from the Hub's, which nobody here can mend; in a local file it is a DataError.
     """
     if config.path is not None:
-        rows = check_rows(read_table(config.path), config.path.name)
-        return rows.assign(row=range(1, len(rows) + 1)), []
+        rows = check_rows(read_table(config.path), config.path.name, config)
+        return rows.assign(row=rows.index + 1), []
     table = load_hub_table(config.name, config.subset, config.revision, "train", "data.path")
-    blank = table.reindex(columns=COLUMNS, fill_value="text").map(_is_blank)
-    lost = blank.any(axis=1).to_numpy()
-    dropped = [{"row": int(i) + 1, "reason": f"{blank.iloc[i].idxmax()} is empty"} for i in np.flatnonzero(lost)]
-    if lost.all():
-        raise DataError(f"{config.name} has no row without an empty cell; expected text in {', '.join(COLUMNS)}.")
-    return check_rows(table[~lost], config.name).assign(row=np.flatnonzero(~lost) + 1), dropped
+    rows, problems = convert_rows(table, config.name, config)
+    if len(problems) == len(rows):
+        raise DataError(f"{config.name} has no row that can be used: in the first, {problems[0]}; take other data.")
+    dropped = [{"row": position + 1, "reason": reason} for position, reason in sorted(problems.items())]
+    rows = rows.drop(index=list(problems))
+    return _tidy(rows).assign(row=rows.index + 1), dropped
+
+
+def check_rows(table: pd.DataFrame, source: str, data: DataSection = _DEFAULT) -> pd.DataFrame:
+    """The table's rows as `convert_rows` reads them, string cells stripped and with an `id` from the question's text.
+
+    Raises DataError where a column is missing, and for the first row that cannot be used.
+    """
+    rows, problems = convert_rows(table, source, data)
+    for position, reason in sorted(problems.items()):
+        raise DataError(f"{source}, row {position + 1}: {reason}; mend that row, or take it out.")
+    return _tidy(rows)
+
+
+def convert_rows(table: pd.DataFrame, source: str, data: DataSection) -> tuple[pd.DataFrame, dict[int, str]]:
+    """(the table with Question, Complex_CoT and Response, {position of a row that cannot be used: why}).
+
+    Columns are renamed as data.columns says. Without them, `messages` (role, content) or `conversations` (from, value) of
+    one turn are read. Without a column of its own the reasoning is what stands in the response's think block.
+    """
+    rows, problems = _rename(table, source, data.columns), {}
+    chat = next((name for name in CHATS if name in rows.columns), None)
+    if chat and not {"Question", "Response"} & set(rows.columns):
+        rows, problems = read_chats(rows, chat, source)
+    missing = [column for column in ("Question", "Response") if column not in rows.columns]
+    if not missing and _REASONING not in rows.columns:
+        blocks, answers = zip(*map(split_think_block, rows["Response"]), strict=True)
+        rows = rows.assign(**{_REASONING: blocks, "Response": answers})
+        missing = [_REASONING] if data.reasoning == "required" and not any(blocks) and not problems else []
+    if missing:
+        raise DataError(
+            f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. Name yours by "
+            "data.columns (data.columns.Question=prompt); data.reasoning=optional takes rows without reasoning."
+        )
+    for column in ("Question", "Response", _REASONING):
+        for position, cell in enumerate(rows[column]):
+            if reason := _find_fault(column, cell, data.reasoning):
+                problems.setdefault(position, f"{data.columns.get(column, column)} {reason}")
+    return rows, problems
+
+
+def _rename(table: pd.DataFrame, source: str, columns: Mapping[str, str]) -> pd.DataFrame:
+    """`table` with its columns called as the series does; `columns` maps the series' names to the table's."""
+    for field, theirs in columns.items():
+        if theirs not in table.columns:
+            has = ", ".join(map(str, table.columns))
+            raise DataError(f"{source} has no column {theirs!r}, which data.columns.{field} names; it has {has}.")
+    picked = {field: table[theirs] for field, theirs in columns.items()}
+    return table.drop(columns=set(columns.values())).assign(**picked).reset_index(drop=True)
+
+
+def _find_fault(column: str, cell: Any, reasoning: str) -> str | None:
+    """Why a row with this cell cannot be used; None where it can."""
+    if _is_blank(cell):
+        required = "is empty, and data.reasoning is required" if reasoning == "required" else None
+        return required if column == _REASONING else "is empty"
+    if not isinstance(cell, str):
+        return f"holds a {type(cell).__name__}, expected text"
+    if column != "Question" and ("<think>" in cell or "</think>" in cell):
+        return "holds a <think> or </think> that is not one closed block before the answer"
+    return None
+
+
+def _tidy(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that can be used, cells stripped and with an `id` from the question's text."""
+    rows = rows.reset_index(drop=True)
+    for column in COLUMNS:
+        rows[column] = ["" if _is_blank(cell) else cell.strip() for cell in rows[column]]
+    if "group" in rows.columns:
+        rows["group"] = [None if _is_blank(group) else str(group) for group in rows["group"]]
+    rows["id"] = [hashlib.sha256(normalise(question).encode()).hexdigest()[:12] for question in rows["Question"]]
+    return rows
 
 
 def load_hub_table(name: str, subset: str | None, revision: str | None, split: str, setting: str) -> pd.DataFrame:
@@ -124,14 +175,13 @@ def _find_commit(section: Any) -> str | None:
         return None
 
 
-def write_split(
-    directory: Path, train: pd.DataFrame, held_out: pd.DataFrame, benchmark: pd.DataFrame | None, report: dict
-) -> None:
-    """train.parquet, eval.parquet, benchmark.jsonl (empty without one), anecdote.json and split.json, each atomically.
+def write_split(directory: Path, parts: dict[str, pd.DataFrame], benchmark: pd.DataFrame | None, report: dict) -> None:
+    """{name}.parquet of each part, benchmark.jsonl (empty without one), anecdote.json and split.json, each atomically.
 
-    anecdote.json is the tutorials' example row, which is in neither part; {} where the data have no such row.
+    A part without rows leaves no file. anecdote.json is the tutorials' example row, which is in no part; {} where the data
+    have no such row.
     """
-    for name, frame in (("train", train), ("eval", held_out)):
+    for name, frame in parts.items():
         write_frame(directory / f"{name}.parquet", frame)
     items = "" if benchmark is None else benchmark.to_json(orient="records", lines=True, force_ascii=False)
     write_text(directory / "benchmark.jsonl", items)
@@ -149,7 +199,10 @@ def read_benchmark(directory: Path) -> pd.DataFrame | None:
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """A Parquet file, written atomically."""
+    """A Parquet file, written atomically; none where the frame has no rows."""
+    if not len(frame):
+        path.unlink(missing_ok=True)
+        return
     with atomic(path) as scratch:
         frame.to_parquet(scratch, index=False)
 

@@ -1,7 +1,7 @@
-"""The frozen split: training and held-out rows that share no question, not even in other words.
+"""The frozen split: training, validation and held-out rows that share no question, not even in other words.
 
 Rows that are near duplicates of each other or that the data's own `group` column joins are one group, and a group is never
-on both sides. Near duplicates of a benchmark item and of the tutorials' example question are dropped.
+in two parts. Near duplicates of a benchmark item and of the tutorials' example question are dropped.
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ _NEAR_ITEM = "near duplicate of a benchmark item"
 _NEAR_TUTORIAL = "near duplicate of the tutorials' example question"
 _TUTORIAL = "the tutorials' example question, kept to be shown"
 
-# Positions of training rows, of held-out rows, and of excluded rows with the reason and the row that each is tied to
-Drawn = tuple[np.ndarray, np.ndarray, list[tuple[int, str, int]]]
+# Positions of training, validation and held-out rows, and of excluded rows with the reason and the row that each is tied to
+Drawn = tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, str, int]]]
 
 
-def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    """(train, held-out, report), fixed by data.seed and the benchmark's items; both frames have a `group` column.
+def split_rows(
+    config: Config, benchmark: pd.DataFrame | None = None, probed: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, dict]:
+    """(train, validation, held-out, report), fixed by data.seed and the items; each frame has a `group`.
 
-    The report accounts for every row of the source: `train_rows`, `eval_rows`, each entry of `dropped` and `excluded`,
-    and `not_drawn` (left over where data.train_rows asks for fewer) add up to `source_rows`. Raises DataError where more
-    held-out rows are asked for than there are, or more questions than held-out rows.
+    Rows near an item are dropped, whether it is one of the `benchmark` or its letter alone is `probed`.
+    Without data.validation_rows there are none; with them the same rows are held out as without. The report accounts for
+    every row of the source: `train_rows`, `validation_rows`, `eval_rows`, each entry of `dropped` and `excluded`, and
+    `not_drawn` (left over where data.train_rows asks for fewer) add up to `source_rows`. Raises DataError where more rows
+    are asked for than there are, or more questions than held-out rows.
     """
     data, asked = config.data, config.evaluate.questions
     if asked is not None and asked > data.eval_rows:
@@ -48,7 +52,10 @@ def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[p
             f"evaluate.questions asks for {asked} answers in words, but data.eval_rows holds out only {data.eval_rows} "
             "rows to ask; lower the one, or raise the other."
         )
-    train, held_out, found = _split_embedded(data) if config.embedded_data else _split_loaded(data, benchmark)
+    if probed is not None:
+        benchmark = pd.concat([benchmark, probed], ignore_index=True).drop_duplicates("id")
+    parts, found = _split_embedded(data) if config.embedded_data else _split_loaded(data, benchmark)
+    train, validation, held_out = (part.reset_index(drop=True) for part in parts)
     if config.evaluate.primary == "accuracy" and not {"answer", "choices"} <= set(held_out.columns):
         raise DataError(
             "evaluate.primary is accuracy, but the rows have no answer and choices that a rule can check; "
@@ -56,21 +63,22 @@ def split_rows(config: Config, benchmark: pd.DataFrame | None = None) -> tuple[p
         )
     if data.shuffle_answers:  # a control that must come out worse: every question with another row's answer
         order = np.random.default_rng(data.seed).permutation(len(train))
-        train = train.reset_index(drop=True)
         train.loc[order, _ANSWERS] = train.loc[np.roll(order, 1), _ANSWERS].to_numpy()
     report = {
         "source": "embedded synthetic data" if config.embedded_data else str(data.path or data.name),
-        "revision": data.revision,
+        "revision": None if data.path else data.revision,
         "seed": data.seed,
         "train_rows": len(train),
         "train_rows_asked_for": data.train_rows,
+        "validation_rows": len(validation),
         "eval_rows": len(held_out),
         "train_sha256": _digest(train),  # of the ids in order: splits with the same digests hold the same questions
         "eval_sha256": _digest(held_out),
         "benchmark_commits": {s.name: s.revision for s in config.evaluate.benchmarks if s.path is None},
+        **{"dropped": [], "excluded": [], "contamination": {}, "tutorial_question": {}},
         **found,
     }
-    return train.reset_index(drop=True), held_out.reset_index(drop=True), report
+    return train, validation, held_out, report
 
 
 def _digest(frame: pd.DataFrame) -> str:
@@ -87,29 +95,26 @@ def count_units(config: Config, held_out: pd.DataFrame, benchmark: pd.DataFrame 
     return asked["group" if "group" in asked else "id"].nunique()
 
 
-def _split_embedded(data: DataSection) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    """Rows from templates, which every two of them share: their rule keeps both parts apart, and nothing is measured."""
-    train = check_rows(pd.DataFrame(tuning_rows("train", data.train_rows or 960)), "demo data")
-    pool = check_rows(pd.DataFrame(tuning_rows("test")), "demo data")
-    _require_rows(data.eval_rows, len(pool))
-    held_out = pool.head(data.eval_rows)
-    return (
-        train,
-        held_out,
-        {
-            "rule": "written from templates by rule: training and held-out questions share no triple of findings, so near "
-            "duplicates are not looked for",
-            "source_rows": len(train) + len(pool),
-            "not_drawn": len(pool) - len(held_out),
-            "dropped": [],
-            "excluded": [],
-            "contamination": {},
-            "tutorial_question": {},
-        },
-    )
+def _split_embedded(data: DataSection) -> tuple[list[pd.DataFrame], dict]:
+    """Rows from templates, which every two of them share: their rule keeps the parts apart, and nothing is measured."""
+    parts, not_drawn = [check_rows(pd.DataFrame(tuning_rows("train", data.train_rows or 960)), "demo data")], 0
+    for part, setting, asked in (
+        ("validation", "validation_rows", data.validation_rows or 0),
+        ("test", "eval_rows", data.eval_rows),
+    ):
+        pool = check_rows(pd.DataFrame(tuning_rows(part)), "demo data")
+        _require_rows(setting, asked, len(pool))
+        parts.append(pool.head(asked))
+        not_drawn += len(pool) - asked if asked else 0
+    return parts, {
+        "rule": "written from templates by rule: the questions of two parts share no triple of findings, so near "
+        "duplicates are not looked for",
+        "source_rows": sum(map(len, parts)) + not_drawn,
+        "not_drawn": not_drawn,
+    }
 
 
-def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[list[pd.DataFrame], dict]:
     rows, dropped = load_rows(data)
     source_rows = len(rows) + len(dropped)
     again = rows["id"].duplicated()
@@ -124,16 +129,15 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[pd
     dropped += entries
     item_vectors = vectors.take(np.arange(len(rows), len(rows) + len(stems)))
     rows, vectors = rows.iloc[kept].reset_index(drop=True), vectors.take(kept)
-    rows["group"], duplicates = _group(rows, vectors, data.duplicate_threshold)
-
+    rows["group"] = _group(rows, vectors, data.duplicate_threshold)
     groups = pd.factorize(rows["group"])[0]
     divide = _draw_shuffled if data.shuffle else _draw_after_first
-    train, held_out, excluded = divide(groups, data, np.random.default_rng(data.seed))
-    sizes = np.bincount(duplicates)
-    train_vectors = vectors.take(train)
+    *parts, excluded = divide(groups, data, np.random.default_rng(data.seed))
+    train, validation, held_out = parts
+    seen = np.concatenate([train, validation])  # by which training may be decided
     found = {
         "source_rows": source_rows,
-        "not_drawn": source_rows - len(dropped) - len(excluded) - len(train) - len(held_out),
+        "not_drawn": source_rows - len(dropped) - len(excluded) - sum(map(len, parts)),
         "dropped": dropped,
         "excluded": [
             {"id": rows["id"][i], "row": int(rows["row"][i]), "reason": reason, "near": rows["id"][other]}
@@ -141,19 +145,14 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[pd
         ],
         "contamination": {
             "threshold": data.duplicate_threshold,
-            "exact_duplicates": int(again.sum()),
-            "near_duplicate_groups": int((sizes > 1).sum()),
-            "largest_group": int(sizes.max()) if len(sizes) else 0,
-            "rows_in_groups": int(sizes[sizes > 1].sum()),
+            "largest_group": int(rows["group"].value_counts().max()),
             "near_benchmark": sum(entry["reason"] == _NEAR_ITEM for entry in dropped),
-            "largest_cosine_train_eval": _round_down(largest_cosine(vectors.take(held_out), train_vectors)),
-            "largest_cosine_train_benchmark": _round_down(largest_cosine(item_vectors, train_vectors)),
-            "tutorial_question_found": bool(tutorial),
+            "largest_cosine_train_eval": _round_down(largest_cosine(vectors.take(held_out), vectors.take(seen))),
+            "largest_cosine_train_benchmark": _round_down(largest_cosine(item_vectors, vectors.take(seen))),
         },
         "tutorial_question": tutorial,
     }
-    train, held_out = (rows.iloc[places].drop(columns="row") for places in (train, held_out))
-    return train, held_out, found
+    return [rows.iloc[places].drop(columns="row") for places in parts], found
 
 
 def _drop_near(
@@ -186,54 +185,61 @@ def _drop_near(
     return np.setdiff1d(np.arange(count), list(near)), dropped, tutorial
 
 
-def _group(rows: pd.DataFrame, vectors: Vectors, threshold: float) -> tuple[list[str], np.ndarray]:
-    """(names, near-duplicate group numbers): near duplicates and rows of one `group` of the data's own share a name."""
-    links: list = [(np.empty(0), np.empty(0))]
+def _group(rows: pd.DataFrame, vectors: Vectors, threshold: float) -> pd.Series:
+    """The name of each row's group: near duplicates, and rows of one `group` of the data's own, share one."""
+    own = rows["group"] if "group" in rows.columns else pd.Series([None] * len(rows))
+    positions = pd.Series(np.arange(len(rows)))
+    first = positions.groupby(own).transform("first")
+    links = [(first[own.notna()], positions[own.notna()])]
     if threshold < 1:
         pairs = near_pairs(vectors, threshold=threshold)
         links.append((pairs.left, pairs.right))
-    own = rows["group"] if "group" in rows.columns else pd.Series([None] * len(rows))
-    first: dict[str, int] = {}
-    same = [(first.setdefault(name, i), i) for i, name in enumerate(own) if isinstance(name, str)]
-    joined = group_duplicates(len(rows), *links, tuple(zip(*same, strict=True)) if same else ([], []))
-    names: dict[int, str] = {}
-    for number, name in [*zip(joined, own, strict=True), *zip(joined, rows["id"], strict=True)]:
-        if isinstance(name, str):
-            names.setdefault(number, name)
-    return [names[number] for number in joined], group_duplicates(len(rows), *links)
+    joined = group_duplicates(len(rows), *links)
+    named = own.groupby(joined).transform("first")
+    return named.where(named.notna(), rows["id"].groupby(joined).transform("first"))
 
 
 def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Drawn:
-    """Whole groups are held out in shuffled order while they fit, then a part of the smallest other; its rest goes nowhere."""
-    _require_rows(data.eval_rows, len(groups) - 1)
+    """Held-out rows, then validation rows, are taken from the groups in shuffled order; the other groups train."""
+    _require_rows("eval_rows", data.eval_rows, len(groups) - 1)
     order = rng.permutation(len(groups))
     members: dict[int, list[int]] = {}
     for position in order:
         members.setdefault(int(groups[position]), []).append(int(position))
-    held_out, passed = [], []
-    for positions in members.values():
-        if len(held_out) + len(positions) <= data.eval_rows:
-            held_out += positions
-        else:
-            passed.append(positions)
-    excluded = []
-    if missing := data.eval_rows - len(held_out):
-        divided = min(passed, key=len)
-        held_out += divided[:missing]
-        reason = "shares a group with a held-out row, and data.eval_rows is met without it"
-        excluded = [(position, reason, divided[0]) for position in divided[missing:]]
-    away = {*held_out, *(entry[0] for entry in excluded)}
-    train = [position for position in order if position not in away]
+    held_out, excluded = _take_groups(members, data.eval_rows, "eval_rows", "held-out")
+    _require_rows("validation_rows", data.validation_rows or 0, sum(map(len, members.values())) - 1)
+    validation, more = _take_groups(members, data.validation_rows or 0, "validation_rows", "validation")
+    train = [position for position in order if groups[position] in members]
     if not train:
         raise DataError(
-            f"data.eval_rows asks for {data.eval_rows} held-out rows, but none is left to train on that is not a near "
-            "duplicate of them; lower it, raise data.duplicate_threshold, or give more data."
+            f"data.eval_rows asks for {data.eval_rows} held-out rows, data.validation_rows for {data.validation_rows or 0} more, and "
+            "none is left to train on that is not a near duplicate of them; lower them, raise data.duplicate_threshold, or "
+            "give more data."
         )
-    return np.array(train[: data.train_rows]), np.array(held_out), excluded
+    return np.array(train[: data.train_rows]), np.array(validation, dtype=int), np.array(held_out), excluded + more
+
+
+def _take_groups(
+    members: dict[int, list[int]], count: int, setting: str, part: str
+) -> tuple[list[int], list[tuple[int, str, int]]]:
+    """(`count` positions, excluded rows): whole groups while they fit, then a part of the smallest other; its rest goes nowhere.
+
+    What is taken leaves `members`, {group: its positions}.
+    """
+    taken: list[int] = []
+    for group, positions in list(members.items()):
+        if len(taken) + len(positions) <= count:
+            taken += members.pop(group)
+    missing = count - len(taken)
+    if not missing:
+        return taken, []
+    divided = members.pop(min(members, key=lambda group: len(members[group])))
+    reason = f"shares a group with a {part} row, and data.{setting} is met without it"
+    return taken + divided[:missing], [(position, reason, divided[0]) for position in divided[missing:]]
 
 
 def _draw_after_first(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Drawn:
-    """The first rows train; held out are rows behind them that share no group with them."""
+    """The first rows train; held out, then drawn for validation, are rows behind them that share no group with them."""
     first, count = data.train_rows, len(groups)
     if first is None or first >= count:
         raise DataError(
@@ -243,16 +249,21 @@ def _draw_after_first(groups: np.ndarray, data: DataSection, rng: np.random.Gene
     first_of_group = pd.Series(np.arange(count)).groupby(groups).transform("min").to_numpy()
     behind = np.arange(first, count)
     free = behind[first_of_group[behind] >= first]
-    _require_rows(data.eval_rows, len(free))
+    _require_rows("eval_rows", data.eval_rows, len(free))
+    order = rng.permutation(free)
+    held_out, rest = order[: data.eval_rows], order[data.eval_rows :]
+    rest = rest[~np.isin(groups[rest], groups[held_out])]
+    _require_rows("validation_rows", data.validation_rows or 0, len(rest))
     reason = "shares a group with a training row"
     excluded = [(int(i), reason, int(first_of_group[i])) for i in behind if first_of_group[i] < first]
-    return np.arange(first), rng.permutation(free)[: data.eval_rows], excluded
+    return np.arange(first), rest[: data.validation_rows or 0], held_out, excluded
 
 
-def _require_rows(asked: int, found: int) -> None:
-    if asked > found:
+def _require_rows(setting: str, asked: int, found: int) -> None:
+    if asked > max(found, 0):
+        what = {"eval_rows": "held-out", "validation_rows": "validation"}[setting]
         raise DataError(
-            f"data.eval_rows asks for {asked} held-out rows, but only {max(found, 0)} can be held out; "
+            f"data.{setting} asks for {asked} {what} rows, but only {max(found, 0)} can be held out; "
             "lower it, or give more data."
         )
 

@@ -7,7 +7,9 @@ __all__, __getattr__ = surface(
     questions="build_questions collect_references load_questions load_tutorial_question register",
     generate="check_batching",
     evaluate="evaluate_model load_for_inference read_evaluation",
+    own_question="ask require_adapter",
     answer_parsing="any_letter",
     statistics="detectable_difference show_p",
     compare="compare_models write_comparison",
+    rating="keep_ratings",
 )

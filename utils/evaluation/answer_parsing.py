@@ -6,7 +6,7 @@ crediting those lifts reported accuracy by 11 to 25 points on real outputs.
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -63,6 +63,13 @@ _WAYS = (
 _SECOND = r"""[\s*_)\]}"”」`$.]{0,6}
     (?: ,?\s{0,2} \b(?:or|and)\b \s{1,2} (?: (?:maybe|possibly|perhaps|also|even)\s )? | \s?[/&]\s? | ,\s )
     (?: (?i: option|choice )\s )? [*_(]{0,3} [OPTIONS]\b (?! \s{1,2}(?:is|are|was|were|would|can|could|does|do|has|have|isn) )"""
+_SENTENCES = re.compile(r"(?<=[.!?;。！？])\s+|\n+")
+# What takes back whatever its sentence names: "It is not gout", "Gout is unlikely", "Colchicine rather than aspirin".
+_NEGATION = re.compile(
+    r"""n['’]t\b | \b(?: not | no | nor | never | neither | without | unlikely | unlike | less | incorrect | wrong | false | rather
+        | instead | except | exclud\w* | rul(?:e[sd]?|ing)[ ]out )\b | [不非没無无] | 排除""",
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
 class Completion(NamedTuple):
@@ -84,16 +91,29 @@ def parse_completion(text: str) -> Completion:
     return Completion(reasoning, answer, bool(mark), well_formed)
 
 
-def explicit_letter(answer: str, letters: Iterable[str]) -> str | None:
-    """The one option letter that an answer states, or None where it states none or several different ones."""
+def explicit_letter(answer: str, options: Mapping[str, str]) -> str | None:
+    """The letter of the one option that an answer states, by its letter or else by its full text; None for none or several.
+
+    A text counts as whole words, and only where its sentence negates nothing: "Not metformin" names no option.
+    """
+    if letters := _stated_letters(answer, options):
+        return letters[0] if len(letters) == 1 else None
+    affirmed = "\n".join(sentence for sentence in _SENTENCES.split(answer) if not _NEGATION.search(sentence))
+    texts = {letter: text.strip(" .") for letter, text in options.items()}
+    named = named_choices(affirmed, filter(None, texts.values()))
+    found = [letter for letter, text in texts.items() if text in named]
+    return found[0] if len(found) == 1 else None
+
+
+def _stated_letters(answer: str, letters: Iterable[str]) -> list[str]:
+    """The letters that the strongest way found in an answer states; a letter beside a second one counts as several."""
     ways, second = _compile("".join(letters))
     answer = _LONG_RUN.sub(_shorten, unicodedata.normalize("NFKC", answer))
     for way in ways.values():
         if matches := list(way.finditer(answer)):
-            found = {match["letter"] for match in matches}
-            several = any(second.match(answer, match.end("letter")) for match in matches)
-            return found.pop() if len(found) == 1 and not several else None
-    return None
+            seconds = [beside[0] for match in matches if (beside := second.match(answer, match.end("letter")))]
+            return sorted({match["letter"] for match in matches}) + seconds
+    return []
 
 
 @lru_cache(maxsize=64)

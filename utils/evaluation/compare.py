@@ -9,6 +9,7 @@ from statsmodels.stats.multitest import multipletests
 from utils.errors import RunDirError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
+from utils.evaluation.rating import state_preference
 from utils.evaluation.results import Result, Verdict
 from utils.evaluation.statistics import compare_paired, detectable_difference, show_p, verdict
 from utils.files import atomic, write_json
@@ -16,6 +17,8 @@ from utils.pipeline.run_dir import RunDir
 
 _LATE = " What was measured was changed after answers existed, so this is no registered result."
 _OF_CHOICES = {"multiple_choice": "correct", "multiple_choice_forced": "forced", "parsed": "parsed"}
+# Both must show at 5 % before more is known: an intersection-union test, whose error is at most 5 % without a correction.
+_OF_KNOWLEDGE = ("multiple_choice", "multiple_choice_forced")
 _OF_LOSS = {"nll": "completion", "nll_reasoning": "reasoning", "nll_response": "response"}
 _OF_ANSWERS = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_tokens", "answer_tokens")
 _FORM = ("well_formed", "one_paragraph", "bullets", "stopped", "parsed")
@@ -31,7 +34,10 @@ _CUT_OFF = {"accuracy": ", which counts as wrong", "reasoning_tokens": "; their 
 
 
 def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
-    """Everything of metrics.json; raises RunDirError where rows differ, or the data lack the primary metric."""
+    """Everything of metrics.json; Holm's correction is over what is only described.
+
+    Raises RunDirError where rows differ, or the data lack the primary metric.
+    """
     if list(base.loss.index) != list(tuned.loss.index):
         raise RunDirError("baseline/nll.parquet and tuned/nll.parquet hold different rows; run 01 and 04 again.")
     evaluate, results = run.config.evaluate, {}
@@ -43,8 +49,9 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
     if name not in results:
         raise RunDirError(f"evaluate.primary is {name}, but this run's data offer only {', '.join(results)}.")
     secondary = [result for key, result in results.items() if key != name]
-    adjusted = multipletests([r.p_value for r in secondary], method="holm")[1] if secondary else []
-    corrected = {r.name: float(p) for r, p in zip(secondary, adjusted, strict=True)}
+    described = [result for result in secondary if result.name not in _OF_KNOWLEDGE]
+    adjusted = multipletests([r.p_value for r in described], method="holm")[1] if described else []
+    corrected = {r.name: float(p) for r, p in zip(described, adjusted, strict=True)}
     contamination, registration = (
         json.loads(run.file(f"data/{file}.json").read_text(encoding="utf-8")) for file in ("split", "registration")
     )
@@ -53,7 +60,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         "profile": run.config.profile,
         "benchmarks": list(base.benchmarks),  # the first one's metrics carry no name after a colon
         "primary": results[name].model_dump(mode="json"),
-        "secondary": [{**result.model_dump(mode="json"), "p_holm": corrected[result.name]} for result in secondary],
+        "secondary": [{**r.model_dump(mode="json"), "p_holm": corrected.get(r.name)} for r in secondary],
         "form": {which: scored[[*_FORM]].mean().dropna().to_dict() for which, scored in models.items()},
         "length": {
             which: {
@@ -66,7 +73,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         "nll_rows_left_out": base.left_out,  # longer than model.max_seq_length: in no loss, of neither model
         "contamination": contamination.get("contamination", {}),
         "registration": registration,
-        "claims": state_claims(results, corrected),
+        "claims": [*state_claims(name, results, corrected), *state_preference(run, base, tuned)],
         "verdict": decide(name, results, corrected)[0],
         "sentence": headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
     }
@@ -119,19 +126,19 @@ def headline(name: str, results: Mapping[str, Result], corrected: Mapping[str, f
 def decide(name: str, results: Mapping[str, Result], corrected: Mapping[str, float]) -> tuple[Verdict, str]:
     """(verdict, remark) for headline and claims: what may be said, and what has to be said in the same breath.
 
-    Shorter reasoning runs into the limit less often, so strict accuracy rises without any knowledge gained: forced
-    accuracy must agree.
+    Strict accuracy also rises where answers come to their end more often, and falls where they state fewer letters, so
+    forced accuracy must agree before more or less is known.
     """
     found = verdict(results[name], corrected.get(name))
-    forced, truncated = results.get("multiple_choice_forced"), results.get("truncated")
-    if name == "multiple_choice" and found != "cannot tell" and forced:
-        if verdict(forced, corrected.get(forced.name) if name in corrected else None) == found:
-            return found, ""
+    forced, parsed, truncated = (results.get(other) for other in ("multiple_choice_forced", "parsed", "truncated"))
+    if name == "multiple_choice" and forced and parsed:
+        asked = f"{1 - parsed.base:.0%} of the base's answers and {1 - parsed.tuned:.0%} of the fine-tuned model's state no letter"
+        if found == verdict(forced):
+            return found, f"{asked} and were asked for it: forced accuracy says the same." * (found != "cannot tell")
         low, high = forced.ci95
         return "cannot tell", (
-            f"Where answers that were cut off are closed and a letter is read, the difference is {100 * forced.difference:+.1f} "
-            f"points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}): what changed may be how often an answer ends in "
-            "time, not what is known."
+            f"{asked}; asked for it, the difference is {100 * forced.difference:+.1f} points (95 % interval {100 * low:+.1f} to "
+            f"{100 * high:+.1f}): what changed may be how answers end, not what is known."
         )
     if name.startswith("nll"):
         return found, "The loss measures imitation of the references, and says nothing about truth."
@@ -168,17 +175,17 @@ def _conclusion(result: Result, found: Verdict) -> str:
     # For groups the interval says it; and where it was forced accuracy that took a verdict back, power is not what lacks.
     if find_metric(result.name).unit != "share" or result.groups < result.n or verdict(result) != "cannot tell":
         return told
-    points = 100 * detectable_difference(result.n)
+    points = 100 * detectable_difference(result.n, result.name)
     if points == 100:
         return f"{told} No difference would show with so few."
     return f"{told} With this many, only about {points:.0f} points or more would show."
 
 
-def state_claims(results: Mapping[str, Result], corrected: Mapping[str, float]) -> list[dict]:
-    """What people would like to say; where two metrics could decide, the primary one does, which has no corrected p."""
+def state_claims(primary: str, results: Mapping[str, Result], corrected: Mapping[str, float]) -> list[dict]:
+    """What people would like to say; where two metrics could decide, the primary one does."""
     claims = []
     for (claim, (better, worse)), names in zip(_CLAIMS.items(), _DECIDED_BY, strict=True):
-        name = min((name for name in names if name in results), key=lambda name: name in corrected, default=None)
+        name = min((name for name in names if name in results), key=lambda name: name != primary, default=None)
         if name is None:
             words = "Nothing in this run measures it."
             claims.append({"claim": claim, "metric": None, "verdict": "cannot tell", "sentence": words})

@@ -59,7 +59,8 @@ def load_for_inference(run: RunDir, which: Model):
 def evaluate_model(run: RunDir, model, tokenizer, which: Model) -> Evaluation:
     """Ask a loaded model everything that is not on file yet, write its files, and read them back.
 
-    Raises ModelError where `tuned` does not rest on the measured base, OutOfMemory where one question or row is too large.
+    Raises ModelError where `tuned` does not rest on the measured base, OutOfMemory where one question or row is too large,
+    SessionOver where hardware.max_hours ends the answering.
     """
     config, folder, digest = run.config, run.file(FOLDERS[which]), model_digest(run, which)
     questions, held_out, benchmark = load_questions(run)
@@ -70,7 +71,8 @@ def evaluate_model(run: RunDir, model, tokenizer, which: Model) -> Evaluation:
         print(f"adapter switched off: at most {deviation:.4%} from the base's losses")
     with Workers(run, which) as workers:
         path = folder / "answers.jsonl"
-        answers = answer_questions(model, tokenizer, questions, config.generate, path, digest, helpers=workers)
+        ends = config.hardware.max_hours
+        answers = answer_questions(model, tokenizer, questions, config.generate, path, digest, workers, ends)
     losses.forced_letters(model, tokenizer, questions, answers, benchmark, folder / "forced.jsonl")
     loss = losses.completion_loss(model, tokenizer, rows, config.model.max_seq_length)
     write_frame(folder / "nll.parquet", loss)

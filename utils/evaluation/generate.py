@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import ModelError, OutOfMemory
+from utils.errors import ModelError, OutOfMemory, SessionOver
 from utils.evaluation.questions import Question, answer_key, matching_rows
 from utils.files import append_lines, read_lines
 from utils.models.memory import free_memory, is_out_of_memory, sequences_that_fit
 from utils.models.prompt_format import count_reasoning
 from utils.models.unsloth_patches import forget_cache
+from utils.pipeline.time_limit import Deadline
 from utils.progress import Progress
 from utils.schema import GenerateSection
 
@@ -40,13 +41,21 @@ class Pending:
 
 
 def answer_questions(
-    model, tokenizer, questions: Sequence[Question], config: GenerateSection, path: Path, digest: str, helpers=None
+    model,
+    tokenizer,
+    questions: Sequence[Question],
+    config: GenerateSection,
+    path: Path,
+    digest: str,
+    helpers=None,
+    max_hours: float | None = None,
 ) -> list[dict]:
     """Answer every question, append each answer to `path` (JSONL) as soon as it is complete, and return all in order.
 
     An answer on file to the same prompt, by the same model (its `digest`) and decoding, is not generated again.
     `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. `tokens` counts the end token,
-    `reasoning_tokens` go up to and with `</think>`. Raises OutOfMemory where even a single question does not fit.
+    `reasoning_tokens` go up to and with `</think>`. Raises OutOfMemory where even a single question does not fit,
+    and SessionOver, between two batches, where the session would pass `max_hours`.
     """
     keys = {q.id: answer_key(q, config, digest) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +68,7 @@ def answer_questions(
         if not missing:
             return [answers[q.id] for q in questions]
         mine = helpers.start(missing) if helpers else missing
-        _generate(model, tokenizer, mine, config, keys, path)
+        _generate(model, tokenizer, mine, config, keys, path, Deadline.of(max_hours))
         if helpers:
             helpers.wait()
             helpers = None  # a second pass, if there is one, is ours alone
@@ -71,15 +80,28 @@ def share_path(path: Path, number: int) -> Path:
 
 
 def _generate(
-    model, tokenizer, questions: Sequence[Question], config: GenerateSection, keys: dict[str, str], path: Path
+    model,
+    tokenizer,
+    questions: Sequence[Question],
+    config: GenerateSection,
+    keys: dict[str, str],
+    path: Path,
+    deadline: Deadline,
 ) -> None:
     """One process's loop, in rounds of ROUND_TOKENS: others take the places of finished answers, so that none waits for
     the longest; the rest is prefilled again, which costs far less than decoding it did.
     """
     pending = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions]
     share, tokens, started = 1.0, 0, time.monotonic()  # share of what should fit, halved whenever it did not
+    longest = 0.0  # seconds of a round
     with Progress("answering", len(pending), "question") as bar:
         while pending:
+            if deadline.is_due(next_s=longest):
+                raise SessionOver(
+                    f"{len(pending)} of {len(questions)} questions wait for their answers, because {deadline.sentence()}; "
+                    "run this notebook again in the next session, it resumes there."
+                )
+            began = time.monotonic()
             batch, steps = _choose_batch(model, pending, config, share)
             outputs = fit_or_none(_TOO_LARGE, len(batch), generate_batch, model, tokenizer, batch, steps, config)
             if outputs is None:
@@ -103,6 +125,7 @@ def _generate(
                     }
             append_lines(path, finished.values())
             pending = [one for one in pending if one.question.id not in finished]
+            longest = max(longest, time.monotonic() - began)
             speed = tokens / (time.monotonic() - started)
             bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
     forget_cache(model)
@@ -143,7 +166,9 @@ def _up_to_end(ids: list[int], tokenizer) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
-def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection) -> list[list[int]]:
+def generate_batch(
+    model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection, streamer=None
+) -> list[list[int]]:
     """Up to `steps` new token ids for each row; padded by hand, as unsloth pads on the right (issue 3283)."""
     import torch
 
@@ -165,6 +190,7 @@ def generate_batch(model, tokenizer, batch: Sequence[Pending], steps: int, confi
             logits_processor=sampling_processors(config, streams, width, model.device),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
         )
     return output[:, width:].tolist()
 

@@ -10,17 +10,17 @@ from utils.data.rows import read_table
 from utils.errors import ModelError
 from utils.evaluation.answer_parsing import CLOSE
 from utils.evaluation.generate import fit_or_none, last_logits
-from utils.evaluation.questions import Question, digest_of, find_cut_off, matching_rows, require_rows
+from utils.evaluation.questions import Question, digest_of, find_letterless, matching_rows, require_rows
 from utils.files import append_lines
 from utils.models.prompt_format import tokenize_row
 from utils.pipeline.run_dir import RunDir
 from utils.progress import Progress, track
 
-CUE = "The answer is"  # what a cut-off answer is closed with, before its letter is read
+CUE = "The answer is"  # what an answer without a letter goes on with, before its letter is read
 _BATCH_TOKENS = 2048  # in one forward pass; logits over 128k entries bound it
 _SAME_BASE = 0.02
 _ROW_TOO_LARGE = "A single held-out row does not fit into memory; lower model.max_seq_length."
-_ANSWER_TOO_LARGE = "An unfinished answer does not fit into memory; lower generate.max_new_tokens."
+_ANSWER_TOO_LARGE = "An answer does not fit into memory to be asked for its letter; lower generate.max_new_tokens."
 
 
 def completion_loss(model, tokenizer, rows: pd.DataFrame, max_length: int) -> pd.DataFrame:
@@ -83,13 +83,16 @@ def check_same_base(model, tokenizer, rows: pd.DataFrame, baseline: pd.DataFrame
 def forced_letters(
     model, tokenizer, questions: Sequence[Question], answers: Sequence[dict], items: pd.DataFrame | None, path: Path
 ) -> None:
-    """Append to `path` the letter that the logits say for each choice that was cut off (arXiv 2504.00869)."""
+    """Append to `path` the letter that the logits say for each choice that states no option, finished or not.
+
+    After prompt, answer, `</think>` where it is missing, and CUE (budget forcing, as in m1, arXiv 2504.00869).
+    """
     given, prompts, asked = {a["id"]: a for a in answers}, {q.id: q.prompt for q in questions}, []
-    for identifier, (key, options) in find_cut_off(given, items).items():
+    for identifier, (key, options) in find_letterless(given, items).items():
         text = given[identifier]["text"]
         closing = "" if CLOSE in text else f"\n{CLOSE}"
         asked.append((identifier, key, f"{prompts[identifier]}{text}{closing}\n\n{CUE}", options))
-    _append_letters(model, tokenizer, asked, path, "forcing answers")
+    _append_letters(model, tokenizer, asked, path, "asking for letters")
 
 
 def measure_letters(model, tokenizer, items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:

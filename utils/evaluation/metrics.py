@@ -48,9 +48,9 @@ def score_answers(
     """One row for each answer: id, kind, group, correct (NaN where no rule can tell), parsed, and its form and length.
 
     An open answer is right if it is well formed and names exactly one of the row's `choices`, the right one; a
-    multiple-choice answer if it states exactly one letter after the closed think block, the right one. What is cut off
+    multiple-choice answer if it states exactly one option after the closed think block, the right one. What is cut off
     or states none is wrong. The column `forced` tells whether the stated letter is right, or the one in `forced`
-    ({id: letter}), read from the logits where an answer was cut off.
+    ({id: letter}), read from the logits where an answer states none.
     """
     items = pd.DataFrame({"id": []}) if benchmark is None else benchmark.assign(id=benchmark["id"].astype(str))
     known = {kind: frame.set_index("id").to_dict("index") for kind, frame in (("open", held_out), ("choice", items))}
@@ -96,11 +96,9 @@ def _score(kind: str, completion: parsing.Completion, row: Mapping, forced: str 
     return {"correct": float(correct), "parsed": float(parsed), "letter": letter, "forced": float(either)}
 
 
-def needs_forcing(answer: Mapping, letters) -> bool:
-    """Whether a multiple-choice answer was cut off, or never left its think block, before it stated a letter."""
-    completion = parsing.parse_completion(answer["text"])
-    unfinished = answer["finish_reason"] == "length" or not completion.closed
-    return unfinished and parsing.explicit_letter(completion.answer, letters) is None
+def needs_forcing(answer: Mapping, options: Mapping[str, str]) -> bool:
+    """Whether a multiple-choice answer states no option, finished or not: fine-tuning on free answers unlearns letters."""
+    return parsing.explicit_letter(parsing.parse_completion(answer["text"]).answer, options) is None
 
 
 def rouge_l(answers: Mapping[str, dict], held_out: pd.DataFrame) -> pd.Series:

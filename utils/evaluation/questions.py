@@ -137,8 +137,8 @@ def current_answers(path: Path, questions: Sequence[Question], config: GenerateS
     return require_rows(path, {question.id: answer_key(question, config, model) for question in questions}, "answers")
 
 
-def find_cut_off(answers: Mapping[str, dict], benchmark: pd.DataFrame | None) -> dict[str, tuple[str, dict]]:
-    """{id: (a digest of key and text, options)} of the multiple-choice answers whose letter has to be forced."""
+def find_letterless(answers: Mapping[str, dict], benchmark: pd.DataFrame | None) -> dict[str, tuple[str, dict]]:
+    """{id: (a digest of key and text, options)} of the multiple-choice answers that have to be asked for their letter."""
     options = {} if benchmark is None else dict(zip(benchmark["id"].astype(str), benchmark["options"], strict=True))
     return {
         name: (digest_of([answer["key"], answer["text"]]), options[name])
@@ -148,7 +148,7 @@ def find_cut_off(answers: Mapping[str, dict], benchmark: pd.DataFrame | None) ->
 
 
 def read_forced(path: Path, answers: Mapping[str, dict], benchmark: pd.DataFrame | None) -> dict[str, str]:
-    """{question id: letter} of every answer that was cut off (see `loss.forced_letters`), or RunDirError."""
-    keys = {name: key for name, (key, _) in find_cut_off(answers, benchmark).items()}
-    rows = require_rows(path, keys, "letters of answers that were cut off")
+    """{question id: letter} of every answer that states none (see `loss.forced_letters`), or RunDirError."""
+    keys = {name: key for name, (key, _) in find_letterless(answers, benchmark).items()}
+    rows = require_rows(path, keys, "letters of answers that state none")
     return {name: row["letter"] for name, row in rows.items()}

@@ -29,7 +29,7 @@ class Result(BaseModel, extra="forbid", frozen=True):
     ci95: Interval
     test: str
     p_value: float  # two-sided
-    p_holm: float | None = None  # corrected over all secondary metrics; the primary needs none
+    p_holm: float | None = None  # corrected over all that is only described; what decides needs none
 
 
 def read_sentence(run_dir: Path) -> str:

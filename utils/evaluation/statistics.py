@@ -7,7 +7,7 @@ groups and the test flips whole groups.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -126,28 +126,33 @@ def verdict(result: Result, p_value: float | None = None) -> Verdict:
     return "better" if (result.difference > 0) == result.higher_is_better else "worse"
 
 
-def mcnemar_power(n: int, difference: float, discordant: float) -> float:
-    """The chance that McNemar's exact test shows a true difference of n pairs, a share `discordant` of which differs.
+def show_rate(
+    n: int, difference: float, *, asked: float = 0.0, discordant: float = 0.25, experiments: int = 2000, seed: int = 0
+) -> float:
+    """The chance that strict and forced accuracy both show a true difference at 5 %, by simulated experiments.
 
-    Exact, by summing over their number; raises ValueError where |difference| > discordant.
+    n independent items. A share `discordant`, or as many as the difference needs, one model alone knows; half of the rest
+    both know. A share `asked` of each model's answers states no letter: wrong strictly, and right once it is asked for.
     """
-    if not abs(difference) <= discordant <= 1:
-        raise ValueError(f"a difference of {difference} needs at least that share discordant, not {discordant}")
-    share = (discordant + abs(difference)) / (2 * discordant) if discordant else 0.5
-    counts = np.arange(n + 1)
-    # The largest number of losses that still rejects: P(X <= k) <= alpha / 2 under an even chance.
-    most = stats.binom.ppf(ALPHA / 2, counts, 0.5)
-    most -= stats.binom.cdf(most, counts, 0.5) > ALPHA / 2
-    rejects = stats.binom.cdf(most, counts, 1 - share) + stats.binom.sf(counts - most - 1, counts, 1 - share)
-    return float(np.sum(stats.binom.pmf(counts, n, discordant) * np.where(most >= 0, rejects, 0.0)))
+    discordant = max(discordant, difference)
+    gained, lost, both = (discordant + difference) / 2, (discordant - difference) / 2, (1 - discordant) / 2
+    stated, one_stated = 1 - asked, both * asked * (1 - asked)
+    cells = [gained * stated, gained * asked, lost * stated, lost * asked, one_stated, one_stated]
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(n, [*cells, 1 - sum(cells)], size=experiments).T
+    forced, strict = (drawn[0] + drawn[1], drawn[2] + drawn[3]), (drawn[0] + drawn[4], drawn[2] + drawn[5])
+
+    def shows(won: np.ndarray, lost: np.ndarray) -> np.ndarray:
+        return (won > lost) & (2 * stats.binom.cdf(lost, won + lost, 0.5) < ALPHA)  # McNemar's exact test
+
+    return float(np.mean(shows(*forced) & shows(*strict)))
 
 
-def detectable_difference(n: int, discordant: float = 0.25, power: float = 0.8) -> float:
-    """The smallest difference of two paired proportions that n independent items show with this power, by `mcnemar_power`,
-    with this share of discordant pairs or as many as the difference needs; 1.0 where n is too small for any.
+def detectable_difference(n: int, metric: str, power: float = 0.8) -> float:
+    """The smallest difference, in steps of half a point, that n independent items show with this power, by `show_rate`.
+
+    1.0 where n is too small for any. For multiple choice a tenth of the answers is expected to be asked for a letter.
     """
-
-    def excess(difference: float) -> float:
-        return mcnemar_power(n, difference, max(discordant, difference)) - power
-
-    return float(optimize.brentq(excess, 0.0, 1.0, xtol=1e-4)) if excess(1.0) > 0 else 1.0
+    asked = 0.1 if metric == "multiple_choice" else 0.0
+    steps = np.arange(0.005, 1.0, 0.005)
+    return next((float(step) for step in steps if show_rate(n, float(step), asked=asked) >= power), 1.0)

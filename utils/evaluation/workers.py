@@ -60,7 +60,8 @@ def answer_share(run_dir: str, which: Model, number: int) -> None:
     questions = {question.id: question for question in load_questions(run)[0]}
     model, tokenizer = load_for_inference(run, which)
     path, digest = share_path(run.file(f"{FOLDERS[which]}/answers.jsonl"), number), model_digest(run, which)
-    answer_questions(model, tokenizer, [questions[i] for i in listed], run.config.generate, path, digest)
+    mine, ends = [questions[i] for i in listed], run.config.hardware.max_hours
+    answer_questions(model, tokenizer, mine, run.config.generate, path, digest, max_hours=ends)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def device(config: Config) -> str:
 
 
 def torch_dtype(config: Config):
-    """The dtype of activations: as configured, or float32 on a CPU, bfloat16 where the GPU has it, else float16."""
+    """The dtype of activations: as configured, or what `resolve_hardware` makes of auto."""
     return getattr(torch, resolve_hardware(config.hardware)["dtype"])
 
 

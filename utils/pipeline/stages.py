@@ -38,7 +38,7 @@ STAGES = (
         outputs=("environment.json", *_WHAT_IS_ASKED[:3],
                  *(f"data/{name}" for name in ("train.parquet", "split.json", "registration.json"))),
         settings=("data", "generate", "prompt", "model.name", "model.revision", *_MEASURED),
-        optional=("data/probe_items.jsonl",),
+        optional=("data/probe_items.jsonl", "data/validation.parquet"),
     ),
     Stage(
         "01_baseline_inference", "Baseline answers", needs=("00_setup",), inputs=_WHAT_IS_ASKED,
@@ -47,7 +47,7 @@ STAGES = (
         optional=("baseline/probe.jsonl",),
     ),
     Stage(
-        "02_dataset_formatting", "From row to tokens", needs=("00_setup",), inputs=("data/train.parquet",),
+        "02_dataset_formatting", "From row to tokens", needs=("00_setup",), inputs=("data/train.parquet", "data/validation.parquet"),
         outputs=("data/formatted", "data/lengths.png"),
         settings=("model", "prompt", "train.loss_on"),
     ),

@@ -5,6 +5,7 @@ from utils.surface import surface
 __all__, __getattr__ = surface(
     __name__,
     figures="draw_comparison draw_lengths",
-    answers_page="write_answers_page",
+    answers_page="write_answers_page write_rating_page",
     tracking="Tracker",
+    index="write_report",
 )

@@ -1,4 +1,4 @@
-"""comparison/answers.html: every held-out question with its reference and both models' answers, broken ones first."""
+"""The pages of answers: comparison/answers.html shows all with their scores, comparison/rate.html some without names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader
 from utils.evaluation.answer_parsing import parse_completion
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.questions import TUTORIAL, load_questions, load_tutorial_question
+from utils.evaluation.rating import digest_pairs, draw_pairs
 from utils.files import write_text
 from utils.pipeline.run_dir import RunDir
 
@@ -19,6 +20,7 @@ _OUTCOMES = {
     (False, True): "fixed",
     (True, True): "both right",
 }
+_TEMPLATES = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
 _NOT_CHECKABLE = "not checkable"
 OUTCOMES = (*_OUTCOMES.values(), _NOT_CHECKABLE)
 
@@ -26,8 +28,7 @@ OUTCOMES = (*_OUTCOMES.values(), _NOT_CHECKABLE)
 def write_answers_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path:
     """Render comparison/answers.html from both models' answers and their scores; one file that needs no script."""
     models, items = {"base": base, "tuned": tuned}, _build_items(run, base, tuned)
-    templates = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
-    page = templates.get_template("answers.html.j2").render(
+    page = _TEMPLATES.get_template("answers.html.j2").render(
         items=items,
         tutorial=_build_tutorial(load_tutorial_question(run), models),
         outcomes=OUTCOMES,
@@ -37,24 +38,35 @@ def write_answers_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path
     return run.file("comparison/answers.html")
 
 
+def write_rating_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path:
+    """Render comparison/rate.html, one file that works offline; `python -m utils score --ratings` takes what it saves."""
+    pairs, about = draw_pairs(run, base, tuned), _describe_questions(run)
+    items = [{**about[pair.id], "id": pair.id, "replies": map(parse_completion, pair.texts)} for pair in pairs]
+    # The nonce lets the page's own script run and no other: no answer can hold a digest of itself.
+    text = _TEMPLATES.get_template("rate.html.j2").render(items=items, nonce=digest_pairs(pairs))
+    write_text(run.file("comparison/rate.html"), text)
+    return run.file("comparison/rate.html")
+
+
 def _build_items(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[dict]:
     """The scored questions as the template shows them, by outcome; within one they keep the order of the frames."""
-    _, held_out, benchmark = load_questions(run)
-    rows = held_out.set_index("id").to_dict("index")
-    choices = {} if benchmark is None else {str(item["id"]): item for item in benchmark.to_dict("records")}
-    items = []
+    about, items = _describe_questions(run), []
     for before, after in zip(base.scored.to_dict("records"), tuned.scored.to_dict("records"), strict=True):
         known = not (pd.isna(before["correct"]) or pd.isna(after["correct"]))
         outcome = _OUTCOMES[bool(before["correct"]), bool(after["correct"])] if known else _NOT_CHECKABLE
-        if before["kind"] == "choice":
-            item = choices[before["id"]]
-            options, gold = item["options"], item["gold"]
-            about = {"question": item["question"], "reference": options[gold], "options": options, "gold": gold}
-        else:
-            about = _about_row(rows[before["id"]])
         replies = [_reply("base", base, before), _reply("tuned", tuned, after)]
-        items.append({"id": before["id"], "outcome": outcome, "replies": replies, **about})
+        items.append({"id": before["id"], "outcome": outcome, "replies": replies, **about[before["id"]]})
     return sorted(items, key=lambda item: OUTCOMES.index(item["outcome"]))
+
+
+def _describe_questions(run: RunDir) -> dict[str, dict]:
+    """{id: question and reference, and of multiple choice options and gold} of all that is scored."""
+    _, held_out, benchmark = load_questions(run)
+    about = {row["id"]: _about_row(row) for row in held_out.to_dict("records")}
+    for item in [] if benchmark is None else benchmark.to_dict("records"):
+        known = {key: item[key] for key in ("question", "options", "gold")}
+        about[str(item["id"])] = {**known, "reference": item["options"][item["gold"]]}
+    return about
 
 
 def _about_row(row: Mapping) -> dict:
@@ -62,7 +74,7 @@ def _about_row(row: Mapping) -> dict:
 
 
 def _reply(name: str, model: Evaluation, score: Mapping) -> dict:
-    """What one model said; `letter` was read from the text, `forced` from the logits where it was cut off."""
+    """What one model said; `letter` was read from the text, `forced` from the logits where it states none."""
     marks = [] if pd.isna(score["correct"]) else ["right" if score["correct"] else "wrong"]
     if not score["stopped"]:
         marks.append("cut off")

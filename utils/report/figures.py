@@ -51,18 +51,37 @@ def draw_lengths(frame: pd.DataFrame, limit: int, path: Path) -> Path:
 
 
 def draw_loss(log: pd.DataFrame, path: Path) -> Path:
-    """Training loss by step with a running mean, and the learning rate (columns step, loss, learning_rate)."""
+    """Training loss by step with a running mean, validation loss where there is one, and the learning rate.
+
+    Columns: step, loss, eval_loss, learning_rate.
+    """
     figure = Figure(figsize=(10, 3.4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
+    validation, log = log.dropna(subset="eval_loss"), log.dropna(subset="loss")
     if len(log):
-        left.plot(log["step"], log["loss"], color=BASE, linewidth=1, label="each step")
+        left.plot(log["step"], log["loss"], color=BASE, linewidth=1, label="training, each step")
         smooth = log["loss"].rolling(max(2, len(log) // 15), min_periods=1).mean()
-        left.plot(log["step"], smooth, color=TUNED, linewidth=2.2, label="running mean")
+        left.plot(log["step"], smooth, color=TUNED, linewidth=2.2, label="training, running mean")
+        if len(validation):
+            left.plot(
+                validation["step"],
+                validation["eval_loss"],
+                color="#d1495b",
+                marker="o",
+                markersize=4,
+                label="validation rows",
+            )
         left.legend(frameon=False)
         right.plot(log["step"], log["learning_rate"], color="#30638e", linewidth=2)
     else:
         left.text(0.5, 0.5, "no steps were taken", ha="center", transform=left.transAxes)
-    _finish(left, "Training loss", xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
+    _finish(
+        left,
+        "Training and validation loss" if len(validation) else "Training loss",
+        xlabel="optimizer step",
+        ylabel="nats per token",
+        ylim=(0, None),
+    )
     _finish(right, "Learning rate", xlabel="optimizer step", ylim=(0, None))
     return _save(figure, path)
 
@@ -89,13 +108,15 @@ def compose_comparison(base: Evaluation, tuned: Evaluation, metrics: dict):
 
 
 def _draw_bars(axis, metrics: dict) -> None:
-    """Both models' means with their intervals, of up to three results that share an axis: accuracies, else the other
-    shares, else the losses."""
-    results = (metrics["primary"], *metrics["secondary"])
+    """Both models' means with their intervals, of up to three results that share an axis: where right answers decide
+    nothing, well-formed ones beside them, so that form and knowledge are seen apart."""
+    results = {result["name"]: result for result in (metrics["primary"], *metrics["secondary"])}
+    accuracies = [result for result in results.values() if "accuracy" in result["label"]]
+    form = [results[name] for name in ("well_formed", "parsed", "multiple_choice") if name in results]
     choices = (
-        ("Right answers", [result for result in results if "accuracy" in result["label"]]),
-        ("Form of the answers", [result for result in results if result["unit"] == "share"]),
-        ("Held-out loss", [result for result in results if result["unit"] == "nats per token"]),
+        ("Right answers", accuracies if metrics["primary"] in accuracies or not form else []),
+        ("Form and knowledge" if "multiple_choice" in results else "Form of the answers", form),
+        ("Held-out loss", [result for result in results.values() if result["unit"] == "nats per token"]),
     )
     title, chosen = next((title, found[:3]) for title, found in choices if found)
     share = all(result["unit"] == "share" for result in chosen)

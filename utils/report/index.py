@@ -70,7 +70,7 @@ def write_report(run: RunDir) -> Path:
             for name, title in _FIGURES.items()
             if (picture := _read(run, name))
         ],
-        answers="../comparison/answers.html" if run.file("comparison/answers.html").exists() else None,
+        pages={name for name in ("answers", "rate") if run.file(f"comparison/{name}.html").exists()},
         chapters=_write_chapters(run, templates),
     )
     write_text(run.file("report/index.html"), page)

@@ -30,8 +30,11 @@ class ShowCallback(TrainerCallback):
         self.bar.update(state.global_step)
 
     def on_step_end(self, args, state, control, **_):
-        last = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-        self.bar.update(1, note="" if last is None else f"loss {float(last):.3f}")
+        last = {
+            name: entry[name] for entry in state.log_history[-100:] for name in ("loss", "eval_loss") if name in entry
+        }
+        names = {"loss": "loss", "eval_loss": "validation"}
+        self.bar.update(1, note=", ".join(f"{names[name]} {float(value):.3f}" for name, value in last.items()))
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" in (logs or {}):
@@ -40,6 +43,8 @@ class ShowCallback(TrainerCallback):
             values = {f"train/{name}": float(logged[name]) for name in names if logged.get(name) is not None}
             memory = {f"memory/{name}": value for name, value in peak_memory().items()}
             self.tracker.log(values | memory, step=state.global_step)
+        if "eval_loss" in (logs or {}):
+            self.tracker.log({"eval/loss": float(logs["eval_loss"])}, step=state.global_step)
 
     def close(self) -> None:
         """Leave the bar where it stands, also where training ended by an error, of which the trainer does not inform us."""
@@ -108,6 +113,14 @@ class HealthCallback(TrainerCallback):
         what = " and ".join(wrong).replace("grad_norm", "gradient")
         after = "" if scale is None else f"; the update was skipped, fp16 scale now {scale:g}"
         print(f"step {state.global_step}: {what} not finite{after}{' (normal in the first steps)' if settling else ''}")
+
+
+class BestCallback(TrainerCallback):
+    """Saves a checkpoint at each new lowest validation loss, which the trainer alone does not between two save_steps."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        if state.best_metric is None or metrics["eval_loss"] < state.best_metric:
+            control.should_save = True
 
 
 class RecomputeCallback(TrainerCallback):

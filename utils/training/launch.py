@@ -43,7 +43,7 @@ _LOG, _OUTPUT = "training/launch.log", "training/output.log"  # the second holds
 def train_adapter(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> dict:
     """Train as the two functions say and leave training/adapter, log.csv and loss.png; returns training/summary.json.
 
-    `load_with_lora(config)` returns model and tokenizer, `make_trainer(model, tokenizer, config, rows, step_plan, folder)`
+    `load_with_lora(config)` returns model and tokenizer, `make_trainer(model, tokenizer, config, rows, step_plan, folder, validation=None)`
     an SFTTrainer; see notebook 03. Raises what they raise, and TrainingError where a process ended without a word.
     """
     count = processes_that_divide(run)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from utils.errors import Interrupted, OutOfMemory, SessionOver, TrainingError
 from utils.files import atomic, atomic_folder, digests, parse_json, record_files, write_json
@@ -28,7 +28,7 @@ from utils.pipeline.time_limit import Deadline
 from utils.report.figures import draw_loss
 from utils.report.tracking import Tracker
 from utils.schema import Config
-from utils.training.callbacks import HealthCallback, SessionCallback, ShowCallback, Stopwatch
+from utils.training.callbacks import BestCallback, HealthCallback, SessionCallback, ShowCallback, Stopwatch
 from utils.training.launch import SUMMARY
 from utils.training.step_plan import (
     FILE,
@@ -67,6 +67,9 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
                 began = datetime.fromisoformat(run.record(run.stage)["started"]).timestamp()
                 passed = time.time() - began - (time.monotonic() - watch.ends[0])
                 figures["seconds_to_first_update"] = round(passed, 1)
+            if log["eval_loss"].notna().any():
+                kept = trainer.state.best_global_step if run.config.train.keep == "best" else trainer.state.global_step
+                figures |= {"kept_step": kept, "lowest_validation_loss": round(float(log["eval_loss"].min()), 4)}
             last = float(log["loss"].tail(5).mean()) if len(log) else math.nan
             figures["final_loss"] = round(last, 4) if math.isfinite(last) else "none"
             summary = {"figures": figures, "peak_memory": peak_memory(), "update_seconds": watch.seconds()}
@@ -79,8 +82,13 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
 def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer, tracker):
     """(trainer, stopwatch) once the last update is done, None where memory ran out; raises where the session ends."""
     config, folder = run.config, checkpoint_dir(run)
-    trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder))
+    validation = None
+    if config.data.validation_rows:
+        validation = pd.read_parquet(run.file("data/formatted/validation.parquet"))
+    trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder), validation)
     print(check_loss_mask(trainer.train_dataset, rows))
+    if validation is not None:
+        check_loss_mask(trainer.eval_dataset, validation)
     print(f"{plan}, {world_size()} process{'es' if world_size() > 1 else ''}")
     if trainer.args.device.type == "cpu":
         # accelerate calls a CPU that several processes share cpu:0, to which torch cannot load a checkpoint's optimizer.
@@ -90,13 +98,17 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
     session, shown = SessionCallback(Deadline.of(config.hardware.max_hours), StopRequest()), ShowCallback(tracker)
     for callback in (HealthCallback(trainer.accelerator.scaler), session, *([shown] if tracker is not None else [])):
         trainer.add_callback(callback)
+    if trainer.args.load_best_model_at_end:
+        trainer.add_callback(BestCallback())
     recompute_as(trainer, config, plan)
-    watch = Stopwatch(trainer)
+    watch, checkpoint = Stopwatch(trainer), find_checkpoint(folder)
     if config.train.max_steps == 0:  # for testing the comparison: the adapter stays as it was initialised
+        return trainer, watch
+    if checkpoint and _is_of_last_update(trainer, checkpoint):
         return trainer, watch
     try:
         with session.stop:
-            trainer.train(resume_from_checkpoint=find_checkpoint(folder))
+            trainer.train(resume_from_checkpoint=checkpoint)
         fits = True
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -116,6 +128,20 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
         why = session.deadline.sentence()
         raise SessionOver(f"{stopped}, because {why}; run 03 again in the next session, it resumes from there.")
     return trainer, watch
+
+
+def _is_of_last_update(trainer, checkpoint: str) -> bool:
+    """Whether a training ended with `checkpoint`: its log and what is kept are loaded then, since the trainer would go on."""
+    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback")
+    waited = stopping["attributes"]["early_stopping_patience_counter"] if stopping else 0
+    if state.global_step < state.max_steps and not (stopping and waited >= stopping["args"]["early_stopping_patience"]):
+        return False
+    kept = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    adapter = Path(checkpoint).with_name(f"checkpoint-{kept}")
+    trainer.model.load_adapter(str(adapter), trainer.model.active_adapters[0], is_trainable=True)
+    trainer.state = state
+    return True
 
 
 def _fall_back(run: StageRun, plan: StepPlan, model, first: dict) -> StepPlan:
@@ -157,10 +183,16 @@ def find_checkpoint(folder: Path) -> str | None:
 
 
 def training_log(trainer) -> pd.DataFrame:
-    """step, loss, learning_rate, grad_norm, mean_token_accuracy, scale (fp16's) for every logged step, resumed ones too."""
-    names = ["step", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "scale"]
-    rows = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return pd.DataFrame(rows, columns=names).apply(pd.to_numeric, errors="coerce")
+    """step, loss, learning_rate, grad_norm, mean_token_accuracy, scale (fp16's) and eval_loss (of the validation rows).
+
+    A row for every step at which something was logged, resumed ones too.
+    """
+    names = ["step", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "scale", "eval_loss"]
+    steps: dict[int, dict] = {}
+    for entry in trainer.state.log_history:
+        if "loss" in entry or "eval_loss" in entry:
+            steps.setdefault(entry["step"], {}).update(entry)
+    return pd.DataFrame(list(steps.values()), columns=names).apply(pd.to_numeric, errors="coerce")
 
 
 def check_loss_mask(dataset, formatted: pd.DataFrame) -> str:
