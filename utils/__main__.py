@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 
 from utils.config import parse_overrides
 from utils.errors import InfrastructureError, Interrupted, RunDirError, ServiceError, UserError
-from utils.pipeline.console import make_console, summarise
+from utils.pipeline.console import make_console
 from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest, require_recorded
 from utils.pipeline.stages import BY_NAME, STAGES, Stage
 from utils.project import NAME, command
@@ -48,6 +48,7 @@ def run(
     and 143 when it was stopped by Ctrl-C or SIGTERM.
     """
     from utils.pipeline.runner import StageEnded, run_series
+    from utils.report.index import conclude
 
     numbers = [stage.number for stage in STAGES]
     if unknown := {from_, to}.difference(numbers):
@@ -59,7 +60,7 @@ def run(
     try:
         run_series(
             profile, run_dir, parse_overrides(set_ or []), from_, to, fresh, console,
-            conclude=lambda run, worked: conclude(run, worked, time.monotonic() - started),
+            conclude=lambda run, worked: conclude(run, worked, console, time.monotonic() - started),
         )  # fmt: skip
     except StageEnded as ended:
         failed = ended.exit_code == 1
@@ -67,23 +68,6 @@ def run(
         console.print(f"{head}: {ended}", style="red" if failed else "yellow")
         console.print(f"To resume{', once that is mended' if failed else ''}: {ended.resume}")
         raise typer.Exit(ended.exit_code) from None
-
-
-def conclude(run: RunDir, worked: bool, seconds: float) -> None:
-    """Write the report and say what came of the run; stages that passed have passed, whatever becomes of the report."""
-    from utils.evaluation.results import read_sentence
-    from utils.report.index import write_report
-
-    sentence, stale = "", None
-    try:
-        if worked or not run.file("report/index.html").exists():
-            write_report(run)
-        if run.file("comparison/metrics.json").exists():
-            sentence, stale = read_sentence(run.path), run.out_of_date(BY_NAME["04_comparison"])
-    except Exception as error:
-        again = f"{command('run', '--run-dir', run.path)} tries again once report/index.html is removed"
-        console.print(f"The report could not be written ({type(error).__name__}: {error}); {again}.", style="yellow")
-    summarise(run, console, seconds, sentence, stale)
 
 
 @app.command()

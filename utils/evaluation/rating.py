@@ -3,8 +3,6 @@
 The order rests on a secret in comparison/rating_key.json. Neither the page nor the file that it saves can undo it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -12,11 +12,15 @@ from pathlib import Path
 import nbformat
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
+from rich.console import Console
 
 from utils.errors import RunDirError
+from utils.evaluation.results import read_sentence
 from utils.files import write_text
+from utils.pipeline.console import summarise
 from utils.pipeline.run_dir import RunDir, require_recorded
 from utils.pipeline.stages import BY_NAME, STAGES, Stage
+from utils.project import command
 
 _FIGURES = {
     "comparison/comparison.png": "Both models on the same held-out questions",
@@ -31,6 +35,20 @@ _TAGS = frozenset(
 )
 _SPANS = ["colspan", "rowspan"]
 _ATTRIBUTES = {"*": ["class", "dir", "id", "style", "title"], "a": ["href"], "td": _SPANS, "th": _SPANS}
+
+
+def conclude(run: RunDir, worked: bool, console: Console, seconds: float) -> None:
+    """Write the report and say what came of the run; stages that passed have passed, whatever becomes of the report."""
+    sentence, stale = "", None
+    try:
+        if worked or not run.file("report/index.html").exists():
+            write_report(run)
+        if run.file("comparison/metrics.json").exists():
+            sentence, stale = read_sentence(run.path), run.out_of_date(BY_NAME["04_comparison"])
+    except Exception as error:
+        again = f"{command('run', '--run-dir', run.path)} tries again once report/index.html is removed"
+        console.print(f"The report could not be written ({type(error).__name__}: {error}); {again}.", style="yellow")
+    summarise(run, console, seconds, sentence, stale)
 
 
 def write_report(run: RunDir) -> Path:
