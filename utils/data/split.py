@@ -124,6 +124,8 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[li
     vectors = vectorise([*rows["Question"], *stems, TUTORIAL_QUESTION])
     kept, entries, tutorial = _drop_near(rows, vectors, benchmark, stems, data.duplicate_threshold)
     dropped += entries
+    if not len(kept):
+        raise DataError(f"All {source_rows} rows repeat a benchmark item or the tutorials' question; give other rows.")
     item_vectors = vectors.take(np.arange(len(rows), len(rows) + len(stems)))
     rows, vectors = rows.iloc[kept].reset_index(drop=True), vectors.take(kept)
     rows["group"] = _group(rows, vectors, data.duplicate_threshold)
