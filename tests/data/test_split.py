@@ -212,6 +212,12 @@ def test_of_the_real_rows_at_most_two_percent_are_lost(tmp_path):
     assert len(held_out) == 24 and accounted(train, held_out, report)
 
 
+def test_rows_that_are_all_benchmark_items_are_refused(tmp_path):
+    questions = [source for source, _ in FACTS[:2]]
+    with pytest.raises(DataError, match="All 2 rows repeat a benchmark item or the tutorials' question"):
+        split(tmp_path, questions, items_of(questions), eval_rows=1)
+
+
 def test_every_entry_names_the_row_the_reason_and_what_it_is_near(tmp_path):
     source, rewrite = FACTS[3]
     _, _, _, report = split(

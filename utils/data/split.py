@@ -127,14 +127,15 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[li
     vectors = vectorise([*rows["Question"], *stems, TUTORIAL_QUESTION])
     kept, entries, tutorial = _drop_near(rows, vectors, benchmark, stems, data.duplicate_threshold)
     dropped += entries
+    if not len(kept):
+        raise DataError(f"All {source_rows} rows repeat a benchmark item or the tutorials' question; give other rows.")
     item_vectors = vectors.take(np.arange(len(rows), len(rows) + len(stems)))
     rows, vectors = rows.iloc[kept].reset_index(drop=True), vectors.take(kept)
     rows["group"] = _group(rows, vectors, data.duplicate_threshold)
     groups = pd.factorize(rows["group"])[0]
     divide = _draw_shuffled if data.shuffle else _draw_after_first
     *parts, excluded = divide(groups, data, np.random.default_rng(data.seed))
-    train, validation, held_out = parts
-    seen = np.concatenate([train, validation])  # by which training may be decided
+    seen = np.concatenate(parts[:2])  # by which training may be decided
     found = {
         "source_rows": source_rows,
         "not_drawn": source_rows - len(dropped) - len(excluded) - sum(map(len, parts)),
@@ -147,7 +148,7 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[li
             "threshold": data.duplicate_threshold,
             "largest_group": int(rows["group"].value_counts().max()),
             "near_benchmark": sum(entry["reason"] == _NEAR_ITEM for entry in dropped),
-            "largest_cosine_train_eval": _round_down(largest_cosine(vectors.take(held_out), vectors.take(seen))),
+            "largest_cosine_train_eval": _round_down(largest_cosine(vectors.take(parts[2]), vectors.take(seen))),
             "largest_cosine_train_benchmark": _round_down(largest_cosine(item_vectors, vectors.take(seen))),
         },
         "tutorial_question": tutorial,

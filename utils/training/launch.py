@@ -104,7 +104,7 @@ def _launch(run: StageRun, count: int) -> None:
     run.file(SUMMARY).unlink(missing_ok=True)
     worker, launch = ["-m", "utils.training.launch", run.path, "--log"], [sys.executable]
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
-    if wants_trials(run.config, rows, count) and plan_on_file(run, rows, count) is None:
+    if wants_trials(run.config, rows) and plan_on_file(run, rows, count) is None:
         _run_to_the_end(run, [*launch, *worker, "--trials-for", count])
     launch += ["-m", "accelerate.commands.accelerate_cli", "launch"]
     if run.config.hardware.accelerate_config is not None:

@@ -25,6 +25,7 @@ from utils.training.callbacks import RecomputeCallback, Stopwatch
 
 FILE = "training/step_plan.json"
 _UPDATES = 3  # of one trial; the first warms up, of the others the faster one counts
+_LEAST_UPDATES = 24  # a shorter training is over before trials of all micro-batches would be
 _SPARE_GIB = 0.25  # packs differ in how many documents they hold, and so a little in memory: a trial knows one kind
 
 
@@ -87,7 +88,7 @@ def choose_plan(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_traine
     train, layers, share = run.config.train, len(transformer_layers(model)), rows_per_update(run.config, rows) // world
     micro = max(n for n in _divisors(share) if n <= train.per_device_train_batch_size)
     plan, trials = StepPlan(micro, share // micro, layers if train.gradient_checkpointing else 0), []
-    if wants_trials(run.config, rows, world) and world_size() == 1:
+    if wants_trials(run.config, rows) and world_size() == 1:
         trials = try_plans(model, tokenizer, run.config, rows, make_trainer, share)
         if not trials:
             raise OutOfMemory("A single training row does not fit into GPU memory; lower model.max_seq_length.")
@@ -127,18 +128,15 @@ def rows_per_update(config: Config, rows: pd.DataFrame) -> int:
     return count
 
 
-def wants_trials(config: Config, rows: pd.DataFrame, world: int) -> bool:
+def wants_trials(config: Config, rows: pd.DataFrame) -> bool:
     """Whether to try plans: they are left open, there is a GPU, and the training has more updates than the trials."""
     train = config.train
-    if train.step_plan != "auto" or not train.gradient_checkpointing:
-        return False
-    size = config.model.max_seq_length if train.packing else rows["tokens"].mean()
-    updates = train.num_train_epochs * rows["tokens"].sum() / size / train.rows_per_update
-    if train.max_steps is not None:
-        updates = train.max_steps
-    micro_batches = len(_divisors(rows_per_update(config, rows) // world))
-    pays = updates > _UPDATES * micro_batches + 8  # an update for each time that an eighth more has to recompute
-    return pays and resolve_hardware(config.hardware)["device"] == "cuda"
+    updates = train.max_steps
+    if updates is None:
+        size = config.model.max_seq_length if train.packing else rows["tokens"].mean()
+        updates = train.num_train_epochs * rows["tokens"].sum() / size / train.rows_per_update
+    is_open = train.step_plan == "auto" and train.gradient_checkpointing and updates >= _LEAST_UPDATES
+    return is_open and resolve_hardware(config.hardware)["device"] == "cuda"
 
 
 def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, share: int) -> list[tuple]:

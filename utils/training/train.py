@@ -82,12 +82,11 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
 def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer, tracker):
     """(trainer, stopwatch) once the last update is done, None where memory ran out; raises where the session ends."""
     config, folder = run.config, checkpoint_dir(run)
-    validation = None
-    if config.data.validation_rows:
-        validation = pd.read_parquet(run.file("data/formatted/validation.parquet"))
+    validated, path = config.data.validation_rows, run.file("data/formatted/validation.parquet")
+    validation = pd.read_parquet(path) if validated else None
     trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder), validation)
     print(check_loss_mask(trainer.train_dataset, rows))
-    if validation is not None:
+    if validated:
         check_loss_mask(trainer.eval_dataset, validation)
     print(f"{plan}, {world_size()} process{'es' if world_size() > 1 else ''}")
     if trainer.args.device.type == "cpu":
@@ -122,12 +121,16 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
     if session.ended:
         if tracker is not None:
             _save_log(training_log(trainer), run)  # for whoever looks at the session's end
-        stopped = f"Training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint"
-        if session.ended == "asked":
-            raise Interrupted(f"{stopped}, because it was asked to; run 03 again, it resumes from there.")
-        why = session.deadline.sentence()
-        raise SessionOver(f"{stopped}, because {why}; run 03 again in the next session, it resumes from there.")
+        raise _end_of_session(trainer, session)
     return trainer, watch
+
+
+def _end_of_session(trainer, session: SessionCallback) -> Interrupted | SessionOver:
+    stopped = f"Training stopped at step {trainer.state.global_step} of {trainer.state.max_steps} with a checkpoint"
+    if session.ended == "asked":
+        return Interrupted(f"{stopped}, because it was asked to; run 03 again, it resumes from there.")
+    why = session.deadline.sentence()
+    return SessionOver(f"{stopped}, because {why}; run 03 again in the next session, it resumes from there.")
 
 
 def _is_of_last_update(trainer, checkpoint: str) -> bool:
