@@ -1,6 +1,9 @@
 """Shared plumbing of the notebook series; `utils.project.prepare` asserts by `SERIES` that it is this package."""
 
 import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 SERIES = "deepseek-r1-medical-lora"
 
@@ -9,3 +12,15 @@ SERIES = "deepseek-r1-medical-lora"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # An image's older kernels warn, at every start, of a debugger that nobody asked for.
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+
+
+def surface(package: str, **modules: str) -> tuple[list[str], Callable[[str], Any]]:
+    """(`__all__`, `__getattr__`) of a folder, whose names are loaded when first asked for; {module: names, by spaces}."""
+    places = {name: module for module, names in modules.items() for name in names.split()}
+
+    def load(name: str) -> Any:
+        if name in places:
+            return getattr(import_module(f"{package}.{places[name]}"), name)
+        raise AttributeError(name)
+
+    return list(places), load

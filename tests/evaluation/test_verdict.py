@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from utils.evaluation.compare import decide, headline, state_claims
 from utils.evaluation.metrics import METRICS
-from utils.evaluation.results import Result
-from utils.evaluation.statistics import compare_paired
+from utils.evaluation.statistics import Result, compare_paired
 
 
 def result(name: str, base: float, tuned: float, n: int = 300, seed: int = 0) -> Result:
@@ -106,7 +105,7 @@ def test_strict_and_forced_both_count_at_five_percent_without_a_correction(prima
     named = strict_and_forced((0.3, 0.6), (0.3, 0.6)) | {"nll": result("nll", 2.0, 1.9)}
     assert decide("multiple_choice", named, {"parsed": 0.3})[0] == "better"
     assert "is better on this metric" in headline("multiple_choice", named, {"parsed": 0.3})
-    told = {claim.claim: claim.verdict for claim in state_claims(primary, named, {"parsed": 0.3})}
+    told = {claim["claim"]: claim["verdict"] for claim in state_claims(primary, named, {"parsed": 0.3})}
     assert told["knows more"] == "better"
 
 

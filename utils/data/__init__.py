@@ -1,6 +1,6 @@
 """Data: rows and benchmark items, the frozen split, and the text that a model is given."""
 
-from utils.surface import surface
+from utils import surface
 
 __all__, __getattr__ = surface(
     __name__,

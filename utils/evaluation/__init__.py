@@ -1,6 +1,6 @@
 """What both models are asked, what they answered, and what the difference lets one say."""
 
-from utils.surface import surface
+from utils import surface
 
 __all__, __getattr__ = surface(
     __name__,

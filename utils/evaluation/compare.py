@@ -10,8 +10,7 @@ from utils.errors import RunDirError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
 from utils.evaluation.rating import state_preference
-from utils.evaluation.results import Result, Verdict
-from utils.evaluation.statistics import compare_paired, detectable_difference, show_p, verdict
+from utils.evaluation.statistics import Result, Verdict, compare_paired, detectable_difference, show_p, verdict
 from utils.files import atomic, write_json
 from utils.pipeline.run_dir import RunDir
 

@@ -17,8 +17,7 @@ from scipy.stats import binomtest
 from utils.errors import DataError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.questions import Model, digest_of
-from utils.evaluation.results import Verdict
-from utils.evaluation.statistics import ALPHA, show_p, wilson_interval
+from utils.evaluation.statistics import ALPHA, Verdict, show_p, wilson_interval
 from utils.files import write_json
 from utils.pipeline.run_dir import RunDir
 

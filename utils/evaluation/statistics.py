@@ -5,16 +5,38 @@ groups and the test flips whole groups.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from utils.evaluation.results import Interval, Result, Verdict
-
+Verdict = Literal["better", "worse", "cannot tell"]
+Interval = tuple[float, float]
 ALPHA = 0.05
 _CONFIDENCE = 0.95
+
+
+class Result(BaseModel, extra="forbid", frozen=True):
+    """One metric of both models, on the same items. A share is between 0 and 1; the difference is tuned - base."""
+
+    name: str
+    label: str = ""
+    unit: Literal["share", "nats per token", "tokens", "score", ""] = ""
+    higher_is_better: bool
+    n: int
+    groups: int  # independent units among the n; fewer where items share a group
+    base: float
+    tuned: float
+    base_ci95: Interval
+    tuned_ci95: Interval
+    difference: float
+    ci95: Interval
+    test: str
+    p_value: float  # two-sided
+    p_holm: float | None = None  # corrected over all that is only described; what decides needs none
 
 
 def show_p(p: float) -> str:

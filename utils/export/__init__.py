@@ -1,6 +1,6 @@
 """Files that others can load, and the proof that they are what was trained."""
 
-from utils.surface import surface
+from utils import surface
 
 __all__, __getattr__ = surface(
     __name__,

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 
 from utils.errors import InfrastructureError, ServiceError
-from utils.evaluation.results import read_sentence
+from utils.pipeline.console import read_sentence
 from utils.pipeline.run_dir import open_run, read_manifest, require_recorded
 from utils.pipeline.stages import BY_NAME
 from utils.processes import Child

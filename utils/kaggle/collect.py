@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from utils.errors import RunDirError
-from utils.evaluation.results import read_sentence
 from utils.files import list_files, parse_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.kaggle.push import readable
+from utils.pipeline.console import read_sentence
 from utils.pipeline.run_dir import altered_files
 from utils.pipeline.state import FILE as STATE
 from utils.pipeline.state import SeriesState, read_state

@@ -1,6 +1,6 @@
 """Models: the base model with its tokenizer, LoRA on it, and the memory that they take."""
 
-from utils.surface import surface
+from utils import surface
 
 __all__, __getattr__ = surface(
     __name__,

@@ -4,10 +4,12 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from utils.errors import RunDirError
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import Stage
 from utils.progress import FILE
@@ -85,3 +87,13 @@ def summarise(run: RunDir, console: Console, seconds: float, sentence: str = "",
         console.print(f"To upload it, where your tokens are:\n  {upload}", style="dim")
     text = f"{seconds:.0f} s. Next: change a setting; only what depends on it runs again:\n  {series} --set KEY=VALUE"
     console.print(text, style="dim")
+
+
+def read_sentence(run_dir: Path) -> str:
+    """The verdict's sentence in comparison/metrics.json; raises RunDirError where that file is not what 04 writes."""
+    file = run_dir / "comparison" / "metrics.json"
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["sentence"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = "it holds no sentence" if isinstance(error, (LookupError, TypeError)) else error
+        raise RunDirError(f"{file} cannot be read ({reason}); run 04_comparison again, which writes it.") from None

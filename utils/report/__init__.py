@@ -1,6 +1,6 @@
 """Pictures, pages and tracking: what people look at."""
 
-from utils.surface import surface
+from utils import surface
 
 __all__, __getattr__ = surface(
     __name__,

@@ -15,9 +15,8 @@ from markupsafe import Markup
 from rich.console import Console
 
 from utils.errors import RunDirError
-from utils.evaluation.results import read_sentence
 from utils.files import write_text
-from utils.pipeline.console import summarise
+from utils.pipeline.console import read_sentence, summarise
 from utils.pipeline.run_dir import RunDir, require_recorded
 from utils.pipeline.stages import BY_NAME, STAGES, Stage
 from utils.project import command
