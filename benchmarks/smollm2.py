@@ -84,7 +84,7 @@ class Bench:
                 result |= read_run(run_dir)
             add_to_file(self.out / "smollm2.json", {**where(), section: self.found(section) | {name: result}})
             if name == FIRST and status == 0:
-                shutil.copy(run_dir / "comparison" / "comparison.png", self.out / "smollm2-comparison.png")
+                draw(result, self.out / "smollm2-comparison.png")
 
         return Job(name, command + set_words(all_settings), collect)
 
@@ -142,6 +142,22 @@ def read_run(run_dir: Path) -> dict:
     metrics = {one["name"]: one for one in (found["primary"], *found["secondary"])}
     settings = open_run("auto", run_dir).config.sections("model.load_in_4bit", "lora", "train", "generate")
     return {"settings": settings, "primary": found["primary"]["name"], **told, "metrics": metrics}
+
+
+def draw(result: dict, path: Path) -> None:
+    """The README's picture: form and knowledge of both models, and every paired difference, of one case."""
+    from matplotlib.figure import Figure
+
+    from utils.report.figures import draw_bars
+    from utils.report.forest import draw_forest
+
+    metrics = dict(result["metrics"])
+    compared = {"primary": metrics.pop(result["primary"]), "secondary": list(metrics.values())}
+    figure = Figure(figsize=(11, 6.4), dpi=130, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.7))
+    draw_bars(left.subplots(), compared)
+    draw_forest(right, compared)
+    figure.savefig(path)
 
 
 def save_tiny_model(form: str, folder: Path) -> Path:

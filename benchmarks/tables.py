@@ -37,6 +37,9 @@ CONFIGURATIONS = {
     "ours, 512 tokens": "`t4`, packs of 512 tokens, longer rows cut",
     "unsloth's attention": "`t4` with unsloth's own attention",
 }
+REAL_METRICS = (
+    "nll", "well_formed", "truncated", "parsed", "multiple_choice", "multiple_choice_forced", "reasoning_tokens",
+)  # fmt: skip
 TARGET = re.compile(r"^(?P<name>[a-z][\w-]*):[^=\n]*?##\s*(?P<what>.+)$", re.MULTILINE)
 
 
@@ -113,6 +116,30 @@ def packing_parity() -> str:
     source = (f"Held-out loss (mean ratio {found['nll_ratio']:.3f}) and right answers (difference {low:+.1f} to {high:+.1f} "
               f"points, 95 % interval, n = {accuracy['n']}); the demo's task")  # fmt: skip
     return markdown(("training", "seed 1", "seed 2", "seed 3"), rows, measured("parity", source))
+
+
+def real_model() -> str:
+    cases = evidence("smollm2")["cases"]
+
+    def shown(result: dict) -> str:
+        values, digits = [result["base"], result["tuned"], *result["ci95"]], 1 if result["unit"] == "tokens" else 3
+        if result["unit"] == "share":
+            base, tuned, low, high = (100 * value for value in values)
+            return f"{base:.1f} → {tuned:.1f} % ({low:+.1f} to {high:+.1f})"
+        base, tuned, low, high = (f"{value:.{digits}f}" for value in values)
+        return f"{base} → {tuned} ({low} to {high})"
+
+    first = next(iter(cases.values()))
+    rows = [
+        (f"{first['metrics'][name]['label']}, n = {first['metrics'][name]['n']}",
+         *(shown(case["metrics"][name]) for case in cases.values()))
+        for name in REAL_METRICS
+    ]  # fmt: skip
+    for stage in ("01_baseline_inference", "03_lora_training", "04_comparison"):
+        rows.append((f"`{stage}`", *(f"{case['stages'][stage]['seconds']:.0f} s" for case in cases.values())))
+    rows.append(("GiB of GPU memory", *(case["peak_gpu_reserved_gib"] for case in cases.values())))
+    what = "Profile `smollm2`, base → fine-tuned, 95 % interval of the difference"
+    return markdown(("", *cases), rows, measured("smollm2", what))
 
 
 def answering() -> str:
@@ -246,7 +273,7 @@ def make_targets() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
     for table in (
-        answering, calibration, gguf, killed, make_targets, merge, packing_parity, repeatability, scorers, series, split, stages,
+        answering, calibration, gguf, killed, make_targets, merge, packing_parity, real_model, repeatability, scorers, series, split, stages,
         training, training_ratios, training_rows,
     )
 }  # fmt: skip

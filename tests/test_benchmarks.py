@@ -310,3 +310,13 @@ def test_a_null_run_without_an_update_is_summarised_too(tmp_path):
     (tmp_path / "training" / "log.csv").write_text("step,loss,grad_norm\n1,2.5,\n2,2.25,0.5\n", encoding="utf-8")
     training = summarise(tmp_path)["training"]
     assert training["losses"] == [2.5, 2.25] and training["gradients_not_finite"] == 1 and not training["finite"]
+
+
+def test_a_real_model_learnt_the_form_and_no_more_is_said_of_its_knowledge_than_both_accuracies_carry():
+    found = json.loads((ROOT / "benchmarks" / "results" / "smollm2.json").read_text(encoding="utf-8"))
+    assert set(found["cases"]) <= set(smollm2.CASES) and found["gpu"] and found["versions"]["unsloth"]
+    for case in found["cases"].values():
+        loss, strict, forced = (case["metrics"][name] for name in ("nll", "multiple_choice", "multiple_choice_forced"))
+        assert loss["ci95"][1] < 0 and case["metrics"]["well_formed"]["tuned"] >= 0.9
+        knows = next(claim["verdict"] for claim in case["claims"] if claim["claim"] == "knows more")
+        assert knows == "cannot tell" and strict["p_value"] < 0.05 <= forced["p_value"]

@@ -3,8 +3,6 @@
 One YAML file below notebooks/profiles is one kind of run; `--set a.b=value` and `OVERRIDES` change single keys.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from pathlib import Path

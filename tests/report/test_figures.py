@@ -153,7 +153,7 @@ def test_a_base_of_zero_has_no_percentage():
     assert row.change is None and row.sign == "cannot tell"
     models = [Evaluation({}, {}, answers(2, which), losses(0, which)) for which in (0, 1)]
     metrics["secondary"] = [result("correct", [0.0, 0.0], [1.0, 0.0])]
-    assert "base is 0: no % of it" in words_of(compose_comparison(*models, metrics))
+    assert "base is near 0: no % of it" in words_of(compose_comparison(*models, metrics))
 
 
 def test_one_pair_is_never_called_better():

@@ -1,7 +1,5 @@
 """Multiple-choice items of MedQA, MedMCQA and PubMedQA, from the Hub or a file, in one form."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows out of chats of one turn: `messages` (role, content), ShareGPT's `conversations` (from, value), and think blocks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

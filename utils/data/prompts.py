@@ -5,8 +5,6 @@ The model's own chat template cuts assistant turns at `</think>`, which deletes 
 config.yaml. BOS is added by the tokenizer and the end token by the trainer: neither is ever written into a string here.
 """
 
-from __future__ import annotations
-
 from utils.errors import RunDirError
 from utils.schema import PromptFormat, PromptSection
 

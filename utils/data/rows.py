@@ -4,8 +4,6 @@ A row has Question, Complex_CoT and Response, under these names, under those of 
 checked by rule, as in the demo) and `group` (rows that are not independent of each other share one).
 """
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Rows that are near duplicates of each other or that the data's own `group` colum
 in two parts. Near duplicates of a benchmark item and of the tutorials' example question are dropped.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 

@@ -6,8 +6,6 @@ ignorance. `write_tuning_row` is short and right: LoRA learns from it. Every wor
 rows; a word whose (frozen) embedding the base never trained would cost the demo its effect.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from dataclasses import dataclass

@@ -100,19 +100,19 @@ def compose_comparison(base: Evaluation, tuned: Evaluation, metrics: dict):
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     left, right = top.subfigures(1, 2, width_ratios=(1, 1.7))
     lengths, losses = bottom.subplots(1, 2, width_ratios=(1.35, 1))
-    _draw_bars(left.subplots(), metrics)
+    draw_bars(left.subplots(), metrics)
     draw_forest(right, metrics)
     _draw_reasoning(lengths, base.scored, tuned.scored)
     _draw_losses(losses, base.loss, tuned.loss)
     return figure
 
 
-def _draw_bars(axis, metrics: dict) -> None:
+def draw_bars(axis, metrics: dict) -> None:
     """Both models' means with their intervals, of up to three results that share an axis: where right answers decide
     nothing, well-formed ones beside them, so that form and knowledge are seen apart."""
     results = {result["name"]: result for result in (metrics["primary"], *metrics["secondary"])}
     accuracies = [result for result in results.values() if "accuracy" in result["label"]]
-    form = [results[name] for name in ("well_formed", "parsed", "multiple_choice") if name in results]
+    form = [results[name] for name in ("well_formed", "multiple_choice", "multiple_choice_forced") if name in results]
     choices = (
         ("Right answers", accuracies if metrics["primary"] in accuracies or not form else []),
         ("Form and knowledge" if "multiple_choice" in results else "Form of the answers", form),

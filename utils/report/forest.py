@@ -13,6 +13,7 @@ _SIGNS = {
     "cannot tell": (SOFT, "o", "cannot tell: spans zero, or p ≥ 0.05"),
 }
 _ABOVE = {"textcoords": "offset points", "va": "bottom", "color": INK, "annotation_clip": False}
+_FOLD = 5  # a mean that became more than so many times the base's leaves no room on the axis for the others
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Row:
 
     label: str
     values: str  # both models' means, such as 17 % → 84 %
-    change: float | None  # None: the base is 0, and nothing can be told in % of it
+    change: float | None  # None: the base is near 0, and nothing can be told in % of it
     low: float
     high: float
     sign: str
@@ -37,7 +38,8 @@ def build_rows(metrics: dict) -> list[Row]:
 def _build_row(result: dict, weight: str) -> Row:
     base, tuned, share = result["base"], result["tuned"], result["unit"] == "share"
     turn = 1.0 if result["higher_is_better"] else -1.0
-    scale = 100.0 if share else 100.0 / abs(base) if base else 0.0
+    near_zero = _FOLD * abs(base) <= abs(tuned)
+    scale = 100.0 if share else 0.0 if near_zero else 100.0 / abs(base)
     low, high = sorted(turn * scale * end for end in result["ci95"])
     # An interval alone would call a single pair better: it has no width. As in statistics.verdict, the test has to agree.
     p_value = result["p_value"] if result.get("p_holm") is None else result["p_holm"]
@@ -95,7 +97,7 @@ def _draw_group(axis, rows: Sequence[Row]) -> None:
         axis.text(1.02, y, row.values, weight=row.weight, color=INK, **beside)
         if row.change is None:
             behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-            axis.text(0.03, y, "base is 0: no % of it", color=SOFT, bbox=behind, **beside)
+            axis.text(0.03, y, "base is near 0: no % of it", color=SOFT, bbox=behind, **beside)
             continue
         (colour, marker, _), bold = _SIGNS[row.sign], row.weight == "bold"
         axis.plot([row.low, row.high], [y, y], color=colour, linewidth=3.4 if bold else 2.2, zorder=3)

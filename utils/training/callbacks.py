@@ -1,7 +1,5 @@
 """What listens to the trainer: progress, speed, tracking, health, the session's end, and which layers recompute."""
 
-from __future__ import annotations
-
 import math
 import time
 

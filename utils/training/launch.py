@@ -8,8 +8,6 @@ With one GPU, or none, both functions are called here. With several, their sourc
     accelerate launch --config_file machine.yaml -m utils.training.launch RUN_DIR     # by hand, on several machines
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import inspect

@@ -3,8 +3,6 @@
 It decides speed and memory, never what is learnt: every plan takes the same rows into the same update.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import tempfile

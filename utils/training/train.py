@@ -1,7 +1,5 @@
 """One process's training: step plan, checkpoints to resume from, what to do when memory runs out, what is left at the end."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
