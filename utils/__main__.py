@@ -73,7 +73,14 @@ def run(
 @app.command()
 def score(run_dir: RunDirArgument, ratings: RatingsOption = None) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
-    from utils.evaluation import compare_models, keep_ratings, read_evaluation, show_p, write_comparison
+    from utils.evaluation import (
+        compare_models,
+        keep_ratings,
+        read_evaluation,
+        show_p,
+        state_preference,
+        write_comparison,
+    )
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
     from utils.report import draw_comparison, write_answers_page, write_rating_page, write_report
@@ -97,7 +104,7 @@ def score(run_dir: RunDirArgument, ratings: RatingsOption = None) -> None:
     _warn_if_stale(run, stage)
     console.print(metrics["sentence"], style="bold")
     if ratings is not None:
-        console.print(metrics["claims"][-1]["sentence"])
+        console.print(state_preference(run, base, tuned)[0]["sentence"])
 
 
 @app.command()
@@ -133,7 +140,6 @@ def ask(
     """Answer a question of your own by the base and the fine-tuned model, as they write; the run stays as it is."""
     from utils import evaluation
     from utils.pipeline.stage import require_hardware
-    from utils.pipeline.stages import BY_NAME
 
     run = _open(run_dir)
     evaluation.require_adapter(run)

@@ -85,12 +85,15 @@ def found_by_setup(stored: Config, config: Config) -> dict[str, Any]:
 def differing_settings(config: Config) -> dict[str, Any]:
     """{dotted key: value} of what is not as the profile on file has it, but for what the run found out itself."""
     try:
-        profile = load_config(config.profile).model_dump(mode="json")
+        values = _read_yaml(PROFILES / f"{config.profile}.yaml", "") | {"profile": config.profile}
+        on_cpu = flatten(values.pop("on_cpu", {}))  # a run may have begun on another machine
+        profile = _validate(values, "").model_dump(mode="json")
     except ConfigError:
         return {}  # the profile is gone, and the run has all of its settings itself
     own = config.model_dump(mode="json", exclude={"prompt": {"format"}})  # which 00 found, and nobody gave
     given, on_file = flatten(_without_pins(own, profile)), flatten(profile)
-    return {key: value for key, value in flatten(own).items() if on_file.get(key) != given[key]}
+    sized = {key for key, value in on_cpu.items() if given[key] == value}
+    return {key: value for key, value in flatten(own).items() if on_file.get(key) != given[key] and key not in sized}
 
 
 def _without_pins(own: Any, profile: Any) -> Any:

@@ -47,7 +47,7 @@ def tuned(tiny_folder):
 def test_each_model_answers_as_it_does_when_it_is_measured(run, tuned, tmp_path, capsys):
     model, tokenizer = tuned
     ask(run, model, tokenizer, OWN)
-    base, own = capsys.readouterr().out.removeprefix("--- base ---\n").split("--- fine-tuned ---\n")
+    base, own = capsys.readouterr().out.partition("--- base ---\n")[2].split("--- fine-tuned ---\n")
     question = Question("own", "open", format_prompt(OWN, run.config.prompt))
     (measured,) = answer_questions(model, tokenizer, [question], run.config.generate, tmp_path / "tuned.jsonl", "tuned")
     with model.disable_adapter():
@@ -67,7 +67,7 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_a_sentence(run, tuned):
         ask(run, model, tokenizer, OWN)
 
 
-def test_a_run_without_an_adapter_is_a_sentence_and_a_damaged_adapter_too(run):
+def test_a_run_without_an_adapter_is_a_sentence_and_a_stale_or_damaged_adapter_too(run, monkeypatch):
     with pytest.raises(RunDirError, match="has no adapter yet: 03_lora_training has not run"):
         require_adapter(run)
     file = run.file("training/adapter/adapter_model.safetensors")
@@ -75,6 +75,10 @@ def test_a_run_without_an_adapter_is_a_sentence_and_a_damaged_adapter_too(run):
     file.write_bytes(b"other")
     outputs = {"training/adapter/adapter_model.safetensors": {"sha256": "0" * 64}}
     run.write_record(BY_NAME["03_lora_training"], state="done", outputs=outputs)
+    monkeypatch.setattr(type(run), "out_of_date", lambda self, stage: f"{stage.name} is out of date")
+    with pytest.raises(RunDirError, match="03_lora_training is out of date; its adapter is of another run than"):
+        require_adapter(run)
+    monkeypatch.setattr(type(run), "out_of_date", lambda self, stage: None)
     with pytest.raises(RunDirError, match="differs from what 03_lora_training wrote"):
         require_adapter(run)
 
@@ -84,5 +88,5 @@ def test_from_the_command_line_both_models_answer_and_no_file_of_the_run_changes
     done = run_command("ask", demo_run.path, "A patient has night sweats and a dry cough. What is it?")
     assert done.returncode == 0, done.stderr
     base, tuned = done.stdout.split("--- fine-tuned ---\n")
-    assert base.startswith("--- base ---\n") and base.count("\n") > 1 and tuned.strip()
+    assert base.startswith("No medical advice.") and "--- base ---\n" in base and base.count("\n") > 2 and tuned.strip()
     assert digests(demo_run.path) == before

@@ -71,7 +71,9 @@ def test_lora_weights_are_float32_again_after_trl_made_them_bfloat16(tiny_folder
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_the_dtype_is_what_the_profile_forces_and_float32_on_a_cpu(tiny_folder):
+def test_the_dtype_is_what_the_profile_forces_and_on_a_cpu_what_its_processor_multiplies(tiny_folder, monkeypatch):
     assert torch_dtype(config_for(tiny_folder)) == torch.float32
     assert torch_dtype(config_for(tiny_folder, **{"hardware.dtype": "float16"})) == torch.float16
-    assert torch_dtype(config_for(tiny_folder, **{"hardware.dtype": "auto"})) == torch.float32
+    for has_instructions, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr("utils.hardware.cpu_multiplies_bfloat16", lambda found=has_instructions: found)
+        assert torch_dtype(config_for(tiny_folder, **{"hardware.dtype": "auto"})) == dtype

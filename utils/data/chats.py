@@ -46,11 +46,11 @@ def _read_turn(cell: Any) -> tuple[str | None, Any, Any]:
     if not isinstance(messages, (list, np.ndarray)) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("is no list of messages")
     said = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
-    roles = [_ROLES.get(role, role) for role, _ in said]
+    roles = [_ROLES.get(str(role), str(role)) for role, _ in said]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(
-            f"has the turns {', '.join(map(str, roles)) or 'of nobody'}, expected one of user and assistant"
-        )
+        raise ValueError(f"has the turns {', '.join(roles) or 'of nobody'}, expected one of user and assistant")
+    if len(said) == 3 and not isinstance(said[0][1], (str, type(None))):
+        raise ValueError("has a system message that is no text")
     return said[0][1] if len(said) == 3 else None, said[-2][1], said[-1][1]
 
 

@@ -86,6 +86,11 @@ def convert_rows(table: pd.DataFrame, source: str, data: DataSection) -> tuple[p
         blocks, answers = zip(*map(split_think_block, rows["Response"]), strict=True)
         rows = rows.assign(**{_REASONING: blocks, "Response": answers})
         missing = [_REASONING] if data.reasoning == "required" and not any(blocks) and not problems else []
+    if missing == [_REASONING] and chat:
+        raise DataError(
+            f"{source} has no answer with a <think>…</think> block in {chat}, expected the reasoning there; "
+            "data.reasoning=optional takes rows without."
+        )
     if missing:
         raise DataError(
             f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. Name yours by "
@@ -180,7 +185,9 @@ def write_split(directory: Path, parts: dict[str, pd.DataFrame], benchmark: pd.D
     have no such row.
     """
     for name, frame in parts.items():
-        write_frame(directory / f"{name}.parquet", frame)
+        (directory / f"{name}.parquet").unlink(missing_ok=True)
+        if len(frame):
+            write_frame(directory / f"{name}.parquet", frame)
     items = "" if benchmark is None else benchmark.to_json(orient="records", lines=True, force_ascii=False)
     write_text(directory / "benchmark.jsonl", items)
     write_json(directory / "anecdote.json", report.get("tutorial_question", {}))
@@ -197,10 +204,7 @@ def read_benchmark(directory: Path) -> pd.DataFrame | None:
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """A Parquet file, written atomically; none where the frame has no rows."""
-    if not len(frame):
-        path.unlink(missing_ok=True)
-        return
+    """A Parquet file, written atomically."""
     with atomic(path) as scratch:
         frame.to_parquet(scratch, index=False)
 

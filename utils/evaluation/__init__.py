@@ -11,5 +11,5 @@ __all__, __getattr__ = surface(
     answer_parsing="any_letter",
     statistics="detectable_difference show_p",
     compare="compare_models write_comparison",
-    rating="keep_ratings",
+    rating="keep_ratings state_preference",
 )

@@ -9,7 +9,6 @@ from statsmodels.stats.multitest import multipletests
 from utils.errors import RunDirError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
-from utils.evaluation.rating import state_preference
 from utils.evaluation.statistics import Result, Verdict, compare_paired, detectable_difference, show_p, verdict
 from utils.files import atomic, write_json
 from utils.pipeline.run_dir import RunDir
@@ -72,7 +71,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
         "nll_rows_left_out": base.left_out,  # longer than model.max_seq_length: in no loss, of neither model
         "contamination": contamination.get("contamination", {}),
         "registration": registration,
-        "claims": [*state_claims(name, results, corrected), *state_preference(run, base, tuned)],
+        "claims": state_claims(name, results, corrected),
         "verdict": decide(name, results, corrected)[0],
         "sentence": headline(name, results, corrected) + _LATE * registration["changed_after_answers"],
     }
@@ -193,7 +192,11 @@ def state_claims(primary: str, results: Mapping[str, Result], corrected: Mapping
         words = {"better": better, "worse": worse}.get(found) or _conclusion(result, found)
         if claim == "keeps form" and found == "cannot tell":
             low = result.ci95[0]
-            words = f"No change is certain; a loss of more than {-100 * low:.1f} points is unlikely." if low < 0 else ""
+            words = (
+                f"Whether it changed cannot be told; a loss of more than {-100 * low:.1f} points is unlikely."
+                if low < 0
+                else ""
+            )
         sentence = " ".join(part for part in (_figures(result, corrected.get(name)), words, remark) if part)
         claims.append({"claim": claim, "metric": name, "verdict": found, "sentence": sentence})
     return claims

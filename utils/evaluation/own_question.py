@@ -7,6 +7,7 @@ from utils.evaluation.questions import Question
 from utils.models.unsloth_patches import forget_cache
 from utils.pipeline.run_dir import RunDir, require_recorded
 from utils.pipeline.stages import BY_NAME
+from utils.schema import EMBEDDED
 
 
 def ask(run: RunDir, model, tokenizer, question: str, max_new_tokens: int | None = None) -> None:
@@ -26,6 +27,9 @@ def ask(run: RunDir, model, tokenizer, question: str, max_new_tokens: int | None
             f"for {room:,}; ask a shorter one."
         )
 
+    embedded = run.config.model.name == EMBEDDED
+    print("No medical advice." + " The demo's model was taught invented conditions, and answers with them." * embedded)
+
     def answer(title: str) -> None:
         print(f"--- {title} ---")
         pending = Pending(Question("own", "open", prompt), ids)
@@ -42,4 +46,8 @@ def require_adapter(run: RunDir) -> None:
     """Raise RunDirError unless the run holds a trained adapter, as 03 wrote it."""
     if run.record(BY_NAME["03_lora_training"]).get("state") != "done":
         raise RunDirError(f"{run.path} has no adapter yet: 03_lora_training has not run; run the series to 03.")
+    if stale := run.out_of_date(BY_NAME["03_lora_training"]):
+        raise RunDirError(
+            f"{stale}; its adapter is of another run than config.yaml describes, so run the series to 03."
+        )
     require_recorded(run.path, ("training/adapter",))

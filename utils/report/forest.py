@@ -79,7 +79,7 @@ def draw_forest(figure, metrics: dict) -> None:
             for sign, (colour, marker, label) in _SIGNS.items()
             if sign in found
         ],
-        title="bold: the primary metric; p of what is only described by Holm", loc="outside lower center", ncols=3, frameon=False,
+        title="bold: the primary metric; p of what only describes: Holm's", loc="outside lower center", ncols=3, frameon=False,
         handletextpad=0.3,
     )  # fmt: skip
 

@@ -59,6 +59,7 @@ def write_report(run: RunDir) -> Path:
     page = templates.get_template("report.html.j2").render(
         run=run,
         metrics=metrics,
+        preference=_read_json(run, "comparison/preference.json") or [],
         stale=run.out_of_date(BY_NAME["04_comparison"]) if metrics else None,
         table=list(csv.DictReader(io.StringIO(_read(run, "comparison/table.csv").decode()))),
         split=_read_json(run, "data/split.json"),
