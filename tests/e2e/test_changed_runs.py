@@ -81,7 +81,7 @@ def test_a_verdict_that_newer_settings_left_behind_is_called_out_of_date(small_c
     done = run_command("run", "--run-dir", small_copy, "--set", "generate.max_new_tokens=48", "--to", "00")
     assert (
         done.returncode == 0
-        and "is of an earlier run (01_baseline_inference changed" in done.stdout
+        and "is of an earlier run (01_baseline_inference is out of date: its settings changed (generate" in done.stdout
         and "publish" not in done.stdout
     )
     assert "Out of date." in (small_copy / "report" / "index.html").read_text(encoding="utf-8")
@@ -167,7 +167,7 @@ def test_a_failing_stage_ends_in_one_line_and_the_command_that_continues(small_c
     before = {p: p.read_bytes() for p in (small_copy / "comparison").iterdir()}
     done = run_command("run", "--run-dir", small_copy, "--set", "model.max_seq_length=16")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-    assert "02_dataset_formatting failed: All 48 rows are longer than model.max_seq_length = 16" in done.stdout
+    assert "02_dataset_formatting failed: All 48 train rows are longer than model.max_seq_length = 16" in done.stdout
     assert f"--run-dir {small_copy} --from 02" in done.stdout
     assert {p: p.read_bytes() for p in (small_copy / "comparison").iterdir()} == before
 
