@@ -172,14 +172,19 @@ def test_a_failing_stage_ends_in_one_line_and_the_command_that_continues(small_c
     assert {p: p.read_bytes() for p in (small_copy / "comparison").iterdir()} == before
 
 
-def test_a_session_whose_time_is_up_ends_after_the_stage_at_hand_and_the_next_goes_on(tmp_path, embedded_model):
-    words = ["run", "--profile", "demo", "--run-dir", tmp_path / "run", "--to", "02"]
+def test_a_session_whose_time_is_up_ends_between_two_batches_and_the_next_goes_on(tmp_path, embedded_model):
+    words = ["run", "--profile", "demo", "--run-dir", tmp_path / "run", "--to", "02", "--set", "generate.batch_size=80"]
     first = run_command(*words, "--set", "hardware.max_hours=0.0001")
     assert (
         first.returncode == 4 and "to be continued at 01_baseline_inference: this session is 0.0 h old" in first.stdout
     )
     state = read_state(tmp_path / "run")
     assert (state.state, state.stage, state.kind) == ("continue", "01_baseline_inference", "SessionOver")
-    second = run_command(*words)
-    assert second.returncode == 4 and second.stdout.count("unchanged") == 1
-    assert read_state(tmp_path / "run").stage == "02_dataset_formatting"
+    answers = tmp_path / "run" / "baseline" / "answers.jsonl"
+    second = run_command(*words)  # each session gets one batch further
+    assert second.returncode == 4 and "144 of 224 questions wait for their answers" in second.stdout.replace("\n", " ")
+    assert read_state(tmp_path / "run").stage == "01_baseline_inference"
+    before = answers.read_bytes()
+    third = run_command(*words, "--set", "hardware.max_hours=9")
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert answers.read_bytes().startswith(before) and answers.read_bytes().count(b"\n") == 224

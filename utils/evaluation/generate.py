@@ -96,7 +96,7 @@ def _generate(
     longest = 0.0  # seconds of a round
     with Progress("answering", len(pending), "question") as bar:
         while pending:
-            if deadline.is_due(next_s=longest):
+            if longest and deadline.is_due(next_s=longest):  # each session gets one batch further
                 raise SessionOver(
                     f"{len(pending)} of {len(questions)} questions wait for their answers, because {deadline.sentence()}; "
                     "run this notebook again in the next session, it resumes there."
