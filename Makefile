@@ -8,9 +8,9 @@ COMPILE := $(TOOLS)/bin/uv pip compile --quiet --no-emit-index-url --no-emit-fin
 WITHOUT_CUDA := grep -vE '^((nvidia|cuda)-|triton=)'  # pip takes them where the index's torch asks for them
 # Generated, or pictures, or YAML made to end its readers, a scanner's among them.
 NOT_SCANNED := ':!kaggle_kernel.ipynb' ':!*.png' ':!tests/faults/corpus/config/'
-# Nothing is asked of a network; a sha256 and a data set's commit are none. What else is none says so: pragma: allowlist secret
+# Nothing is asked of a network; a sha256, a data set's commit and a model's name are none. What else is none says so: pragma: allowlist secret
 SCAN := PYTHONPATH=. $(VENV)/bin/detect-secrets-hook --no-verify --plugin tests/token_shapes.py \
-	--exclude-secrets '^[0-9a-f]{64}$$' --exclude-lines 'revision: .?[0-9a-f]{40}'
+	--exclude-secrets '^([0-9a-f]{64}|HuggingFaceTB/SmolLM2-135M-Instruct)$$' --exclude-lines 'revision: .?[0-9a-f]{40}'
 LIBRARIES := trl peft transformers tokenizers "huggingface_hub<2" accelerate datasets
 IMAGE ?= ../shared/data/images/colab-2026-08-19-gpu.txt
 HUB_ANSWERS = $(IN) -c 'import huggingface_hub as hub; hub.dataset_info("GBaker/MedQA-USMLE-4-options", timeout=10)' 2> /dev/null
