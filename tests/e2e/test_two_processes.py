@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
 from utils.errors import Interrupted, OutOfMemory
-from utils.project import python_path
+from utils.project import ROOT, python_path
 from utils.training import train_adapter
 from utils.training.launch import SUMMARY, write_recipe
 from utils.training.train import checkpoint_dir
@@ -160,3 +160,21 @@ def test_two_machines_by_accelerates_own_configuration_files(training_run, recip
     shown = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], shown
     assert json.loads(run.file(SUMMARY).read_text())["figures"]["processes"] == 2
+
+
+@pytest.mark.parametrize("due", [0, 1])
+def test_all_processes_stop_when_the_first_ones_clock_says_so(tmp_path, due):
+    """Clocks differ by a little: whoever stopped alone would leave the others waiting for it."""
+    source = f"""
+import sys
+from torch import distributed
+from utils.training.callbacks import _decided_together
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
+print(_decided_together(rank == {due}))
+distributed.destroy_process_group()
+"""
+    start = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", source, str(rank)], **start) for rank in (0, 1)]
+    said = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert said == [str(due == 0)] * 2

@@ -131,12 +131,12 @@ def test_shuffled_labels_never_make_the_verdict_swing_one_way_only(run):
     """Swap the models at random, many times: what is found is found in both directions, and seldom."""
     base, tuned = evaluations(n=90, open_rows=2, gain=0.3)
     rng, verdicts = np.random.default_rng(5), []
-    for _ in range(20):
+    for _ in range(10):
         swap = pd.Series(rng.random(len(base.scored)) < 0.5)
         one = replace(base, scored=tuned.scored.where(swap, base.scored))
         other = replace(tuned, scored=base.scored.where(swap, tuned.scored))
         verdicts.append(compare_models(run, one, other)["verdict"])
-    assert verdicts.count("cannot tell") >= 16
+    assert verdicts.count("cannot tell") >= 8
 
 
 def test_the_table_has_the_primary_first_and_corrected_p_values_below(run):

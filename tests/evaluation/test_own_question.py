@@ -5,21 +5,15 @@ from __future__ import annotations
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from tests.conftest import run_command
 from utils.data.prompts import format_prompt
 from utils.errors import DataError, RunDirError
 from utils.evaluation.generate import answer_questions
 from utils.evaluation.own_question import ask, require_adapter
 from utils.evaluation.questions import Question
-from utils.files import sha256
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stages import BY_NAME
 
 OWN = "A man has a dry cough and a red rash. What is it?"
-
-
-def digests(folder) -> dict:
-    return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -81,12 +75,3 @@ def test_a_run_without_an_adapter_is_a_sentence_and_a_stale_or_damaged_adapter_t
     monkeypatch.setattr(type(run), "out_of_date", lambda self, stage: None)
     with pytest.raises(RunDirError, match="differs from what 03_lora_training wrote"):
         require_adapter(run)
-
-
-def test_from_the_command_line_both_models_answer_and_no_file_of_the_run_changes(demo_run):
-    before = digests(demo_run.path)
-    done = run_command("ask", demo_run.path, "A patient has night sweats and a dry cough. What is it?")
-    assert done.returncode == 0, done.stderr
-    base, tuned = done.stdout.split("--- fine-tuned ---\n")
-    assert base.startswith("No medical advice.") and "--- base ---\n" in base and base.count("\n") > 2 and tuned.strip()
-    assert digests(demo_run.path) == before

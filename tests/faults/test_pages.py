@@ -27,7 +27,7 @@ def hostile_notebook() -> nbformat.NotebookNode:
 @pytest.fixture(scope="module")
 def hostile_pages(tmp_path_factory):
     """{name: page} of a run in whose name, settings, rows, answers, metrics and notebooks stands `EVIL`."""
-    from tests.report.test_answers_page import evaluated, make_run
+    from tests.e2e.test_answers_page import evaluated, make_run
     from utils.files import write_json
     from utils.report.answers_page import write_answers_page, write_rating_page
     from utils.report.index import write_report

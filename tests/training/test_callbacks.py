@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.recipe import notebook_functions
 from utils.errors import TrainingError
 from utils.models.load import transformer_layers
-from utils.project import ROOT
 from utils.training import train_adapter
 from utils.training.callbacks import HealthCallback, RecomputeCallback
 
@@ -109,24 +106,6 @@ def test_the_first_layers_recompute_whatever_was_switched_on_before(tiny_model, 
     ids = torch.arange(8).unsqueeze(0)
     model.train()(input_ids=ids, labels=ids).loss.backward()
     assert runs == [2 if number < count else 1 for number in range(2)]
-
-
-@pytest.mark.parametrize("due", [0, 1])
-def test_all_processes_stop_when_the_first_ones_clock_says_so(tmp_path, due):
-    """Clocks differ by a little: whoever stopped alone would leave the others waiting for it."""
-    source = f"""
-import sys
-from torch import distributed
-from utils.training.callbacks import _decided_together
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
-print(_decided_together(rank == {due}))
-distributed.destroy_process_group()
-"""
-    start = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", source, str(rank)], **start) for rank in (0, 1)]
-    said = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert said == [str(due == 0)] * 2
 
 
 def test_the_bar_is_closed_where_training_ends_by_an_error(training_run, monkeypatch):
