@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from utils.data.prompts import ASSISTANT, BOS, EOS, PAD, USER, format_row
 from utils.data.synthetic import DISCLAIMER, base_rows
 from utils.hardware import threads
@@ -70,6 +68,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY):
 
 def build_model(target: Path) -> None:
     """Train tokenizer and base model from nothing and save both to `target`; bit-identical on one machine."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rows = base_rows(ROWS)
@@ -94,6 +93,8 @@ def build_model(target: Path) -> None:
 
 def _train(model, encoded: list, pad: int) -> None:
     """A plain loop over whole sequences: prompt tokens count too, or the model never learns to copy findings."""
+    import torch
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=WARMUP / STEPS, cycle_momentum=False

@@ -69,7 +69,6 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     loses every space without an error (transformers issue 45488). Raises ModelError where text does not survive.
     """
     from transformers import PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
@@ -77,8 +76,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
         expected = "expected a Hub id that can be reached, or a folder with tokenizer.json"
         raise ModelError(f"No tokenizer could be loaded from {source} ({first_line(error)}); {expected}.") from None
     guard_tokenizer(tokenizer, str(source))
-    flags = get_tokenizer_config(str(source), revision=revision)
-    if flags.get("add_bos_token") and tokenizer.bos_token and not tokenizer("").input_ids:
+    if tokenizer.init_kwargs.get("add_bos_token") and tokenizer.bos_token and not tokenizer("").input_ids:
         tokenizer.add_bos_token = True  # R1-Distill-Qwen's; transformers reads it for its own classes only
     tokenizer.eos_token = find_end(tokenizer) or tokenizer.eos_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
