@@ -108,35 +108,26 @@ def compose_comparison(base: Evaluation, tuned: Evaluation, metrics: dict):
 
 
 def draw_bars(axis, metrics: dict) -> None:
-    """Both models' means with their intervals, of up to three results that share an axis: where right answers decide
-    nothing, well-formed ones beside them, so that form and knowledge are seen apart."""
+    """Both models' shares with their intervals, of up to three results: where right answers decide nothing, well-formed ones
+    beside them, so that form and knowledge are seen apart."""
     results = {result["name"]: result for result in (metrics["primary"], *metrics["secondary"])}
-    accuracies = [result for result in results.values() if "accuracy" in result["label"]]
-    form = [results[name] for name in ("well_formed", "multiple_choice", "multiple_choice_forced") if name in results]
-    choices = (
-        ("Right answers", accuracies if metrics["primary"] in accuracies or not form else []),
-        ("Form and knowledge" if "multiple_choice" in results else "Form of the answers", form),
-        ("Held-out loss", [result for result in results.values() if result["unit"] == "nats per token"]),
-    )
-    title, chosen = next((title, found[:3]) for title, found in choices if found)
-    share = all(result["unit"] == "share" for result in chosen)
-    scale, unit = (100, " %" if len(chosen) < 3 else "") if share else (1, "")  # three pairs leave no room for units
+    title, chosen = "Right answers", [result for result in results.values() if "accuracy" in result["label"]][:3]
+    if metrics["primary"] not in chosen:
+        names = [name for name in ("well_formed", "multiple_choice", "multiple_choice_forced") if name in results]
+        title, chosen = "Form and knowledge" if len(names) > 1 else "Form of the answers", [results[n] for n in names]
+    unit = " %" if len(chosen) < 3 else ""  # three pairs leave no room for units
     for offset, model, colour, name in ((-0.2, "base", BASE, "base"), (0.2, "tuned", TUNED, "fine-tuned")):
-        at, values = np.arange(len(chosen)) + offset, scale * np.array([result[model] for result in chosen])
-        ends = scale * np.array([result[f"{model}_ci95"] for result in chosen]).T
+        at, values = np.arange(len(chosen)) + offset, 100 * np.array([result[model] for result in chosen])
+        ends = 100 * np.array([result[f"{model}_ci95"] for result in chosen]).T
         errors = np.maximum(0.0, [values - ends[0], ends[1] - values])
         axis.bar(at, values, width=0.37, color=colour, yerr=errors, ecolor=INK, capsize=4, label=name)
         for x, value, high in zip(at, values, ends[1], strict=True):
-            words = f"{value:.0f}{unit}" if share else f"{value:.2f}"
-            axis.annotate(words, (x, high), (0, 4), textcoords="offset points", ha="center", color=INK)
+            axis.annotate(f"{value:.0f}{unit}", (x, high), (0, 4), textcoords="offset points", ha="center", color=INK)
     labels = [fill(result["label"], max(11, 33 // len(chosen)), break_long_words=False) for result in chosen]
     axis.set_xticks(range(len(chosen)), labels)
-    if share:
-        axis.set_yticks([0, 25, 50, 75, 100], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axis.set_yticks([0, 25, 50, 75, 100], ["0", "25 %", "50 %", "75 %", "100 %"])
     axis.legend(frameon=False, loc="upper left", ncols=2, columnspacing=1.2, handlelength=1.2)
-    top = 120 if share else 1.15 * axis.get_ylim()[1]
-    span = {"xlim": (-0.6, len(chosen) - 0.4), "ylim": (0, top)}
-    _finish(axis, f"{title}, 95 % intervals", ylabel="" if share else "nats per token", **span)
+    _finish(axis, f"{title}, 95 % intervals", xlim=(-0.6, len(chosen) - 0.4), ylim=(0, 120))
 
 
 def _draw_reasoning(axis, base: pd.DataFrame, tuned: pd.DataFrame) -> None:
