@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utils.errors import ModelError, first_line
-from utils.files import is_folder
+from utils.files import is_folder, parse_json
 from utils.hardware import GIB
 from utils.models import smollm2
 from utils.models.prompt_format import find_end
@@ -69,14 +69,18 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     loses every space without an error (transformers issue 45488). Raises ModelError where text does not survive.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
+        # What get_tokenizer_config reads, without transformers' auto classes, which take three seconds to import.
+        settings = cached_file(str(source), "tokenizer_config.json", revision=revision)
     except Exception as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
-        expected = "expected a Hub id that can be reached, or a folder with tokenizer.json"
+        expected = "expected a Hub id that can be reached, or a folder with tokenizer.json and tokenizer_config.json"
         raise ModelError(f"No tokenizer could be loaded from {source} ({first_line(error)}); {expected}.") from None
     guard_tokenizer(tokenizer, str(source))
-    if tokenizer.init_kwargs.get("add_bos_token") and tokenizer.bos_token and not tokenizer("").input_ids:
+    adds_bos = parse_json(Path(settings).read_bytes()).get("add_bos_token")
+    if adds_bos and tokenizer.bos_token and not tokenizer("").input_ids:
         tokenizer.add_bos_token = True  # R1-Distill-Qwen's; transformers reads it for its own classes only
     tokenizer.eos_token = find_end(tokenizer) or tokenizer.eos_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
