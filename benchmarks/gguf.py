@@ -36,7 +36,7 @@ from utils.export.gguf import (
     serve,
 )
 from utils.export.model_card import make_card
-from utils.export.verify import export_folders
+from utils.export.places import export_folders
 from utils.files import write_json
 from utils.hardware import installed
 from utils.models.load import load_plain

@@ -173,6 +173,7 @@ class ExportSection(Section):
     base_revision: str | None = None
     gguf: list[GgufType] = list(get_args(GgufType))  # written where llama.cpp is found; []: none
     install_llama_cpp: bool = False  # fetch or build llama.cpp where none is found
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None  # USER/NAME: private repositories
     prompts: Positive = 8  # held-out prompts on which every export is compared with the model in memory
 
 

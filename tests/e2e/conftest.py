@@ -72,7 +72,12 @@ def _go_round(root: Path, model: Path) -> Pushed:
         words = ("collect", "--wait", "--poll", "0.01", "--run-dir", laptop / "run")
         collected = series_cli(kaggle, laptop, *words, **IN_ENVIRONMENT)
         words = ("publish", laptop / "run", "--repo", "alice/medical", "--merged", "--no-wandb", "--yes")
-        local = {"HF_ENDPOINT": hub.address, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+        local = {
+            "HF_ENDPOINT": hub.address,
+            "HF_HUB_DISABLE_XET": "1",
+            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1",
+        }
         published = series_cli(kaggle, laptop, *words, **IN_ENVIRONMENT, **local)
         uploaded = {name: hub.files(name) for name in hub.repos}
         return Pushed(root, text, session, collected, published, [*kaggle.received, *hub.received], uploaded)

@@ -17,10 +17,10 @@ from utils.errors import ModelError, RunDirError
 from utils.export.adapter import copy_adapter, merge_adapter
 from utils.export.compare_logits import Continuations
 from utils.export.model_card import write_cards
+from utils.export.places import export_folders
 from utils.export.verify import (
     REFERENCE,
     choose_tolerances,
-    export_folders,
     verify_exports,
     write_record,
     write_reference,

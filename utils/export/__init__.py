@@ -8,4 +8,5 @@ __all__, __getattr__ = surface(
     gguf="write_gguf",
     verify="write_reference verify_exports write_record",
     model_card="write_cards",
+    hub="push_to_hub",
 )
