@@ -19,7 +19,7 @@ IN_ENVIRONMENT = {"HF_TOKEN": fake_tokens.hugging_face("session"), "WANDB_API_KE
 IN_DOTENV = {"HUGGINGFACE_TOKEN": fake_tokens.hugging_face("dotenv"), "wandb": fake_tokens.wandb("dotenv")}
 SMALL = {
     "data.train_rows": 192, "data.eval_rows": 32, "train.num_train_epochs": 1, "generate.max_new_tokens": 64,
-    "evaluate.resamples": 1000, "export.prompts": 2,
+    "evaluate.resamples": 1000, "export.prompts": 2, "export.merged": "true",  # on Kaggle, on request only
 }  # fmt: skip
 SETTINGS = ["--profile", "demo", *(word for key, value in SMALL.items() for word in ("--set", f"{key}={value}"))]
 

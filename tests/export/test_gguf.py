@@ -101,8 +101,10 @@ def test_a_program_that_fails_is_told_with_the_last_line_of_its_errors(code):
         gguf_files._call(words, ModelError, "do without")
 
 
-@pytest.mark.parametrize("fetched", [True, False])
-def test_unsloths_build_is_taken_where_it_can_be_fetched(monkeypatch, tmp_path, fetched):
+@pytest.mark.parametrize(("fetched", "build"), [(True, True), (True, False), (False, True), (False, False)])
+def test_unsloths_ready_build_is_taken_where_it_can_be_fetched_and_nothing_is_compiled_unasked(
+    monkeypatch, tmp_path, fetched, build
+):
     called = []
 
     def call(words, kind, advice):
@@ -113,8 +115,10 @@ def test_unsloths_build_is_taken_where_it_can_be_fetched(monkeypatch, tmp_path, 
     monkeypatch.setattr(gguf_files, "_call", call)
     monkeypatch.setattr(gguf_files, "find_llama_cpp", lambda: tmp_path / "unsloth")
     monkeypatch.setattr(gguf_files, "build_llama_cpp", lambda folder: tmp_path / "built")
-    assert gguf_files.install_llama_cpp() == tmp_path / ("unsloth" if fetched else "built")
-    assert len(called) == 1 and "unsloth_zoo" in called[0]
+    expected = tmp_path / "unsloth" if fetched else tmp_path / "built" if build else None
+    assert gguf_files.install_llama_cpp(build) == expected
+    assert len(called) == 1 and "_install_llama_cpp_prebuilt(" in called[0]
+    compile(called[0], "-c", "exec")
 
 
 def test_a_build_ends_with_what_called_for_it(tmp_path):

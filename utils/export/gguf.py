@@ -10,25 +10,28 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING
 
 import httpx
 import tenacity
 
 from utils.errors import HardwareError, ModelError, UserError
-from utils.export.adapter import choose_place, weights_gib
 from utils.export.chat_template import make_modelfile
 from utils.export.compare_logits import NEW_TOKENS, Continuations, compare_tokens
+from utils.export.places import scratch_folder
 from utils.files import atomic_folder
+from utils.hardware import GIB, require_disk
 from utils.pipeline.run_dir import RunDir
 from utils.processes import Child
-from utils.project import command
-from utils.schema import GgufType
+
+if TYPE_CHECKING:
+    from utils.export.plan import Plan  # which imports this module
 
 SOURCE = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp, converter and all
+BITS = {"q4_k_m": 4.9, "q8_0": 8.5, "f16": 16.0}  # of a file, for each weight; the smallest first
 LORA = "adapter-f32.gguf"  # the factors are small: kept as they are
 # How far the best token may lie above the second, in logits, where another arithmetic still takes the second.
 MARGINS = {"f16": 0.5, "q8_0": 1.0}
@@ -57,14 +60,17 @@ def find_llama_cpp() -> Path | None:
     return None
 
 
-def install_llama_cpp() -> Path:
-    """unsloth's ready build where unsloth is installed and reaches it, else one from llama-cpp-python's source."""
-    fetch = "from unsloth_zoo.llama_cpp import install_llama_cpp; install_llama_cpp()"
-    try:
+def install_llama_cpp(build: bool) -> Path | None:
+    """unsloth's ready build, in a minute, where unsloth is there and reaches it; else built from source or None."""
+    # Not its install_llama_cpp, which compiles, as root, where there is no ready build for this machine.
+    fetch = (
+        "import sys, unsloth_zoo.llama_cpp as u; sys.exit(not u._install_llama_cpp_prebuilt(u.LLAMA_CPP_DEFAULT_DIR))"
+    )
+    with suppress(HardwareError):
         _call([sys.executable, "-c", fetch], *_NOT_BUILT)
-    except HardwareError:
-        return build_llama_cpp(_HOME)
-    return find_llama_cpp() or build_llama_cpp(_HOME)
+        if tree := find_llama_cpp():
+            return tree
+    return build_llama_cpp(_HOME) if build else None
 
 
 def build_llama_cpp(folder: Path) -> Path:
@@ -111,33 +117,43 @@ def file_name(kind: str) -> str:
     return f"model-{kind}.gguf"
 
 
-def write_gguf(run: RunDir, folders: Mapping[str, Path]) -> Path | None:
-    """export/gguf: the merged model and the LoRA for llama.cpp, and a Modelfile for Ollama; None without llama.cpp."""
-    config, kinds, tree = run.config, run.config.export.gguf, None
-    if "merged" in folders and kinds:
-        tree = find_llama_cpp() or (install_llama_cpp() if config.export.install_llama_cpp else None)
-        if tree is None:
-            again = command("run", "--run-dir", run.path, "--set", "export.install_llama_cpp=true")
-            print(
-                f"No llama.cpp was found, so no GGUF file is written. This builds it, in 10 to 40 minutes:\n  {again}"
-            )
-    if tree is None:
-        shutil.rmtree(run.file("export/gguf"), ignore_errors=True)  # an earlier run's
+def write_gguf(run: RunDir, plan: "Plan") -> Path | None:
+    """export/gguf: the merged model and the LoRA for llama.cpp, and a Modelfile for Ollama; None where none is planned.
+
+    Of what was only needed on the way, nothing stays. Raises ModelError, and HardwareError where the disk is too small.
+    """
+    config, target, here = run.config, plan.places.get("gguf"), run.file("export/gguf")
+    if target != here:
+        shutil.rmtree(here, ignore_errors=True)  # an earlier run's
+    if target is None:
         return None
-    half = weights_gib(folders["merged"])  # at most: a base in 32 bit takes twice as much
-    # q8_0 takes 8.5 of 16 bits, q4_k_m 4.9, and a little.
-    target = choose_place(run, "gguf", half * (1 + 0.54 * ("q8_0" in kinds) + 0.32 * ("q4_k_m" in kinds)))
-    with atomic_folder(target) as folder:
-        convert(tree, folders["merged"], folders["adapter"], folder, kinds)
-        smallest = file_name(max(kinds, key=get_args(GgufType).index))
-        text = make_modelfile(smallest, config.prompt, config.generate, config.model.max_seq_length)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    scratch = scratch_folder(run, "f16")
+    weights = sum(path.stat().st_size for path in plan.merged.glob("*.safetensors")) / GIB
+    try:
+        require_disk(target.parent, sum(weights * BITS[kind] / 16 for kind in plan.kinds), "export/gguf")
+        require_disk(scratch, weights * ("f16" not in plan.kinds), "The 16-bit GGUF")
+        scratch.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(target) as folder:
+            convert(plan.llama_cpp, plan.merged, run.file("export/adapter"), folder, plan.kinds, scratch)
+            smallest = file_name(min(plan.kinds, key=BITS.get))
+            text = make_modelfile(smallest, config.prompt, config.generate, config.model.max_seq_length)
+            (folder / "Modelfile").write_text(text, encoding="utf-8")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if "merged" not in plan.places:
+            shutil.rmtree(plan.merged, ignore_errors=True)
     return target
 
 
-def convert(tree: Path, merged: Path, adapter: Path, folder: Path, kinds: Sequence[str]) -> None:
-    """Write the `kinds` (f16, q8_0, q4_k_m) of the merged model and the LoRA's GGUF; raises ModelError if it cannot be."""
-    whole, (model_script, lora_script) = folder / file_name("f16"), (tree / name for name in _CONVERTERS)
+def convert(
+    tree: Path, merged: Path, adapter: Path, folder: Path, kinds: Sequence[str], scratch: Path | None = None
+) -> None:
+    """Write the `kinds` (f16, q8_0, q4_k_m) of the merged model and the LoRA's GGUF; raises ModelError if it cannot be.
+
+    An f16 that is none of them is made in `scratch`, `folder` by default, and deleted.
+    """
+    whole = (folder if "f16" in kinds else scratch or folder) / file_name("f16")
+    model_script, lora_script = (tree / name for name in _CONVERTERS)
     ours = ["-m", "utils.export.gguf"] if name_pre_tokenizer(merged / "tokenizer.json") else []
     _call([sys.executable, *ours, model_script, merged, "--outfile", whole, "--outtype", "f16"], *_NOT_CONVERTED)
     for kind in set(kinds) - {"f16"}:

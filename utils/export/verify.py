@@ -27,7 +27,6 @@ from utils.export.compare_logits import (
 )
 from utils.export.gguf import check_folder
 from utils.export.merge import find_shards, list_tensors
-from utils.export.places import record_folders
 from utils.files import write_json
 from utils.hardware import resolve_hardware
 from utils.models.load import load_plain, prepare_device
@@ -138,7 +137,11 @@ def load_export(config: Config, folder: str, on_base: bool = False):
 
 def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, dict]) -> None:
     """export/verify.json: where the exports are, what was compared, and the tolerances."""
-    record = {**record_folders(run, folders), "tolerances": {"exact": EXACT, **ROUNDED}, "agreement": figures}
+    places = {
+        kind: str(folder.relative_to(run.path) if folder.is_relative_to(run.path) else folder)
+        for kind, folder in folders.items()
+    }
+    record = {"folders": places, "tolerances": {"exact": EXACT, **ROUNDED}, "agreement": figures}
     write_json(run.file("export/verify.json"), record)
 
 
