@@ -171,10 +171,8 @@ class ExportSection(Section):
     merged: bool | Literal["auto"] = "auto"  # auto: not on Kaggle and Colab
     base: str | None = None  # the 16-bit model to merge into, an id or a folder; None: the trained one, or its sibling
     base_revision: str | None = None
-    gguf: list[GgufType] | Literal["auto"] = (
-        "auto"  # where llama.cpp is; []: none; auto: all, q4_k_m on Kaggle and Colab
-    )
-    install_llama_cpp: bool | Literal["auto"] = "auto"  # fetched on Kaggle and Colab, which is auto there; else built
+    gguf: list[GgufType] | Literal["auto"] = "auto"  # where llama.cpp is; []: none; auto: all, on Kaggle q4_k_m
+    install_llama_cpp: bool | Literal["auto"] = "auto"  # fetch unsloth's build; auto: on Kaggle and Colab
     push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None  # USER/NAME: private repositories
     prompts: Positive = 8  # held-out prompts on which every export is compared with the model in memory
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from utils.config import load_config
 from utils.errors import ModelError
 from utils.export import gguf as gguf_files
 from utils.export import places, plan
-from utils.export.adapter import copy_adapter, merge_adapter
+from utils.export.adapter import Merged, copy_adapter, merge_adapter
 from utils.export.gguf import BITS, file_name, write_gguf
 from utils.export.model_card import write_cards
 from utils.export.plan import Plan, output_room, plan_exports, weights_bytes
-from utils.pipeline.run_dir import RunDir
+from utils.pipeline.stage import StageRun
+from utils.pipeline.stages import BY_NAME
 from utils.project import ROOT
 
 WEIGHTS = 16_060_522_496  # of the 8B model, in 16 bit
@@ -48,26 +50,30 @@ class Session:
         monkeypatch.setenv("HF_HOME", str(root / "hf"))
         monkeypatch.setenv("HF_TOKEN", "")
         monkeypatch.setattr(plan, "find_llama_cpp", lambda: tree if llama_cpp == "found" else None)
-        monkeypatch.setattr(
-            plan,
-            "install_llama_cpp",
-            lambda build: self.fetched.append(build) or tree if llama_cpp == "fetched" else None,
-        )
+        fetch = lambda: self.fetched.append(1) or (tree if llama_cpp == "fetched" else None)  # noqa: E731
+        monkeypatch.setattr(plan, "fetch_llama_cpp", fetch)
+        monkeypatch.setattr(gguf_files, "merge_adapter", self.merge)
+        monkeypatch.setattr(gguf_files, "where", lambda: here)
         monkeypatch.setattr(gguf_files, "require_disk", lambda *_: None)
         monkeypatch.setattr(gguf_files, "_call", self.call)
         self.base, self.made = base, []
 
-    def run(self, **settings) -> RunDir:
+    def run(self, **settings) -> StageRun:
         given = {
             "model.name": str(self.base),
             "prompt.style": "native",
             **{f"export.{key}": value for key, value in settings.items()},
         }
-        run = RunDir(self.working / "runs" / "t4", load_config("t4", given))
+        run = StageRun(self.working / "runs" / "t4", load_config("t4", given), BY_NAME["05_export"])
         write_sparse(run.file("export/adapter/adapter_model.safetensors"), ADAPTER)
         return run
 
-    def call(self, words, *_) -> None:
+    def merge(self, run: StageRun, folder: Path) -> Merged:
+        write_sparse(folder / "model.safetensors", WEIGHTS)
+        (folder / "tokenizer.json").write_text("{}")
+        return Merged(folder, None, 1)
+
+    def call(self, words) -> None:
         """In place of llama.cpp's programs: files of the size that theirs would have."""
         words = list(map(str, words))
         if "--outfile" in words:
@@ -77,12 +83,11 @@ class Session:
             write_sparse(Path(words[2]), WEIGHTS * BITS[words[3].lower()] / 16)
         self.made.append(self.size())
 
-    def export(self, run: RunDir) -> Plan:
+    def export(self, run: StageRun) -> Plan:
         """What 05 does, with sparse files."""
         planned = plan_exports(run)
-        if planned.merged:
-            write_sparse(planned.merged / "model.safetensors", WEIGHTS)
-            (planned.merged / "tokenizer.json").write_text("{}")
+        if "merged" in planned.places:
+            self.merge(run, planned.places["merged"])
         write_gguf(run, planned)
         self.made.append(self.size())
         return planned
@@ -90,7 +95,7 @@ class Session:
     def size(self) -> int:
         return sum(path.stat().st_size for path in self.working.rglob("*") if path.is_file())
 
-    def kept(self, run: RunDir) -> list[str]:
+    def kept(self, run: StageRun) -> list[str]:
         return sorted(path.name for path in run.file("export").iterdir() if not path.name.startswith("."))
 
 
@@ -119,7 +124,7 @@ KEPT = {
 }
 
 
-def try_case(root: Path, patch: pytest.MonkeyPatch, name: str) -> tuple[Session, RunDir, Plan]:
+def try_case(root: Path, patch: pytest.MonkeyPatch, name: str) -> tuple[Session, StageRun, Plan]:
     settings, others, token = CASES[name]
     session = Session(root, patch)
     write_sparse(session.working / "other.bin", others * 1e9)
@@ -171,7 +176,7 @@ def test_an_earlier_export_makes_room_and_everything_else_counts(session):
     run = session.run()
     write_sparse(session.working / "other.bin", 2e9)
     before = output_room(run)
-    assert before == plan.OUTPUT_BYTES - 2e9 - ADAPTER
+    assert before == plan._OUTPUT_BYTES - 2e9 - ADAPTER
     write_sparse(run.file("export/merged/model.safetensors"), WEIGHTS)
     assert output_room(run) == before - WEIGHTS
     plan_exports(run)
@@ -188,9 +193,9 @@ def test_an_upload_without_a_token_is_none_and_nothing_is_made_for_it(session, m
 @pytest.mark.parametrize(
     ("here", "llama_cpp", "kinds", "fetched"),
     [
-        ("kaggle", "fetched", ["q4_k_m"], [False]),
-        ("colab", "fetched", ["q4_k_m"], [False]),
-        ("kaggle", "none", [], []),
+        ("kaggle", "fetched", ["q4_k_m"], [1]),
+        ("colab", "fetched", ["q4_k_m"], [1]),
+        ("kaggle", "none", [], [1]),
         ("local", "found", ["q4_k_m", "q8_0", "f16"], []),
         ("local", "none", [], []),
     ],
@@ -204,7 +209,10 @@ def test_llama_cpp_is_fetched_on_kaggle_and_colab_and_never_compiled_there(
     assert planned.kinds == kinds and session.fetched == fetched
     assert ("merged" in planned.places) == (here == "local")
     assert ("gguf is not made: no llama.cpp was found" in str(planned)) == (not kinds)
-    assert ("export.install_llama_cpp=true" in str(planned)) == (not kinds and here == "local")
+    assert (
+        plan_exports(session.run(install_llama_cpp=here == "local")).kinds == kinds[: 3 if llama_cpp == "found" else 0]
+    )
+    assert len(session.fetched) == len(fetched) + (here == "local" and llama_cpp == "none")
 
 
 def test_on_a_drive_that_is_full_the_merged_model_is_left_out(tmp_path, monkeypatch):
@@ -218,7 +226,7 @@ def test_without_a_merged_model_gguf_is_made_of_one_that_is_deleted(tmp_path, mo
     session = Session(tmp_path, monkeypatch, "local")
     run = session.run(merged=False, gguf=["q8_0"])
     planned = session.export(run)
-    assert session.kept(run) == ["adapter", "gguf"] and "deleted again" in str(planned)
+    assert session.kept(run) == ["adapter", "gguf"] and "merged is not made" in str(planned)
     assert {path.name for path in run.file("export/gguf").iterdir()} == {
         file_name("q8_0"),
         "adapter-f32.gguf",
@@ -227,30 +235,34 @@ def test_without_a_merged_model_gguf_is_made_of_one_that_is_deleted(tmp_path, mo
     assert not [path for path in run.path.rglob("*") if path.is_file() and path.stat().st_size > 15e9]
 
 
-def test_a_failure_of_what_nobody_asked_for_is_a_sentence_and_of_what_was_asked_for_the_end(session, capsys):
-    for settings, asked in (({}, False), ({"merged": True}, True), ({"gguf": ["q4_k_m"]}, True)):
-        planned = plan_exports(session.run(**settings))
-        assert planned.asked == asked
-    planned = plan_exports(session.run())
-    with planned.spare_the_stage():
-        raise ModelError("llama.cpp's python failed (no such model).")
-    assert planned.places == {} and planned.left_out["gguf"].startswith("llama.cpp's python failed")
-    assert "gguf is not made: llama.cpp's python failed" in capsys.readouterr().out
-    planned.asked = True
-    with pytest.raises(ModelError), planned.spare_the_stage():
-        raise ModelError("no")
+@pytest.mark.parametrize("here", ["kaggle", "colab", "local"])
+def test_gguf_that_fails_costs_no_stage_on_kaggle_and_colab_and_ends_it_at_home(tmp_path, monkeypatch, here, capsys):
+    session = Session(tmp_path, monkeypatch, here)
+    monkeypatch.setattr(plan, "free_disk_gib", lambda _: 40.0)
+
+    def fail(run, folder):
+        session.merge(run, folder)
+        raise ModelError("The 16-bit base cannot be fetched.")
+
+    monkeypatch.setattr(gguf_files, "merge_adapter", fail)
+    run = session.run(merged=False)
+    with pytest.raises(ModelError) if here == "local" else nullcontext():
+        session.export(run)
+    told = "gguf is not made: The 16-bit base cannot be fetched." in capsys.readouterr().out
+    assert told == (here != "local") and session.kept(run) == ["adapter"]
+    assert not [path for path in tmp_path.rglob("*.safetensors") if path.parent.name == "merged"]
 
 
-def test_the_readme_of_the_exports_says_what_lies_elsewhere_and_what_was_not_made(tiny_folder, tmp_path):
+def test_the_readme_of_the_exports_names_what_was_made_and_says_what_is_not_kept(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path / "run")
     write_evidence(run)
     folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run, tmp_path / "scratch").folder}
-    write_cards(run, folders, {}, {"gguf": "no llama.cpp was found"})
+    write_cards(run, folders, {})
     text = run.file("export/README.md").read_text(encoding="utf-8")
     assert (
         "- `adapter/`: a LoRA adapter, to be loaded on its base model; a repository of its own, with its card\n" in text
     )
-    assert "with its card; too large to be kept here" in text and "- not made: gguf, no llama.cpp was found\n" in text
+    assert "with its card; too large to be kept here" in text and "gguf" not in text
 
 
 def test_the_size_of_a_base_that_is_not_fetched_yet_is_counted_by_its_configuration(tiny_folder, monkeypatch):

@@ -45,9 +45,8 @@ def merge_adapter(run: RunDir, target: Path | None) -> Merged | None:
 
     Raises HardwareError where the disk is too small, ModelError where base and adapter do not fit.
     """
-    if target != run.file("export/merged"):
-        shutil.rmtree(run.file("export/merged"), ignore_errors=True)  # an earlier run's
     if target is None:
+        shutil.rmtree(run.file("export/merged"), ignore_errors=True)  # an earlier run's
         return None
     base, revision = find_base(run.config)
     weights_gib = sum(path.stat().st_size for path in find_shards(base)) / GIB

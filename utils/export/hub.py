@@ -54,7 +54,7 @@ def plan_uploads(run_dir: Path, repo: str, kinds: Sequence[str] = ("adapter",)) 
 
 
 def push_to_hub(run: RunDir, folders: Mapping[str, Path]) -> None:
-    """Upload each export to its repository where `export.push_to_hub` names one; a failure is told, and how to finish."""
+    """Upload each export where `export.push_to_hub` says; a failure is printed, with the line that finishes it."""
     repo, token = run.config.export.push_to_hub, find_secret("HF_TOKEN")
     flags = [f"--{kind}" for kind in folders if kind != "adapter"]
     again = command("publish", run.path, "--repo", repo or "USER/NAME", *flags)
@@ -83,16 +83,12 @@ def upload_model(upload: Upload, token: Secret, private: bool = True, again: str
     try:
         operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
         api.create_repo(upload.repo, private=private, exist_ok=True)
-        if private and api.repo_info(upload.repo).private is False:
-            raise ServiceError(
-                f"{upload.repo} exists and is public; name another repository, or publish it by --public."
-            )
-        return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
-    except UserError:
-        raise
+        if not private or api.repo_info(upload.repo).private is not False:
+            return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
     except Exception as error:  # huggingface_hub has many types and wraps a thread's in RuntimeError; Xet has its own
         wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
         raise _explain(error.__cause__ if wrapped else error, upload, token, again) from None
+    raise ServiceError(f"{upload.repo} exists and is public; name another repository, or publish with --public.")
 
 
 def _explain(error: Exception, upload: Upload, token: Secret, again: str) -> ServiceError | InfrastructureError:

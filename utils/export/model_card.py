@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -36,23 +35,14 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-r
 _QUESTION = "Which vitamin does the skin make in sunlight?"
 
 
-def write_cards(
-    run: RunDir,
-    folders: Mapping[str, Path],
-    figures: Mapping[str, dict],
-    left_out: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """README.md in every exported folder, each a repository's card, and export/README.md, which names them.
-
-    The latter also names what was `left_out`, and why.
-    """
+def write_cards(run: RunDir, folders: Mapping[str, Path], figures: Mapping[str, dict]) -> None:
+    """README.md in every exported folder, each a repository's card, and export/README.md, which names them."""
     for kind, folder in folders.items():
         write_text(folder / "README.md", str(make_card(run, kind, folders, figures)))
     lines = [f"# {_title(run)}", "", _read(run, "comparison/metrics.json")["sentence"], ""]
     for kind, folder in folders.items():
         lost = "" if folder.is_relative_to(run.path) else "; too large to be kept here, made to be uploaded"
         lines.append(f"- `{kind}/`: {HOLDS[kind]}; a repository of its own, with its card{lost}")
-    lines += [f"- not made: {what}, {why}" for what, why in left_out.items()]
     lines += ["", "For research and education only. No medical advice."]
     write_text(run.file("export/README.md"), "\n".join(lines) + "\n")
 

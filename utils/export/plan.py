@@ -2,57 +2,41 @@
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.errors import UserError
 from utils.export.adapter import sixteen_bit_source
-from utils.export.gguf import BITS, find_llama_cpp, install_llama_cpp
+from utils.export.gguf import BITS, fetch_llama_cpp, find_llama_cpp
 from utils.export.merge import find_shards
 from utils.export.places import scratch_folder
 from utils.files import is_folder
 from utils.hardware import GIB, free_disk_gib, where
 from utils.models.tokenizer import model_source
 from utils.pipeline.run_dir import RunDir
-from utils.project import KAGGLE, command
+from utils.project import KAGGLE
 from utils.schema import Config
 from utils.secrets import find_secret
 
-OUTPUT_BYTES = 19e9  # of the 20 GB that Kaggle keeps of a session
+_OUTPUT_BYTES = 19e9  # of the 20 GB that Kaggle keeps of a session
+_TOO_LARGE = "{:.1f} GB, and {:.1f} GB are left; with export.push_to_hub and HF_TOKEN it is made, and uploaded"
+_NO_LLAMA_CPP = (
+    "no llama.cpp was found or could be fetched; python -m benchmarks.llama_cpp builds it in 10 to 40 minutes"
+)
 
 
 @dataclass
 class Plan:
-    """What is made, and where: `places` of exports ({gguf, merged: folder}), `kinds` of GGUF files by `llama_cpp`.
+    """What is made: `places` is {gguf, merged: folder}, `kinds` are GGUF's, by `llama_cpp`; `left_out` is {what: why not}."""
 
-    `merged` is where the merged model goes: an export, or scratch where only GGUF needs it. `left_out` is {what: why not}.
-    Unless `asked`, nobody named what is made, and a failure does not end the stage.
-    """
-
-    asked: bool
     kinds: list[str]
     llama_cpp: Path | None = None
-    merged: Path | None = None
     places: dict[str, Path] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "\n".join([*self.lines, *(f"{what} is not made: {why}" for what, why in self.left_out.items())])
-
-    @contextmanager
-    def spare_the_stage(self) -> Iterator[None]:
-        """Inside, a UserError ends the stage where something was asked for; else it is a sentence."""
-        try:
-            yield
-        except UserError as error:
-            if self.asked:
-                raise
-            self.places.clear()
-            self.left_out["gguf"] = str(error)
-            print(f"gguf is not made: {error}")
 
 
 def plan_exports(run: RunDir) -> Plan:
@@ -63,48 +47,38 @@ def plan_exports(run: RunDir) -> Plan:
     wanted, own = run.config.export, where() == "local"
     merged = own if wanted.merged == "auto" else wanted.merged
     kinds = list(BITS)[: 3 if own else 1] if wanted.gguf == "auto" else [kind for kind in BITS if kind in wanted.gguf]
-    plan = Plan(own or wanted.merged is True or wanted.gguf != "auto", kinds)
+    plan = Plan(kinds)
     if not merged:
         plan.left_out["merged"] = "export.merged=true asks for it"
     if kinds:
-        install = not own if wanted.install_llama_cpp == "auto" else wanted.install_llama_cpp
-        plan.llama_cpp = find_llama_cpp() or (install_llama_cpp(build=own) if install else None)
+        fetch = not own if wanted.install_llama_cpp == "auto" else wanted.install_llama_cpp
+        plan.llama_cpp = find_llama_cpp() or (fetch_llama_cpp() if fetch else None)
         if plan.llama_cpp is None:
-            again = command("run", "--run-dir", run.path, "--set", "export.install_llama_cpp=true")
-            how = f"this builds it, in 10 to 40 minutes:\n  {again}" if own else "nor could unsloth's build be fetched"
-            plan.left_out["gguf"], plan.kinds = f"no llama.cpp was found; {how}", []
+            plan.left_out["gguf"], plan.kinds = _NO_LLAMA_CPP, []
+    if not own:  # an earlier run's exports would take the room; at home they stay until the new ones are whole
+        for kind in ("gguf", "merged"):
+            shutil.rmtree(run.file(f"export/{kind}"), ignore_errors=True)
     if merged or plan.kinds:
         _find_places(run, plan, merged)
     return plan
 
 
 def _find_places(run: RunDir, plan: Plan, merged: bool) -> None:
-    if where() != "local":
-        for kind in (
-            "gguf",
-            "merged",
-        ):  # an earlier run's would take the room; elsewhere it stays until the new one is whole
-            shutil.rmtree(run.file(f"export/{kind}"), ignore_errors=True)
     weights, room = weights_bytes(run.config), output_room(run)
     uploaded = bool(run.config.export.push_to_hub and find_secret("HF_TOKEN"))
-    too_large = "{:.1f} GB, and {:.1f} GB are left; with export.push_to_hub and HF_TOKEN it is made, and uploaded"
     while plan.kinds and not uploaded and gguf_bytes(weights, plan.kinds) > room:
         largest = plan.kinds.pop()
         size, left = gguf_bytes(weights, [largest]), room - gguf_bytes(weights, plan.kinds)
-        plan.left_out[f"gguf {largest}"] = too_large.format(size / 1e9, left / 1e9)
+        plan.left_out[f"gguf {largest}"] = _TOO_LARGE.format(size / 1e9, left / 1e9)
     for kind, size in (("gguf", gguf_bytes(weights, plan.kinds)), ("merged", weights * merged)):
-        if size > room and not uploaded:
-            plan.left_out[kind] = too_large.format(size / 1e9, room / 1e9)
-        elif size:
-            kept = size <= room
+        kept = size <= room
+        if size and (kept or uploaded):
             room -= size * kept
             plan.places[kind] = run.file(f"export/{kind}") if kept else scratch_folder(run, kind)
             fate = "kept" if kept else "too large to be kept: uploaded, and gone with the session"
             plan.lines.append(f"{kind}: {size / 1e9:.1f} GB, {fate}")
-    plan.merged = plan.places.get("merged")
-    if plan.merged is None and plan.kinds:
-        plan.merged = scratch_folder(run, "merged")
-        plan.lines.append(f"on the way to GGUF, {weights / 1e9:.1f} GB are merged in {plan.merged} and deleted again")
+        elif size:
+            plan.left_out[kind] = _TOO_LARGE.format(size / 1e9, room / 1e9)
 
 
 def gguf_bytes(weights: float, kinds: Iterable[str]) -> float:
@@ -133,4 +107,4 @@ def output_room(run: RunDir) -> float:
         return math.inf
     working = KAGGLE / "working"
     root = working if run.path.is_relative_to(working) else run.path
-    return OUTPUT_BYTES - sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    return _OUTPUT_BYTES - sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
