@@ -136,6 +136,19 @@ def test_figures_of_a_file_say_how_strictly_it_was_judged(monkeypatch, tmp_path,
     assert found["level"] == ("margin 0.5" if kind == "f16" else "reported")
 
 
+@pytest.mark.parametrize("here", ["local", "kaggle"])
+def test_a_file_that_is_refused_ends_the_stage_at_home_and_is_told_by_its_card_on_kaggle(monkeypatch, tmp_path, here):
+    (tmp_path / "model-q4_k_m.gguf").touch()
+    answering(monkeypatch, [])
+    monkeypatch.setattr(gguf_files, "find_llama_cpp", lambda: tmp_path)
+    monkeypatch.setattr(gguf_files, "find_program", lambda tree, name: tree / name)
+    monkeypatch.setattr(gguf_files, "where", lambda: here)
+    reference = reference_of([5, 6, 2], [(3.0, 1.0)] * 3)
+    with pytest.raises(ModelError, match="answers no prompt") if here == "local" else nullcontext():
+        found = gguf_files.check_folder(tmp_path, Letters(), ["What?"], reference, False)
+        assert found["gguf_q4_k_m"]["loaded"].startswith("no: model-q4_k_m.gguf in llama.cpp answers no prompt")
+
+
 @pytest.mark.parametrize("top", [3.0, float("nan"), float("inf")])
 def test_a_file_that_takes_another_token_where_the_reference_was_sure_is_refused(monkeypatch, tmp_path, top):
     answering(monkeypatch, [5, 7])
