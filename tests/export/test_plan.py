@@ -169,7 +169,9 @@ def test_the_largest_gguf_that_does_not_fit_is_named_with_both_sizes_and_the_way
     write_sparse(session.working / "other.bin", 1e9)
     planned = plan_exports(session.run(gguf=["f16", "q8_0", "q4_k_m"]))
     assert planned.kinds == ["q4_k_m", "q8_0"]
-    assert planned.left_out["gguf f16"].startswith("16.1 GB, and 4.4 GB are left; with export.push_to_hub and HF_TOKEN")
+    assert planned.left_out["gguf f16"].startswith(
+        "16.1 GB, and 4.38 GB are left; with export.push_to_hub and HF_TOKEN"
+    )
 
 
 def test_an_earlier_export_makes_room_and_everything_else_counts(session):
@@ -219,7 +221,7 @@ def test_on_a_drive_that_is_full_the_merged_model_is_left_out(tmp_path, monkeypa
     session = Session(tmp_path, monkeypatch, "colab")
     monkeypatch.setattr(plan, "free_disk_gib", lambda _: 12.0)
     planned = plan_exports(session.run(merged=True))
-    assert set(planned.places) == {"gguf"} and "16.1 GB, and 8.0 GB are left" in planned.left_out["merged"]
+    assert set(planned.places) == {"gguf"} and "16.1 GB, and 7.97 GB are left" in planned.left_out["merged"]
 
 
 def test_without_a_merged_model_gguf_is_made_of_one_that_is_deleted(tmp_path, monkeypatch):

@@ -19,10 +19,8 @@ from utils.schema import Config
 from utils.secrets import find_secret
 
 _OUTPUT_BYTES = 19e9  # of the 20 GB that Kaggle keeps of a session
-_TOO_LARGE = "{:.1f} GB, and {:.1f} GB are left; with export.push_to_hub and HF_TOKEN it is made, and uploaded"
-_NO_LLAMA_CPP = (
-    "no llama.cpp was found or could be fetched; python -m benchmarks.llama_cpp builds it in 10 to 40 minutes"
-)
+_TOO_LARGE = "{:.3g} GB, and {:.3g} GB are left; with export.push_to_hub and HF_TOKEN it is made, and uploaded"
+_NO_LLAMA_CPP = "no llama.cpp was found; python -m benchmarks.llama_cpp builds one, LLAMA_CPP_DIR names yours"
 
 
 @dataclass
@@ -76,7 +74,7 @@ def _find_places(run: RunDir, plan: Plan, merged: bool) -> None:
             room -= size * kept
             plan.places[kind] = run.file(f"export/{kind}") if kept else scratch_folder(run, kind)
             fate = "kept" if kept else "too large to be kept: uploaded, and gone with the session"
-            plan.lines.append(f"{kind}: {size / 1e9:.1f} GB, {fate}")
+            plan.lines.append(f"{kind}: {size / 1e9:.3g} GB, {fate}")
         elif size:
             plan.left_out[kind] = _TOO_LARGE.format(size / 1e9, room / 1e9)
 
