@@ -25,7 +25,9 @@ from utils.export.adapter import (
 )
 from utils.export.chat_template import chat_ids, prompt_ids
 from utils.models.tokenizer import load_tokenizer
-from utils.pipeline.run_dir import RunDir
+from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.stage import StageRun
+from utils.pipeline.stages import BY_NAME
 from utils.project import ROOT
 
 
@@ -145,6 +147,13 @@ merge_adapter(run, run.file("export/merged"))
     assert weights_of(merged_run) == before
     merge_adapter(merged_run, merged_run.file("export/merged"))
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
+
+
+def test_the_commit_of_a_base_from_the_hub_is_pinned(merged_run, tiny_folder, monkeypatch):
+    monkeypatch.setattr("utils.export.adapter.find_base", lambda _: (tiny_folder, "c" * 40))
+    run = StageRun(merged_run.path, merged_run.config, BY_NAME["05_export"])
+    merge_adapter(run, run.file("export/merged"))
+    assert open_run("auto", run.path).config.export.base_revision == "c" * 40
 
 
 def test_an_earlier_export_is_gone_where_none_is_wanted(merged_run):

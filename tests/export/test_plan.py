@@ -13,7 +13,7 @@ from utils.config import load_config
 from utils.errors import ModelError
 from utils.export import gguf as gguf_files
 from utils.export import places, plan
-from utils.export.adapter import Merged, copy_adapter, merge_adapter
+from utils.export.adapter import copy_adapter, merge_adapter
 from utils.export.gguf import BITS, file_name, write_gguf
 from utils.export.model_card import write_cards
 from utils.export.plan import Plan, output_room, plan_exports, weights_bytes
@@ -68,10 +68,10 @@ class Session:
         write_sparse(run.file("export/adapter/adapter_model.safetensors"), ADAPTER)
         return run
 
-    def merge(self, run: StageRun, folder: Path) -> Merged:
+    def merge(self, run: StageRun, folder: Path) -> Path:
         write_sparse(folder / "model.safetensors", WEIGHTS)
         (folder / "tokenizer.json").write_text("{}")
-        return Merged(folder, None, 1)
+        return folder
 
     def call(self, words) -> None:
         """In place of llama.cpp's programs: files of the size that theirs would have."""
@@ -258,7 +258,7 @@ def test_gguf_that_fails_costs_no_stage_on_kaggle_and_colab_and_ends_it_at_home(
 def test_the_readme_of_the_exports_names_what_was_made_and_says_what_is_not_kept(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path / "run")
     write_evidence(run)
-    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run, tmp_path / "scratch").folder}
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run, tmp_path / "scratch")}
     write_cards(run, folders, {})
     text = run.file("export/README.md").read_text(encoding="utf-8")
     assert (

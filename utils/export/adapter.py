@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import ModelError
@@ -13,19 +12,11 @@ from utils.hardware import GIB, require_disk
 from utils.models import smollm2
 from utils.models.tokenizer import load_tokenizer, model_source
 from utils.pipeline.run_dir import RunDir
+from utils.pipeline.stage import StageRun
 from utils.schema import EMBEDDED, Config
 
 # What transformers 5 notes about this machine and this loading; of no use to others.
 _LOCAL_KEYS = ("is_local", "local_files_only", "backend", "name_or_path")
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Where a merged model is, the commit of its base, and how many of its tensors were changed."""
-
-    folder: Path
-    base_revision: str | None
-    tensors: int
 
 
 def copy_adapter(run: RunDir) -> Path:
@@ -40,10 +31,11 @@ def copy_adapter(run: RunDir) -> Path:
     return target
 
 
-def merge_adapter(run: RunDir, target: Path | None) -> Merged | None:
+def merge_adapter(run: StageRun, target: Path | None) -> Path | None:
     """The adapter folded into the 16-bit base, shard by shard, in `target`; None where a plan has no place for it.
 
-    Raises HardwareError where the disk is too small, ModelError where base and adapter do not fit.
+    The base's commit is pinned. Raises HardwareError where the disk is too small, ModelError where base and adapter do
+    not fit.
     """
     if target is None:
         shutil.rmtree(run.file("export/merged"), ignore_errors=True)  # an earlier run's
@@ -60,7 +52,10 @@ def merge_adapter(run: RunDir, target: Path | None) -> Merged | None:
         if (base / "generation_config.json").exists():
             shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
         save_tokenizer(run, folder)
-    return Merged(target, revision, len(lora.factors))
+    if revision:
+        run.pin("export.base_revision", revision)
+    print(f"{len(lora.factors)} tensors changed, written to {target}")
+    return target
 
 
 def save_tokenizer(run: RunDir, folder: Path) -> None:

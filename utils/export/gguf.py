@@ -107,11 +107,8 @@ def write_gguf(run: StageRun, plan: "Plan") -> Path | None:
 
 def _convert_all(run: StageRun, plan: "Plan", target: Path) -> Path:
     """A merged model that is no export, and an f16 that is none, are made in scratch."""
-    merged, scratch = plan.places.get("merged"), scratch_folder(run, "on_the_way")
-    if merged is None:
-        made = merge_adapter(run, scratch / "merged")
-        merged = made.folder
-        run.pin("export.base_revision", made.base_revision)
+    scratch = scratch_folder(run, "on_the_way")
+    merged = plan.places.get("merged") or merge_adapter(run, scratch / "merged")
     weights_gib = sum(path.stat().st_size for path in merged.glob("*.safetensors")) / GIB
     require_disk(scratch, weights_gib * sum(BITS[kind] / 16 for kind in {*plan.kinds, "f16"}), "export/gguf")
     scratch.mkdir(parents=True, exist_ok=True)
