@@ -19,13 +19,13 @@ from typing import Annotated
 import pandas as pd
 import typer
 
+from benchmarks.llama_cpp import SOURCE
 from utils.data.prompts import format_prompt
 from utils.errors import HardwareError
 from utils.export.adapter import find_base, save_tokenizer
 from utils.export.compare_logits import compare, continue_greedily, follow
 from utils.export.gguf import (
     LORA,
-    SOURCE,
     check_gguf,
     continue_in_llama_cpp,
     convert,
@@ -36,7 +36,7 @@ from utils.export.gguf import (
     serve,
 )
 from utils.export.model_card import make_card
-from utils.export.verify import export_folders
+from utils.export.places import export_folders
 from utils.files import write_json
 from utils.hardware import installed
 from utils.models.load import load_plain

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ class Answer:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
+    hang_up: int | None = None  # closes the connection after so many bytes of what is sent to it
     first: Callable[[], Any] | None = None  # what the server does all the same before it fails
 
 
@@ -65,18 +68,25 @@ class Loopback(ABC):
             protocol_version = "HTTP/1.1"
 
             def _serve(self):
-                size = int(self.headers.get("Content-Length") or 0)
-                body = self.rfile.read(size)
-                if self.headers.get("Transfer-Encoding") == "chunked":
-                    body = self._read_chunks()
                 path = re.sub(r"^http://[^/]+", "", self.path)  # a proxy is asked for the whole address
-                request = Received(self.command, path, dict(self.headers), body)
                 with outer._lock:
-                    outer.received.append(request)
                     scripted = next(
                         (outer.script[part] for part in outer.script if part in path and outer.script[part]), None
                     )
                     answer = scripted.pop(0) if scripted else None
+                size = int(self.headers.get("Content-Length") or 0)
+                if answer and answer.hang_up is not None:
+                    part = Received(self.command, path, dict(self.headers), self.rfile.read(min(size, answer.hang_up)))
+                    outer.received.append(part)
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                body = self.rfile.read(size)
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    body = self._read_chunks()
+                request = Received(self.command, path, dict(self.headers), body)
+                with outer._lock:
+                    outer.received.append(request)
                     if answer is None:
                         answer = outer.respond(request)
                     elif answer.first:
@@ -188,11 +198,18 @@ class KaggleServer(Loopback):
 
 
 class HubServer(Loopback):
-    """create, preupload, commit and info of the Hub; every file goes into the commit, as the server may decide."""
+    """create, preupload, LFS, commit and info of the Hub, as huggingface_hub 1.33 asks for them without Xet.
+
+    As there, weights and what is larger than `regular` bytes go by LFS, and an object that arrived stays, committed or not.
+    """
 
     def __init__(self):
         super().__init__()
         self.repos: dict[str, dict[str, Any]] = {}  # {name: {"private", "commits": [{path: bytes}]}}
+        self.objects: dict[str, bytes] = {}  # LFS's, by sha256
+        self.parts: dict[str, bytes] = {}  # of an object that is on its way, by address
+        self.regular = 10 * 2**20
+        self.chunk = 0  # so many bytes to a part; 0: each object whole
 
     def files(self, repo: str) -> dict[str, bytes]:
         return {path: content for commit in self.repos[repo]["commits"] for path, content in commit.items()}
@@ -203,6 +220,13 @@ class HubServer(Loopback):
             return self._create(request.json)
         if path == "/api/validate-yaml":
             return Answer({"errors": [], "warnings": []})
+        if path.startswith("/storage/"):
+            return self._store(path, request)
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return Answer({"transfer": "basic", "objects": [self._offer(wanted) for wanted in request.json["objects"]]})
+        if path.endswith(".git/info/lfs/verify"):
+            whole = len(self.objects.get(request.json["oid"], b"")) == request.json["size"]
+            return Answer({}) if whole else Answer({"error": "Not found"}, 404)
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit|revision)/main)?", path)
         if not found or found[1] not in self.repos:
             return Answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
@@ -221,19 +245,56 @@ class HubServer(Loopback):
         self.repos[name] = {"private": body.get("visibility") == "private", "commits": []}
         return Answer({"url": url})
 
+    def _by_lfs(self, path: str, size: int) -> bool:
+        return path.endswith((".safetensors", ".gguf")) or size > self.regular
+
     def _preupload(self, repo: str, body: dict[str, Any]) -> Answer:
-        here = self.files(repo)
-        oids = {path: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() for path, data in here.items()}
+        oids = {}
+        for path, data in self.files(repo).items():
+            whole = self._by_lfs(path, len(data))
+            oids[path] = (sha256(data) if whole else hashlib.sha1(b"blob %d\0" % len(data) + data)).hexdigest()
         return Answer({"files": [
-            {"path": entry["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": oids.get(entry["path"])}
+            {"path": entry["path"], "uploadMode": "lfs" if self._by_lfs(entry["path"], entry["size"]) else "regular",
+             "shouldIgnore": False, "oid": oids.get(entry["path"])}
             for entry in body["files"]
         ]})  # fmt: skip
 
+    def _offer(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Where an object goes; without actions for one that is here."""
+        oid, size = wanted["oid"], wanted["size"]
+        if oid in self.objects:
+            return {"oid": oid, "size": size}
+        place, header = f"{self.address}/storage/{oid}", {}
+        if self.chunk:
+            parts = range(1, -(-size // self.chunk) + 1)
+            header = {"chunk_size": str(self.chunk), **{str(part): f"{place}/{part}" for part in parts}}
+        verify = {"href": f"{self.address}/any/model.git/info/lfs/verify"}
+        return {"oid": oid, "size": size, "actions": {"upload": {"href": place, "header": header}, "verify": verify}}
+
+    def _store(self, path: str, request: Received) -> Answer:
+        """A PUT of an object or of one part, or the POST that puts the parts together."""
+        oid, _, part = path.removeprefix("/storage/").partition("/")
+        if request.method == "PUT" and part:
+            self.parts[path] = request.body
+            return Answer(b"", headers={"ETag": hashlib.md5(request.body).hexdigest()})
+        body = request.body
+        if request.method == "POST":
+            sent = [self.parts.pop(f"{path}/{part['partNumber']}") for part in request.json["parts"]]
+            body = b"".join(sent)
+        if sha256(body).hexdigest() != oid:
+            return Answer({"error": "the content is not what was announced"}, 400)
+        self.objects[oid] = body
+        return Answer(b"")
+
     def _commit(self, repo: str, body: bytes) -> Answer:
-        lines = [json.loads(line) for line in body.splitlines() if line]
-        files = {
-            line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
-        }
+        files = {}
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                if line["value"]["oid"] not in self.objects:
+                    return Answer({"error": f"no LFS object for {line['value']['path']}"}, 400)
+                files[line["value"]["path"]] = self.objects[line["value"]["oid"]]
         self.repos[repo]["commits"].append(files)
         sha = hashlib.sha1(body).hexdigest()
         url = f"{self.address}/{repo}/commit/{sha}"

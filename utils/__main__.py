@@ -110,7 +110,8 @@ def score(run_dir: RunDirArgument, ratings: RatingsOption = None) -> None:
 @app.command()
 def verify(run_dir: RunDirArgument) -> None:
     """Rehash every artifact, then load the exports back in a fresh process; exits 1 where anything differs."""
-    from utils.export.verify import export_folders, verify_exports
+    from utils.export.places import export_folders
+    from utils.export.verify import verify_exports
     from utils.models.load import prepare_device
     from utils.pipeline.stage import require_hardware
 
@@ -233,6 +234,7 @@ def publish(
     run_dir: RunDirArgument,
     repo: Annotated[str, typer.Option(help="The Hub repository for the adapter, USER/NAME.")] = "",
     merged: Annotated[bool, typer.Option("--merged", help="Also the merged model, to USER/NAME-merged.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Also the GGUF files, to USER/NAME-GGUF.")] = False,
     private: Annotated[bool, typer.Option("--private/--public", help="Who can see it.")] = True,
     wandb: Annotated[bool, typer.Option("--wandb/--no-wandb", help="Send the offline tracking too.")] = True,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
@@ -245,7 +247,8 @@ def publish(
     runs = hub.offline_runs(run_dir) if wandb else []
     if not repo and not runs:
         raise ServiceError("There is nothing to upload: no --repo, and no offline run of wandb.")
-    uploads = hub.plan_uploads(run_dir, repo, merged) if repo else []
+    kinds = ["adapter"] + ["merged"] * merged + ["gguf"] * gguf
+    uploads = hub.plan_uploads(run_dir, repo, kinds) if repo else []
     console.print(f"{hub.read_verdict(run_dir)}\n{hub.describe_uploads(uploads, private, len(runs))}")
     if not (dry_run or yes or sys.stdin.isatty()):
         raise ServiceError("There is no terminal to ask whether to upload this; say --yes, or look by --dry-run.")

@@ -168,11 +168,12 @@ class EvaluateSection(Section):
 class ExportSection(Section):
     """What 05 writes and how thoroughly it compares."""
 
-    merged: bool = True
+    merged: bool | Literal["auto"] = "auto"  # auto: not on Kaggle and Colab
     base: str | None = None  # the 16-bit model to merge into, an id or a folder; None: the trained one, or its sibling
     base_revision: str | None = None
-    gguf: list[GgufType] = list(get_args(GgufType))  # written where llama.cpp is found; []: none
-    install_llama_cpp: bool = False  # fetch or build llama.cpp where none is found
+    gguf: list[GgufType] | Literal["auto"] = "auto"  # where llama.cpp is; []: none; auto: all, on Kaggle q4_k_m
+    install_llama_cpp: bool | Literal["auto"] = "auto"  # fetch unsloth's build; auto: on Kaggle and Colab
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None  # USER/NAME: private repositories
     prompts: Positive = 8  # held-out prompts on which every export is compared with the model in memory
 
 

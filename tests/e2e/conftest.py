@@ -19,7 +19,7 @@ IN_ENVIRONMENT = {"HF_TOKEN": fake_tokens.hugging_face("session"), "WANDB_API_KE
 IN_DOTENV = {"HUGGINGFACE_TOKEN": fake_tokens.hugging_face("dotenv"), "wandb": fake_tokens.wandb("dotenv")}
 SMALL = {
     "data.train_rows": 192, "data.eval_rows": 32, "train.num_train_epochs": 1, "generate.max_new_tokens": 64,
-    "evaluate.resamples": 1000, "export.prompts": 2,
+    "evaluate.resamples": 1000, "export.prompts": 2, "export.merged": "true",  # on Kaggle, on request only
 }  # fmt: skip
 SETTINGS = ["--profile", "demo", *(word for key, value in SMALL.items() for word in ("--set", f"{key}={value}"))]
 
@@ -72,7 +72,12 @@ def _go_round(root: Path, model: Path) -> Pushed:
         words = ("collect", "--wait", "--poll", "0.01", "--run-dir", laptop / "run")
         collected = series_cli(kaggle, laptop, *words, **IN_ENVIRONMENT)
         words = ("publish", laptop / "run", "--repo", "alice/medical", "--merged", "--no-wandb", "--yes")
-        local = {"HF_ENDPOINT": hub.address, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+        local = {
+            "HF_ENDPOINT": hub.address,
+            "HF_HUB_DISABLE_XET": "1",
+            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1",
+        }
         published = series_cli(kaggle, laptop, *words, **IN_ENVIRONMENT, **local)
         uploaded = {name: hub.files(name) for name in hub.repos}
         return Pushed(root, text, session, collected, published, [*kaggle.received, *hub.received], uploaded)

@@ -15,9 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.exported import QUESTIONS, make_run
 from utils.config import load_config
 from utils.errors import HardwareError, ModelError
-from utils.export import adapter as export
 from utils.export.adapter import (
-    choose_place,
     copy_adapter,
     find_base,
     merge_adapter,
@@ -26,9 +24,10 @@ from utils.export.adapter import (
     trained_on,
 )
 from utils.export.chat_template import chat_ids, prompt_ids
-from utils.export.gguf import write_gguf
 from utils.models.tokenizer import load_tokenizer
-from utils.pipeline.run_dir import RunDir
+from utils.pipeline.run_dir import RunDir, open_run
+from utils.pipeline.stage import StageRun
+from utils.pipeline.stages import BY_NAME
 from utils.project import ROOT
 
 
@@ -40,7 +39,7 @@ def trained_run(tiny_folder, tmp_path) -> RunDir:
 @pytest.fixture
 def merged_run(trained_run) -> RunDir:
     copy_adapter(trained_run)
-    merge_adapter(trained_run)
+    merge_adapter(trained_run, trained_run.file("export/merged"))
     return trained_run
 
 
@@ -73,7 +72,7 @@ def test_the_exported_tokenizer_loads_by_auto_class_and_gives_the_training_promp
 
     run = make_run(tiny_folder, tmp_path / "run", prompt__style=style)
     copy_adapter(run)
-    merge_adapter(run)
+    merge_adapter(run, run.file("export/merged"))
     for kind in ("adapter", "merged"):
         folder = run.file(f"export/{kind}")
         assert (
@@ -86,7 +85,7 @@ def test_the_exported_tokenizer_loads_by_auto_class_and_gives_the_training_promp
 
 def test_a_merged_folder_is_the_same_whenever_it_is_made(merged_run):
     before = {path.name: path.read_bytes() for path in merged_run.file("export/merged").iterdir()}
-    merge_adapter(merged_run)
+    merge_adapter(merged_run, merged_run.file("export/merged"))
     assert {path.name: path.read_bytes() for path in merged_run.file("export/merged").iterdir()} == before
 
 
@@ -97,7 +96,7 @@ def test_an_adapter_that_is_not_finite_is_refused_and_the_earlier_export_stays(m
     next(value for key, value in tensors.items() if "lora_B" in key)[0, 0] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="is not finite once the adapter is added"):
-        merge_adapter(merged_run)
+        merge_adapter(merged_run, merged_run.file("export/merged"))
     assert weights_of(merged_run) == before
     assert not merged_run.file("export/.merged.tmp").exists()
 
@@ -110,7 +109,7 @@ def test_where_a_disk_fills_up_the_earlier_export_stays(merged_run, monkeypatch)
 
     monkeypatch.setattr("utils.export.merge.save_file", full)
     with pytest.raises(SafetensorError, match="No space left"):
-        merge_adapter(merged_run)
+        merge_adapter(merged_run, merged_run.file("export/merged"))
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
 
 
@@ -120,7 +119,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(merged_run,
     before = weights_of(merged_run)
     monkeypatch.setattr(platforms, "free_disk_gib", lambda _: 0.01)
     with pytest.raises(HardwareError, match=r"export/merged needs 0\.1 GiB of free disk at .*; found 0\.0 GiB"):
-        merge_adapter(merged_run)
+        merge_adapter(merged_run, merged_run.file("export/merged"))
     assert weights_of(merged_run) == before
 
 
@@ -139,42 +138,27 @@ def write_and_die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 merge.save_file = write_and_die
-merge_adapter(open_run("auto", {str(merged_run.path)!r}))
+run = open_run("auto", {str(merged_run.path)!r})
+merge_adapter(run, run.file("export/merged"))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert merged_run.file("export/.merged.tmp/model.safetensors").exists()  # it was in the midst of it
     assert weights_of(merged_run) == before
-    merge_adapter(merged_run)
+    merge_adapter(merged_run, merged_run.file("export/merged"))
     assert weights_of(merged_run) == before and not merged_run.file("export/.merged.tmp").exists()
 
 
-def test_on_kaggle_what_is_large_goes_to_scratch_and_the_old_one_is_not_taken_for_it(
-    merged_run, monkeypatch, tmp_path, capsys
-):
-    monkeypatch.setattr(export, "where", lambda: "kaggle")
-    monkeypatch.setattr(export.tempfile, "gettempdir", lambda: str(tmp_path / "scratch"))
-    assert choose_place(merged_run, "merged", 0.1) == merged_run.file("export/merged")
-    monkeypatch.setattr(export, "require_disk", lambda *_: None)
-    place = choose_place(merged_run, "merged", 16.0)
-    assert place.is_relative_to(tmp_path / "scratch") and "16.0 GiB" in capsys.readouterr().out
-    assert not merged_run.file("export/merged").exists()
+def test_the_commit_of_a_base_from_the_hub_is_pinned(merged_run, tiny_folder, monkeypatch):
+    monkeypatch.setattr("utils.export.adapter.find_base", lambda _: (tiny_folder, "c" * 40))
+    run = StageRun(merged_run.path, merged_run.config, BY_NAME["05_export"])
+    merge_adapter(run, run.file("export/merged"))
+    assert open_run("auto", run.path).config.export.base_revision == "c" * 40
 
 
 def test_an_earlier_export_is_gone_where_none_is_wanted(merged_run):
-    section = merged_run.config.export.model_copy(update={"merged": False})
-    merged_run.config = merged_run.config.model_copy(update={"export": section})
-    assert merge_adapter(merged_run) is None
+    assert merge_adapter(merged_run, None) is None
     assert not merged_run.file("export/merged").exists()
-
-
-def test_without_llama_cpp_the_stage_says_which_command_makes_the_files(merged_run, monkeypatch, tmp_path, capsys):
-    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
-    monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(tmp_path / "nothing"))
-    folders = {kind: merged_run.file(f"export/{kind}") for kind in ("adapter", "merged")}
-    assert write_gguf(merged_run, folders) is None
-    said = capsys.readouterr().out
-    assert f"run --run-dir {merged_run.path} --set export.install_llama_cpp=true" in said
 
 
 def test_the_merged_model_loads_and_differs_from_the_base(merged_run, tiny_folder):

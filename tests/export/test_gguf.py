@@ -6,19 +6,17 @@ import json
 import os
 import subprocess
 import sys
-import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
 from utils.errors import HardwareError, ModelError
 from utils.export import gguf as gguf_files
 from utils.export.compare_logits import NEW_TOKENS, Continuations
-from utils.export.gguf import build_llama_cpp, find_llama_cpp, find_program, name_pre_tokenizer
+from utils.export.gguf import find_llama_cpp, find_program, name_pre_tokenizer
 from utils.project import ROOT
 
 
@@ -83,59 +81,27 @@ def test_a_converter_with_its_package_is_told_the_pre_tokenizers_name(tmp_path):
     assert "a_package_that_is_not_installed" in run_converter(tmp_path).stderr  # not taken for its absence
 
 
-def test_a_build_never_overwrites_and_a_missing_tool_is_named(monkeypatch, tmp_path):
-    (tmp_path / "there").mkdir()
-    with pytest.raises(HardwareError, match="is there already"):
-        build_llama_cpp(tmp_path / "there")
-    monkeypatch.setattr("sys.executable", str(tmp_path / "no-python"))
-    with pytest.raises(HardwareError, match="no-python is not installed"):
-        build_llama_cpp(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize("code", ["sys.stderr.write('the reason\\n')", "print('the reason')"])
-def test_a_program_that_fails_is_told_with_the_last_line_of_its_errors(code):
-    aside = "print('-- incomplete', flush=True); " if "stderr" in code else ""
-    words = [sys.executable, "-c", f"import sys; {code}; {aside}sys.exit(1)"]
-    with pytest.raises(ModelError, match=rf"{Path(sys.executable).name} failed \(the reason\); do without\."):
-        gguf_files._call(words, ModelError, "do without")
+def test_a_program_that_fails_is_told_with_its_last_line(code):
+    words = [sys.executable, "-c", f"import sys; {code}; sys.exit(1)"]
+    with pytest.raises(ModelError, match=rf"{Path(sys.executable).name} failed \(the reason\); set export\.gguf=\[\]"):
+        gguf_files._call(words)
 
 
 @pytest.mark.parametrize("fetched", [True, False])
-def test_unsloths_build_is_taken_where_it_can_be_fetched(monkeypatch, tmp_path, fetched):
+def test_unsloths_ready_build_is_fetched_where_there_is_one_and_nothing_is_compiled(monkeypatch, tmp_path, fetched):
     called = []
 
-    def call(words, kind, advice):
+    def call(words):
         called.append(words[-1])
         if not fetched:
-            raise kind(advice)
+            raise ModelError("python failed (No module named unsloth_zoo)")
 
     monkeypatch.setattr(gguf_files, "_call", call)
     monkeypatch.setattr(gguf_files, "find_llama_cpp", lambda: tmp_path / "unsloth")
-    monkeypatch.setattr(gguf_files, "build_llama_cpp", lambda folder: tmp_path / "built")
-    assert gguf_files.install_llama_cpp() == tmp_path / ("unsloth" if fetched else "built")
-    assert len(called) == 1 and "unsloth_zoo" in called[0]
-
-
-def test_a_build_ends_with_what_called_for_it(tmp_path):
-    file = tmp_path / "pid"
-    builds = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid()) + ';'); time.sleep(60)"
-    calls = (
-        f"import sys; from utils.export.gguf import _call; _call([sys.executable, '-c', {builds!r}], ValueError, '')"
-    )
-    caller = subprocess.Popen([sys.executable, "-c", calls], cwd=ROOT)
-    until = time.monotonic() + 60
-    while not (file.exists() and file.read_text().endswith(";")):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    build = psutil.Process(int(file.read_text()[:-1]))
-    caller.kill()
-    caller.wait()
-    try:
-        assert not psutil.wait_procs([build], timeout=8)[1] or build.status() == psutil.STATUS_ZOMBIE
-    finally:
-        with suppress(psutil.NoSuchProcess):
-            build.kill()
+    assert gguf_files.fetch_llama_cpp() == (tmp_path / "unsloth" if fetched else None)
+    assert len(called) == 1 and "_install_llama_cpp_prebuilt(" in called[0]
+    compile(called[0], "-c", "exec")
 
 
 def answering(monkeypatch, tokens) -> None:
@@ -168,6 +134,19 @@ def test_figures_of_a_file_say_how_strictly_it_was_judged(monkeypatch, tmp_path,
     found = gguf_files.check_folder(tmp_path, Letters(), ["What?"], reference, True)[f"gguf_{kind}"]
     assert found["identical"] == 1
     assert found["level"] == ("margin 0.5" if kind == "f16" else "reported")
+
+
+@pytest.mark.parametrize("here", ["local", "kaggle"])
+def test_a_file_that_is_refused_ends_the_stage_at_home_and_is_told_by_its_card_on_kaggle(monkeypatch, tmp_path, here):
+    (tmp_path / "model-q4_k_m.gguf").touch()
+    answering(monkeypatch, [])
+    monkeypatch.setattr(gguf_files, "find_llama_cpp", lambda: tmp_path)
+    monkeypatch.setattr(gguf_files, "find_program", lambda tree, name: tree / name)
+    monkeypatch.setattr(gguf_files, "where", lambda: here)
+    reference = reference_of([5, 6, 2], [(3.0, 1.0)] * 3)
+    with pytest.raises(ModelError, match="answers no prompt") if here == "local" else nullcontext():
+        found = gguf_files.check_folder(tmp_path, Letters(), ["What?"], reference, False)
+        assert found["gguf_q4_k_m"]["loaded"].startswith("no: model-q4_k_m.gguf in llama.cpp answers no prompt")
 
 
 @pytest.mark.parametrize("top", [3.0, float("nan"), float("inf")])

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from huggingface_hub import close_session, constants
 
 from tests import fake_tokens
 from tests.loopback import DEAD, Answer
 from tests.staged import complete
-from utils.errors import RunDirError, ServiceError
-from utils.export.hub import offline_runs, plan_uploads
+from utils.errors import InfrastructureError, RunDirError, ServiceError
+from utils.export.hub import offline_runs, plan_uploads, push_to_hub, upload_model
+from utils.export.places import scratch_folder
 from utils.files import record_files, write_json, write_text
-from utils.pipeline.run_dir import read_manifest
+from utils.pipeline.run_dir import open_run, read_manifest
 from utils.pipeline.stages import STAGES
 from utils.project import python_path
+from utils.secrets import find_secret
 
 TOKEN = fake_tokens.hugging_face("publish")
 
@@ -34,6 +40,7 @@ def run(tmp_path) -> Path:
     for kind in ("adapter", "merged"):
         write_text(path / "export" / kind / "README.md", "---\nlicense: apache-2.0\n---\n# A card\n")
     write_json(path / "comparison" / "metrics.json", {"sentence": "After fine-tuning the model is worse."})
+    write_json(path / "export" / "verify.json", {"folders": {"adapter": "export/adapter", "merged": "export/merged"}})
     (path / "export" / "adapter" / "part.txt").unlink()
     for stage in STAGES:
         inputs = record_files(path, stage.inputs)
@@ -51,6 +58,7 @@ def publish(
     home.mkdir(exist_ok=True)
     environment = kept | {
         "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": server.address, "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": token, "HTTP_PROXY": DEAD, "HTTPS_PROXY": DEAD, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         "COLUMNS": "200", "PYTHONPATH": python_path(), **variables,
     }  # fmt: skip
@@ -200,6 +208,180 @@ def test_an_export_that_is_not_what_the_run_wrote_is_not_uploaded(hub_server, ru
     assert done.returncode == 1 and "adapter_model.safetensors differs" in done.stderr and not hub_server.received
 
 
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+SIZE = 40_000_000
+
+
+def record_exports(run: Path) -> None:
+    manifest = read_manifest(run)
+    stage = STAGES[5]
+    manifest["stages"][stage.name]["outputs"] = record_files(run, (*stage.outputs, *stage.optional))
+    write_json(run / "manifest.json", manifest)
+
+
+@pytest.fixture
+def hub_run(run, hub_server, monkeypatch, request) -> Path:
+    """A run whose merged model has two shards; huggingface_hub talks to `hub_server` by LFS and never waits."""
+    merged = run / "export/merged"
+    (merged / "model.safetensors").unlink()
+    for seed, name in enumerate(SHARDS):
+        (merged / name).write_bytes(random.Random(seed).randbytes(getattr(request, "param", 4_000)))
+    record_exports(run)
+    close_session()
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.address)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    yield run
+    close_session()
+
+
+def put_bytes(server) -> dict[str, int]:
+    """{sha256: bytes that arrived} of every PUT."""
+    sent = Counter()
+    for request in server.calls("/storage/"):
+        sent[request.path.split("/")[2]] += len(request.body) if request.method == "PUT" else 0
+    return dict(sent)
+
+
+def upload(run: Path) -> str:
+    (planned,) = plan_uploads(run, "alice/medical", ["merged"])
+    return upload_model(planned, find_secret("HF_TOKEN"))
+
+
+def digests(run: Path) -> list[str]:
+    return [hashlib.sha256((run / "export/merged" / name).read_bytes()).hexdigest() for name in SHARDS]
+
+
+@pytest.mark.parametrize("hub_run", [SIZE], indirect=True, ids=["40 MB"])
+@pytest.mark.parametrize(
+    ("part", "answers", "arrived", "said"),
+    [
+        ("objects/batch", [Answer({"error": "no"}, 401)], (0, 0), "does not accept the token"),
+        ("objects/batch", [Answer({"error": "no"}, 403)], (0, 0), "may not write there"),
+        ("/storage/SECOND", [Answer({"error": "expired"}, 403)], (1, 1), "403"),
+        ("commit/main", [Answer({"error": "a commit came between"}, 409)], (1, 1), r"refused \(409: a commit came"),
+        ("/storage/SECOND", [Answer({"error": "slow down"}, 429)] * 6, (1, 6), r"could not be reached \(429"),
+        ("/storage/SECOND", [Answer({"error": "oh"}, 500)] * 6, (1, 6), r"could not be reached \(500"),
+        ("/storage/SECOND", [Answer(hang_up=SIZE // 2)] * 6, (1, 3), "could not be reached"),
+    ],
+    ids=["401", "403", "403 of the storage", "409", "429", "500", "cut"],
+)
+def test_an_upload_of_80_mb_that_fails_loses_nothing_and_the_next_one_sends_only_what_is_missing(
+    hub_server, hub_run, part, answers, arrived, said
+):
+    first, second = digests(hub_run)
+    before = contents(hub_run)
+    part = part.replace("SECOND", second)
+    hub_server.script[part] = list(answers)
+    with pytest.raises((ServiceError, InfrastructureError), match=said) as error:
+        upload(hub_run)
+    assert "Nothing on disk was changed; the same command again resumes." in str(error.value)
+    assert not hub_server.script[part] and not hub_server.repos["alice/medical-merged"]["commits"]
+    assert put_bytes(hub_server) == {oid: n * SIZE for oid, n in zip((first, second), arrived, strict=True) if n}
+    kept = [oid for oid in (first, second) if oid in hub_server.objects]
+    hub_server.received.clear()
+    assert "/alice/medical-merged/commit/" in upload(hub_run)
+    assert put_bytes(hub_server) == {oid: SIZE for oid in (first, second) if oid not in kept}
+    (commit,) = hub_server.repos["alice/medical-merged"]["commits"]
+    folder = hub_run / "export/merged"
+    assert commit == {path.name: path.read_bytes() for path in folder.iterdir()} and contents(hub_run) == before
+
+
+def test_a_part_that_was_cut_is_sent_again_by_itself_and_the_storage_never_sees_the_token(hub_server, hub_run):
+    hub_server.chunk = 1_500
+    first, second = digests(hub_run)
+    hub_server.script[f"/storage/{second}/2"] = [Answer(hang_up=100), Answer({"error": "busy"}, 503)]
+    upload(hub_run)
+    stored = hub_server.calls("/storage/")
+    parts = Counter(request.path for request in stored if request.method == "PUT")
+    once = {f"/storage/{oid}/{number}": 1 for oid in (first, second) for number in (1, 2, 3)}
+    assert parts == once | {f"/storage/{second}/2": 3}
+    assert set(hub_server.files("alice/medical-merged")) == {*SHARDS, "README.md"}
+    assert not [request for request in stored if TOKEN in f"{request.path} {request.headers}"]
+
+
+def folders_of(run: Path) -> dict[str, Path]:
+    return {kind: run / "export" / kind for kind in ("adapter", "merged", "gguf") if (run / "export" / kind).is_dir()}
+
+
+def test_the_session_uploads_each_export_to_a_private_repository_of_its_own(hub_server, hub_run, capsys):
+    write_text(hub_run / "export/gguf/model-q4_k_m.gguf", "GGUF")
+    run = open_run("auto", hub_run, {"export.push_to_hub": "alice/medical"})
+    push_to_hub(run, folders_of(hub_run))
+    said = capsys.readouterr().out
+    for name, file in (("", "adapter_model.safetensors"), ("-merged", SHARDS[0]), ("-GGUF", "model-q4_k_m.gguf")):
+        assert hub_server.repos[f"alice/medical{name}"]["private"] and file in hub_server.files(f"alice/medical{name}")
+        assert f"alice/medical{name}/commit/" in said
+
+
+def test_an_upload_that_fails_in_the_session_is_a_sentence_with_the_line_that_finishes_it(hub_server, hub_run, capsys):
+    hub_server.script["alice/medical-merged/commit"] = [Answer({"error": "no room"}, 403)]
+    run = open_run("auto", hub_run, {"export.push_to_hub": "alice/medical"})
+    push_to_hub(run, folders_of(hub_run))
+    said = capsys.readouterr().out
+    line = f"publish {hub_run} --repo alice/medical --merged resumes."
+    assert "merged is not uploaded. " in said and "403: no room" in said and line in said
+    assert len(hub_server.repos["alice/medical"]["commits"]) == 1
+
+
+@pytest.mark.parametrize(("repo", "token"), [("alice/medical", ""), (None, TOKEN)])
+def test_without_a_name_or_a_token_nothing_is_sent_and_the_session_says_how(
+    hub_server, hub_run, monkeypatch, capsys, repo, token
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_HOME", str(hub_run.parent / "hf"))
+    push_to_hub(open_run("auto", hub_run, {"export.push_to_hub": repo}), folders_of(hub_run))
+    said = capsys.readouterr().out
+    assert "Nothing is uploaded: " in said and f"publish {hub_run} --repo" in said and not hub_server.received
+    assert ("no HF_TOKEN" in said) == (not token)
+
+
+def put_into_scratch(run: Path, monkeypatch) -> Path:
+    """The merged model where a session without room puts it, as 05 records it."""
+    monkeypatch.setattr("utils.export.places.where", lambda: "kaggle")
+    monkeypatch.setattr("tempfile.tempdir", str(run.parent / "scratch"))
+    folder = scratch_folder(open_run("auto", run), "merged")
+    folder.parent.mkdir(parents=True)
+    (run / "export/merged").rename(folder)
+    write_json(run / "export/verify.json", {"folders": {"merged": str(folder)}})
+    record_exports(run)
+    return folder
+
+
+def test_publish_finds_what_the_same_session_had_to_put_into_scratch(hub_server, hub_run, monkeypatch):
+    folder = put_into_scratch(hub_run, monkeypatch)
+    upload(hub_run)
+    assert set(hub_server.files("alice/medical-merged")) == {*SHARDS, "README.md"}
+    shutil.rmtree(folder)
+    with pytest.raises(ServiceError, match="ended with its session's scratch"):
+        plan_uploads(hub_run, "alice/medical", ["merged"])
+
+
+def test_a_record_that_names_another_folder_than_this_runs_scratch_uploads_nothing(hub_run, monkeypatch):
+    folder, private = put_into_scratch(hub_run, monkeypatch), hub_run.parent / "private"
+    private.mkdir()
+    (private / "id_rsa").write_text("a private key")
+    (folder / "notes.txt").symlink_to(private / "id_rsa")
+    with pytest.raises(ServiceError, match="lies outside the export"):
+        plan_uploads(hub_run, "alice/medical", ["merged"])
+    write_json(hub_run / "export/verify.json", {"folders": {"merged": str(private)}})
+    record_exports(hub_run)
+    with pytest.raises(ServiceError, match="is not there"):
+        plan_uploads(hub_run, "alice/medical", ["merged"])
+
+
+def test_publish_sends_the_gguf_files_where_it_is_asked_to(hub_server, run):
+    write_text(run / "export/gguf/model-q4_k_m.gguf", "GGUF")
+    record_exports(run)
+    done = publish(hub_server, run, "--repo", "alice/medical", "--gguf")
+    assert done.returncode == 0, done.stderr
+    assert set(hub_server.repos) == {"alice/medical", "alice/medical-GGUF"}
+    assert hub_server.files("alice/medical-GGUF") == {"model-q4_k_m.gguf": b"GGUF"}
+
+
 def change(run: Path, stage: str, **values) -> None:
     manifest = read_manifest(run)
     manifest["stages"][stage] |= values
@@ -244,15 +426,13 @@ def test_only_what_the_export_recorded_is_uploaded(run):
     [
         ("medical", False, "expected USER/NAME"),
         ("a/b/c", False, "expected USER/NAME"),
-        ("a/b", True, "session's scratch"),
+        ("a/b", True, "its session's scratch"),
     ],
 )
 def test_a_wrong_name_or_a_model_that_is_not_here_is_a_sentence(run, repo, merged, said):
-    import shutil
-
     shutil.rmtree(run / "export" / "merged")
     with pytest.raises(ServiceError, match=said):
-        plan_uploads(run, repo, merged)
+        plan_uploads(run, repo, ["adapter", "merged"] if merged else ["adapter"])
 
 
 def test_there_has_to_be_something_to_upload(hub_server, run):

@@ -21,7 +21,7 @@ from utils.export.model_card import make_card, write_cards
 def exported(tiny_folder, tmp_path_factory):
     run = make_run(tiny_folder, tmp_path_factory.mktemp("card") / "run")
     write_evidence(run)
-    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run).folder}
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run, run.file("export/merged"))}
     adapter = {"against": "the model in memory", "level": "rounded to float16", "prompts": 4, "identical": 3}
     figures = {"adapter": adapter | {"largest_logit_difference": 2.5e-5}}
     write_cards(run, folders, figures)

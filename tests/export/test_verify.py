@@ -17,10 +17,10 @@ from utils.errors import ModelError, RunDirError
 from utils.export.adapter import copy_adapter, merge_adapter
 from utils.export.compare_logits import Continuations
 from utils.export.model_card import write_cards
+from utils.export.places import export_folders
 from utils.export.verify import (
     REFERENCE,
     choose_tolerances,
-    export_folders,
     verify_exports,
     write_record,
     write_reference,
@@ -39,7 +39,7 @@ def exported(tiny_folder, tmp_path_factory):
     write_evidence(run)
     computed_on = {"device": "cpu", "backend": "transformers", "dtype": "float32"}
     run.write_record(BY_NAME["05_export"], state="running", computed_on=computed_on)
-    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run).folder}
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run, run.file("export/merged"))}
     write_reference(run)
     figures = verify_exports(run, folders)
     folders["gguf"] = run.file("export/gguf")  # what llama.cpp would write: here only its digests are looked at
@@ -80,7 +80,7 @@ def test_a_float32_run_on_a_bfloat16_base_holds_the_merged_model_to_what_it_is_s
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     run = make_run(base, tmp_path / "run", hardware__dtype="float32")
     run.write_record(BY_NAME["05_export"], state="running", computed_on=resolve_hardware(run.config.hardware))
-    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run).folder}
+    folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run, run.file("export/merged"))}
     write_reference(run)
     figures = verify_exports(run, folders)
     assert figures["adapter"]["level"] == "exact" and figures["merged"]["level"] == "rounded to bfloat16"

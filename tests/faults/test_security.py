@@ -204,13 +204,13 @@ def hostile_tar(kind: str, outside: Path) -> bytes:
 
 @pytest.mark.parametrize("kind", ["dots", "absolute", "link"])
 def test_the_source_of_llama_cpp_is_refused_where_a_member_leaves_its_folder(kind, tmp_path, monkeypatch, fault):
-    from utils.export import gguf
+    from benchmarks import llama_cpp
 
     fault("archive members that point outside")
     outside, home = tmp_path / "outside", tmp_path / "home" / kind
     outside.mkdir()
 
-    call = gguf._call
+    call = llama_cpp._call
 
     def download(command, *told):
         if command[0] == "tar":
@@ -219,10 +219,10 @@ def test_the_source_of_llama_cpp_is_refused_where_a_member_leaves_its_folder(kin
             place = Path(command[command.index("--dest") + 1])
             (place / "llama_cpp_python-0.tar.gz").write_bytes(hostile_tar(kind, outside))
 
-    monkeypatch.setattr(gguf, "_call", download)
+    monkeypatch.setattr(llama_cpp, "_call", download)
     lands_inside = kind == "absolute"  # its slash is left off
     with contextlib.nullcontext() if lands_inside else pytest.raises(UserError):
-        gguf.build_llama_cpp(home)
+        llama_cpp.build_llama_cpp(home)
     assert not [*outside.iterdir()] and not (tmp_path / "planted").exists() and home.exists() == lands_inside
 
 

@@ -33,7 +33,7 @@ from utils.data.benchmarks import load_items
 from utils.data.rows import COLUMNS, check_rows, read_table
 from utils.evaluation.questions import Question, answer_key, current_answers
 from utils.export.merge import INDEX, find_shards
-from utils.export.verify import export_folders
+from utils.export.places import export_folders
 from utils.files import read_lines, write_lines
 from utils.kaggle import push
 from utils.kaggle.collect import Outcome, classify

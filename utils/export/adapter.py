@@ -2,33 +2,21 @@
 
 import json
 import shutil
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import ModelError
 from utils.export.chat_template import fit_chat_template
 from utils.export.merge import find_shards, merge_shards, read_lora
 from utils.files import atomic_folder, is_folder, write_json
-from utils.hardware import GIB, require_disk, where
+from utils.hardware import GIB, require_disk
 from utils.models import smollm2
 from utils.models.tokenizer import load_tokenizer, model_source
 from utils.pipeline.run_dir import RunDir
-from utils.project import NAME
+from utils.pipeline.stage import StageRun
 from utils.schema import EMBEDDED, Config
 
-_KEPT_GIB = 1.0  # of Kaggle's output for each export
 # What transformers 5 notes about this machine and this loading; of no use to others.
 _LOCAL_KEYS = ("is_local", "local_files_only", "backend", "name_or_path")
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Where a merged model is, the commit of its base, and how many of its tensors were changed."""
-
-    folder: Path
-    base_revision: str | None
-    tensors: int
 
 
 def copy_adapter(run: RunDir) -> Path:
@@ -43,16 +31,19 @@ def copy_adapter(run: RunDir) -> Path:
     return target
 
 
-def merge_adapter(run: RunDir) -> Merged | None:
-    """export/merged: the adapter folded into the 16-bit base, shard by shard; None where export.merged is off.
+def merge_adapter(run: StageRun, target: Path | None) -> Path | None:
+    """The adapter folded into the 16-bit base, shard by shard, in `target`; None where a plan has no place for it.
 
-    Raises HardwareError where the disk is too small, ModelError where base and adapter do not fit.
+    The base's commit is pinned. Raises HardwareError where the disk is too small, ModelError where base and adapter do
+    not fit.
     """
-    if not run.config.export.merged:
+    if target is None:
         shutil.rmtree(run.file("export/merged"), ignore_errors=True)  # an earlier run's
         return None
     base, revision = find_base(run.config)
-    lora, target = read_lora(run.file("export/adapter")), choose_place(run, "merged", weights_gib(base))
+    weights_gib = sum(path.stat().st_size for path in find_shards(base)) / GIB
+    require_disk(target.parent, weights_gib + 0.05, f"export/{target.name}")
+    lora = read_lora(run.file("export/adapter"))
     with atomic_folder(target) as folder:
         merge_shards(base, lora, folder)
         # As published: transformers 5 would write keys that version 4, vLLM and llama.cpp read otherwise.
@@ -61,12 +52,10 @@ def merge_adapter(run: RunDir) -> Merged | None:
         if (base / "generation_config.json").exists():
             shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
         save_tokenizer(run, folder)
-    return Merged(target, revision, len(lora.factors))
-
-
-def weights_gib(folder: Path) -> float:
-    """What a model's weights take on the disk."""
-    return sum(path.stat().st_size for path in find_shards(folder)) / GIB
+    if revision:
+        run.pin("export.base_revision", revision)
+    print(f"{len(lora.factors)} tensors changed, written to {target}")
+    return target
 
 
 def save_tokenizer(run: RunDir, folder: Path) -> None:
@@ -78,17 +67,6 @@ def save_tokenizer(run: RunDir, folder: Path) -> None:
     kept = {key: value for key, value in settings.items() if key not in _LOCAL_KEYS}
     # Version 5 names the class TokenizersBackend, which version 4 and what rests on it do not know.
     write_json(folder / "tokenizer_config.json", kept | {"tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def choose_place(run: RunDir, kind: str, needed_gib: float) -> Path:
-    """export/KIND; for what is large on Kaggle, which saves 20 GB, scratch that ends with the session."""
-    target = run.file(f"export/{kind}")
-    if where() == "kaggle" and needed_gib > _KEPT_GIB:
-        shutil.rmtree(target, ignore_errors=True)  # an earlier run's
-        target = Path(tempfile.gettempdir()) / NAME / run.path.name / kind
-        print(f"export/{kind} ({needed_gib:.1f} GiB) is written to {target}, which is not kept with the output")
-    require_disk(target.parent, needed_gib + 0.05, f"export/{kind}")
-    return target
 
 
 def trained_on(config: Config) -> tuple[str, str | None]:

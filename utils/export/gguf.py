@@ -10,33 +10,34 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING
 
 import httpx
 import tenacity
 
 from utils.errors import HardwareError, ModelError, UserError
-from utils.export.adapter import choose_place, weights_gib
+from utils.export.adapter import merge_adapter
 from utils.export.chat_template import make_modelfile
 from utils.export.compare_logits import NEW_TOKENS, Continuations, compare_tokens
+from utils.export.places import scratch_folder
 from utils.files import atomic_folder
-from utils.pipeline.run_dir import RunDir
+from utils.hardware import GIB, require_disk, where
+from utils.pipeline.stage import StageRun
 from utils.processes import Child
-from utils.project import command
-from utils.schema import GgufType
 
-SOURCE = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp, converter and all
+if TYPE_CHECKING:
+    from utils.export.plan import Plan  # which imports this module
+
+BITS = {"q4_k_m": 4.9, "q8_0": 8.5, "f16": 16.0}  # of a file, for each weight; the smallest first
 LORA = "adapter-f32.gguf"  # the factors are small: kept as they are
 # How far the best token may lie above the second, in logits, where another arithmetic still takes the second.
 MARGINS = {"f16": 0.5, "q8_0": 1.0}
-_HOME = Path.home() / ".unsloth" / "llama.cpp"
+HOME = Path.home() / ".unsloth" / "llama.cpp"  # where unsloth keeps it
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
 _START_S = 600  # a 16 GB file from a slow disk
-_NOT_BUILT = HardwareError, "llama.cpp was not built: take another machine, or set export.install_llama_cpp=false"
-_NOT_CONVERTED = ModelError, "set export.gguf=[] to go without"
 
 
 def find_program(tree: Path, name: str) -> Path | None:
@@ -48,7 +49,7 @@ def find_program(tree: Path, name: str) -> Path | None:
 def find_llama_cpp() -> Path | None:
     """The tree in LLAMA_CPP_DIR, or the one that unsloth keeps; None where neither has converters and quantiser."""
     named = os.environ.get("LLAMA_CPP_DIR")
-    tree = Path(named or os.environ.get("UNSLOTH_LLAMA_CPP_PATH") or _HOME).expanduser().resolve()
+    tree = Path(named or os.environ.get("UNSLOTH_LLAMA_CPP_PATH") or HOME).expanduser().resolve()
     if all((tree / name).exists() for name in _CONVERTERS) and find_program(tree, "llama-quantize"):
         return tree
     if named:
@@ -57,53 +58,25 @@ def find_llama_cpp() -> Path | None:
     return None
 
 
-def install_llama_cpp() -> Path:
-    """unsloth's ready build where unsloth is installed and reaches it, else one from llama-cpp-python's source."""
-    fetch = "from unsloth_zoo.llama_cpp import install_llama_cpp; install_llama_cpp()"
-    try:
-        _call([sys.executable, "-c", fetch], *_NOT_BUILT)
-    except HardwareError:
-        return build_llama_cpp(_HOME)
-    return find_llama_cpp() or build_llama_cpp(_HOME)
+def fetch_llama_cpp() -> Path | None:
+    """unsloth's ready build, in a minute; None where unsloth is not installed or has none for this machine."""
+    # Not its install_llama_cpp, which compiles, as root, where there is no ready build.
+    fetch = (
+        "import sys, unsloth_zoo.llama_cpp as u; sys.exit(not u._install_llama_cpp_prebuilt(u.LLAMA_CPP_DEFAULT_DIR))"
+    )
+    with suppress(ModelError):
+        _call([sys.executable, "-c", fetch])
+        return find_llama_cpp()
+    return None
 
 
-def build_llama_cpp(folder: Path) -> Path:
-    """Download the pinned source by pip and build it with cmake; where that fails, nothing is left at `folder`."""
-    if folder.exists():
-        raise HardwareError(f"{folder} is there already, without what is needed of llama.cpp; delete it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", SOURCE]
-        _call([*pip, "--dest", scratch], *_NOT_BUILT)
-        (archive,) = Path(scratch).glob("llama_cpp_python-*.tar.gz")
-        # The program, not Python's module, which refuses what would leave the folder from 3.11.4 on only.
-        _call(["tar", "-xzf", archive, "-C", scratch], *_NOT_BUILT)
-        (tree,) = Path(scratch).glob("llama_cpp_python-*/vendor/llama.cpp")
-        # Makefiles, not ninja: the archive's dates lie in the future of some machines, and ninja never gets done then.
-        # Static, and without what asks a network for parts: the tree can be moved and the build needs nothing more.
-        switches = ("CURL", "OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_UI", "USE_PREBUILT_UI")
-        options = [f"-DLLAMA_{name}=OFF" for name in switches] + ["-DBUILD_SHARED_LIBS=OFF"]
-        made = ["-S", tree, "-B", tree / "build", "-G", "Unix Makefiles", "-DCMAKE_BUILD_TYPE=Release", *options]
-        _call(["cmake", *made], *_NOT_BUILT)
-        targets = [f"llama-{name}" for name in ("quantize", "completion", "server")]
-        jobs = ["--parallel", str(os.cpu_count() or 1)]
-        _call(["cmake", "--build", tree / "build", *jobs, "--target", *targets], *_NOT_BUILT)
-        shutil.move(tree, folder)
-    return folder
-
-
-def _call(words: Sequence[str | Path], kind: type[UserError], advice: str) -> None:
-    """Run a program; raises `kind` with its last line where it fails or is not installed."""
+def _call(words: Sequence[str | Path]) -> None:
+    """Run a program; raises ModelError with its last line where it fails."""
     print("+", *words, flush=True)
-    if shutil.which(words[0]) is None:
-        raise kind(f"{words[0]} is not installed, which llama.cpp is built with; {advice}.")
-    with tempfile.TemporaryDirectory() as scratch:
-        printed = Path(scratch) / "stdout"  # apart: cmake's last line there says nothing of the reason
-        with Child(["sh", "-c", 'exec "$@" > "$0"', printed, *words], Path(scratch) / "stderr") as child:
-            if child.wait() == 0:
-                return
-        child.log = child.log if child.log.stat().st_size else printed
-        raise kind(f"llama.cpp's {Path(words[0]).name} failed ({child.last_words()}); {advice}.")
+    with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log") as child:
+        if child.wait():
+            failed = f"llama.cpp's {Path(words[0]).name} failed ({child.last_words()})"
+            raise ModelError(f"{failed}; set export.gguf=[] to go without.")
 
 
 def file_name(kind: str) -> str:
@@ -111,39 +84,57 @@ def file_name(kind: str) -> str:
     return f"model-{kind}.gguf"
 
 
-def write_gguf(run: RunDir, folders: Mapping[str, Path]) -> Path | None:
-    """export/gguf: the merged model and the LoRA for llama.cpp, and a Modelfile for Ollama; None without llama.cpp."""
-    config, kinds, tree = run.config, run.config.export.gguf, None
-    if "merged" in folders and kinds:
-        tree = find_llama_cpp() or (install_llama_cpp() if config.export.install_llama_cpp else None)
-        if tree is None:
-            again = command("run", "--run-dir", run.path, "--set", "export.install_llama_cpp=true")
-            print(
-                f"No llama.cpp was found, so no GGUF file is written. This builds it, in 10 to 40 minutes:\n  {again}"
-            )
-    if tree is None:
+def write_gguf(run: StageRun, plan: "Plan") -> Path | None:
+    """export/gguf: the merged model and the LoRA for llama.cpp, and a Modelfile for Ollama; None where none is planned.
+
+    Raises ModelError and HardwareError; on Kaggle and Colab these are a sentence of the plan, and the stage goes on.
+    """
+    if "gguf" not in plan.places:
         shutil.rmtree(run.file("export/gguf"), ignore_errors=True)  # an earlier run's
         return None
-    half = weights_gib(folders["merged"])  # at most: a base in 32 bit takes twice as much
-    # q8_0 takes 8.5 of 16 bits, q4_k_m 4.9, and a little.
-    target = choose_place(run, "gguf", half * (1 + 0.54 * ("q8_0" in kinds) + 0.32 * ("q4_k_m" in kinds)))
+    try:
+        return _convert_all(run, plan, plan.places["gguf"])
+    except UserError as error:
+        if where() == "local":
+            raise
+        del plan.places["gguf"]
+        plan.left_out["gguf"] = str(error)
+        print(f"gguf is not made: {error}")
+        return None
+    finally:
+        shutil.rmtree(scratch_folder(run, "on_the_way"), ignore_errors=True)
+
+
+def _convert_all(run: StageRun, plan: "Plan", target: Path) -> Path:
+    """A merged model that is no export, and an f16 that is none, are made in scratch."""
+    scratch = scratch_folder(run, "on_the_way")
+    merged = plan.places.get("merged") or merge_adapter(run, scratch / "merged")
+    weights_gib = sum(path.stat().st_size for path in merged.glob("*.safetensors")) / GIB
+    require_disk(scratch, weights_gib * sum(BITS[kind] / 16 for kind in {*plan.kinds, "f16"}), "export/gguf")
+    scratch.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as folder:
-        convert(tree, folders["merged"], folders["adapter"], folder, kinds)
-        smallest = file_name(max(kinds, key=get_args(GgufType).index))
+        convert(plan.llama_cpp, merged, run.file("export/adapter"), folder, plan.kinds, scratch)
+        config, smallest = run.config, file_name(min(plan.kinds, key=BITS.get))
         text = make_modelfile(smallest, config.prompt, config.generate, config.model.max_seq_length)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     return target
 
 
-def convert(tree: Path, merged: Path, adapter: Path, folder: Path, kinds: Sequence[str]) -> None:
-    """Write the `kinds` (f16, q8_0, q4_k_m) of the merged model and the LoRA's GGUF; raises ModelError if it cannot be."""
-    whole, (model_script, lora_script) = folder / file_name("f16"), (tree / name for name in _CONVERTERS)
+def convert(
+    tree: Path, merged: Path, adapter: Path, folder: Path, kinds: Sequence[str], scratch: Path | None = None
+) -> None:
+    """Write the `kinds` (f16, q8_0, q4_k_m) of the merged model and the LoRA's GGUF; raises ModelError if it cannot be.
+
+    An f16 that is none of them is made in `scratch`, `folder` by default, and deleted.
+    """
+    whole = (folder if "f16" in kinds else scratch or folder) / file_name("f16")
+    model_script, lora_script = (tree / name for name in _CONVERTERS)
     ours = ["-m", "utils.export.gguf"] if name_pre_tokenizer(merged / "tokenizer.json") else []
-    _call([sys.executable, *ours, model_script, merged, "--outfile", whole, "--outtype", "f16"], *_NOT_CONVERTED)
+    _call([sys.executable, *ours, model_script, merged, "--outfile", whole, "--outtype", "f16"])
     for kind in set(kinds) - {"f16"}:
-        _call([find_program(tree, "llama-quantize"), whole, folder / file_name(kind), kind.upper()], *_NOT_CONVERTED)
+        _call([find_program(tree, "llama-quantize"), whole, folder / file_name(kind), kind.upper()])
     lora = [sys.executable, lora_script, "--base", merged, "--outtype", "f32", "--outfile", folder / LORA, adapter]
-    _call(lora, *_NOT_CONVERTED)
+    _call(lora)
     if "f16" not in kinds:
         whole.unlink()
 
@@ -245,7 +236,13 @@ def check_folder(
             figures[f"gguf_{kind}"] = {"loaded": "no: llama-server was not found"}
             continue
         margin = MARGINS.get(kind) if judged else None
-        found = check_gguf(tree, path, tokenizer, prompts, reference, margin)
+        try:
+            found = check_gguf(tree, path, tokenizer, prompts, reference, margin)
+        except ModelError as error:
+            if where() == "local":
+                raise
+            figures[f"gguf_{kind}"] = {"loaded": f"no: {error}"}  # as the card says
+            continue
         figures[f"gguf_{kind}"] = {"level": f"margin {margin}" if margin else "reported", **found}
     return figures
 

@@ -3,20 +3,23 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-from utils.errors import InfrastructureError, ServiceError
+from utils.errors import InfrastructureError, ServiceError, UserError, first_line
+from utils.export.places import recorded_files
+from utils.files import list_files
 from utils.pipeline.console import read_sentence
-from utils.pipeline.run_dir import open_run, read_manifest, require_recorded
+from utils.pipeline.run_dir import RunDir, open_run, require_recorded
 from utils.pipeline.stages import BY_NAME
 from utils.processes import Child
 from utils.project import command
-from utils.secrets import Secret
+from utils.secrets import Secret, find_secret
 
+_BESIDE = {"adapter": "", "merged": "-merged", "gguf": "-GGUF"}  # the names of the repositories
 _SYNC_TIMEOUT_S = 600
 
 
@@ -29,51 +32,66 @@ class Upload:
     files: dict[str, Path]
 
 
-def plan_uploads(run_dir: Path, repo: str, merged: bool = False) -> list[Upload]:
-    """What would be uploaded where: the adapter to `repo`, with `merged` the merged model to `repo`-merged.
+def plan_uploads(run_dir: Path, repo: str, kinds: Sequence[str] = ("adapter",)) -> list[Upload]:
+    """What would be uploaded where: the adapter to `repo`, the others beside it.
 
     Only what 05_export has on record goes. Raises ServiceError where a stage is undone or out of date or an export is
     missing, RunDirError where it is not what the run wrote.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ServiceError(f"--repo is {repo!r}; expected USER/NAME.")
-    if problem := open_run("auto", run_dir).out_of_date(BY_NAME["05_export"]):
+    run, uploads = open_run("auto", run_dir), []
+    if problem := run.out_of_date(BY_NAME["05_export"]):
         raise ServiceError(f"{problem}; run {command('run', '--run-dir', run_dir)} first, then publish.")
-    recorded = read_manifest(run_dir)["stages"]["05_export"].get("outputs", {})
-    uploads = []
-    for kind in ("adapter", "merged") if merged else ("adapter",):
-        prefix = f"export/{kind}/"
-        files = {name.removeprefix(prefix): run_dir / name for name in recorded if name.startswith(prefix)}
-        if not files or not (run_dir / prefix).is_dir():
-            where = "it stays in a Kaggle session's scratch" if kind == "merged" else "05_export writes it"
+    for kind in kinds:
+        files = recorded_files(run, kind)
+        if not files:
+            why = "05_export was not asked for it, or it ended with its session's scratch"
             again = command("run", "--run-dir", run_dir, "--from", "05")
-            raise ServiceError(f"{run_dir / prefix} is not there ({where}); run {again} first.")
-        require_recorded(run_dir, (prefix.rstrip("/"),))
-        for name, path in files.items():  # a manifest may come from elsewhere, and its link lead to a private file
-            if not path.resolve().is_relative_to(run_dir.resolve()):
-                raise ServiceError(f"The manifest names {name}, which lies outside {run_dir}; fetch the run again.")
-        uploads.append(Upload(kind, repo if kind == "adapter" else f"{repo}-{kind}", files))
+            raise ServiceError(f"{run_dir / 'export' / kind} is not there ({why}); run {again} first.")
+        uploads.append(Upload(kind, repo + _BESIDE[kind], files))
     return uploads
 
 
-def upload_model(upload: Upload, token: Secret, private: bool = True) -> str:
-    """Upload in one commit and return its address; raises ServiceError or InfrastructureError."""
+def push_to_hub(run: RunDir, folders: Mapping[str, Path]) -> None:
+    """Upload each export where `export.push_to_hub` says; a failure is printed, with the line that finishes it."""
+    repo, token = run.config.export.push_to_hub, find_secret("HF_TOKEN")
+    flags = [f"--{kind}" for kind in folders if kind != "adapter"]
+    again = command("publish", run.path, "--repo", repo or "USER/NAME", *flags)
+    if not (repo and token):
+        lack = f"there is no HF_TOKEN here ({token.source})" if repo else "export.push_to_hub names no repository"
+        print(f"Nothing is uploaded: {lack}. This does it from where a token is:\n  {again}")
+        return
+    for kind, folder in folders.items():
+        files = {path.relative_to(folder).as_posix(): path for path in list_files(folder, "")}
+        try:
+            print(f"{kind}: {upload_model(Upload(kind, repo + _BESIDE[kind], files), token, again=again)}")
+        except UserError as error:  # the stage is done all the same
+            print(f"{kind} is not uploaded. {error}")
+
+
+def upload_model(upload: Upload, token: Secret, private: bool = True, again: str = "the same command again") -> str:
+    """Upload in one commit and return its address; raises ServiceError or InfrastructureError.
+
+    Large files go before the commit, by Xet or LFS; the Hub keeps those that arrived, and `again` sends only the others.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not token:
         raise ServiceError(f"There is no HF_TOKEN here ({token.source}); set it in .env, or run hf auth login.")
     api = HfApi(token=token.value)
-    operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
     try:
+        operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
         api.create_repo(upload.repo, private=private, exist_ok=True)
-        if private and api.repo_info(upload.repo).private is False:
-            raise ServiceError(f"{upload.repo} exists and is public; name another --repo, or say --public.")
-        return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
-    except (httpx.HTTPError, ValueError, OSError) as error:
-        raise _explain(error, upload, token) from None
+        if not private or api.repo_info(upload.repo).private is not False:
+            return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
+    except Exception as error:  # huggingface_hub has many types and wraps a thread's in RuntimeError; Xet has its own
+        wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
+        raise _explain(error.__cause__ if wrapped else error, upload, token, again) from None
+    raise ServiceError(f"{upload.repo} exists and is public; name another repository, or publish with --public.")
 
 
-def _explain(error: Exception, upload: Upload, token: Secret) -> ServiceError | InfrastructureError:
+def _explain(error: Exception, upload: Upload, token: Secret, again: str) -> ServiceError | InfrastructureError:
     """What huggingface_hub raised, as a sentence: refused by the Hub, or not reached."""
     status = getattr(getattr(error, "response", None), "status_code", 0)
     message = getattr(error, "server_message", None) or type(error).__name__
@@ -84,9 +102,10 @@ def _explain(error: Exception, upload: Upload, token: Secret) -> ServiceError | 
         problem = f"The token from {token.source} may not write there; give it write access or name a --repo of yours"
     elif status == 429 or status >= 500 or isinstance(error, httpx.TransportError | ConnectionError):
         kind, problem = InfrastructureError, "The Hub could not be reached"
+    elif not status:
+        problem, message = "The upload failed", f"{type(error).__name__}: {first_line(error)}"
     found = f"{status}: {message}" if status else message
-    again = "Nothing on disk was changed; the same command again resumes."
-    return kind(f"{problem} ({found}), uploading to {upload.repo}. {again}")
+    return kind(f"{problem} ({found}), uploading to {upload.repo}. Nothing on disk was changed; {again} resumes.")
 
 
 def offline_runs(run_dir: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -13,11 +13,11 @@ from utils.data.prompts import find_format, format_prompt
 from utils.evaluation.statistics import show_p
 from utils.export.adapter import merged_into, trained_on
 from utils.export.compare_logits import LEVELS
-from utils.export.gguf import LORA, file_name
+from utils.export.gguf import BITS, LORA, file_name
 from utils.files import write_text
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME, REPOSITORY
-from utils.schema import EMBEDDED, GgufType
+from utils.schema import EMBEDDED
 
 HOLDS = {
     "adapter": "a LoRA adapter, to be loaded on its base model",
@@ -40,7 +40,9 @@ def write_cards(run: RunDir, folders: Mapping[str, Path], figures: Mapping[str, 
     for kind, folder in folders.items():
         write_text(folder / "README.md", str(make_card(run, kind, folders, figures)))
     lines = [f"# {_title(run)}", "", _read(run, "comparison/metrics.json")["sentence"], ""]
-    lines += [f"- `{kind}/`: {HOLDS[kind]}; a repository of its own, with its card" for kind in folders]
+    for kind, folder in folders.items():
+        lost = "" if folder.is_relative_to(run.path) else "; too large to be kept here, made to be uploaded"
+        lines.append(f"- `{kind}/`: {HOLDS[kind]}; a repository of its own, with its card{lost}")
     lines += ["", "For research and education only. No medical advice."]
     write_text(run.file("export/README.md"), "\n".join(lines) + "\n")
 
@@ -50,7 +52,6 @@ def make_card(run: RunDir, kind: str, folders: Mapping[str, Path], figures: Mapp
     config, stages = run.config, run.manifest()["stages"]
     trained, base = stages["03_lora_training"], merged_into(config)
     sizes = {path.name: path.stat().st_size for path in folders[kind].glob("*.gguf")} if kind == "gguf" else {}
-    smallest_first = map(file_name, reversed(get_args(GgufType)))
     checks = {name: found for name, found in figures.items() if "identical" in found}
     return ModelCard.from_template(
         _metadata(run, kind),
@@ -76,7 +77,7 @@ def make_card(run: RunDir, kind: str, folders: Mapping[str, Path], figures: Mapp
         escaped_prompt=shlex.quote(format_prompt(_QUESTION, config.prompt).replace("\n", "\\n")),
         max_rank=next((rank for rank in _RANKS if rank >= config.lora.r), _RANKS[-1]),
         sizes=sizes,
-        smallest=next((name for name in smallest_first if name in sizes), ""),
+        smallest=next((name for name in map(file_name, BITS) if name in sizes), ""),
         show_p=show_p,
         own_check=next((found for name, found in checks.items() if name.startswith(kind)), None),
         checks=checks,

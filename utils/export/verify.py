@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from utils.data.prompts import format_prompt
-from utils.errors import ModelError, RunDirError
+from utils.errors import ModelError
 from utils.export.compare_logits import (
     EXACT,
     ROUNDED,
@@ -27,7 +27,7 @@ from utils.export.compare_logits import (
 )
 from utils.export.gguf import check_folder
 from utils.export.merge import find_shards, list_tensors
-from utils.files import is_folder, write_json
+from utils.files import write_json
 from utils.hardware import resolve_hardware
 from utils.models.load import load_plain, prepare_device
 from utils.models.memory import free_memory
@@ -39,7 +39,6 @@ from utils.schema import Config
 from utils.secrets import hide_secrets
 
 REFERENCE = "export/reference.safetensors"
-KINDS = ("adapter", "merged", "gguf")
 _AGAINST = {"against": "the model in memory"}
 _GGUF_PROMPTS = 20
 
@@ -144,18 +143,6 @@ def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, di
     }
     record = {"folders": places, "tolerances": {"exact": EXACT, **ROUNDED}, "agreement": figures}
     write_json(run.file("export/verify.json"), record)
-
-
-def export_folders(run: RunDir) -> dict[str, Path]:
-    """{adapter, merged, gguf: folder} of the exports that are there, in the run directory or where 05 had to put them."""
-    record, places = run.file("export/verify.json"), {}
-    try:
-        if record.exists():  # not before the first export
-            places = dict(json.loads(record.read_text(encoding="utf-8"))["folders"])
-        found = {kind: run.path / places.get(kind, f"export/{kind}") for kind in KINDS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"{record} cannot be read ({type(error).__name__}); run 05 again.") from None
-    return {kind: folder for kind, folder in found.items() if is_folder(folder)}
 
 
 if __name__ == "__main__":
