@@ -17,6 +17,7 @@ from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
 
 _SPARE_TOKENS = 32  # an answer's text, tokenised again, can take a few tokens more than were generated
+_AHEAD = "04 asks the same again, and takes about as long. What training takes 03 says after its first updates."
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def evaluate_model(run: RunDir, model, tokenizer, which: Model) -> Evaluation:
     with Workers(run, which) as workers:
         path = folder / "answers.jsonl"
         ends = config.hardware.max_hours
-        answers = answer_questions(model, tokenizer, questions, config.generate, path, digest, workers, ends)
+        ahead = _AHEAD if which == "base" else ""
+        answers = answer_questions(model, tokenizer, questions, config.generate, path, digest, workers, ends, ahead)
     losses.forced_letters(model, tokenizer, questions, answers, benchmark, folder / "forced.jsonl")
     loss = losses.completion_loss(model, tokenizer, rows, config.model.max_seq_length)
     write_frame(folder / "nll.parquet", loss)

@@ -5,6 +5,7 @@ answers. Here every question has its own stream, the same for both models (commo
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,13 +50,14 @@ def answer_questions(
     digest: str,
     helpers=None,
     max_hours: float | None = None,
+    ahead: str = "",
 ) -> list[dict]:
     """Answer every question, append each answer to `path` (JSONL) as soon as it is complete, and return all in order.
 
     An answer on file to the same prompt, by the same model (its `digest`) and decoding, is not generated again.
     `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. `tokens` counts the end token,
-    `reasoning_tokens` go up to and with `</think>`. Raises OutOfMemory where even a single question does not fit,
-    and SessionOver, between two batches, where the session would pass `max_hours`.
+    `reasoning_tokens` go up to and with `</think>`; `ahead` ends the forecast. Raises OutOfMemory where even a single
+    question does not fit, and SessionOver, between two batches, where the session would pass `max_hours`.
     """
     keys = {q.id: answer_key(q, config, digest) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,7 @@ def answer_questions(
         if not missing:
             return [answers[q.id] for q in questions]
         mine = helpers.start(missing) if helpers else missing
-        _generate(model, tokenizer, mine, config, keys, path, Deadline.of(max_hours))
+        _generate(model, tokenizer, mine, config, keys, path, Deadline.of(max_hours), ahead)
         if helpers:
             helpers.wait()
             helpers = None  # a second pass, if there is one, is ours alone
@@ -87,13 +89,14 @@ def _generate(
     keys: dict[str, str],
     path: Path,
     deadline: Deadline,
+    ahead: str,
 ) -> None:
     """One process's loop, in rounds of ROUND_TOKENS: others take the places of finished answers, so that none waits for
     the longest; the rest is prefilled again, which costs far less than decoding it did.
     """
     pending = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions]
     share, tokens, started = 1.0, 0, time.monotonic()  # share of what should fit, halved whenever it did not
-    longest = 0.0  # seconds of a round
+    longest, ended = 0.0, 0  # seconds of a round; answers that came to their end before the limit
     with Progress("answering", len(pending), "question") as bar:
         while pending:
             if longest and deadline.is_due(next_s=longest):  # each session gets one batch further
@@ -112,7 +115,7 @@ def _generate(
                 ids = _up_to_end(output, tokenizer)
                 stopped = ids[-1] == tokenizer.eos_token_id
                 one.generated += ids[:-1] if stopped else ids
-                tokens += len(ids)
+                tokens, ended = tokens + len(ids), ended + stopped
                 if stopped or len(one.generated) >= config.max_new_tokens:
                     finished[one.question.id] = {
                         "id": one.question.id,
@@ -128,7 +131,19 @@ def _generate(
             longest = max(longest, time.monotonic() - began)
             speed = tokens / (time.monotonic() - started)
             bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
+            each = expected_tokens(tokens, ended, config.max_new_tokens)
+            by = f"{speed:,.0f} tokens/s so far, some {each:,.0f} tokens an answer by {ended} that have ended"
+            bar.forecast((len(questions) * each - tokens) / speed, f"these answers ({by}). {ahead}")
     forget_cache(model)
+
+
+def expected_tokens(tokens: int, ended: int, limit: int) -> float:
+    """Mean tokens of an answer, where `tokens` were written so far and so many answers have ended before the limit.
+
+    Of the others only a least length is known: answers are taken to end at one rate, that of those so far (maximum
+    likelihood of an exponential, censored), or at the limit.
+    """
+    return tokens / ended * (1 - math.exp(-limit * ended / tokens)) if ended else limit
 
 
 def _choose_batch(model, pending: list[Pending], config: GenerateSection, share: float) -> tuple[list[Pending], int]:
