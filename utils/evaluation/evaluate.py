@@ -17,7 +17,6 @@ from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
 
 _SPARE_TOKENS = 32  # an answer's text, tokenised again, can take a few tokens more than were generated
-_AHEAD = "04 asks the same again, and takes about as long. What training takes 03 says after its first updates."
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,8 @@ def evaluate_model(run: RunDir, model, tokenizer, which: Model) -> Evaluation:
         deviation = losses.check_same_base(model, tokenizer, rows, pd.read_parquet(run.file("baseline/nll.parquet")))
         print(f"adapter switched off: at most {deviation:.4%} from the base's losses")
     with Workers(run, which) as workers:
-        path = folder / "answers.jsonl"
-        ends = config.hardware.max_hours
-        ahead = _AHEAD if which == "base" else ""
-        answers = answer_questions(model, tokenizer, questions, config.generate, path, digest, workers, ends, ahead)
+        path, ends = folder / "answers.jsonl", config.hardware.max_hours
+        answers = answer_questions(model, tokenizer, questions, config.generate, path, digest, workers, ends)
     losses.forced_letters(model, tokenizer, questions, answers, benchmark, folder / "forced.jsonl")
     loss = losses.completion_loss(model, tokenizer, rows, config.model.max_seq_length)
     write_frame(folder / "nll.parquet", loss)

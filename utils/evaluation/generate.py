@@ -50,14 +50,13 @@ def answer_questions(
     digest: str,
     helpers=None,
     max_hours: float | None = None,
-    ahead: str = "",
 ) -> list[dict]:
     """Answer every question, append each answer to `path` (JSONL) as soon as it is complete, and return all in order.
 
     An answer on file to the same prompt, by the same model (its `digest`) and decoding, is not generated again.
     `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. `tokens` counts the end token,
-    `reasoning_tokens` go up to and with `</think>`; `ahead` ends the forecast. Raises OutOfMemory where even a single
-    question does not fit, and SessionOver, between two batches, where the session would pass `max_hours`.
+    `reasoning_tokens` go up to and with `</think>`. Raises OutOfMemory where even a single question does not fit,
+    and SessionOver, between two batches, where the session would pass `max_hours`.
     """
     keys = {q.id: answer_key(q, config, digest) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,7 @@ def answer_questions(
         if not missing:
             return [answers[q.id] for q in questions]
         mine = helpers.start(missing) if helpers else missing
-        _generate(model, tokenizer, mine, config, keys, path, Deadline.of(max_hours), ahead)
+        _generate(model, tokenizer, mine, config, keys, path, Deadline.of(max_hours))
         if helpers:
             helpers.wait()
             helpers = None  # a second pass, if there is one, is ours alone
@@ -81,20 +80,11 @@ def share_path(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number}.jsonl")
 
 
-def _generate(
-    model,
-    tokenizer,
-    questions: Sequence[Question],
-    config: GenerateSection,
-    keys: dict[str, str],
-    path: Path,
-    deadline: Deadline,
-    ahead: str,
-) -> None:
+def _generate(model, tokenizer, questions: Sequence[Question], config, keys, path, deadline: Deadline) -> None:
     """One process's loop, in rounds of ROUND_TOKENS: others take the places of finished answers, so that none waits for
     the longest; the rest is prefilled again, which costs far less than decoding it did.
     """
-    pending = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions]
+    pending, end = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions], tokenizer.eos_token_id
     share, tokens, started = 1.0, 0, time.monotonic()  # share of what should fit, halved whenever it did not
     longest, ended = 0.0, 0  # seconds of a round; answers that came to their end before the limit
     with Progress("answering", len(pending), "question") as bar:
@@ -112,8 +102,8 @@ def _generate(
                 continue
             finished = {}
             for one, output in zip(batch, outputs, strict=True):
-                ids = _up_to_end(output, tokenizer)
-                stopped = ids[-1] == tokenizer.eos_token_id
+                ids = output[: output.index(end) + 1] if end in output else output
+                stopped = ids[-1] == end
                 one.generated += ids[:-1] if stopped else ids
                 tokens, ended = tokens + len(ids), ended + stopped
                 if stopped or len(one.generated) >= config.max_new_tokens:
@@ -133,15 +123,14 @@ def _generate(
             bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
             each = expected_tokens(tokens, ended, config.max_new_tokens)
             by = f"{speed:,.0f} tokens/s so far, some {each:,.0f} tokens an answer by {ended} that have ended"
-            bar.forecast((len(questions) * each - tokens) / speed, f"these answers ({by}). {ahead}")
+            others = "The other model's take at least as long, and training tells its own time after its first updates."
+            bar.forecast((len(questions) * each - tokens) / speed, f"these answers ({by}). {others}")
     forget_cache(model)
 
 
 def expected_tokens(tokens: int, ended: int, limit: int) -> float:
-    """Mean tokens of an answer, where `tokens` were written so far and so many answers have ended before the limit.
-
-    Of the others only a least length is known: answers are taken to end at one rate, that of those so far (maximum
-    likelihood of an exponential, censored), or at the limit.
+    """Mean tokens of an answer, where `tokens` were written and so many answers `ended` before the limit: all are taken
+    to end at the rate of those so far (maximum likelihood of an exponential, of which most are censored).
     """
     return tokens / ended * (1 - math.exp(-limit * ended / tokens)) if ended else limit
 
@@ -173,12 +162,6 @@ def fit_or_none(sentence: str, size: int, action, model, *arguments):
         raise OutOfMemory(sentence)
     free_memory(model)
     return None
-
-
-def _up_to_end(ids: list[int], tokenizer) -> list[int]:
-    """The ids up to and with the first end token; all of them where there is none."""
-    end = tokenizer.eos_token_id
-    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def generate_batch(

@@ -135,12 +135,8 @@ def _run_unless_current(run: RunDir, stage: Stage, worked: bool, console: Consol
 
 
 def seconds_to_begin(run: RunDir, stage: Stage) -> float:
-    """What has to be left of a session for a stage: as long as it took before, and 04 as long as 01, which asks the same.
-
-    Of a stage that resumes in the middle half an hour is enough; 0 where nothing is known.
-    """
-    alike = STAGES[1] if stage.number == "04" else stage
-    took = run.record(alike).get("seconds", 0.0)
+    """As long as a stage took before, 04 as long as 01; at most half an hour where it resumes in the middle."""
+    took = run.record(STAGES[1] if stage.number == "04" else stage).get("seconds", 0.0)
     return min(took, _WORTH_BEGINNING_S) if stage.number in _SAVED_ON_THE_WAY else took
 
 

@@ -29,11 +29,9 @@ class ShowCallback(TrainerCallback):
         self.bar.update(state.global_step)
 
     def on_step_end(self, args, state, control, **_):
-        last = {
-            name: entry[name] for entry in state.log_history[-100:] for name in ("loss", "eval_loss") if name in entry
-        }
         names = {"loss": "loss", "eval_loss": "validation"}
-        self.bar.update(1, note=", ".join(f"{names[name]} {float(value):.3f}" for name, value in last.items()))
+        last = {names[key]: float(entry[key]) for entry in state.log_history[-100:] for key in names if key in entry}
+        self.bar.update(1, note=", ".join(f"{name} {value:.3f}" for name, value in last.items()))
         self._ends.append(time.monotonic())
         left, each = state.max_steps - state.global_step, (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
         self.bar.forecast(left * each, f"{left} updates ({each:.1f} s each so far). {self.ahead}")
