@@ -1,9 +1,10 @@
-"""How much does a lenient scorer flatter? The same real completions, scored strictly and by any letter.
+"""How much does a lenient scorer flatter, and how often does the strict one err where an answer has no letter?
 
-    python -m benchmarks.extraction think_completions_sample.jsonl --out benchmarks/results/extraction.json
+    python -m benchmarks.extraction COMPLETIONS.jsonl MEDQA.jsonl --out benchmarks/results/extraction.json
 
-Each line has completion, options (letter to text) and answer_idx; `their_predicted` is what the authors' own scorer read.
-Only counts are written, no text.
+The first file's real completions are scored strictly and by any letter: each line has completion, options (letter to text)
+and answer_idx; `their_predicted` is what the authors' own scorer read. The second file's options are looked for in the
+answers of tests/labels/smollm2_answers.jsonl, which were labelled by reading. Only counts are written, no text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import typer
 
 from utils.evaluation.answer_parsing import any_letter, explicit_letter, parse_completion
 from utils.files import write_json
+from utils.project import ROOT
+
+LABELLED = ROOT / "tests" / "labels" / "smollm2_answers.jsonl"
 
 
 def measure(rows: list[dict]) -> dict:
@@ -38,10 +42,28 @@ def measure(rows: list[dict]) -> dict:
     }
 
 
-def main(sample: Path, out: Annotated[Path, typer.Option(help="Where the counts go, JSON.")]) -> None:
-    """Score SAMPLE both ways and write the shares to OUT."""
-    lines = sample.read_text(encoding="utf-8").split("\n")
-    write_json(out, measure([json.loads(line) for line in lines if line.strip()]))
+def compare_with_labels(labelled: list[dict], items: list[dict]) -> dict:
+    """Of the labelled answers without a letter: how many name an option in full, get a wrong one, or are missed."""
+    options = {item["id"]: item["options"] for item in items}
+    found = [explicit_letter(row["answer"], options[row["id"]]) for row in labelled]
+    pairs = list(zip(found, labelled, strict=True))
+    return {
+        "answers": len(labelled),
+        "name_an_option_in_full": sum(row["in_full"] for row in labelled),
+        "false": sum(letter is not None and letter != row["label"] for letter, row in pairs),
+        "missed": sum(letter is None and row["in_full"] for letter, row in pairs),
+    }
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def main(sample: Path, items: Path, out: Annotated[Path, typer.Option(help="Where the counts go, JSON.")]) -> None:
+    """Score SAMPLE both ways, compare with the labels by the options in ITEMS, and write the counts to OUT."""
+    labels = compare_with_labels(read_lines(LABELLED), read_lines(items))
+    write_json(out, measure(read_lines(sample)) | {"letterless": labels})
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def summarise(run_dir: Path) -> dict:
     for stage in STAGES:
         record = stages.get(stage.name)
         if record:
-            kept = ("state", "seconds", "peak_memory", "figures", "error")
+            kept = ("state", "seconds", "peak_memory", "figures", "model_loads", "error")
             summary["stages"][stage.name] = {key: record[key] for key in kept if key in record}
     log = run_dir / "training" / "log.csv"
     frame = pd.read_csv(log) if log.exists() else pd.DataFrame()

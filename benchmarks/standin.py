@@ -1,10 +1,11 @@
 """A stand-in for DeepSeek-R1-Distill-Llama-8B: exact shapes, random weights, DeepSeek's special tokens.
 
-    python -m benchmarks.standin /tmp/standin-8b [--vocabulary llama3_bpe.model] [--size 8b|1b|tiny]
+    python -m benchmarks.standin /tmp/standin-8b [--vocabulary llama3_bpe.model] [--size 8b|1b|tiny] \
+        [--quantised /tmp/standin-8b-4bit]
 
 It takes the place of the real model's folder wherever weights cannot be fetched. With `--vocabulary`, a Llama-3
 vocabulary in tiktoken form, its token counts are the real ones; otherwise a small vocabulary is trained here and padded
-to the real size.
+to the real size. With `--quantised` it is written in 4 bit too, as the repositories ending in -bnb-4bit are.
 """
 
 from __future__ import annotations
@@ -114,6 +115,27 @@ def build_standin(target: Path, vocabulary: Path | None = None, size: str = "8b"
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def quantise(source: Path, target: Path) -> None:
+    """The model in `source` as a pre-quantised repository: NF4 by bitsandbytes, made for computing in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=torch.bfloat16,
+        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+        quantization_config=four_bit,
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
 def _total_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(2 * math.prod(shape) for shape in shapes.values())
 
@@ -123,9 +145,12 @@ def main(
     vocabulary: Annotated[Path | None, typer.Option(help="A Llama-3 vocabulary in tiktoken form.")] = None,
     size: str = "8b",
     shard_gib: Annotated[float, typer.Option(help="The largest shard.")] = 5.0,
+    quantised: Annotated[Path | None, typer.Option(help="Where it goes in 4 bit.")] = None,
 ) -> None:
     """Build the stand-in in TARGET."""
     build_standin(target, vocabulary if vocabulary and vocabulary.exists() else None, size, shard_gib)
+    if quantised:
+        quantise(target, quantised)
 
 
 if __name__ == "__main__":

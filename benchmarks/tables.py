@@ -186,8 +186,11 @@ def scorers() -> str:
         ("the last letter that stands anywhere", f"{found['any_letter_accuracy']:.1%}"),
         ("the matcher that came with the completions", f"{found['published_scorer_accuracy']:.1%}"),
     ]
+    read = found["letterless"]
     source = (f"{found['completions']} completions of a reasoning model, {found['cut_off']:.1%} of them cut off "
-              f"({link('extraction')}).")  # fmt: skip
+              f"({link('extraction')}). Of {read['answers']} answers of SmolLM2 without a letter, labelled by reading, "
+              f"{read['false']} got another option than the one it names, and {read['missed']} of the "
+              f"{read['name_an_option_in_full']} that name one in full were missed.")  # fmt: skip
     return markdown(("scorer", "accuracy"), rows, source)
 
 

@@ -23,6 +23,7 @@ from utils.config import (
     read_config,
 )
 from utils.errors import ConfigError
+from utils.export.adapter import sixteen_bit_source
 from utils.project import PROFILES
 from utils.schema import Config
 
@@ -42,8 +43,32 @@ def header(name: str) -> list[str]:
     return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
 
 
-def test_the_five_profiles_exist():
-    assert profile_names() == ["demo", "full", "smollm2", "t4", "tutorial"]
+ON_ONE_GPU = ("full", "local24", "t4", "t4-quick", "tutorial")
+
+
+def test_the_seven_profiles_exist():
+    assert profile_names() == sorted(["demo", "smollm2", *ON_ONE_GPU])
+
+
+@pytest.mark.parametrize("name", ON_ONE_GPU)
+def test_a_profile_for_a_gpu_loads_the_small_model_in_whichever_half_precision_the_gpu_has(name):
+    config = load_config(name)
+    assert config.model.name.endswith("-unsloth-bnb-4bit") and config.hardware.dtype == "auto"
+    assert sixteen_bit_source(config)[0] == "unsloth/DeepSeek-R1-Distill-Llama-8B"
+
+
+@pytest.mark.parametrize("name", [name for name in ON_ONE_GPU if name != "local24"])
+def test_a_profile_for_kaggle_ends_its_session_before_kaggle_does(name):
+    assert load_config(name).hardware.max_hours <= 8
+
+
+def test_the_quick_profile_is_short_enough_for_one_t4():
+    """At 300 tokens trained and 80 answered in a second, the slowest that a T4 is expected to be, in minutes."""
+    config = load_config("t4-quick")
+    train, answers = config.train, config.evaluate.questions + config.evaluate.benchmark.rows
+    training = train.max_steps * train.rows_per_update * config.model.max_seq_length / 300 / 60
+    assert (config.data.train_rows, train.max_steps, config.evaluate.benchmark.rows) == (500, 60, 100)
+    assert training < 15 and answers * config.generate.max_new_tokens / 80 / 60 < 25
 
 
 @pytest.mark.parametrize("name", profile_names())

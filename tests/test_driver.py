@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -22,7 +23,9 @@ from utils.pipeline.run_dir import open_run
 from utils.pipeline.runner import StageEnded
 from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import open_stage
+from utils.pipeline.stages import BY_NAME, STAGES
 from utils.pipeline.state import read_state
+from utils.pipeline.time_limit import RESERVE_S, Deadline
 
 
 def work(run, stage) -> None:
@@ -118,6 +121,33 @@ def test_fresh_that_is_interrupted_is_fresh_on_resume(ran, tmp_path, monkeypatch
             go(tmp_path, fresh=True)
     go(tmp_path, first="01")
     assert ran[6:] == ["00", "01", "02", "03", "04", "05"]
+
+
+def test_a_stage_is_begun_only_where_it_has_time_left_but_the_first_of_a_session_always(ran, tmp_path, monkeypatch):
+    def leave(seconds: float) -> None:
+        limit = Deadline(time.time() - 8 * 3600 + RESERVE_S + seconds, 8)
+        monkeypatch.setattr(Deadline, "of", classmethod(lambda cls, max_hours: limit))
+
+    go(tmp_path, last="03")
+    run, asked = open_run("auto", tmp_path), BY_NAME["01_baseline_inference"]
+    run.write_record(asked, **run.record(asked) | {"seconds": 2400.0})
+    leave(1700)
+    with pytest.raises(StageEnded, match="04 is begun only where 30 min are left") as ended:
+        go(tmp_path, **{"train.seed": 4})
+    assert ended.value.exit_code == 4 and ran[-1] == "03"
+    leave(100)
+    go(tmp_path)
+    assert ran[-2:] == ["04", "05"]  # nobody knows how long 05 takes
+
+
+def test_a_stage_that_resumes_is_begun_for_half_an_hour_and_one_that_cannot_for_all_of_it(ran, tmp_path):
+    go(tmp_path)
+    run = open_run("auto", tmp_path)
+    for stage in STAGES:
+        run.write_record(stage, **run.record(stage) | {"seconds": 7000.0})
+    assert {stage.number: runner.seconds_to_begin(run, stage) for stage in STAGES} == {
+        "00": 1800, "01": 1800, "02": 7000, "03": 1800, "04": 1800, "05": 7000,
+    }  # fmt: skip
 
 
 def test_where_the_hardware_is_missing_the_line_to_resume_by_keeps_the_settings(tmp_path, monkeypatch):

@@ -94,6 +94,12 @@ def test_a_gpu_computes_in_bfloat16_where_it_has_it(nvidia_smi, capability, dtyp
     assert resolve_hardware(HardwareSection())["dtype"] == dtype
 
 
+def test_an_emulated_t4_computes_in_float16_as_a_real_one(nvidia_smi):
+    nvidia_smi("NVIDIA H200, 143771, 9.0")
+    assert resolve_hardware(HardwareSection(emulate_t4=True))["dtype"] == "float16"
+    assert resolve_hardware(HardwareSection(emulate_t4=True, dtype="bfloat16"))["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize(("has_bfloat16", "dtype"), [(False, "float32"), (True, "bfloat16")])
 def test_a_cpu_computes_in_bfloat16_where_it_has_instructions_for_it(monkeypatch, has_bfloat16, dtype):
     monkeypatch.setattr(platforms, "cpu_multiplies_bfloat16", lambda: has_bfloat16)

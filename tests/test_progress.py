@@ -54,6 +54,23 @@ def test_without_a_driver_nothing_is_written_and_the_bar_is_on_stdout(monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_forecast_is_printed_once_after_half_a_minute_where_more_than_a_minute_is_left(monkeypatch, capsys):
+    clock = iter([0.0, 29.9, 30.0, 31.0, 32.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with Progress("answering", total=100) as bar:
+        bar.forecast(900.0, "too early")
+        bar.forecast(59.0, "what is nearly over")
+        bar.forecast(900.0, "these answers")
+        bar.forecast(800.0, "again")
+    said = [line for line in capsys.readouterr().out.splitlines() if "Forecast" in line]
+    assert [line[line.index("Forecast") :] for line in said] == ["Forecast: about 15 min more for these answers"]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(85.4, "85 s"), (90, "2 min"), (5399, "90 min"), (12_240, "3.4 h")])
+def test_a_duration_is_shown_in_the_unit_that_one_would_say(seconds, words):
+    assert progress.show_duration(seconds) == words
+
+
 def test_an_error_in_the_work_is_passed_on_and_the_last_heartbeat_stays(heartbeat):
     with pytest.raises(RuntimeError, match="out of memory"):
         for item in track([1, 2, 3], "training"):

@@ -59,6 +59,14 @@ def test_the_fine_tuned_model_is_better_on_at_least_200_held_out_questions(demo_
     assert metrics["form"]["base"]["bullets"] > 0.9 and metrics["form"]["tuned"]["bullets"] < 0.1
 
 
+def test_the_base_is_loaded_five_times_on_one_device_and_the_merged_model_once(demo_run):
+    stages = json.loads((demo_run.path / "manifest.json").read_text())["stages"]
+    base = {stage[:2]: sum(n for name, n in record["model_loads"].items() if name != "merged")
+            for stage, record in stages.items()}  # fmt: skip
+    assert base == {"00": 0, "01": 1, "02": 0, "03": 1, "04": 1, "05": 2}
+    assert stages["05_export"]["model_loads"]["merged"] == 1
+
+
 def test_held_out_questions_are_not_in_the_training_rows(demo_run):
     train, held_out = (pd.read_parquet(demo_run.path / "data" / f"{name}.parquet") for name in ("train", "eval"))
     assert not set(train["id"]) & set(held_out["id"])

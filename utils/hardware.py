@@ -115,7 +115,8 @@ def resolve_hardware(hardware: "HardwareSection") -> dict[str, str]:
     if backend == "auto":
         backend = "unsloth" if device == "cuda" and importlib.util.find_spec("unsloth") else "transformers"
     if dtype == "auto":
-        modern = bool(gpus()) and float(gpus()[0].capability or 0) >= 8.0  # a T4 has 7.5, and no bfloat16
+        # A T4 has 7.5, and no bfloat16.
+        modern = bool(gpus()) and float(gpus()[0].capability or 0) >= 8.0 and not hardware.emulate_t4
         if device == "cpu":
             dtype = "bfloat16" if cpu_multiplies_bfloat16() else "float32"
         else:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 FILE = ".progress.json"  # in the run directory where a driver watches; the stage at work writes its step there
 _INTERVAL_S = 0.5
+_FORECAST_AFTER_S, _WORTH_A_FORECAST_S = 30.0, 60.0  # what is over within a minute needs none
 _file: Path | None = None
 
 
@@ -27,7 +28,7 @@ class Progress:
 
     def __init__(self, description: str, total: int, unit: str = "it"):
         self.description, self.total, self.done, self.note = description, total, 0, ""
-        self._last = 0.0
+        self._last, self._began, self._foretold = 0.0, time.monotonic(), False
         # stdout: a notebook paints stderr red. One second: each redraw is a message to the browser.
         self._bar = tqdm(total=total, desc=description, unit=unit, file=sys.stdout, mininterval=1.0, ncols=96)
 
@@ -47,6 +48,13 @@ class Progress:
             scratch.write_text(json.dumps(state))
             scratch.replace(_file)
 
+    def forecast(self, left_s: float, of_what: str) -> None:
+        """Say once how long the rest will take: not before half a minute, and not of what is over within a minute."""
+        passed = time.monotonic() - self._began
+        if not self._foretold and passed >= _FORECAST_AFTER_S and left_s >= _WORTH_A_FORECAST_S:
+            self._bar.write(f"Forecast: about {show_duration(left_s)} more for {of_what}", file=sys.stdout)
+            self._foretold = True
+
     def close(self) -> None:
         self._bar.close()
 
@@ -64,6 +72,13 @@ def track(items: Iterable[Item], description: str, unit: str = "it") -> Iterator
         for item in items:
             yield item
             bar.update()
+
+
+def show_duration(seconds: float) -> str:
+    """`85 s`, `12 min` or `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def notebook_shell() -> Any:

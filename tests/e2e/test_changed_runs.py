@@ -75,6 +75,8 @@ def test_two_processes_give_the_answers_of_one(small_copy):
         encoding="utf-8"
     )
     assert not list((small_copy / "baseline").glob("answers.*.jsonl"))
+    loads = json.loads((small_copy / "manifest.json").read_text())["stages"]["01_baseline_inference"]["model_loads"]
+    assert sum(loads.values()) == 2  # one in each process
 
 
 def test_a_verdict_that_newer_settings_left_behind_is_called_out_of_date(small_copy):

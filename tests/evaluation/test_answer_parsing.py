@@ -145,12 +145,25 @@ def test_only_the_items_own_letters_count():
         ("The answer is B: stress incontinence.", "B"),  # a letter that is stated goes before a text
         ("The answer is A or B. Stress incontinence.", None),
         ("50 mg", "D"),
+        ("50-mg", "D"),
+        ("Stress incontinence fits, as nothing is infected and no overactive bladder was found.", "A"),
+        ("The most likely cause is stress incontinence. Overactive bladder is another disease.", "A"),
+        ("An overactive bladder is common. Therefore, she has stress incontinence.", "A"),
+        ("Start with an examination. Stress incontinence can be treated by exercise.", None),
+        ("The best test is cystometry. An overactive bladder would show there.", None),
+        ("The best answer is stress incontinence. The right one is an overactive bladder.", None),
         ("", None),
     ],
 )
 def test_an_option_named_in_full_and_alone_counts_as_its_letter_unless_it_is_negated(answer, letter):
     options = {"A": "Stress incontinence", "B": "Overactive bladder.", "C": "5 mg", "D": "50 mg"}
     assert explicit_letter(answer, options) == letter
+
+
+def test_a_name_is_found_however_its_apostrophe_is_written_and_across_the_stop_in_it():
+    options = {"A": "Fabry’s disease", "B": "E. coli infection", "C": 'Gout\n"'}
+    answers = ("It is Fabry's disease.", "It is an E. coli infection.", "It is gout.")
+    assert [explicit_letter(answer, options) for answer in answers] == ["A", "B", "C"]
 
 
 def test_a_text_that_two_options_share_names_neither():
@@ -223,6 +236,8 @@ def test_bullets_are_lines_that_start_as_list_items(answer, bullets):
         "Answer:\n",
         "<think>",
         "</think>",
+        "most ",
+        ", as",
         "1. ",
         "-\n",
     ],
@@ -234,6 +249,7 @@ def test_a_hundred_thousand_characters_of_anything_are_read_within_a_second(fill
     with one_second():
         answer = parse_completion(text).answer
         explicit_letter(answer, ABCD)
+        explicit_letter(answer, {"A": "fever", "B": "Arden fever"})
         named_choices(answer, ["fever", "Arden fever"])
         count_paragraphs(answer)
         has_bullets(answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from utils.evaluation import generate as generation
 from utils.evaluation.generate import (
     answer_questions,
     check_batching,
+    expected_tokens,
     generate_batch,
     question_stream,
     sampling_processors,
@@ -207,6 +209,40 @@ def test_a_session_that_ends_between_two_batches_goes_on_to_the_same_answers(tin
         answer_questions(*tiny_model, questions(), sampled, path, "model", max_hours=9)
     assert 0 < len(read_lines(path)) < len(questions())
     assert answer_questions(*tiny_model, questions(), sampled, path, "model", max_hours=9) == undisturbed
+
+
+@pytest.mark.parametrize(("mean", "limit"), [(300.0, 1536), (1100.0, 1536), (4000.0, 1536)])
+def test_the_expected_length_of_an_answer_is_right_while_most_are_still_being_written(mean, limit):
+    """10,000 answers whose lengths have one rate of ending, looked at after 256 tokens each."""
+    lengths = np.random.default_rng(1).exponential(mean, 10_000)
+    so_far = np.minimum(lengths, 256)
+    found = expected_tokens(int(so_far.sum()), int((lengths <= 256).sum()), limit)
+    assert found == pytest.approx(np.minimum(lengths, limit).mean(), rel=0.06)
+    assert np.minimum(lengths, 256)[lengths <= 256].mean() < 0.6 * found  # what the ended ones alone would say
+
+
+def test_while_no_answer_has_ended_each_is_expected_to_reach_the_limit():
+    assert expected_tokens(5000, 0, 1536) == 1536
+
+
+def test_a_long_answering_says_once_what_the_rest_will_take_and_what_comes_after(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("utils.progress._FORECAST_AFTER_S", 0.0)
+    monkeypatch.setattr("utils.progress._WORTH_A_FORECAST_S", 0.0)
+    single = GREEDY.model_copy(update={"batch_size": 1})
+    answer_questions(*tiny_model, questions(), single, tmp_path / "a.jsonl", "model")
+    said = capsys.readouterr().out
+    assert said.count("Forecast: about ") == said.count("The other model's take at least as long") == 1
+    assert re.search(
+        r"more for these answers \([\d,]+ tokens/s so far, some [\d,]+ tokens an answer by [01] that", said
+    )
+
+
+def test_answers_that_take_less_than_half_a_minute_are_not_forecast(tiny_model, tmp_path, capsys):
+    single = GREEDY.model_copy(update={"batch_size": 1})
+    answer_questions(*tiny_model, questions(), single, tmp_path / "answers.jsonl", "model")
+    assert "Forecast" not in capsys.readouterr().out
 
 
 def test_what_is_drawn_follows_the_distribution():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -10,6 +11,8 @@ from utils.evaluation.answer_parsing import any_letter, explicit_letter, parse_c
 from utils.project import ROOT
 
 SAMPLE = ROOT.parent / "shared" / "data" / "think_completions_sample.jsonl"
+ITEMS = ROOT.parent / "shared" / "data" / "medqa_sample.jsonl"
+LETTERLESS = ROOT / "tests" / "labels" / "smollm2_answers.jsonl"  # see the README beside it
 LABELS = json.loads((ROOT / "tests" / "labels" / "think_completions.json").read_text(encoding="utf-8"))
 STATEMENTS = [
     ("**Answer: B**", "B"),
@@ -155,7 +158,7 @@ def test_on_real_completions_next_to_no_letter_is_invented_and_none_that_was_giv
     """Labels assigned by reading: each closed completion of this sample ends in its letter, each other is unfinished."""
     if not SAMPLE.exists():
         pytest.skip(f"{SAMPLE} is not here; it holds real completions of a reasoning model")
-    rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").split("\n") if line]
+    rows = _read_lines(SAMPLE)
     assert len(LABELS) >= 150 and {f"{row['task']}/{row['id']}" for row in rows} == set(LABELS)
     invented = missed = 0
     for row in rows:
@@ -165,6 +168,29 @@ def test_on_real_completions_next_to_no_letter_is_invented_and_none_that_was_giv
         missed += label is not None and found is None
     given = sum(label is not None for label in LABELS.values())
     assert invented / len(rows) <= 0.005 and missed / given <= 0.01, (invented, missed)
+
+
+def test_of_real_answers_without_a_letter_next_to_none_gets_another_option_than_the_one_it_names():
+    """SmolLM2's, base and fine-tuned, labelled by reading. Before a place in the answer counted it was 10 of 235."""
+    if not ITEMS.exists():
+        pytest.skip(f"{ITEMS} is not here; it holds the options")
+    options = {item["id"]: item["options"] for item in _read_lines(ITEMS)}
+    rows, wrong, missed = _read_lines(LETTERLESS), {1: 0, 2: 0, 3: 0}, 0
+    for row in rows:
+        choices = options[row["id"]]
+        text = json.dumps(choices, sort_keys=True, ensure_ascii=False)
+        assert hashlib.sha256(text.encode()).hexdigest() == row["options_sha256"]
+        found = explicit_letter(row["answer"], choices)
+        wrong[row["draw"]] += found is not None and found != row["label"]
+        missed += row["in_full"] and found is None
+    in_full = sum(row["in_full"] for row in rows)
+    assert len(rows) >= 200 and in_full >= 80
+    assert wrong[1] <= 1 and wrong[3] == 0 and sum(wrong.values()) <= 0.01 * len(rows), wrong
+    assert missed <= 0.08 * in_full, missed  # and asked for their letter by the logits
+
+
+def _read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def test_a_scorer_that_takes_any_letter_flatters():

@@ -16,10 +16,12 @@ from utils.evaluation.questions import (
     build_questions,
     collect_references,
     current_answers,
+    find_letterless,
     model_digest,
+    read_forced,
     register,
 )
-from utils.files import read_lines, write_lines
+from utils.files import append_lines, read_lines, write_lines
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stages import BY_NAME
 from utils.schema import GenerateSection
@@ -108,6 +110,19 @@ def test_answers_of_another_decoding_or_model_count_as_missing(tmp_path, config,
     write_answers(tmp_path / "answers.jsonl", QUESTIONS)
     with pytest.raises(RunDirError, match="holds 0 of 3 answers"):
         current_answers(tmp_path / "answers.jsonl", QUESTIONS, config, model)
+
+
+def test_letters_asked_for_by_an_older_rule_are_missing_with_their_count(tmp_path):
+    """Once only what was cut off was asked for its letter: such a run cannot be scored by today's rule without its model."""
+    items = pd.DataFrame([{"id": name, "options": {"A": "gout", "B": "flu"}} for name in ("cut", "ended", "stated")])
+    texts = {"cut": "Hm", "ended": "Hm.</think>Rest.", "stated": "Hm.</think>The answer is B."}
+    answers = {name: {"id": name, "kind": "choice", "key": name, "text": text} for name, text in texts.items()}
+    key, _ = find_letterless(answers, items)["cut"]
+    path = tmp_path / "baseline" / "forced.jsonl"
+    path.parent.mkdir()
+    append_lines(path, [{"id": "cut", "key": key, "letter": "A"}])
+    with pytest.raises(RunDirError, match=r"baseline/forced\.jsonl holds 1 of 2 letters .*; run the notebook"):
+        read_forced(path, answers, items)
 
 
 def test_a_line_that_is_no_answer_of_ours_is_passed_over(tmp_path):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
+from benchmarks.standin import quantise
 from utils.config import load_config
 from utils.errors import HardwareError, ModelError
 from utils.models.load import (
     add_lora,
     keep_lora_in_float32,
     load_model,
+    load_plain,
     start_backend,
     torch_dtype,
 )
@@ -22,8 +27,6 @@ def config_for(folder, **overrides):
 
 
 def test_broken_weights_are_a_sentence(tiny_folder, tmp_path):
-    import shutil
-
     folder = shutil.copytree(tiny_folder, tmp_path / "broken")
     (folder / "model.safetensors").write_bytes(b"no header")
     with pytest.raises(ModelError, match="could not be loaded"):
@@ -33,6 +36,46 @@ def test_broken_weights_are_a_sentence(tiny_folder, tmp_path):
 def test_unsloth_without_a_gpu_is_a_sentence(tiny_folder):
     with pytest.raises(HardwareError, match="needs a CUDA GPU"):
         start_backend(config_for(tiny_folder, **{"hardware.backend": "unsloth"}))
+
+
+def loading(monkeypatch, config) -> dict:
+    """What `load_plain` asks transformers for."""
+    asked: dict = {}
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda source, **more: asked.update(more))
+    load_plain(config, config.model.name)
+    return asked
+
+
+def test_a_model_that_is_quantised_already_computes_in_the_runs_dtype_and_not_in_its_makers(
+    tiny_folder, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model-bnb-4bit")
+    own = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(own | {"quantization_config": stored}))
+    asked = loading(monkeypatch, config_for(folder, **{"hardware.dtype": "float16", "model.load_in_4bit": True}))
+    assert asked["quantization_config"] is None  # transformers would warn of it, and take the stored one
+    assert asked["config"].quantization_config == stored | {"bnb_4bit_compute_dtype": "float16"}
+
+
+def test_a_sixteen_bit_model_is_quantised_on_loading_only_where_that_is_asked_for(tiny_folder, monkeypatch):
+    monkeypatch.setattr("transformers.BitsAndBytesConfig", lambda **options: options)  # bitsandbytes is not here
+    in_full = loading(monkeypatch, config_for(tiny_folder))
+    assert in_full["quantization_config"] is None and not hasattr(in_full["config"], "quantization_config")
+    asked = loading(monkeypatch, config_for(tiny_folder, **{"hardware.dtype": "float16", "model.load_in_4bit": True}))
+    assert asked["quantization_config"]["bnb_4bit_compute_dtype"] == torch.float16
+
+
+def test_a_prequantised_model_gives_the_logits_of_the_one_that_it_was_made_from(tiny_folder, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is of requirements.txt")
+    quantise(tiny_folder, tmp_path / "model-bnb-4bit")
+    four_bit, ids = {"model.load_in_4bit": True}, torch.tensor([[1, 5, 9, 12]])
+    (made, _), (stored, _) = (
+        load_model(config_for(at, **four_bit)) for at in (tiny_folder, tmp_path / "model-bnb-4bit")
+    )
+    assert stored.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert stored.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+    torch.testing.assert_close(stored(input_ids=ids).logits, made(input_ids=ids).logits, atol=0.05, rtol=0.05)
 
 
 def test_fresh_lora_changes_nothing_and_is_the_same_for_the_same_seed(tiny_folder):

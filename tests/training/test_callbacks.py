@@ -13,7 +13,7 @@ from benchmarks.recipe import notebook_functions
 from utils.errors import TrainingError
 from utils.models.load import transformer_layers
 from utils.training import train_adapter
-from utils.training.callbacks import HealthCallback, RecomputeCallback
+from utils.training.callbacks import HealthCallback, RecomputeCallback, ShowCallback
 
 
 def logged(health: HealthCallback, step: int, **logs) -> dict:
@@ -32,6 +32,31 @@ def test_a_loss_that_stays_non_finite_ends_the_run_with_a_sentence():
         health.on_log(None, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})
     with pytest.raises(TrainingError, match="5 times in a row, last at step 9"):
         health.on_log(None, state, None, logs={"loss": float("nan")})
+
+
+def show_updates(monkeypatch, capsys, seconds: float, updates: int, baseline_s: float | None) -> str:
+    """What is printed above the bar during three updates of so many seconds each, of `updates` in all."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    shown, state = ShowCallback(None, baseline_s), SimpleNamespace(global_step=0, max_steps=updates, log_history=[])
+    shown.on_train_begin(None, state, None)
+    for seconds_of_this in (10 * seconds, seconds, seconds):  # the first one compiles
+        clock.now, state.global_step = clock.now + seconds_of_this, state.global_step + 1
+        shown.on_step_end(None, state, None)
+    shown.close()
+    return "\n".join(line for line in capsys.readouterr().out.splitlines() if "Forecast" in line)
+
+
+def test_a_long_training_says_once_what_the_rest_and_the_comparison_will_take(monkeypatch, capsys):
+    said = show_updates(monkeypatch, capsys, seconds=12.0, updates=302, baseline_s=2820.0)
+    assert said.endswith(
+        "Forecast: about 60 min more for 300 updates (12.0 s each so far). Then 04: about 47 min, as 01 took."
+    )
+
+
+def test_without_a_baseline_the_training_alone_is_forecast_and_a_short_one_not_at_all(monkeypatch, capsys):
+    assert "04" not in show_updates(monkeypatch, capsys, seconds=12.0, updates=302, baseline_s=None)
+    assert show_updates(monkeypatch, capsys, seconds=0.2, updates=180, baseline_s=12.0) == ""
 
 
 def test_fp16s_scale_is_on_record_and_its_first_skips_are_named_as_normal(capsys):

@@ -54,7 +54,7 @@ _WAYS = (
     ("label and letter", "Answer B", r"^ \W{0,4} (?i: answer|option|choice ) (?: [ ] | :[ ]? ) LETTER \W*$"),
     ("in brackets", "Give metformin (option B).", r"\( (?i: option|choice|answer )[ ] LETTER \)"),
     ("next step is", "The most appropriate next step is B) MRI",
-     r"""(?i: \b(?:correct|best|right|likely|appropriate) (?: [ ]\w{1,20} ){1,4} [ ]is[ ] ) [(*]{0,3} LETTER
+     r"""(?i: \b(?:correct|best|right|likely|appropriate|accurate) (?: [ ]\w{1,20} ){1,4} [ ]is[ ] ) [(*]{0,3} LETTER
          (?: \) | [.:][ ]+(?= [A-Z][a-z] ) )"""),
     ("bold at a sentence's end", "It must be **B. Aortic stenosis**.",
      r"\*\* [ ]? \(? LETTER [.):][ ] [^*\n]{1,300} \*\* (?= [.,;:!]?\s*$ | [.,;][ ] )"),
@@ -63,7 +63,16 @@ _WAYS = (
 _SECOND = r"""[\s*_)\]}"”」`$.]{0,6}
     (?: ,?\s{0,2} \b(?:or|and)\b \s{1,2} (?: (?:maybe|possibly|perhaps|also|even)\s )? | \s?[/&]\s? | ,\s )
     (?: (?i: option|choice )\s )? [*_(]{0,3} [OPTIONS]\b (?! \s{1,2}(?:is|are|was|were|would|can|could|does|do|has|have|isn) )"""
-_SENTENCES = re.compile(r"(?<=[.!?;。！？])\s+|\n+")
+_PLAIN = str.maketrans("’‘‐‑-", "''   ")  # writers differ in apostrophes and hyphens
+_SENTENCES = re.compile(r"(?<=[.!?;。！？])(?<!\b[A-Z]\.)\s+|\n+")  # not after the E of E. coli
+# What only gives a reason: "It is gout, as the joint is not infected" takes back nothing and names no second option.
+_REASON = re.compile(r",\s{1,3}(?:as|because|since)\b.*", re.IGNORECASE)
+# What stands before the option that a sentence gives as the answer: "The most likely cause of all this is", "Therefore".
+_GIVEN_AS = re.compile(
+    r"""\b(?: answer | best | correct | diagnosis | likely | most | right )\b .{0,200}? (?: \b(?: is | was | are | be )\b | [:=] )
+        | ^\W{0,8} (?: therefore | thus | hence | so | in[ ]conclusion | in[ ]summary )\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
 # What takes back whatever its sentence names: "It is not gout", "Gout is unlikely", "Colchicine rather than aspirin".
 _NEGATION = re.compile(
     r"""n['’]t\b | \b(?: not | no | nor | never | neither | without | unlikely | unlike | less | incorrect | wrong | false | rather
@@ -94,15 +103,20 @@ def parse_completion(text: str) -> Completion:
 def explicit_letter(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter of the one option that an answer states, by its letter or else by its full text; None for none or several.
 
-    A text counts as whole words, and only where its sentence negates nothing: "Not metformin" names no option.
+    A text counts as whole words where its sentence negates nothing: first what sentences give as the answer, else what
+    the first one names. What is only discussed further on is no answer.
     """
     if letters := _stated_letters(answer, options):
         return letters[0] if len(letters) == 1 else None
-    affirmed = "\n".join(sentence for sentence in _SENTENCES.split(answer) if not _NEGATION.search(sentence))
-    texts = {letter: text.strip(" .") for letter, text in options.items()}
-    named = named_choices(affirmed, filter(None, texts.values()))
-    found = [letter for letter, text in texts.items() if text in named]
-    return found[0] if len(found) == 1 else None
+    texts = {letter: text.translate(_PLAIN).strip(' ."\n') for letter, text in options.items()}
+    sentences = [_REASON.sub("", sentence) for sentence in _SENTENCES.split(answer.translate(_PLAIN).strip())]
+    affirmed = [sentence for sentence in sentences if not _NEGATION.search(sentence)]
+    given = [sentence[match.end() :] for sentence in affirmed if (match := _GIVEN_AS.search(sentence))]
+    for place in (given, affirmed[:1]):
+        named = named_choices("\n".join(place), filter(None, texts.values()))
+        if found := [letter for letter, text in texts.items() if text in named]:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def _stated_letters(answer: str, letters: Iterable[str]) -> list[str]:

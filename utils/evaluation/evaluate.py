@@ -70,8 +70,7 @@ def evaluate_model(run: RunDir, model, tokenizer, which: Model) -> Evaluation:
         deviation = losses.check_same_base(model, tokenizer, rows, pd.read_parquet(run.file("baseline/nll.parquet")))
         print(f"adapter switched off: at most {deviation:.4%} from the base's losses")
     with Workers(run, which) as workers:
-        path = folder / "answers.jsonl"
-        ends = config.hardware.max_hours
+        path, ends = folder / "answers.jsonl", config.hardware.max_hours
         answers = answer_questions(model, tokenizer, questions, config.generate, path, digest, workers, ends)
     losses.forced_letters(model, tokenizer, questions, answers, benchmark, folder / "forced.jsonl")
     loss = losses.completion_loss(model, tokenizer, rows, config.model.max_seq_length)

@@ -5,6 +5,7 @@ answers. Here every question has its own stream, the same for both models (commo
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,21 +80,13 @@ def share_path(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number}.jsonl")
 
 
-def _generate(
-    model,
-    tokenizer,
-    questions: Sequence[Question],
-    config: GenerateSection,
-    keys: dict[str, str],
-    path: Path,
-    deadline: Deadline,
-) -> None:
+def _generate(model, tokenizer, questions: Sequence[Question], config, keys, path, deadline: Deadline) -> None:
     """One process's loop, in rounds of ROUND_TOKENS: others take the places of finished answers, so that none waits for
     the longest; the rest is prefilled again, which costs far less than decoding it did.
     """
-    pending = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions]
+    pending, end = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions], tokenizer.eos_token_id
     share, tokens, started = 1.0, 0, time.monotonic()  # share of what should fit, halved whenever it did not
-    longest = 0.0  # seconds of a round
+    longest, ended = 0.0, 0  # seconds of a round; answers that came to their end before the limit
     with Progress("answering", len(pending), "question") as bar:
         while pending:
             if longest and deadline.is_due(next_s=longest):  # each session gets one batch further
@@ -109,10 +102,10 @@ def _generate(
                 continue
             finished = {}
             for one, output in zip(batch, outputs, strict=True):
-                ids = _up_to_end(output, tokenizer)
-                stopped = ids[-1] == tokenizer.eos_token_id
+                ids = output[: output.index(end) + 1] if end in output else output
+                stopped = ids[-1] == end
                 one.generated += ids[:-1] if stopped else ids
-                tokens += len(ids)
+                tokens, ended = tokens + len(ids), ended + stopped
                 if stopped or len(one.generated) >= config.max_new_tokens:
                     finished[one.question.id] = {
                         "id": one.question.id,
@@ -128,7 +121,18 @@ def _generate(
             longest = max(longest, time.monotonic() - began)
             speed = tokens / (time.monotonic() - started)
             bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
+            each = expected_tokens(tokens, ended, config.max_new_tokens)
+            by = f"{speed:,.0f} tokens/s so far, some {each:,.0f} tokens an answer by {ended} that have ended"
+            others = "The other model's take at least as long, and training tells its own time after its first updates."
+            bar.forecast((len(questions) * each - tokens) / speed, f"these answers ({by}). {others}")
     forget_cache(model)
+
+
+def expected_tokens(tokens: int, ended: int, limit: int) -> float:
+    """Mean tokens of an answer, where `tokens` were written and so many answers `ended` before the limit: all are taken
+    to end at the rate of those so far (maximum likelihood of an exponential, of which most are censored).
+    """
+    return tokens / ended * (1 - math.exp(-limit * ended / tokens)) if ended else limit
 
 
 def _choose_batch(model, pending: list[Pending], config: GenerateSection, share: float) -> tuple[list[Pending], int]:
@@ -158,12 +162,6 @@ def fit_or_none(sentence: str, size: int, action, model, *arguments):
         raise OutOfMemory(sentence)
     free_memory(model)
     return None
-
-
-def _up_to_end(ids: list[int], tokenizer) -> list[int]:
-    """The ids up to and with the first end token; all of them where there is none."""
-    end = tokenizer.eos_token_id
-    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def generate_batch(

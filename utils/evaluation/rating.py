@@ -123,14 +123,8 @@ def _conclude(counts: Counter[str], pairs: int) -> dict:
     rest = f"{counts['equal']} equal, {counts['both bad']} both bad, {pairs - counts.total()} of {pairs} not rated"
     if not n:
         sentence = f"A reader preferred neither model's answer in any pair ({rest})."
-        return _CLAIM | {
-            "sentence": sentence,
-            "verdict": "cannot tell",
-            "n": 0,
-            "share": None,
-            "ci95": [0.0, 1.0],
-            "p_value": 1.0,
-        }
+        nothing = {"n": 0, "share": None, "ci95": [0.0, 1.0], "p_value": 1.0}
+        return _CLAIM | {"sentence": sentence, "verdict": "cannot tell"} | nothing
     p, (low, high) = float(binomtest(won, n).pvalue), wilson_interval(won, n)
     found: Verdict = "cannot tell"
     if p < ALPHA and not low <= 0.5 <= high:
@@ -139,11 +133,5 @@ def _conclude(counts: Counter[str], pairs: int) -> dict:
         f"A reader, not told which was which, preferred the fine-tuned model's answer in {won} of {n} decided pairs "
         f"({rest}): {won / n:.1%} (95 % interval {low:.1%} to {high:.1%}), p {'' if p < 0.001 else '= '}{show_p(p)}."
     )
-    return _CLAIM | {
-        "sentence": sentence,
-        "verdict": found,
-        "n": n,
-        "share": won / n,
-        "ci95": [low, high],
-        "p_value": p,
-    }
+    figures = {"n": n, "share": won / n, "ci95": [low, high], "p_value": p}
+    return _CLAIM | {"sentence": sentence, "verdict": found} | figures

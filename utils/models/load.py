@@ -12,6 +12,7 @@ from utils.errors import HardwareError, ModelError, first_line
 from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
 from utils.models.tokenizer import load_tokenizer, model_source, require_safetensors
 from utils.models.unsloth_patches import patch_unsloth
+from utils.pipeline.stage import note_load
 from utils.schema import Config, LoraSection
 from utils.secrets import share_secrets
 
@@ -87,6 +88,7 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
                 use_exact_model_name=True,  # or the Hub id is silently remapped to a dynamically quantised repository
             )
             model.loaded_through_unsloth = True
+            note_load(source)
         else:
             model = load_plain(config, source)
     except (OSError, ValueError, SafetensorError) as error:
@@ -170,10 +172,15 @@ def count_fused_layers(model) -> dict[str, int] | None:
 
 def load_plain(config: Config, source: str):
     """The model in `source` by plain transformers, in the run's dtype and quantisation, on its device."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    note_load(source)
     dtype, four_bit = torch_dtype(config), None
-    if config.model.load_in_4bit:
+    own = AutoConfig.from_pretrained(source, revision=config.model.revision, trust_remote_code=False)
+    if stored := getattr(own, "quantization_config", None):
+        # Its maker's dtype for computing comes with it: bfloat16 mostly, which a T4 only emulates.
+        own.quantization_config = stored | {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+    elif config.model.load_in_4bit:
         four_bit = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -182,6 +189,7 @@ def load_plain(config: Config, source: str):
         )
     return AutoModelForCausalLM.from_pretrained(
         source,
+        config=own,
         revision=config.model.revision,
         trust_remote_code=False,  # left out, transformers asks whoever sits there
         use_safetensors=True,

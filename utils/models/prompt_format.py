@@ -88,9 +88,8 @@ def check_training_text(tokenizer, prompt: str, completion: str) -> None:
     if added and (ids[0] != tokenizer.bos_token_id or plain[0] == tokenizer.bos_token_id):
         raise ModelError("The tokens begin with two BOS, or with a token that is none; take another prompt.style.")
     if tail.count(end) != 1 or tail[-1] != end:
-        raise ModelError(
-            f"A completion holds {tail.count(end)} end tokens ({tokenizer.eos_token}), expected one, last."
-        )
+        found = f"A completion holds {tail.count(end)} end tokens ({tokenizer.eos_token})"
+        raise ModelError(f"{found}, expected one, last.")
 
 
 def tokenize_row(tokenizer, prompt: str, completion: str) -> dict[str, list[int]]:

@@ -30,10 +30,8 @@ def check_model(config: Config) -> tuple[str, str | None]:
     if name == EMBEDDED:
         return "embedded: a tiny model, built on this machine", None
     if name == smollm2.NAME:
-        return (
-            f"SmolLM2-135M-Instruct, rounded to Q4_1 in the package {name} {smollm2.VERSION}, in {model_source(config)}",
-            None,
-        )
+        rounded = f"SmolLM2-135M-Instruct, rounded to Q4_1 in the package {name} {smollm2.VERSION}"
+        return f"{rounded}, in {model_source(config)}", None
     if is_folder(name):
         missing = [file for file in ("config.json", "tokenizer.json") if not (Path(name) / file).exists()]
         if missing:

@@ -24,12 +24,14 @@ from utils.pipeline.stage import require_ancestors, require_hardware
 from utils.pipeline.stages import STAGES, Stage, find_stage
 from utils.pipeline.state import SeriesState, write_state
 from utils.pipeline.time_limit import Deadline
+from utils.progress import show_duration
 from utils.project import ROOT, command
 from utils.secrets import redact
 
 _OWNER = "python -m utils run"
 # ipykernel warns that its port is not encrypted, and tells of the interrupt that comes before each shutdown.
 _QUIET = ["--log-level=CRITICAL"]
+_WORTH_BEGINNING_S = 1800.0  # loading the model takes some minutes of it
 _ANSWERS = tuple(
     f"{folder}/{name}" for folder in ("baseline", "tuned") for name in ("answers.jsonl", "forced.jsonl", "probe.jsonl")
 )
@@ -123,12 +125,19 @@ def _run_unless_current(run: RunDir, stage: Stage, worked: bool, console: Consol
         return False
     if record.get("state") == "done":
         console.print(f"  {stage.number} {stage.title}: again, because {reason}", style="dim")
-    deadline = Deadline.of(run.config.hardware.max_hours)
-    if worked and deadline.is_due():  # at least one stage a session, or a chain of them would stand still
-        raise StageEnded(SessionOver.__name__, deadline.sentence(), 4)
+    deadline, needed = Deadline.of(run.config.hardware.max_hours), seconds_to_begin(run, stage)
+    if worked and deadline.is_due(next_s=needed):  # at least one stage a session, or a chain of them would stand still
+        left = f"; {stage.number} is begun only where {show_duration(needed)} are left" if needed else ""
+        raise StageEnded(SessionOver.__name__, f"{deadline.sentence()}{left}", 4)
     run_stage(run, stage, console, stop)
     run.config = read_config(run.file(CONFIG))  # a stage may have pinned what it found out
     return True
+
+
+def seconds_to_begin(run: RunDir, stage: Stage) -> float:
+    """As long as a stage took before, 04 as long as 01; at most half an hour where it resumes in the middle."""
+    took = run.record(STAGES[1] if stage.number == "04" else stage).get("seconds", 0.0)
+    return min(took, _WORTH_BEGINNING_S) if stage.number in _SAVED_ON_THE_WAY else took
 
 
 def run_stage(run: RunDir, stage: Stage, console: Console, stop: StopRequest) -> None:

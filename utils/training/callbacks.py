@@ -11,28 +11,30 @@ from utils.hardware import peak_memory
 from utils.models.load import transformer_layers
 from utils.pipeline.signals import StopRequest
 from utils.pipeline.time_limit import Deadline
-from utils.progress import Progress
+from utils.progress import Progress, show_duration
 from utils.report.tracking import Tracker
 
 _PATIENCE = 5  # non-finite steps in a row before a run is ended
 
 
 class ShowCallback(TrainerCallback):
-    """Draws the bar, and sends what is logged to the tracker."""
+    """Draws the bar, says once how long the rest will take, and sends what is logged to the tracker."""
 
-    def __init__(self, tracker: Tracker):
-        self.tracker, self.bar = tracker, None
+    def __init__(self, tracker: Tracker, baseline_s: float | None = None):
+        self.tracker, self.bar, self._ends = tracker, None, []
+        self.ahead = f"Then 04: about {show_duration(baseline_s)}, as 01 took." if baseline_s else ""
 
     def on_train_begin(self, args, state, control, **_):
         self.bar = Progress("training", state.max_steps, "step")
         self.bar.update(state.global_step)
 
     def on_step_end(self, args, state, control, **_):
-        last = {
-            name: entry[name] for entry in state.log_history[-100:] for name in ("loss", "eval_loss") if name in entry
-        }
         names = {"loss": "loss", "eval_loss": "validation"}
-        self.bar.update(1, note=", ".join(f"{names[name]} {float(value):.3f}" for name, value in last.items()))
+        last = {names[key]: float(entry[key]) for entry in state.log_history[-100:] for key in names if key in entry}
+        self.bar.update(1, note=", ".join(f"{name} {value:.3f}" for name, value in last.items()))
+        self._ends.append(time.monotonic())
+        left, each = state.max_steps - state.global_step, (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
+        self.bar.forecast(left * each, f"{left} updates ({each:.1f} s each so far). {self.ahead}")
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" in (logs or {}):

@@ -93,8 +93,7 @@ def choose_plan(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_traine
         plan = trials[0][1]
     if global_rank() == 0:
         tried = [{"step_plan": asdict(one), "tokens_per_second": speed} for speed, one in trials]
-        found = {"step_plan": asdict(plan), "trials": tried, "for": _conditions(run, rows, world)}
-        write_json(run.file(FILE), found)
+        write_json(run.file(FILE), {"step_plan": asdict(plan), "trials": tried, "for": _conditions(run, rows, world)})
     return plan
 
 

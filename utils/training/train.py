@@ -22,6 +22,7 @@ from utils.models.load import count_fused_layers, torch_dtype, transformer_layer
 from utils.models.memory import free_memory, is_out_of_memory
 from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import StageRun
+from utils.pipeline.stages import BY_NAME
 from utils.pipeline.time_limit import Deadline
 from utils.report.figures import draw_loss
 from utils.report.tracking import Tracker
@@ -92,7 +93,8 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
         # transformers 5.17 asks for just that. To be retired when it loads to where the optimizer's state is.
         trainer.args.__dict__["_setup_devices"] = torch.device("cpu")
     trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
-    session, shown = SessionCallback(Deadline.of(config.hardware.max_hours), StopRequest()), ShowCallback(tracker)
+    session = SessionCallback(Deadline.of(config.hardware.max_hours), StopRequest())
+    shown = ShowCallback(tracker, run.record(BY_NAME["01_baseline_inference"]).get("seconds"))
     for callback in (HealthCallback(trainer.accelerator.scaler), session, *([shown] if tracker is not None else [])):
         trainer.add_callback(callback)
     if trainer.args.load_best_model_at_end:
