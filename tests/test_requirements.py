@@ -13,7 +13,8 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from tests.drift import MOST_REPLACED, NEVER_REPLACED, TABLE
-from utils.hardware import CUDA_STACK, STACK, installed, read_pins
+from utils.hardware import CUDA_STACK, STACK, installed
+from utils.pins import read_pins
 from utils.project import ROOT
 
 LOCK = ROOT / "requirements-cpu.lock"
