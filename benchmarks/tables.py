@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from packaging.utils import canonicalize_name
 
 from utils.files import write_text
 from utils.pipeline.stages import STAGES
@@ -261,6 +262,25 @@ def killed() -> str:
     return markdown(header, rows, source)
 
 
+def colab_image() -> str:
+    found, pins = evidence("colab-image"), (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    reasons = {
+        canonicalize_name(pin["name"]): pin["reason"]
+        for pin in re.finditer(r"(?m)^(?P<name>[\w-]+)[<>=].*# (?P<reason>.+)$", pins)
+    }
+    changed = {name: tuple(versions.split(" -> ")) for name, versions in found["after"].items()}
+    changed |= {name: (NOTHING, version) for name, version in found["installed"].items()}
+    rows = [
+        (f"`{name}`", has, becomes, reasons.get(name, "another package asks for it"))
+        for name, (has, becomes) in changed.items()
+    ]
+    left = found["left"]
+    source = (f"{len(found['after'])} replaced, {len(found['installed'])} added; {left['used']} others that the series uses "
+              f"stay as they are, as does all else of the image ({left['all']} packages in all). {found['image']}, with a "
+              f"GPU, by `make drift`: {link('colab-image')}.")  # fmt: skip
+    return markdown(("package", "on the image", "after 00", "why"), rows, source)
+
+
 def stages() -> str:
     rows = [
         (f"`{stage.name}`", " ".join(f"`{path}`" for path in (*stage.outputs, *stage.optional))) for stage in STAGES
@@ -276,7 +296,7 @@ def make_targets() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
     for table in (
-        answering, calibration, gguf, killed, make_targets, merge, packing_parity, real_model, repeatability, scorers, series, split, stages,
+        answering, calibration, colab_image, gguf, killed, make_targets, merge, packing_parity, real_model, repeatability, scorers, series, split, stages,
         training, training_ratios, training_rows,
     )
 }  # fmt: skip

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from rich import print as say
 
 from utils.files import write_json
-from utils.hardware import read_pins
+from utils.pins import read_pins
 from utils.project import ROOT
 
 TABLE = ROOT / "benchmarks" / "results" / "colab-image.json"
@@ -61,12 +61,16 @@ def newer() -> dict[str, tuple[str, str]]:
     return {name: (ours[name], newest[name]) for name in ours if newest[name] != ours[name]}
 
 
-def replaced(image: dict[str, str], requirements: str) -> dict[str, str]:
-    """{package: "the image's version -> ours"} of what installing `requirements` replaces, torch's CUDA libraries left out."""
+def chosen(image: dict[str, str], requirements: str) -> dict[str, str]:
+    """{package: version} that installing `requirements` on the image comes to, torch's CUDA libraries left out."""
     platform = ("--python-version", "3.13", "--python-platform", "x86_64-unknown-linux-gnu")
     ours = compiled(requirements, *platform, preferred=image, held=HELD)
-    moved = sorted(name for name in ours if name in image and ours[name] != image[name])
-    return {name: f"{image[name]} -> {ours[name]}" for name in moved if not name.startswith(("nvidia-", "cuda-"))}
+    return {name: version for name, version in sorted(ours.items()) if not name.startswith(("nvidia-", "cuda-"))}
+
+
+def replaced(image: dict[str, str], ours: dict[str, str]) -> dict[str, str]:
+    """{package: "the image's version -> ours"} of what is another one then."""
+    return {name: f"{image[name]} -> {ours[name]}" for name in ours if name in image and ours[name] != image[name]}
 
 
 def main(
@@ -82,11 +86,14 @@ def main(
         say(f"{image} is not here: what our pins replace on Colab's image was not looked at")
         return
     has = frozen(image.read_text())
+    ours = chosen(has, (ROOT / "requirements.txt").read_text())
     table = {
         "image": image.name,
         "held": HELD,
-        "before": replaced(has, before.read_text()) if before else json.loads(TABLE.read_text())["before"],
-        "after": (now := replaced(has, (ROOT / "requirements.txt").read_text())),
+        "before": replaced(has, chosen(has, before.read_text())) if before else json.loads(TABLE.read_text())["before"],
+        "after": (now := replaced(has, ours)),
+        "installed": {name: version for name, version in ours.items() if name not in has},
+        "left": {"used": sum(has.get(name) == version for name, version in ours.items()), "all": len(has) - len(now)},
         "pins": {name: str(pin.specifier) for name, pin in read_pins().items()},
     }
     write_json(TABLE, table)

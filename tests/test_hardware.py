@@ -13,12 +13,11 @@ from utils import hardware as platforms
 from utils.errors import HardwareError
 from utils.hardware import (
     Gpu,
-    check_pins,
+    check_cuda,
     default_profile,
     describe_determinism,
     free_disk_gib,
     gpus,
-    read_pins,
     require_disk,
     require_gpu,
     resolve_hardware,
@@ -146,58 +145,63 @@ def test_the_place_is_told_by_kaggles_variable(monkeypatch):
     assert platforms.where() == "kaggle"
 
 
-def test_missing_requirements_are_a_sentence(tmp_path):
-    with pytest.raises(HardwareError, match=r"requirements.txt is missing; take it back from git"):
-        read_pins(tmp_path / "requirements.txt")
+@pytest.fixture
+def cuda(monkeypatch):
+    """`cuda(driver, error)`: two GPUs of that driver, and a torch built for CUDA 13 that fails on them with `error`."""
+    import torch
+
+    def arrange(driver: str = "580.65.06", error: Exception | None = None) -> HardwareSection:
+        monkeypatch.setattr(platforms, "_ask_driver", lambda fields: [driver])
+        monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if error else 2)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+        monkeypatch.setattr(platforms, "gpus", lambda: (Gpu("Tesla T4", 15.0, "7.5"),))
+        ones = torch.ones
+
+        def compute(*shape, device):
+            asked.append(device)
+            if error:
+                raise error
+            return ones(*shape)
+
+        monkeypatch.setattr(torch, "ones", compute)
+        return HardwareSection(device="cuda")
+
+    asked = arrange.asked = []
+    return arrange
 
 
-def lowest_version(pin) -> str:
-    return next(each.version for each in pin.specifier if each.operator in ("==", ">="))
+def test_where_a_gpu_is_expected_each_computes_before_anything_is_downloaded(cuda):
+    assert check_cuda(cuda()) == "torch 2.13.0+cu130 computes on 2 x Tesla T4" and cuda.asked == ["cuda:0", "cuda:1"]
+    assert check_cuda(HardwareSection(device="cpu")) == "no GPU is asked for" and len(cuda.asked) == 2
 
 
-def have(monkeypatch, **versions: str | None) -> None:
-    """Pretend that everything is installed at its lowest version but these packages, whose names have an _ for a -."""
-    lowest = {name: lowest_version(pin) for name, pin in read_pins().items()} | {"torch": "2.10.0+cu126"}
-    lowest |= {platforms.canonicalize_name(name): version for name, version in versions.items()}
-    monkeypatch.setattr(platforms, "installed", lambda name: lowest[platforms.canonicalize_name(name)])
-
-
-def test_pins_that_hold_are_reported_and_a_platforms_own_torch_build_counts(monkeypatch):
-    have(monkeypatch)
-    rows = check_pins(cuda=True)
-    assert {row["package"] for row in rows} == set(read_pins()) and all(row["holds"] for row in rows)
-    assert {"package": "trl", "pinned": "==1.14.2", "found": "1.14.2", "holds": True, "needed here": True} in rows
-
-
-@pytest.mark.parametrize(
-    ("package", "found", "said"),
-    [
-        ("trl", "1.15.0", "1.15.0"),
-        ("peft", None, "not installed"),
-        ("torch", "2.9.1", "2.9.1"),
-        ("pandas", "2.2.2", "2.2.2"),
-        ("pyarrow", "18.1.0", "18.1.0"),
-    ],
-)
-def test_a_pin_that_does_not_hold_is_named_with_found_and_wanted(monkeypatch, package, found, said):
-    have(monkeypatch, **{package: found})
-    wanted = str(read_pins()[package].specifier)
+@pytest.mark.parametrize(("driver", "takes"), [("535.183.01", 12), ("470.57.02", 11)])
+def test_a_driver_that_is_too_old_is_named_with_what_to_install_instead(cuda, driver, takes):
+    """PyPI's newest torch is built for CUDA 13; nvidia-smi answers with an older driver too."""
+    said = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
     with pytest.raises(HardwareError) as caught:
-        check_pins(cuda=False)
-    message = str(caught.value)
-    assert message.startswith(f"{package} is {said}, but requirements.txt asks for {package}{wanted}; run `pip install")
+        check_cuda(cuda(driver, RuntimeError(said)))
+    assert str(caught.value) == (
+        f"torch 2.13.0+cu130, built for CUDA 13.0, cannot compute on this GPU ({said}); the driver {driver} takes builds "
+        f"for CUDA {takes}: choose one at pytorch.org/get-started, or update it."
+    )
 
 
-def test_a_pin_that_does_not_hold_is_only_reported_where_the_profile_says_so(monkeypatch):
-    have(monkeypatch, trl="1.15.0")
-    assert [row["package"] for row in check_pins(cuda=False, enforce=False) if not row["holds"]] == ["trl"]
+def test_a_build_without_this_gpus_kernels_or_without_cuda_is_told_by_torchs_reason(cuda):
+    no_kernel = RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+    for error in (no_kernel, AssertionError("Torch not compiled with CUDA enabled")):
+        with pytest.raises(HardwareError, match=f"cannot compute on this GPU .{str(error).splitlines()[0]}.;"):
+            check_cuda(cuda(error=error))
 
 
-def test_a_cuda_package_is_enforced_on_a_gpu_only(monkeypatch):
-    have(monkeypatch, unsloth=None)
-    assert [row["package"] for row in check_pins(cuda=False) if not row["holds"]] == ["unsloth"]
-    with pytest.raises(HardwareError, match=r"unsloth is not installed, but requirements.txt asks for unsloth==2026"):
-        check_pins(cuda=True)
+def test_torchs_own_error_without_a_gpu_is_one_of_those_that_are_told(monkeypatch):
+    monkeypatch.setattr(platforms, "_ask_driver", lambda fields: [])
+    with pytest.raises(
+        HardwareError, match=r"cannot compute on this GPU \(.+\); the driver 0 takes builds for CUDA 11"
+    ):
+        check_cuda(HardwareSection(device="cuda"))
 
 
 def test_an_absent_package_has_no_version():
@@ -215,13 +219,6 @@ def test_the_description_of_the_machine_is_plain_json_without_personal_data(nvid
 
 def test_the_peak_memory_of_this_process_is_plausible():
     assert 0.01 < platforms.peak_memory()["rss_gib"] < platforms.memory_gib()
-
-
-def test_the_kernel_that_the_platform_brings_is_not_held_against_the_run(monkeypatch):
-    """An image's ipykernel may be an older one, and a running kernel cannot be replaced."""
-    have(monkeypatch, ipykernel="6.16.0")
-    rows = {row["package"]: row for row in platforms.check_pins(cuda=False)}
-    assert rows["ipykernel"]["holds"] is False
 
 
 def test_provenance_has_the_switches_of_the_torch_that_is_loaded():

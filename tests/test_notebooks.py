@@ -61,7 +61,8 @@ def test_no_output_count_or_personal_metadata_is_in_git(name):
     for cell in notebook.cells:
         assert not cell.get("outputs") and not cell.get("execution_count")
         assert set(cell.metadata) <= {"tags"}
-    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert set(notebook.metadata) == {"accelerator", "colab", "kernelspec", "language_info"}
+    assert (notebook.metadata.accelerator, notebook.metadata.colab) == ("GPU", {"gpuType": "T4"})  # Colab opens a T4
 
 
 @pytest.mark.parametrize("name", NAMES)

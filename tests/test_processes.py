@@ -115,3 +115,15 @@ def test_no_half_of_a_secret_is_among_the_last_words(tmp_path, monkeypatch):
     with Child([sys.executable, "-c", f"print('x' * 280 + ' {key}')"], tmp_path / "log") as child:
         assert child.wait(20) == 0
     assert child.last_words() == "x" * 280 + " ***"
+
+
+@pytest.mark.parametrize(
+    ("words", "executed"),
+    [(("notebook.ipynb", "out.ipynb"), True), (("--port=9000",), False)],
+    ids=["papermill", "a Jupyter server"],
+)
+def test_a_notebook_that_papermill_runs_is_told_from_one_opened_by_hand(words, executed):
+    asked = "from utils.processes import is_executed; print(is_executed())"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {asked!r}])"
+    done = subprocess.run([sys.executable, "-c", parent, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(executed)

@@ -13,7 +13,8 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from tests.drift import MOST_REPLACED, NEVER_REPLACED, TABLE
-from utils.hardware import CUDA_STACK, STACK, installed, read_pins
+from utils.hardware import CUDA_STACK, STACK, installed
+from utils.pins import read_pins
 from utils.project import ROOT
 
 LOCK = ROOT / "requirements-cpu.lock"
@@ -91,6 +92,8 @@ def test_the_table_of_what_colabs_image_loses_is_of_these_pins_and_within_its_li
     replaced = table["after"]
     assert len(replaced) <= MOST_REPLACED and not NEVER_REPLACED & set(replaced)
     assert len(table["before"]) > len(replaced)
+    assert {"unsloth", "bitsandbytes", "trl", "papermill"} <= set(table["installed"])
+    assert not set(table["installed"]) & set(replaced) and table["left"]["all"] > table["left"]["used"] > 100
 
 
 def test_make_address_does_without_what_only_gnu_sed_has(tmp_path):

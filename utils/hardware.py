@@ -17,11 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
-from utils.errors import HardwareError, RunDirError
-from utils.project import KAGGLE, ROOT
+from utils.errors import HardwareError, RunDirError, first_line
+from utils.project import KAGGLE
 
 if TYPE_CHECKING:
     from utils.schema import HardwareSection  # pydantic: not before it is installed
@@ -30,6 +27,7 @@ GIB = 1024**3
 # These change numbers or break cells when they move.
 STACK = ("transformers", "trl", "peft", "datasets", "accelerate")
 CUDA_STACK = ("bitsandbytes", "unsloth", "unsloth_zoo")
+_CUDA_OF_DRIVER = {580: 13, 525: 12}  # the newest major version that a driver from this one on takes
 
 
 @dataclass(frozen=True)
@@ -53,23 +51,26 @@ def where() -> str:
 @cache
 def gpus() -> tuple[Gpu, ...]:
     """The CUDA GPUs that this process may use, honouring CUDA_VISIBLE_DEVICES; empty without a driver."""
-    command = shutil.which("nvidia-smi")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if command is None or visible in ("", "-1"):
-        return ()
-    query = [command, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-    except (subprocess.SubprocessError, OSError):
+    if visible in ("", "-1"):
         return ()
     found = []
-    for line in answer.stdout.splitlines():
+    for line in _ask_driver("name,memory.total,compute_cap"):
         name, memory, capability = (part.strip() for part in line.rsplit(",", 2))
         gib = round(float(memory) / 1024, 1) if memory.isdigit() else 0.0  # "[N/A]" on some cards
         found.append(Gpu(name, gib, capability))
     if visible and all(part.strip().isdigit() for part in visible.split(",")):
         found = [found[int(part)] for part in visible.split(",") if int(part) < len(found)]
     return tuple(found)
+
+
+def _ask_driver(fields: str) -> list[str]:
+    """nvidia-smi's line for each GPU; none without a driver."""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    except (subprocess.SubprocessError, OSError):
+        return []
 
 
 @cache
@@ -172,6 +173,31 @@ def require_gpu(profile: str, needed_gib: float) -> Gpu:
     return found[0]
 
 
+def check_cuda(hardware: "HardwareSection") -> str:
+    """Compute a little on every GPU where the run expects one; where that works, in words.
+
+    Raises HardwareError with torch's reason (a build without CUDA, for a newer driver, or without this GPU's kernels),
+    and with the builds that this driver takes.
+    """
+    if resolve_hardware(hardware)["device"] != "cuda":
+        return "no GPU is asked for"
+    import torch
+
+    build = f"torch {torch.__version__}"
+    try:
+        for number in range(max(1, torch.cuda.device_count())):
+            torch.ones(64, 64, device=f"cuda:{number}").square().sum().item()
+    except (RuntimeError, AssertionError) as error:
+        driver = (_ask_driver("driver_version") or ["0"])[0].strip()
+        takes = next((cuda for since, cuda in _CUDA_OF_DRIVER.items() if int(driver.split(".")[0]) >= since), 11)
+        found = f"{build}, built for CUDA {torch.version.cuda}, cannot compute on this GPU ({first_line(error)})"
+        instead = (
+            f"the driver {driver} takes builds for CUDA {takes}: choose one at pytorch.org/get-started, or update it"
+        )
+        raise HardwareError(f"{found}; {instead}.") from None
+    return f"{build} computes on {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+
+
 def peak_memory() -> dict[str, float]:
     """Peak of this process so far, in GiB: `rss_gib`, and `gpu_reserved_gib` where torch runs on CUDA."""
     scale = 1 if sys.platform == "darwin" else 1024
@@ -191,45 +217,10 @@ def installed(package: str) -> str | None:
         return None
 
 
-def read_pins(path: Path = ROOT / "requirements.txt") -> dict[str, Requirement]:
-    """requirements.txt as {normalised name: Requirement}; raises HardwareError where the file is missing."""
-    if not path.exists():
-        raise HardwareError(f"{path} is missing; take it back from git, the versions are checked against it.")
-    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    pins = [Requirement(line) for line in lines if line and not line.startswith("-")]
-    return {canonicalize_name(pin.name): pin for pin in pins}
-
-
-def check_pins(cuda: bool, enforce: bool = True) -> list[dict[str, str | bool | None]]:
-    """Compare every pin with what is installed: rows of package, pinned, found, holds, needed here.
-
-    Raises HardwareError for the first that does not hold; what this machine does without is only reported.
-    """
-    needed = {canonicalize_name(name) for name in ("torch", *STACK, *(CUDA_STACK if cuda else ()))}
-    rows = []
-    for name, pin in read_pins().items():
-        found = installed(name)
-        holds = found is not None and pin.specifier.contains(found, prereleases=True)
-        enforced = name in needed or (found is not None and name not in left_to_the_platform())
-        if enforce and enforced and not holds:
-            wanted = f"requirements.txt asks for {name}{pin.specifier}"
-            again = "run `pip install -r requirements.txt` and restart the kernel."
-            raise HardwareError(f"{name} is {found or 'not installed'}, but {wanted}; {again}")
-        row = {"package": name, "pinned": str(pin.specifier), "found": found, "holds": holds}
-        rows.append(row | {"needed here": name in needed})
-    return rows
-
-
 def quiet_libraries() -> None:
     """Silence what libraries say in a notebook that a reader can do nothing about."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each fork warns
     warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm without widgets draws text, which is fine
-
-
-def left_to_the_platform() -> set[str]:
-    """Packages whose version is not ours to choose here: the running kernel's, and what nothing here can use."""
-    without_gpu = set() if gpus() else {canonicalize_name(name) for name in (*CUDA_STACK, "torchao")}
-    return {"ipykernel"} | without_gpu | (set() if where() == "local" else {"kaggle"})
 
 
 def describe() -> dict[str, object]:

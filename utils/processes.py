@@ -83,6 +83,11 @@ def find_driver() -> psutil.Process | None:
     return None
 
 
+def is_executed() -> bool:
+    """Whether a program runs this notebook, `python -m utils run` or papermill, and nobody looks at its cells."""
+    return find_driver() is not None or any(".ipynb" in word for word in psutil.Process().parent().cmdline())
+
+
 class _Family:
     """A command and all that it started, sessions of their own too: who was seen once stays known as an orphan."""
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
 KAGGLE = Path("/kaggle")  # where Kaggle mounts input and working
+DRIVE = Path("/content/drive/MyDrive")  # the reader's own files, once Colab has mounted Google Drive
 
 # "owner/name" on GitHub, and the tag that a notebook opened alone clones. `make address REPOSITORY=you/fork` writes
 # yours here, into the notebooks' first cells and into the README; while it starts with OWNER/, nothing is cloned.
@@ -19,15 +20,37 @@ REPOSITORY = "OWNER/deepseek-r1-medical-lora"
 REF = "v0.2.0"
 
 
-def prepare(restart: bool = True) -> None:
-    """What a notebook's bootstrap cell calls: ImportError where `utils` is another package, else `install_missing`."""
+def prepare(restart: bool = True, drive: bool = False) -> None:
+    """What a notebook's bootstrap cell calls: ImportError where `utils` is another package, else `install_missing`.
+
+    With `drive`, Colab asks for Google Drive first: each notebook has a machine of its own there.
+    """
     import utils
 
     if getattr(utils, "SERIES", None) != NAME:
         raise ImportError(f"Another package named utils came first ({utils.__file__}): restart the kernel.")
+    from utils.hardware import where
     from utils.pins import install_missing
 
+    if drive and where() == "colab":
+        mount_drive()
     install_missing(restart)
+
+
+def mount_drive() -> None:
+    """Ask for Google Drive, where `runs_dir` then is; without it, one sentence says what will not be found."""
+    from utils.processes import is_executed
+
+    if is_executed():  # nobody is there to answer, and Colab's question waits without end
+        return
+    try:
+        from google.colab import drive
+
+        drive.mount(str(DRIVE.parent))
+    except Exception as error:  # refused, forbidden by the account, timed out: Colab has a type for each
+        lost = "this run directory ends with this machine, and the next notebook, on another one, will not find it"
+        instead = "Run this cell again and allow Drive, or take kaggle_kernel.ipynb, the whole series on one machine."
+        print(f"Google Drive is not mounted ({type(error).__name__}): {lost}. {instead}")
 
 
 def command(*words: str | Path) -> str:
@@ -48,9 +71,10 @@ def cache_dir() -> Path:
 
 
 def runs_dir() -> Path:
-    """Where run directories go by default: Kaggle saves only /kaggle/working."""
-    working = KAGGLE / "working"
-    return (working if working.is_dir() else ROOT) / "runs"
+    """Where run directories go by default: where Kaggle saves from, on Drive where it is mounted, or in the checkout."""
+    if (working := KAGGLE / "working").is_dir():
+        return working / "runs"
+    return (DRIVE / NAME if DRIVE.is_dir() else ROOT) / "runs"
 
 
 def source_digest() -> str:

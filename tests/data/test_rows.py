@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from utils.config import load_config
-from utils.data.rows import check_rows, find_commits, load_rows, read_benchmark, read_table, write_split
+from utils.data import hub
+from utils.data.hub import find_commits
+from utils.data.rows import check_rows, load_rows, read_benchmark, read_table, write_split
 from utils.data.split import split_rows
 from utils.errors import DataError
 from utils.schema import Config
@@ -217,7 +218,7 @@ def test_a_written_split_is_read_back_as_it_was(tmp_path):
 
 
 def test_every_hub_benchmark_gets_a_commit_and_the_list_is_pinned_whole(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name: SimpleNamespace(sha=f"head of {name}"))
+    monkeypatch.setattr(hub, "ask_hub", lambda kind, name: {"sha": f"head of {name}"})
     found = find_commits(load_config("full"))
     assert found["evaluate.benchmark.revision"] == "head of GBaker/MedQA-USMLE-4-options"
     pinned = load_config("full", found).evaluate
@@ -226,17 +227,17 @@ def test_every_hub_benchmark_gets_a_commit_and_the_list_is_pinned_whole(monkeypa
 
 
 def test_where_the_hub_is_out_of_reach_nothing_is_pinned(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.dataset_info", lambda name: 1 / 0)
+    monkeypatch.setattr(hub, "ask_hub", lambda kind, name: 1 / 0)
     assert find_commits(load_config("full")) == {}
 
 
 def test_a_commit_that_cannot_be_found_costs_none_of_the_others(monkeypatch):
-    def head(name: str) -> str:
+    def head(kind: str, name: str) -> dict[str, str]:
         if name == "openlifescienceai/medmcqa":
             raise ConnectionError("reset by peer")
-        return SimpleNamespace(sha=f"head of {name}")
+        return {"sha": f"head of {name}"}
 
-    monkeypatch.setattr("huggingface_hub.dataset_info", head)
+    monkeypatch.setattr(hub, "ask_hub", head)
     found = find_commits(load_config("full"))
     assert found["evaluate.benchmark.revision"] == "head of GBaker/MedQA-USMLE-4-options"
     assert [s["revision"] for s in found["evaluate.more_benchmarks"]] == [None, "head of qiaojin/PubMedQA"]

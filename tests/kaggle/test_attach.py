@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import hardware
+from utils import hardware, project
 from utils.errors import RunDirError
 from utils.files import write_json
 from utils.kaggle import attach as kaggle_attach
@@ -90,6 +90,11 @@ def test_without_anything_attached_the_default_is_below_the_current_directory(tm
     monkeypatch.chdir(tmp_path)
     assert resume_from_attached("demo", "", tmp_path / "input") == tmp_path / "runs" / "demo"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_single_notebook_works_on_drive_where_it_is_mounted(tmp_path, monkeypatch):
+    monkeypatch.setattr(project, "DRIVE", tmp_path)
+    assert resume_from_attached("demo", "", tmp_path / "input") == tmp_path / project.NAME / "runs" / "demo"
 
 
 @pytest.fixture

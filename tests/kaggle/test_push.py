@@ -15,10 +15,11 @@ from rich.console import Console
 
 from tests import fake_tokens
 from tests.loopback import Answer, forget_kaggle, kaggle_cli, kaggle_environment, series_call, series_cli
+from utils.config import load_config
 from utils.errors import ConfigError, InfrastructureError, ServiceError
 from utils.kaggle import bundle, push
 from utils.kaggle.push import find_reference, kernel_text, read_metadata, title_of
-from utils.project import ROOT
+from utils.project import PROFILES, ROOT
 from utils.secrets import _on_disk
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
@@ -112,6 +113,25 @@ def test_a_dry_run_shows_what_would_be_sent_and_leaves_it_as_the_command_line_ta
     assert series_call(kaggle_server, home, *words).returncode == 0
     theirs, ours = kaggle_server.versions
     assert ours == theirs and f"text: {len(ours['text']):,} of 900,000 bytes" in dry.stdout
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
+def test_every_profile_can_be_pushed_and_its_dry_run_is_what_the_command_line_takes(
+    kaggle_server, home, tmp_path, profile
+):
+    words = ["push", "--profile", profile, "--username", "alice"]
+    dry = series_call(kaggle_server, home, *words, "--dry-run", TMPDIR=str(tmp_path))
+    assert dry.returncode == 0 and not kaggle_server.received, dry.stderr
+    folder = Path(re.search(r"all of it is in (\S+);", dry.stdout)[1])
+    hours = load_config(profile).hardware.max_hours
+    options = ("-t", str(round((hours + 1) * 3600))) if hours else ()
+    theirs = kaggle_cli(kaggle_server, home, "kernels", "push", "-p", ".", *options, cwd=folder)
+    assert theirs.returncode == 0 and "successfully pushed" in theirs.stdout, theirs.stderr
+    assert series_call(kaggle_server, home, *words).returncode == 0
+    by_command_line, ours = kaggle_server.versions
+    assert ours == by_command_line and f"PROFILE = {profile!r}" in ours["text"]
+    assert ours["enableGpu"] and ours["machineShape"] == "NvidiaTeslaT4" and ours["isPrivate"]
     shutil.rmtree(folder)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from tests.staged import complete, snapshot, write_outputs
 from utils import hardware as platforms
 from utils.errors import ConfigError, HardwareError, RunDirError
+from utils.pipeline import stage as stages_start
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stage import note_load, open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, find_stage
@@ -128,3 +131,14 @@ print(lock._held)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "RunDirError" in done.stdout and done.stdout.endswith("\n{}\n"), done.stdout
+
+
+def test_on_drive_the_large_files_room_is_looked_for_on_the_machine(tmp_path, monkeypatch):
+    """Free Drive has 15 GB; weights are written to scratch there."""
+    asked = {}
+    monkeypatch.setattr(stages_start.hardware, "require_disk", lambda path, gib, what: asked.update({what: path}))
+    monkeypatch.setattr(stages_start, "DRIVE", tmp_path / "drive")
+    for place in ("drive", "elsewhere"):
+        stages_start.require_hardware(open_run("demo", tmp_path / place / "run"), BY_NAME["00_setup"])
+        wanted = Path(tempfile.gettempdir()) if place == "drive" else tmp_path / place / "run"
+        assert asked["The profile demo"] == wanted

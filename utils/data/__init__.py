@@ -4,7 +4,8 @@ from utils import surface
 
 __all__, __getattr__ = surface(
     __name__,
-    rows="find_commits write_split write_frame",
+    hub="find_commits",
+    rows="write_split write_frame",
     benchmarks="load_benchmarks load_items describe_primary",
     split="split_rows count_units",
     prompts="format_row",

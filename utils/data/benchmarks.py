@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from utils.data.hub import load_hub_table
 from utils.data.near_duplicates import group_duplicates, near_pairs, vectorise
-from utils.data.rows import load_hub_table, read_table
+from utils.data.rows import read_table
 from utils.errors import DataError
 from utils.files import parse_json
 from utils.schema import BenchmarkSection, Config, EvaluateSection

@@ -13,10 +13,11 @@ from typing import Any
 import pandas as pd
 
 from utils.data.chats import CHATS, read_chats, split_think_block
+from utils.data.hub import load_hub_table
 from utils.data.near_duplicates import normalise
 from utils.errors import DataError
 from utils.files import atomic, is_there, parse_json, write_json, write_text
-from utils.schema import EMBEDDED, Config, DataSection
+from utils.schema import DataSection
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
 _REASONING = COLUMNS[1]
@@ -134,48 +135,6 @@ def _tidy(rows: pd.DataFrame) -> pd.DataFrame:
         rows["group"] = [None if _is_blank(group) else str(group) for group in rows["group"]]
     rows["id"] = [hashlib.sha256(normalise(question).encode()).hexdigest()[:12] for question in rows["Question"]]
     return rows
-
-
-def load_hub_table(name: str, subset: str | None, revision: str | None, split: str, setting: str) -> pd.DataFrame:
-    """A split of a Hub data set as it stands; raises DataError, which names `setting` as the way out."""
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(name, subset, revision=revision, split=split).to_pandas()
-    except Exception as error:  # datasets passes on whatever requests, fsspec or pyarrow raise
-        raise DataError(
-            f"{name} could not be loaded from the Hub ({type(error).__name__}: {str(error)[:120]}); check the network, "
-            f"or give a local file by {setting}."
-        ) from None
-
-
-def find_commits(config: Config) -> dict[str, Any]:
-    """{setting: value} that pins every Hub data set which the configuration names without a revision.
-
-    A data set that the Hub does not answer for is left out. A list has no dotted keys, so more_benchmarks is given whole.
-    """
-    sections = {"data.revision": config.data, "evaluate.benchmark.revision": config.evaluate.benchmark}
-    found: dict[str, Any] = {key: commit for key, one in sections.items() if (commit := _find_commit(one))}
-    more = config.evaluate.more_benchmarks
-    commits = [_find_commit(section) for section in more]
-    if any(commits):
-        found["evaluate.more_benchmarks"] = [
-            section.model_dump(mode="json") | {"revision": commit or section.revision}
-            for section, commit in zip(more, commits, strict=True)
-        ]
-    return found
-
-
-def _find_commit(section: Any) -> str | None:
-    """The commit that a Hub data set's main branch is at; None where nothing is to be pinned, or the Hub does not answer."""
-    if section.path is not None or section.revision is not None or section.name in (None, EMBEDDED):
-        return None
-    from huggingface_hub import dataset_info
-
-    try:
-        return dataset_info(section.name).sha
-    except Exception:  # offline or unknown: loading the rows says which
-        return None
 
 
 def write_split(directory: Path, parts: dict[str, pd.DataFrame], benchmark: pd.DataFrame | None, report: dict) -> None:

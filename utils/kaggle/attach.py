@@ -11,7 +11,7 @@ from utils.hardware import default_profile, where
 from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.state import FILE as STATE
 from utils.pipeline.state import SeriesState, read_state, write_state
-from utils.project import KAGGLE, runs_dir
+from utils.project import KAGGLE, ROOT, runs_dir
 
 DEPTH = 5  # notebooks/OWNER/SLUG/runs/PROFILE
 
@@ -46,7 +46,8 @@ def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: 
         target = Path(run_dir)
     else:
         name = read_manifest(attached)["profile"] if attached else default_profile() if profile == "auto" else profile
-        target = (runs_dir() if KAGGLE.joinpath("working").is_dir() else Path.cwd() / "runs") / name
+        kept = runs_dir()  # beside the unpacked package nothing would be found
+        target = (Path.cwd() / "runs" if kept.is_relative_to(ROOT) else kept) / name
     if attached and not read_manifest(target):
         with atomic_folder(target) as scratch:
             shutil.copytree(attached, scratch, dirs_exist_ok=True)

@@ -25,8 +25,8 @@ _PATTERNS = ("utils/**/*.py", "utils/report/templates/*", "notebooks/*.ipynb", "
              "requirements.txt")  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed date: the same files give the same archive
 TEMPLATE = Path(__file__).with_name("kernel.ipynb")  # the kernel's cells; what stands between two @ is filled in
-# A single notebook's cells: install what the image lacks, resume an earlier output.
-SINGLE_PREPARE = "from utils.project import prepare\n\nprepare()"
+# A single notebook's cells: ask for Drive on Colab, install what the image lacks, resume an earlier output.
+SINGLE_PREPARE = "from utils.project import prepare\n\nprepare(drive=True)"
 SINGLE_RESUME = "from utils.kaggle import resume_from_attached\n\nRUN_DIR = str(resume_from_attached(PROFILE, RUN_DIR))"
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from utils.data.hub import ask_hub, explain_hub
 from utils.errors import ModelError, first_line
 from utils.files import is_folder, parse_json
 from utils.hardware import GIB
@@ -39,17 +40,18 @@ def check_model(config: Config) -> tuple[str, str | None]:
         return f"local folder {name}", None
     if name.startswith(("/", ".", "~")):
         raise ModelError(f"There is no model folder {name}; check model.name, or give a Hub id such as owner/name.")
-    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     try:
-        info = model_info(name, revision=config.model.revision, files_metadata=True)
+        info = ask_hub("models", name, config.model.revision)
     except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
         if try_to_load_from_cache(name, "config.json", revision=config.model.revision):
             return f"{name}, from the cache (the Hub is out of reach)", None
-        found = f"The model {name} is neither a local folder nor reachable on the Hub ({type(error).__name__})"
-        raise ModelError(f"{found}; check model.name and the network.") from None
-    size = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors")) / GIB
-    return f"{name} at {info.sha[:12]}, {size:.1f} GiB to download", info.sha
+        found = f"The model {name} is neither a local folder nor reachable on the Hub"
+        raise ModelError(f"{found} ({explain_hub(error)}).") from None
+    weights = (file for file in info["siblings"] if file["rfilename"].endswith(".safetensors"))
+    size = sum(file.get("size") or 0 for file in weights) / GIB
+    return f"{name} at {info['sha'][:12]}, {size:.1f} GiB to download", info["sha"]
 
 
 def require_safetensors(folder: Path, what: str) -> None:

@@ -1,6 +1,7 @@
 """A stage at work: what it needs is checked, it is marked as running, and at its end its outputs are put on record."""
 
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from utils.files import append_lines, is_folder, read_lines, record_files, sweep
 from utils.pipeline.lock import release_lock, take_lock
 from utils.pipeline.run_dir import CONFIG, RunDir, notebook_digest, open_run
 from utils.pipeline.stages import BY_NAME, Stage, ancestors
-from utils.project import source_digest
+from utils.project import DRIVE, source_digest
 from utils.schema import EMBEDDED
 from utils.secrets import hide_secrets
 
@@ -138,6 +139,7 @@ def require_hardware(run: RunDir, stage: Stage) -> None:
     if wanted.device == "cuda" and stage.name != "02_dataset_formatting":
         hardware.require_gpu(profile, wanted.min_gpu_memory_gib)
     if stage.name == "00_setup":
-        hardware.require_disk(run.path, wanted.min_disk_gib, f"The profile {profile}")
+        large = Path(tempfile.gettempdir()) if run.path.is_relative_to(DRIVE) else run.path  # Drive gets no weights
+        hardware.require_disk(large, wanted.min_disk_gib, f"The profile {profile}")
         if run.config.model.name != EMBEDDED and not is_folder(run.config.model.name):
             hardware.require_disk(hardware.hub_cache(), wanted.min_cache_gib, "The base model's download")
