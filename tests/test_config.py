@@ -94,7 +94,7 @@ def test_the_tutorial_profile_has_the_published_numbers():
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (16, 16, 0)
     assert lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert (data.name, data.subset) == ("FreedomIntelligence/medical-o1-reasoning-SFT", "en")
-    assert (data.train_rows, data.shuffle) == (500, False)
+    assert data.train_rows == 500
     assert (train.per_device_train_batch_size, train.gradient_accumulation_steps) == (2, 4)
     assert (train.max_steps, train.warmup_steps) == (60, 5)
     assert (train.learning_rate, train.lr_scheduler_type) == (2e-4, "linear")
@@ -169,7 +169,7 @@ def test_an_unknown_key_without_a_near_one_is_refused_with_the_known_keys():
         ("train.learning_rate", math.nan, "finite"),
         ("train.learning_rate", 2, "less than or equal to 1"),
         ("data.eval_rows", 0, "greater than 0"),
-        ("data.shuffle", "perhaps", "boolean"),
+        ("data.shuffle_answers", "perhaps", "boolean"),
         ("generate.top_p", 0, "greater than 0"),
         ("evaluate.primary", "rouge", "'accuracy'"),
         ("evaluate.resamples", 10, "greater than or equal to 1000"),

@@ -120,9 +120,7 @@ def _read_yaml(file: Path, remedy: str) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}); {remedy}.") from None
-    except (
-        Exception
-    ) as error:  # YAMLError, ValueError for an impossible date or no UTF-8, and what PyYAML stumbles over
+    except Exception as error:  # YAMLError, ValueError for an impossible date, and what PyYAML stumbles over
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place else ""
         raise ConfigError(f"{file.name} is not YAML{line}; mend it or {remedy}.") from None
@@ -170,10 +168,8 @@ def _outlived_pins(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
 def dotted_overrides(overrides: Any) -> dict[str, Any]:
     """`overrides` with dotted keys alone, {} for None; raises ConfigError for anything else that is no mapping."""
     if overrides is not None and not isinstance(overrides, Mapping):
-        raise ConfigError(
-            f"OVERRIDES is {overrides!r}, not a mapping such as {{'train.max_steps': 10}}; "
-            "with papermill pass it by -y 'OVERRIDES: {train.max_steps: 10}'."
-        )
+        papermill = "with papermill pass it by -y 'OVERRIDES: {train.max_steps: 10}'"
+        raise ConfigError(f"OVERRIDES is {overrides!r}, not a mapping such as {{'train.max_steps': 10}}; {papermill}.")
     return flatten(overrides or {})
 
 
@@ -188,12 +184,8 @@ def _measure_own_rows_by_loss(values: dict, overrides: Mapping[str, Any]) -> Non
     """The profile's benchmark says little about a reader's own rows: `primary: auto` is the held-out loss there."""
     evaluate = values.get("evaluate") or {}
     named = any(overrides.get(f"evaluate.benchmark.{key}") for key in ("name", "path"))
-    if (
-        overrides.get("data.path")
-        and not named
-        and isinstance(evaluate, Mapping)
-        and evaluate.get("primary", "auto") == "auto"
-    ):
+    own_rows = overrides.get("data.path") and not named
+    if own_rows and isinstance(evaluate, Mapping) and evaluate.get("primary", "auto") == "auto":
         values["evaluate"] = {**evaluate, "primary": "nll"}
 
 

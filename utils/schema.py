@@ -46,7 +46,6 @@ class DataSection(Section):
     train_rows: Positive | None = None
     eval_rows: Positive = 200
     validation_rows: Positive | None = None  # looked at while training: their loss is a curve beside the training loss
-    shuffle: bool = True
     duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5  # two questions are one; 1: exact duplicates only
     shuffle_answers: bool = False  # a control: every training question gets another row's answer
     seed: NotNegative = 3407
@@ -220,10 +219,8 @@ class Config(Section):
     def _register_primary(cls, values: Any) -> Any:
         """Replace `primary: auto` by what the data can carry, so that the run directory names it before any score."""
         evaluate, data = (values.get(name) or {} for name in ("evaluate", "data"))
-        if (
-            not (isinstance(evaluate, Mapping) and isinstance(data, Mapping))
-            or evaluate.get("primary", "auto") != "auto"
-        ):
+        sections = isinstance(evaluate, Mapping) and isinstance(data, Mapping)
+        if not sections or evaluate.get("primary", "auto") != "auto":
             return values  # validation says it better
         benchmark = evaluate.get("benchmark") or {}
         if data.get("name", EMBEDDED) == EMBEDDED and not data.get("path"):
@@ -254,10 +251,8 @@ class Config(Section):
             chosen = "train.keep is best" if train.keep == "best" else "train.early_stopping_patience is set"
             raise ValueError(f"{chosen}, but there are no validation rows to decide by; set data.validation_rows")
         if train.keep == "best" and train.save_steps % train.eval_steps:
-            raise ValueError(
-                f"train.keep is best, but train.save_steps={train.save_steps} is no multiple of "
-                f"train.eval_steps={train.eval_steps}; change either"
-            )
+            steps = f"train.save_steps={train.save_steps} is no multiple of train.eval_steps={train.eval_steps}"
+            raise ValueError(f"train.keep is best, but {steps}; change either")
         return self
 
     @property

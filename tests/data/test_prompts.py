@@ -10,7 +10,6 @@ from utils.data.prompts import (
     BOS,
     EOS,
     PAD,
-    STYLES,
     format_completion,
     format_multiple_choice,
     format_prompt,
@@ -62,31 +61,31 @@ def test_the_native_prompt_is_what_the_chat_template_renders_after_bos():
     assert rendered == BOS + format_prompt("Why?", "native")
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["native", "tutorial"])
 def test_the_training_text_begins_with_the_inference_prompt(style):
     assert format_row(ROW, style)[0] == format_prompt(ROW["Question"], style)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["native", "tutorial"])
 def test_a_row_without_reasoning_closes_the_think_block_that_the_prompt_opened(style):
     text = "".join(format_row(ROW | {"Complex_CoT": ""}, style))
     assert "<think>\n</think>\n" in text and text.startswith(format_prompt(ROW["Question"], style))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["native", "tutorial"])
 @pytest.mark.parametrize("mark", [BOS, EOS, PAD])
 def test_no_mark_that_tokenizer_or_trainer_adds_is_in_a_string(style, mark):
     assert mark not in "".join(format_row(ROW, style))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["native", "tutorial"])
 @given(question=st.text())
 def test_any_question_survives_in_its_prompt(style, question):
     before, after = format_prompt("\0", style).split("\0")
     assert format_prompt(question, style) == before + question + after
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["native", "tutorial"])
 @given(reasoning=st.text("ab{}.\n 医"), response=st.text("ab{}.\n 医", min_size=1).filter(str.strip))
 def test_a_completion_is_parsed_back_into_its_parts(style, reasoning, response):
     parsed = parse_completion(format_completion(reasoning, response, style))

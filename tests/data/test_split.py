@@ -72,16 +72,13 @@ def accounted(train: pd.DataFrame, held_out: pd.DataFrame, report: dict) -> bool
     count=st.integers(1, 40),
     eval_rows=st.integers(1, 40),
     train_rows=st.none() | st.integers(1, 40),
-    shuffle=st.booleans(),
     seed=st.integers(0, 5),
 )
-def test_any_split_is_disjoint_and_fixed_by_its_seed_or_refused(
-    tmp_path_factory, count, eval_rows, train_rows, shuffle, seed
-):
+def test_any_split_is_disjoint_and_fixed_by_its_seed_or_refused(tmp_path_factory, count, eval_rows, train_rows, seed):
     path = write_jsonl(tmp_path_factory.mktemp("split") / "rows.jsonl", numbered(count))
-    config = local(path, eval_rows=eval_rows, train_rows=train_rows, shuffle=shuffle, seed=seed)
-    if (train_rows is None and not shuffle) or eval_rows + (train_rows if train_rows and not shuffle else 1) > count:
-        with pytest.raises(DataError, match=r"data\.(eval_rows asks for|train_rows rows train: )"):
+    config = local(path, eval_rows=eval_rows, train_rows=train_rows, seed=seed)
+    if eval_rows + 1 > count:
+        with pytest.raises(DataError, match=r"data\.eval_rows asks for"):
             split_rows(config)
         return
     train, _, held_out, report = split_rows(config)
@@ -92,12 +89,10 @@ def test_any_split_is_disjoint_and_fixed_by_its_seed_or_refused(
     assert again == report and again_train.equals(train) and again_held_out.equals(held_out)
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_validation_rows_are_drawn_from_what_trains_and_leave_the_held_out_rows_as_they_were(tmp_path, shuffle):
+def test_validation_rows_are_drawn_from_what_trains_and_leave_the_held_out_rows_as_they_were(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", numbered(30))
     without, validated = (
-        split_rows(local(path, eval_rows=5, train_rows=10, shuffle=shuffle, validation_rows=count))
-        for count in (None, 6)
+        split_rows(local(path, eval_rows=5, train_rows=10, validation_rows=count)) for count in (None, 6)
     )
     assert validated[2].equals(without[2]) and (len(without[1]), len(validated[1])) == (0, 6)
     assert validated[3]["not_drawn"] == without[3]["not_drawn"] - 6 == 9
@@ -114,8 +109,6 @@ def test_more_validation_rows_than_are_left_are_refused_with_both_numbers(tmp_pa
     path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
     with pytest.raises(DataError, match=r"data.validation_rows asks for 8 validation rows, but only 7 can be held out"):
         split_rows(local(path, eval_rows=2, validation_rows=8))
-    with pytest.raises(DataError, match=r"data.validation_rows asks for 4 validation rows, but only 3 can be held out"):
-        split_rows(local(path, eval_rows=2, train_rows=5, shuffle=False, validation_rows=4))
     with pytest.raises(DataError, match=r"data.validation_rows asks for 65 validation rows, but only 64"):
         split_rows(load_config("demo", {"data.validation_rows": 65}))
 
@@ -126,26 +119,12 @@ def test_another_seed_holds_out_other_rows(tmp_path):
     assert first != second
 
 
-def test_unshuffled_training_rows_are_the_first_of_the_file(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", numbered(30))
-    train, _, held_out, _ = split_rows(local(path, eval_rows=5, train_rows=10, shuffle=False))
-    assert train["Question"].tolist() == [f"Question {i}?" for i in range(10)]
-    assert held_out["Question"].tolist() != [f"Question {i}?" for i in range(10, 15)]
-
-
 def test_more_held_out_rows_than_there_are_is_refused_with_both_numbers(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
     with pytest.raises(
         DataError, match=r"data.eval_rows asks for 11 held-out rows, but only 9 can be held out; lower it"
     ):
         split_rows(local(path, eval_rows=11))
-
-
-def test_where_unshuffled_training_rows_leave_none_to_hold_out_the_message_names_them(tmp_path):
-    """Lowering data.eval_rows, which must be at least 1, would not help here."""
-    path = write_jsonl(tmp_path / "rows.jsonl", numbered(10))
-    with pytest.raises(DataError, match=r"data.train_rows"):
-        split_rows(local(path, eval_rows=1, train_rows=10, shuffle=False))
 
 
 def test_more_questions_than_held_out_rows_are_refused_with_both_numbers(tmp_path):
@@ -240,14 +219,13 @@ def test_a_row_near_an_item_whose_letter_alone_is_probed_is_dropped_too(tmp_path
         assert {*train["Question"], *held_out["Question"]} == {"One?", "Two?"}
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_the_tutorials_question_is_in_neither_part_wherever_it_stands(tmp_path, shuffle):
+def test_the_tutorials_question_is_in_neither_part(tmp_path):
     reworded = (
         "What would cystometry most likely show for residual volume and detrusor contractions in a 61-year-old woman with "
         "a long history of involuntary urine loss on coughing or sneezing, no leakage at night, and a Q-tip test?"
     )
     questions = [text for pair in FACTS[:8] for text in pair[:1]] + [TUTORIAL_QUESTION.upper() + " ", reworded]
-    train, _, held_out, report = split(tmp_path, questions, eval_rows=2, train_rows=3, shuffle=shuffle)
+    train, _, held_out, report = split(tmp_path, questions, eval_rows=2, train_rows=3)
     assert not any("cystometry" in text.lower() for text in [*train["Question"], *held_out["Question"]])
     assert set(report["tutorial_question"]) == {"id", "Question", "Complex_CoT", "Response"}
     assert (report["tutorial_question"]["Response"], [entry["row"] for entry in report["dropped"]]) == (
@@ -269,15 +247,14 @@ def test_without_the_tutorials_question_none_is_shown(tmp_path):
     eval_rows=st.integers(1, 8),
     train_rows=st.none() | st.integers(1, 8),
     validation_rows=st.none() | st.integers(1, 5),
-    shuffle=st.booleans(),
     seed=st.integers(0, 5),
 )
 def test_no_group_is_in_two_parts_and_every_row_is_accounted_for(
-    tmp_path_factory, picks, groups, eval_rows, train_rows, validation_rows, shuffle, seed
+    tmp_path_factory, picks, groups, eval_rows, train_rows, validation_rows, seed
 ):
     questions = [FACTS[i][which] for i, which in picks]
     folder = tmp_path_factory.mktemp("split")
-    arguments = dict(eval_rows=eval_rows, train_rows=train_rows, shuffle=shuffle, seed=seed)
+    arguments = dict(eval_rows=eval_rows, train_rows=train_rows, seed=seed)
     arguments["validation_rows"] = validation_rows
     try:
         train, validation, held_out, report = split(
@@ -312,19 +289,6 @@ def test_where_only_a_part_of_a_group_fits_its_other_rows_are_excluded(tmp_path)
     assert (len(held_out), len(train), len(report["excluded"])) == (4, 3, 2)
     assert all("shares a group with a held-out row" in entry["reason"] for entry in report["excluded"])
     assert accounted(train, held_out, report)
-
-
-def test_unshuffled_candidates_near_a_training_row_are_excluded(tmp_path):
-    first = [source for source, _ in FACTS[:4]]
-    later = [rewrite for _, rewrite in FACTS[2:8]]
-    train, _, held_out, report = split(tmp_path, first + later, eval_rows=3, train_rows=4, shuffle=False)
-    assert train["Question"].tolist() == first
-    assert {(entry["row"], entry["reason"]) for entry in report["excluded"]} == {
-        (5, "shares a group with a training row"),
-        (6, "shares a group with a training row"),
-    }
-    assert report["excluded"][0]["near"] == train["id"].iloc[2]
-    assert len(held_out) == 3 and accounted(train, held_out, report)
 
 
 def test_rows_that_are_all_one_question_are_refused_with_what_to_do(tmp_path):

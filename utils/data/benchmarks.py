@@ -94,10 +94,9 @@ def _convert(table: pd.DataFrame, source: str, split: str) -> pd.DataFrame:
         items = pd.DataFrame({"question": table["question"], "options": options, "gold": table["answer_idx"]})
     else:
         missing = [column for column in _MEDQA if column not in columns]
-        raise DataError(
-            f"{source} lacks {', '.join(missing)}; expected question, options and answer_idx (MedQA), question, opa to "
-            "opd and cop (MedMCQA), or question, context and final_decision (PubMedQA)."
-        )
+        medqa, medmcqa = "question, options and answer_idx (MedQA)", "question, opa to opd and cop (MedMCQA)"
+        expected = f"{medqa}, {medmcqa}, or question, context and final_decision (PubMedQA)"
+        raise DataError(f"{source} lacks {', '.join(missing)}; expected {expected}.")
     ids = next((table[column].astype(str) for column in ("id", "pubid") if column in columns), None)
     items.insert(0, "id", [f"{split}-{i}" for i in range(len(items))] if ids is None else ids.to_numpy())
     if "stem" not in items:
@@ -128,10 +127,8 @@ def _from_medmcqa(table: pd.DataFrame, source: str) -> pd.DataFrame:
     if -1 in values:
         raise DataError(f"{source} has items without a right option (cop is -1); take MedMCQA's split validation.")
     if (0 in values) == (4 in values) or not values <= set(range(5)):
-        raise DataError(
-            f"{source}: cop holds {', '.join(map(str, sorted(values)))}, so it cannot be told whether it counts from 0 "
-            "(the Hub) or from 1 (the original files); expected 0 to 3, or 1 to 4, over the whole file."
-        )
+        found = f"{source}: cop holds {', '.join(map(str, sorted(values)))}, so where it counts from cannot be told"
+        raise DataError(f"{found}; expected 0 to 3 (the Hub), or 1 to 4 (the original files), over the whole file.")
     letters = "ABCD" if 0 in values else " ABCD"
     options = [_options(dict(zip("ABCD", cells, strict=True))) for cells in table[list(_MEDMCQA[1:5])].to_numpy()]
     return pd.DataFrame({"question": table["question"], "options": options, "gold": [letters[int(i)] for i in right]})
@@ -172,9 +169,8 @@ def _check(items: pd.DataFrame, source: str) -> pd.DataFrame:
         if len(letters) < 2 or not all(isinstance(key, str) and re.fullmatch("[A-Z]", key) for key in letters):
             raise DataError(f"{source}, item {item.id}: options must map at least two letters to texts.")
         if not isinstance(item.gold, str) or item.gold not in options:
-            raise DataError(
-                f"{source}, item {item.id}: the right letter {item.gold!r} is not among {', '.join(options)}."
-            )
+            found = f"the right letter {item.gold!r} is not among {', '.join(options)}"
+            raise DataError(f"{source}, item {item.id}: {found}.")
     if items["id"].isna().any() or items["id"].isin(["", "nan", "None"]).any():
         raise DataError(f"{source}: some items have an id and others have none; give every item one, or none.")
     if items["id"].duplicated().any():

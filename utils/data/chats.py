@@ -26,14 +26,10 @@ def read_chats(rows: pd.DataFrame, chat: str, source: str) -> tuple[pd.DataFrame
             problems[position], (question, response) = f"{chat} {error}", ("", "")
         turns.append({"Question": question, "Response": response})
     if len(systems) > 1:
-        raise DataError(
-            f"{source} has {len(systems)} different system messages in {chat}, expected none or one for all; put what "
-            "they say into the user's messages."
-        )
+        found = f"{source} has {len(systems)} different system messages in {chat}, expected none or one for all"
+        raise DataError(f"{found}; put what they say into the user's messages.")
     for system in systems:
-        print(
-            f"{source}: the system message is left out, {system[:80]!r}; put it into the user's messages to train on it."
-        )
+        print(f"{source}: the system message {system[:80]!r} is left out; the user's messages are what is trained on.")
     return rows.drop(columns=chat).join(pd.DataFrame(turns)), problems
 
 

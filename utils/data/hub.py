@@ -37,9 +37,8 @@ def load_hub_table(name: str, subset: str | None, revision: str | None, split: s
     try:
         return load_dataset(name, subset, revision=revision, split=split).to_pandas()
     except Exception as error:  # datasets passes on whatever requests, fsspec or pyarrow raise
-        raise DataError(
-            f"{name} could not be loaded from the Hub ({explain_hub(error)}), or give a local file by {setting}."
-        ) from None
+        found = f"{name} could not be loaded from the Hub ({explain_hub(error)})"
+        raise DataError(f"{found}, or give a local file by {setting}.") from None
 
 
 def find_commits(config: Config) -> dict[str, Any]:

@@ -30,7 +30,6 @@ TUTORIAL = PromptFormat(  # the published text, letter for letter, trailing spac
     end=EOS,
 )
 _BY_STYLE = {"native": NATIVE, "tutorial": TUTORIAL}
-STYLES = tuple(_BY_STYLE)
 
 
 def find_format(prompt: PromptFormat | PromptSection | str) -> PromptFormat:

@@ -88,15 +88,12 @@ def convert_rows(table: pd.DataFrame, source: str, data: DataSection) -> tuple[p
         rows = rows.assign(**{_REASONING: blocks, "Response": answers})
         missing = [_REASONING] if data.reasoning == "required" and not any(blocks) and not problems else []
     if missing == [_REASONING] and chat:
-        raise DataError(
-            f"{source} has no answer with a <think>…</think> block in {chat}, expected the reasoning there; "
-            "data.reasoning=optional takes rows without."
-        )
+        found = f"{source} has no answer with a <think>…</think> block in {chat}, expected the reasoning there"
+        raise DataError(f"{found}; data.reasoning=optional takes rows without.")
     if missing:
-        raise DataError(
-            f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. Name yours by "
-            "data.columns (data.columns.Question=prompt); data.reasoning=optional takes rows without reasoning."
-        )
+        found = f"{source} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, table.columns))}"
+        name = "Name yours by data.columns (data.columns.Question=prompt)"
+        raise DataError(f"{found}. {name}; data.reasoning=optional takes rows without reasoning.")
     for column in ("Question", "Response", _REASONING):
         for position, cell in enumerate(rows[column]):
             if reason := _find_fault(column, cell, data.reasoning):

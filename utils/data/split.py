@@ -46,19 +46,17 @@ def split_rows(
     """
     data, asked = config.data, config.evaluate.questions
     if asked is not None and asked > data.eval_rows:
-        raise DataError(
-            f"evaluate.questions asks for {asked} answers in words, but data.eval_rows holds out only {data.eval_rows} "
-            "rows to ask; lower the one, or raise the other."
+        found = (
+            f"evaluate.questions asks for {asked} answers in words, but data.eval_rows holds out only {data.eval_rows}"
         )
+        raise DataError(f"{found} rows to ask; lower the one, or raise the other.")
     if probed is not None:
         benchmark = pd.concat([benchmark, probed], ignore_index=True).drop_duplicates("id")
     parts, found = _split_embedded(data) if config.embedded_data else _split_loaded(data, benchmark)
     train, validation, held_out = (part.reset_index(drop=True) for part in parts)
     if config.evaluate.primary == "accuracy" and not {"answer", "choices"} <= set(held_out.columns):
-        raise DataError(
-            "evaluate.primary is accuracy, but the rows have no answer and choices that a rule can check; "
-            "take nll, or multiple_choice with a benchmark."
-        )
+        found = "evaluate.primary is accuracy, but the rows have no answer and choices that a rule can check"
+        raise DataError(f"{found}; take nll, or multiple_choice with a benchmark.")
     if data.shuffle_answers:  # a control that must come out worse: every question with another row's answer
         order = np.random.default_rng(data.seed).permutation(len(train))
         train.loc[order, _ANSWERS] = train.loc[np.roll(order, 1), _ANSWERS].to_numpy()
@@ -131,8 +129,7 @@ def _split_loaded(data: DataSection, benchmark: pd.DataFrame | None) -> tuple[li
     rows, vectors = rows.iloc[kept].reset_index(drop=True), vectors.take(kept)
     rows["group"] = _group(rows, vectors, data.duplicate_threshold)
     groups = pd.factorize(rows["group"])[0]
-    divide = _draw_shuffled if data.shuffle else _draw_after_first
-    *parts, excluded = divide(groups, data, np.random.default_rng(data.seed))
+    *parts, excluded = _draw(groups, data, np.random.default_rng(data.seed))
     seen = np.concatenate(parts[:2])  # by which training may be decided
     found = {
         "source_rows": source_rows,
@@ -198,7 +195,7 @@ def _group(rows: pd.DataFrame, vectors: Vectors, threshold: float) -> pd.Series:
     return named.where(named.notna(), rows["id"].groupby(joined).transform("first"))
 
 
-def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Drawn:
+def _draw(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Drawn:
     """Held-out rows, then validation rows, are taken from the groups in shuffled order; the other groups train."""
     _require_rows("eval_rows", data.eval_rows, len(groups) - 1)
     order = rng.permutation(len(groups))
@@ -210,11 +207,9 @@ def _draw_shuffled(groups: np.ndarray, data: DataSection, rng: np.random.Generat
     validation, more = _take_groups(members, data.validation_rows or 0, "validation_rows", "validation")
     train = [position for position in order if groups[position] in members]
     if not train:
-        raise DataError(
-            f"data.eval_rows asks for {data.eval_rows} held-out rows, data.validation_rows for {data.validation_rows or 0} more, and "
-            "none is left to train on that is not a near duplicate of them; lower them, raise data.duplicate_threshold, or "
-            "give more data."
-        )
+        asked = f"data.eval_rows={data.eval_rows} and data.validation_rows={data.validation_rows or 0}"
+        left = "leave no row to train on that is not a near duplicate of theirs"
+        raise DataError(f"{asked} {left}; lower them, raise data.duplicate_threshold, or give more data.")
     return np.array(train[: data.train_rows]), np.array(validation, dtype=int), np.array(held_out), excluded + more
 
 
@@ -237,34 +232,11 @@ def _take_groups(
     return taken + divided[:missing], [(position, reason, divided[0]) for position in divided[missing:]]
 
 
-def _draw_after_first(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Drawn:
-    """The first rows train; held out, then drawn for validation, are rows behind them that share no group with them."""
-    first, count = data.train_rows, len(groups)
-    if first is None or first >= count:
-        raise DataError(
-            f"data.shuffle is off, so the first data.train_rows rows train: that is {first}, of {count} rows, and some must be "
-            "held out; give a lower number."
-        )
-    first_of_group = pd.Series(np.arange(count)).groupby(groups).transform("min").to_numpy()
-    behind = np.arange(first, count)
-    free = behind[first_of_group[behind] >= first]
-    _require_rows("eval_rows", data.eval_rows, len(free))
-    order = rng.permutation(free)
-    held_out, rest = order[: data.eval_rows], order[data.eval_rows :]
-    rest = rest[~np.isin(groups[rest], groups[held_out])]
-    _require_rows("validation_rows", data.validation_rows or 0, len(rest))
-    reason = "shares a group with a training row"
-    excluded = [(int(i), reason, int(first_of_group[i])) for i in behind if first_of_group[i] < first]
-    return np.arange(first), rest[: data.validation_rows or 0], held_out, excluded
-
-
 def _require_rows(setting: str, asked: int, found: int) -> None:
     if asked > max(found, 0):
         what = {"eval_rows": "held-out", "validation_rows": "validation"}[setting]
-        raise DataError(
-            f"data.{setting} asks for {asked} {what} rows, but only {max(found, 0)} can be held out; "
-            "lower it, or give more data."
-        )
+        there = f"only {max(found, 0)} can be held out"
+        raise DataError(f"data.{setting} asks for {asked} {what} rows, but {there}; lower it, or give more data.")
 
 
 def _round_down(cosine: float | None) -> float | None:

@@ -90,10 +90,9 @@ def _generate(model, tokenizer, questions: Sequence[Question], config, keys, pat
     with Progress("answering", len(pending), "question") as bar:
         while pending:
             if longest and deadline.is_due(next_s=longest):  # each session gets one batch further
-                raise SessionOver(
-                    f"{len(pending)} of {len(questions)} questions wait for their answers, because {deadline.sentence()}; "
-                    "run this notebook again in the next session, it resumes there."
-                )
+                waiting = f"{len(pending)} of {len(questions)} questions wait for their answers"
+                again = "run this notebook again in the next session, it resumes there"
+                raise SessionOver(f"{waiting}, because {deadline.sentence()}; {again}.")
             began = time.monotonic()
             batch, steps = _choose_batch(model, pending, config, share)
             outputs = fit_or_none(_TOO_LARGE, len(batch), generate_batch, model, tokenizer, batch, steps, config)
@@ -244,9 +243,8 @@ def check_batching(model, tokenizer, questions: Sequence[Question], count: int =
         gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
         if gap > _TIE:
             found = f"answers the question {row.question.id} otherwise than alone, from token {place + 1} on"
-            raise ModelError(
-                f"In a batch the model {found}; set hardware.backend=transformers or generate.batch_size=1."
-            )
+            instead = "set hardware.backend=transformers or generate.batch_size=1"
+            raise ModelError(f"In a batch the model {found}; {instead}.")
         near_ties += 1
     return {"prompts": count, "identical": count - near_ties, "near_ties": near_ties}
 

@@ -22,11 +22,8 @@ def ask(run: RunDir, model, tokenizer, question: str, max_new_tokens: int | None
     ids = tokenizer(prompt)["input_ids"]
     room = getattr(model, "max_seq_length", model.config.max_position_embeddings) - cap  # unsloth cuts what is longer
     if len(ids) > room:
-        raise DataError(
-            f"The question takes {len(ids):,} tokens with its prompt, and beside an answer of {cap:,} the model has room "
-            f"for {room:,}; ask a shorter one."
-        )
-
+        found = f"The question takes {len(ids):,} tokens with its prompt"
+        raise DataError(f"{found}, and beside an answer of {cap:,} the model has room for {room:,}; ask a shorter one.")
     embedded = run.config.model.name == EMBEDDED
     print("No medical advice." + " The demo's model was taught invented conditions, and answers with them." * embedded)
 
@@ -47,7 +44,5 @@ def require_adapter(run: RunDir) -> None:
     if run.record(BY_NAME["03_lora_training"]).get("state") != "done":
         raise RunDirError(f"{run.path} has no adapter yet: 03_lora_training has not run; run the series to 03.")
     if stale := run.out_of_date(BY_NAME["03_lora_training"]):
-        raise RunDirError(
-            f"{stale}; its adapter is of another run than config.yaml describes, so run the series to 03."
-        )
+        raise RunDirError(f"{stale}; its adapter is not the one that config.yaml describes: run the series to 03.")
     require_recorded(run.path, ("training/adapter",))

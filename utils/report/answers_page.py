@@ -14,12 +14,7 @@ from utils.files import write_json, write_text
 from utils.pipeline.run_dir import RunDir
 
 # (base right, fine-tuned right) -> outcome, in the order of the page: what fine-tuning cost comes first.
-_OUTCOMES = {
-    (True, False): "broken",
-    (False, False): "both wrong",
-    (False, True): "fixed",
-    (True, True): "both right",
-}
+_OUTCOMES = {(True, False): "broken", (False, False): "both wrong", (False, True): "fixed", (True, True): "both right"}
 _TEMPLATES = Environment(loader=PackageLoader("utils.report", "templates"), autoescape=True)
 _NOT_CHECKABLE = "not checkable"
 OUTCOMES = (*_OUTCOMES.values(), _NOT_CHECKABLE)

@@ -63,25 +63,14 @@ def draw_loss(log: pd.DataFrame, path: Path) -> Path:
         smooth = log["loss"].rolling(max(2, len(log) // 15), min_periods=1).mean()
         left.plot(log["step"], smooth, color=TUNED, linewidth=2.2, label="training, running mean")
         if len(validation):
-            left.plot(
-                validation["step"],
-                validation["eval_loss"],
-                color="#d1495b",
-                marker="o",
-                markersize=4,
-                label="validation rows",
-            )
+            looks = {"color": "#d1495b", "marker": "o", "markersize": 4, "label": "validation rows"}
+            left.plot(validation["step"], validation["eval_loss"], **looks)
         left.legend(frameon=False)
         right.plot(log["step"], log["learning_rate"], color="#30638e", linewidth=2)
     else:
         left.text(0.5, 0.5, "no steps were taken", ha="center", transform=left.transAxes)
-    _finish(
-        left,
-        "Training and validation loss" if len(validation) else "Training loss",
-        xlabel="optimizer step",
-        ylabel="nats per token",
-        ylim=(0, None),
-    )
+    title = "Training and validation loss" if len(validation) else "Training loss"
+    _finish(left, title, xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
     _finish(right, "Learning rate", xlabel="optimizer step", ylim=(0, None))
     return _save(figure, path)
 

@@ -106,10 +106,8 @@ class HealthCallback(TrainerCallback):
         self.bad_steps += 0 if settling else 1
         if self.bad_steps >= _PATIENCE:
             at = f"last at step {state.global_step}" + ("" if scale is None else f" (fp16 scale {scale:g})")
-            raise TrainingError(
-                f"Loss or gradient was not finite {_PATIENCE} times in a row, {at}; "
-                "lower train.learning_rate or train.max_grad_norm and run 03 again."
-            )
+            instead = "lower train.learning_rate or train.max_grad_norm and run 03 again"
+            raise TrainingError(f"Loss or gradient was not finite {_PATIENCE} times in a row, {at}; {instead}.")
         what = " and ".join(wrong).replace("grad_norm", "gradient")
         after = "" if scale is None else f"; the update was skipped, fp16 scale now {scale:g}"
         print(f"step {state.global_step}: {what} not finite{after}{' (normal in the first steps)' if settling else ''}")

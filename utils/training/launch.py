@@ -67,10 +67,8 @@ def processes_that_divide(run: StageRun) -> int:
     elif asked and wanted > max(1, len(gpu_ids())) and resolve_hardware(hardware)["device"] == "cuda":
         raise ConfigError(f"hardware.processes={wanted}, but this machine has {len(gpu_ids())} GPU; leave it on auto.")
     if asked and rows % wanted:
-        raise ConfigError(
-            f"{wanted} processes cannot share the {rows} rows of an update evenly; take a number that divides them, "
-            "or change train.gradient_accumulation_steps."
-        )
+        instead = "take a number that divides them, or change train.gradient_accumulation_steps"
+        raise ConfigError(f"{wanted} processes cannot share the {rows} rows of an update evenly; {instead}.")
     return max(n for n in range(1, wanted + 1) if rows % n == 0)
 
 
@@ -79,9 +77,8 @@ def _processes_in(path: Path) -> int:
     with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         if (count := int(yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"])) > 0:
             return count
-    raise ConfigError(
-        f"hardware.accelerate_config={path} names no num_processes above 0; write the file with `accelerate config`."
-    )
+    found = f"hardware.accelerate_config={path} names no num_processes above 0"
+    raise ConfigError(f"{found}; write the file with `accelerate config`.")
 
 
 def write_recipe(run: StageRun, *functions: Callable) -> None:
@@ -135,10 +132,8 @@ def _run_to_the_end(run: StageRun, command: list) -> None:
     if stop.asked and not run.file(SUMMARY).exists():
         raise Interrupted("Training was asked to stop; run 03 again, it resumes from its last checkpoint.")
     if status:
-        raise TrainingError(
-            f"A training process ended with status {status}; read {run.file(_LOG)} ({child.last_words()}) and run 03 again, "
-            "it resumes from its last checkpoint."
-        )
+        found = f"A training process ended with status {status}; read {run.file(_LOG)} ({child.last_words()})"
+        raise TrainingError(f"{found} and run 03 again, it resumes from its last checkpoint.")
 
 
 def run_worker(run_dir: str, log: bool = False, trials_for: int = 0) -> None:
