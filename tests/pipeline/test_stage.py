@@ -14,7 +14,7 @@ from utils import hardware as platforms
 from utils.errors import ConfigError, HardwareError, RunDirError
 from utils.pipeline import stage as stages_start
 from utils.pipeline.run_dir import open_run
-from utils.pipeline.stage import note_load, open_stage
+from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, find_stage
 from utils.project import ROOT
 
@@ -28,20 +28,6 @@ def test_a_stage_that_wrote_not_all_of_its_outputs_is_not_done(tmp_path):
     with pytest.raises(RunDirError, match=r"00_setup did not write data/split.json; run all of its cells"):
         run.finish()
     assert run.stale_because(run.stage) == "it was interrupted"
-
-
-def test_loads_of_models_are_counted_whichever_process_of_the_stage_makes_them(tmp_path):
-    run = open_stage("00_setup", "demo", tmp_path)
-    note_load("/somewhere/base")
-    code = "from utils.pipeline.stage import note_load; note_load('owner/base'); note_load('/somewhere/merged')"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    write_outputs(run)
-    run.finish()
-    assert run.record(run.stage)["model_loads"] == {"base": 2, "merged": 1}
-    note_load("/after/the/stage")
-    again = open_stage("00_setup", "demo", tmp_path)
-    again.finish()
-    assert again.record(again.stage)["model_loads"] == {} and not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize(("name", "needed"), NEEDY)

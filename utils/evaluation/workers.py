@@ -9,6 +9,7 @@ from pathlib import Path
 from utils.evaluation.questions import FOLDERS, Model, Question, load_questions, model_digest
 from utils.files import write_json
 from utils.hardware import gpu_ids, processes
+from utils.models.tokenizer import model_source
 from utils.pipeline.run_dir import RunDir, open_run
 from utils.processes import Child
 from utils.secrets import hide_secrets
@@ -27,9 +28,12 @@ class Workers(ExitStack):
         ordered = sorted(questions, key=lambda q: (-len(q.prompt), q.id))
         if len(ordered) < 2 * self.count:
             return ordered  # loading a model would take longer than answering
+        from utils.models.load import LOADS  # torch
+
         for number in range(1, self.count):
             write_json(_listed(self.run, self.which, number), [q.id for q in ordered[number :: self.count]])
             self._started.append(self.enter_context(self._launch(number)))
+            LOADS[Path(model_source(self.run.config)).name] += 1
         return ordered[:: self.count]
 
     def wait(self) -> None:

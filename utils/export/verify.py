@@ -29,7 +29,7 @@ from utils.export.gguf import check_folder
 from utils.export.merge import find_shards, list_tensors
 from utils.files import write_json
 from utils.hardware import resolve_hardware
-from utils.models.load import load_plain, prepare_device
+from utils.models.load import LOADS, load_plain, prepare_device
 from utils.models.memory import free_memory
 from utils.models.tokenizer import guard_tokenizer, load_tokenizer, model_source
 from utils.pipeline.run_dir import RunDir
@@ -107,6 +107,8 @@ def answer_elsewhere(
         with Child(command, task.with_name("log"), {"PYTHONUNBUFFERED": "1"}) as child:
             if child.wait():
                 raise ModelError(f"An export could not be loaded afresh ({child.last_words()}); run 05 again.")
+        loaded = (model_source(config) if kind == "adapter" else folder for kind, folder in folders.items())
+        LOADS.update(Path(source).name for source in loaded)
         return {kind: Continuations.load(task.with_name(f"{kind}.safetensors")) for kind in folders}
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from utils.errors import HardwareError, ModelError, first_line
 from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
 from utils.models.tokenizer import load_tokenizer, model_source, require_safetensors
 from utils.models.unsloth_patches import patch_unsloth
-from utils.pipeline.stage import note_load
 from utils.schema import Config, LoraSection
 from utils.secrets import share_secrets
 
+LOADS: Counter[str] = Counter()  # models by name, loaded by this process or by those that it started: for the manifest
 _T4_GIB = 14.0
 
 
@@ -88,7 +89,7 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
                 use_exact_model_name=True,  # or the Hub id is silently remapped to a dynamically quantised repository
             )
             model.loaded_through_unsloth = True
-            note_load(source)
+            LOADS[Path(source).name] += 1
         else:
             model = load_plain(config, source)
     except (OSError, ValueError, SafetensorError) as error:
@@ -174,7 +175,7 @@ def load_plain(config: Config, source: str):
     """The model in `source` by plain transformers, in the run's dtype and quantisation, on its device."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    note_load(source)
+    LOADS[Path(source).name] += 1
     dtype, four_bit = torch_dtype(config), None
     own = AutoConfig.from_pretrained(source, revision=config.model.revision, trust_remote_code=False)
     if stored := getattr(own, "quantization_config", None):

@@ -1,11 +1,9 @@
 """A stage at work: what it needs is checked, it is marked as running, and at its end its outputs are put on record."""
 
-import os
+import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,15 +12,13 @@ from typing import Any
 from utils import hardware, progress
 from utils.config import flatten, read_config
 from utils.errors import RunDirError
-from utils.files import append_lines, is_folder, read_lines, record_files, sweep_scratch
+from utils.files import is_folder, record_files, sweep_scratch
 from utils.pipeline.lock import release_lock, take_lock
 from utils.pipeline.run_dir import CONFIG, RunDir, notebook_digest, open_run
 from utils.pipeline.stages import BY_NAME, Stage, ancestors
 from utils.project import DRIVE, source_digest
 from utils.schema import EMBEDDED
 from utils.secrets import hide_secrets
-
-_LOADS, _PLACE = ".loads.tmp", "SERIES_MODEL_LOADS"  # where loads are counted; all of a stage's processes inherit it
 
 
 @dataclass
@@ -47,16 +43,14 @@ class StageRun(RunDir):
         settings = flatten(self.config.model_dump(mode="json"))
         seeds = {key: value for key, value in settings.items() if key.endswith(".seed")}
         seconds, outputs = time.monotonic() - self.started, (*self.stage.outputs, *self.stage.optional)
-        loads = Counter(line["model"] for line in read_lines(self.file(_LOADS)))
-        os.environ.pop(_PLACE, None)
-        self.file(_LOADS).unlink(missing_ok=True)
+        loading = sys.modules.get("utils.models.load")  # by the stages that load no model it is not imported
         record = self.record(self.stage) | {
             "state": "done",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "peak_memory": hardware.peak_memory() | (peak or {}),
             "figures": figures,
-            "model_loads": loads,
+            "model_loads": dict(loading.LOADS) if loading else {},
             "provenance": {"seeds": seeds, **hardware.describe_determinism()},
             "outputs": record_files(self.path, outputs),
         }
@@ -112,15 +106,7 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
         outputs={},
     )
     progress.report_to(run.path)
-    os.environ[_PLACE] = str(run.file(_LOADS))
     return opened
-
-
-def note_load(source: str) -> None:
-    """Count that a model was loaded for the stage at work, whichever of its processes did it."""
-    if path := os.environ.get(_PLACE):
-        with suppress(OSError):
-            append_lines(Path(path), [{"model": Path(source).name}])
 
 
 def require_ancestors(run: RunDir, stage: Stage) -> None:

@@ -94,6 +94,8 @@ def read_recipe(run: StageRun) -> tuple[Callable, Callable]:
 
 def _launch(run: StageRun, count: int) -> None:
     """Find the step plan where it is open, alone, so that a trial without memory leaves nobody waiting; then train."""
+    from utils.models.load import LOADS
+    from utils.models.tokenizer import model_source
     from utils.training.step_plan import plan_on_file, wants_trials
 
     run.file(SUMMARY).unlink(missing_ok=True)
@@ -101,6 +103,7 @@ def _launch(run: StageRun, count: int) -> None:
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
     if wants_trials(run.config, rows) and plan_on_file(run, rows, count) is None:
         _run_to_the_end(run, [*launch, *worker, "--trials-for", count])
+        LOADS[Path(model_source(run.config)).name] += 1
     launch += ["-m", "accelerate.commands.accelerate_cli", "launch"]
     if run.config.hardware.accelerate_config is not None:
         launch += ["--config_file", run.config.hardware.accelerate_config]
@@ -108,6 +111,7 @@ def _launch(run: StageRun, count: int) -> None:
         launch += ["--multi_gpu", "--num_processes", count, "--num_machines", 1, "--main_process_port", 0]
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the trainer's arguments say which
     _run_to_the_end(run, [*launch, *worker])
+    LOADS[Path(model_source(run.config)).name] += count
 
 
 def _run_to_the_end(run: StageRun, command: list) -> None:
