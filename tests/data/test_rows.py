@@ -317,7 +317,7 @@ def test_one_system_message_is_left_out_and_said_and_several_are_refused(tmp_pat
     chats = [[{"role": "system", "content": said}, *CHAT] for said in ("Be kind.", "Be kind.", "Be brief.")]
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats[:2]])
     assert load_rows(local(path).data)[0]["Question"].tolist() == ["Why?", "Why?"]
-    assert "the system message is left out, 'Be kind.'" in capsys.readouterr().out
+    assert "the system message 'Be kind.' is left out" in capsys.readouterr().out
     write_jsonl(path, [{"messages": chat} for chat in chats])
     with pytest.raises(DataError, match="has 2 different system messages in messages, expected none or one for all"):
         load_rows(local(path).data)

@@ -77,7 +77,6 @@ def make_case(
 
 CASES = {
     "300 items": (300, 300),
-    "no open questions and no benchmark": (0, 200),
     "nothing checkable": (60, 200, False),
     "a null run": (300, 300, True, True),
     "one row": (1, 1),
@@ -152,7 +151,7 @@ def test_a_base_of_zero_has_no_percentage():
     (row,) = build_rows(metrics)
     assert row.change is None and row.sign == "cannot tell"
     models = [Evaluation({}, {}, answers(2, which), losses(0, which)) for which in (0, 1)]
-    metrics["secondary"] = [result("correct", [0.0, 0.0], [1.0, 0.0])]
+    metrics["secondary"] = [result("well_formed", [0.0, 0.0], [1.0, 0.0])]
     assert "base is near 0: no % of it" in words_of(compose_comparison(*models, metrics))
 
 

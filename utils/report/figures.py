@@ -122,9 +122,6 @@ def draw_bars(axis, metrics: dict) -> None:
 def _draw_reasoning(axis, base: pd.DataFrame, tuned: pd.DataFrame) -> None:
     """Tokens of reasoning of both models, and the token cap where it cut answers off."""
     _finish(axis, "Length of the reasoning", xlabel="tokens", ylabel="answers")
-    if not len(base):
-        _write_instead(axis, "no answers were generated in this run")
-        return
     frames = {"base": base, "fine-tuned": tuned}
     cut = pd.concat([frame.loc[frame["stopped"] == 0, "tokens"] for frame in frames.values()])
     top = max(*(frame["reasoning_tokens"].max() for frame in frames.values()), cut.max() if len(cut) else 0, 1)
