@@ -89,6 +89,6 @@ def source_digest() -> str:
 def embedded_fingerprint() -> str:
     """Twelve hex digits that name the embedded model's recipe, its data and the torch that trains it."""
     digest = hashlib.sha256(importlib.metadata.version("torch").encode())
-    for name in ("models/tiny.py", "data/synthetic.py", "data/prompts.py"):
+    for name in ("models/tiny.py", "data/synthetic.py", "data/clinic.yaml", "data/prompts.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()[:12]

@@ -79,9 +79,18 @@ def test_a_benchmark_is_drawn_by_seed_and_keeps_the_order_of_the_file(tmp_path):
         ([ITEM | {"id": 7}, ITEM | {"id": 7}], "the id 7 occurs twice."),
         ([{"question": "Which?", "opa": "a", "cop": 1}], "lacks options, answer_idx; expected question, options and"),
         ([{"q": "Which?"}], "opa to opd and cop (MedMCQA), or question, context and final_decision (PubMedQA)."),
-        ([row | {"cop": 1 + i % 2} for i, row in enumerate(MEDMCQA)], "cop holds 1, 2, so where it counts from cannot be told"),
-        ([row | {"cop": 4 * (i % 2)} for i, row in enumerate(MEDMCQA)], "cop holds 0, 4, so where it counts from cannot be told"),
-        ([row | {"cop": 7 * (i % 2)} for i, row in enumerate(MEDMCQA)], "cop holds 0, 7, so where it counts from cannot be told"),
+        (
+            [row | {"cop": 1 + i % 2} for i, row in enumerate(MEDMCQA)],
+            "cop holds 1, 2, so where it counts from cannot be told",
+        ),
+        (
+            [row | {"cop": 4 * (i % 2)} for i, row in enumerate(MEDMCQA)],
+            "cop holds 0, 4, so where it counts from cannot be told",
+        ),
+        (
+            [row | {"cop": 7 * (i % 2)} for i, row in enumerate(MEDMCQA)],
+            "cop holds 0, 7, so where it counts from cannot be told",
+        ),
         ([MEDMCQA[0], MEDMCQA[1] | {"cop": -1}], "take MedMCQA's split validation."),
         ([MEDMCQA[0] | {"cop": "b"}], "cop must be a whole number"),
         (

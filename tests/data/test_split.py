@@ -293,9 +293,7 @@ def test_where_only_a_part_of_a_group_fits_its_other_rows_are_excluded(tmp_path)
 
 def test_rows_that_are_all_one_question_are_refused_with_what_to_do(tmp_path):
     questions = [f"{FACTS[0][0]} {word}" for word in "please now thanks then indeed".split()]
-    with pytest.raises(
-        DataError, match=r"data.eval_rows=2 .*raise data.duplicate_threshold, or give more data.$"
-    ):
+    with pytest.raises(DataError, match=r"data.eval_rows=2 .*raise data.duplicate_threshold, or give more data.$"):
         split(tmp_path, questions, eval_rows=2)
     train, _, held_out, _ = split(tmp_path, questions, eval_rows=2, duplicate_threshold=1)
     assert (len(train), len(held_out)) == (3, 2)

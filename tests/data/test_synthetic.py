@@ -97,7 +97,7 @@ def test_no_test_question_is_a_training_question():
 def test_there_are_at_least_200_test_rows_over_all_conditions_and_kinds():
     rows = tuning_rows("test")
     assert len(rows) >= 200 and len({row["group"] for row in rows}) == CONDITIONS
-    asked = {kind: sum(text in row["Question"] for row in rows) for kind, text in demo_data._ASKED.items()}
+    asked = {kind: sum(text in row["Question"] for row in rows) for kind, text in demo_data._WORDS["asked"].items()}
     assert sum(asked.values()) == len(rows) and max(asked.values()) - min(asked.values()) <= 1
 
 

@@ -10,6 +10,9 @@ import itertools
 import random
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+
+import yaml
 
 DISCLAIMER = "Synthetic demo data with invented names: no medical advice."
 
@@ -18,42 +21,7 @@ FINDINGS_PER_CONDITION = 6
 TRIPLES = {"train": 11, "validation": 2, "test": 7}  # how the 20 triples of findings of a condition are divided
 KINDS = ("diagnosis", "test", "treatment")
 
-_FINDINGS = (
-    "a dry cough|a loud murmur|a mild fever|a pale tongue|a red rash|a slow pulse|a stiff neck|a swollen knee|"
-    "blue fingertips|brittle nails|burning feet|chest tightness|cloudy vision|cold sweats|cramping calves|"
-    "dark urine|double vision|drooping eyelids|dry eyes|easy bruising|facial flushing|frequent hiccups|"
-    "gritty eyes|hair loss|hand tremor|heavy legs|hoarse voice|itchy palms|jaw pain|joint stiffness|"
-    "leg swelling|light sensitivity|loose teeth|low mood|mouth ulcers|muscle twitching|nasal crusting|"
-    "neck swelling|night sweats|noisy breathing|numb toes|poor balance|poor sleep|puffy eyelids|rapid breathing|"
-    "ringing ears|salt craving|scaly elbows|shoulder pain|sour breath|spotted skin|sticky saliva|sudden thirst|"
-    "tender ribs|thin hair|watery stool|weak grip|weight loss|white patches|yellow skin"
-).split("|")
-_NAMES = (
-    "Arden|Belmar|Corvin|Dalton|Elwick|Farrow|Garnet|Halden|Istran|Jorvik|Kelmar|Lorne|Marlow|Norden|Orvell|Pelham|"
-    "Quill|Rowan|Selby|Tamsin|Ulric|Varden|Wexley|Yarrow|Zellin|Ashby|Brandt|Caldor|Dorset|Emlyn|Fenwick|Godric|"
-    "Hollis|Ivers|Jessop|Kendal|Lydon|Merrin|Nesbit|Osmond"
-).split("|")
-_CLASSES = ("syndrome", "fever", "palsy", "dystrophy")
-_ANALYTES = (
-    "alvin|beren|cadrin|doxal|elmin|ferol|galtin|hexan|ilvar|jadin|kovar|lumin|mirex|nalor|opsin|pyrel|quorin|rasol|"
-    "sitan|torvin|urlan|vexin|wolan|xenal|yorin|zarol|ambrin|brivol|crelan|drunin|eskol|frelan|grivol|huntin|istol|"
-    "jurlan|krivin|lestol|morlan|nivrin"
-).split("|")
-_TESTS = ("{} assay", "{} scan", "{} panel", "{} smear")
-_STEMS = (
-    "ab|bel|cor|dal|eph|fal|gor|hal|ib|jan|kel|lor|mep|nov|ol|pra|quin|ros|sel|tol|ul|vor|wil|yt|zan|ast|bru|cyl|dex|"
-    "fen|gly|hyd|kin|lys|myr|nep|oxa|pyl|rez|syn"
-).split("|")
-_DRUG_ENDINGS = ("atrine", "ovir", "umab", "exan")
-_FILLERS = (
-    "takes no medicine|does not smoke|works in an office|has two children|came by bus|walks every day|"
-    "lives near the coast|likes to cook"
-).split("|")
-_ASKED = {
-    "diagnosis": "Which diagnosis fits best?",
-    "test": "Which test confirms the cause?",
-    "treatment": "Which treatment should be given?",
-}
+_WORDS = yaml.safe_load((Path(__file__).parent / "clinic.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -78,14 +46,19 @@ class Case:
 def conditions() -> tuple[Condition, ...]:
     """The table of conditions; no three findings fit two of them, so every question has exactly one answer."""
     rng = random.Random(20261121)
-    names, analytes, stems = (rng.sample(pool, CONDITIONS) for pool in (_NAMES, _ANALYTES, _STEMS))
+    names, analytes, stems = (
+        rng.sample(pool, CONDITIONS) for pool in (_WORDS["names"], _WORDS["analytes"], _WORDS["stems"])
+    )
     table: list[Condition] = []
     while len(table) < CONDITIONS:
-        findings = tuple(sorted(rng.sample(_FINDINGS, FINDINGS_PER_CONDITION)))
+        findings = tuple(sorted(rng.sample(_WORDS["findings"], FINDINGS_PER_CONDITION)))
         if all(len(set(findings) & set(other.findings)) <= 2 for other in table):
             i = len(table)
-            test, drug = _TESTS[(i // 4) % 4].format(analytes[i]), stems[i] + _DRUG_ENDINGS[(i // 2) % 4]
-            answers = {"diagnosis": f"{names[i]} {_CLASSES[i % 4]}", "test": test, "treatment": drug}
+            test, drug = (
+                _WORDS["tests"][(i // 4) % 4].format(analytes[i]),
+                stems[i] + _WORDS["drug_endings"][(i // 2) % 4],
+            )
+            answers = {"diagnosis": f"{names[i]} {_WORDS['classes'][i % 4]}", "test": test, "treatment": drug}
             table.append(Condition(findings, answers))
     return tuple(table)
 
@@ -121,7 +94,7 @@ def _write_case(rng: random.Random, condition: int, triple: tuple[str, ...], kin
     findings = tuple(rng.sample(triple, 3))
     patient = f"{rng.choice(('man', 'woman'))} of {rng.randrange(20, 90)}"
     a, b, c = findings
-    question = f"A {patient} has {a}, {b} and {c}. The patient {rng.choice(_FILLERS)}. {_ASKED[kind]}"
+    question = f"A {patient} has {a}, {b} and {c}. The patient {rng.choice(_WORDS['fillers'])}. {_WORDS['asked'][kind]}"
     return Case(question, condition, findings, kind)
 
 

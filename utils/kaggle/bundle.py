@@ -21,7 +21,7 @@ from utils.project import NAME, ROOT
 KERNEL = ROOT / "kaggle_kernel.ipynb"
 SINGLES = ROOT / "bundles"
 MAXIMUM_BYTES = 900_000  # Kaggle refuses a source of 1 MB with a bare "400 Client Error"
-_PATTERNS = ("utils/**/*.py", "utils/report/templates/*", "notebooks/*.ipynb", "notebooks/profiles/*.yaml",
+_PATTERNS = ("utils/**/*.py", "utils/data/*.yaml", "utils/report/templates/*", "notebooks/*.ipynb", "notebooks/profiles/*.yaml",
              "requirements.txt")  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed date: the same files give the same archive
 TEMPLATE = Path(__file__).with_name("kernel.ipynb")  # the kernel's cells; what stands between two @ is filled in
