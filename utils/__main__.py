@@ -180,29 +180,28 @@ def push(
 ) -> None:
     """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
     from utils.kaggle import push as kaggle_push
-    from utils.kaggle.api import Kaggle
-    from utils.kaggle.sessions import push_until_done, require_unfinished
+    from utils.kaggle.api import Kaggle, readable
 
     if no_run and until_done:
         raise ServiceError("--no-run starts no session that --until-done could wait for; drop one.")
     kaggle = Kaggle(_log)
     what = kaggle_push.make_submission(kaggle, profile, parse_overrides(set_ or []), username, slug, not no_run)
     if continue_:
-        require_unfinished(kaggle, what.reference)
+        kaggle_push.require_unfinished(kaggle, what.reference)
         what = what.resuming()
     if dry_run:
         folder = Path(tempfile.mkdtemp(prefix=f"{NAME}-"))
         what.write(folder)
         console.print(f"{what.describe()}\nall of it is in {folder}; nothing was sent")
     elif until_done:
-        state = push_until_done(kaggle, what, console, sessions, poll)
+        state = kaggle_push.push_until_done(kaggle, what, console, sessions, poll)
         console.print(f"the last session ended as {state.state if state else 'unknown'}")
         collect(what.reference, poll=poll)
     else:
         kaggle_push.push_once(kaggle, what, console)
         if wait and not no_run:
             status, message = kaggle_push.wait(kaggle, what.reference, console, poll, just_pushed=True)
-            console.print(f"{what.reference}: {kaggle_push.readable(status)}{f': {message}' if message else ''}")
+            console.print(f"{what.reference}: {readable(status)}{f': {message}' if message else ''}")
             raise typer.Exit({"COMPLETE": 0, "ERROR": 1}.get(status, 3))
 
 

@@ -11,7 +11,7 @@ from tests.kaggle.test_collect import serve, write_run
 from tests.loopback import Answer, series_call
 from utils.errors import ServiceError
 from utils.kaggle.push import Submission
-from utils.kaggle.sessions import push_until_done
+from utils.kaggle.push import push_until_done
 from utils.pipeline.runner import checkpointed_steps
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
@@ -54,9 +54,9 @@ class Scripted:
 
     def __init__(self, ends: list, monkeypatch):
         self.ends, self.pushed = iter(ends), []
-        monkeypatch.setattr("utils.kaggle.sessions.push", self._push)
-        monkeypatch.setattr("utils.kaggle.sessions.wait", lambda *_, just_pushed: ("COMPLETE", ""))
-        monkeypatch.setattr("utils.kaggle.sessions.peek", self._peek)
+        monkeypatch.setattr("utils.kaggle.push.push", self._push)
+        monkeypatch.setattr("utils.kaggle.push.wait", lambda *_, just_pushed: ("COMPLETE", ""))
+        monkeypatch.setattr("utils.kaggle.push.peek", self._peek)
 
     def _push(self, kaggle, request):
         self.pushed.append(request)

@@ -179,3 +179,8 @@ def split_reference(reference: str) -> tuple[str, str]:
 def page(reference: str) -> str:
     """The kernel's address for a browser."""
     return f"https://www.kaggle.com/code/{reference}"
+
+
+def readable(state: str) -> str:
+    """`cancel acknowledged` of CANCEL_ACKNOWLEDGED."""
+    return state.replace("_", " ").lower()

@@ -14,8 +14,7 @@ from rich.text import Text
 
 from utils.errors import RunDirError
 from utils.files import list_files, parse_json, write_text
-from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
-from utils.kaggle.push import readable
+from utils.kaggle.api import FINISHED, Kaggle, page, readable, split_reference
 from utils.pipeline.console import read_sentence
 from utils.pipeline.run_dir import altered_files
 from utils.pipeline.state import FILE as STATE

@@ -1,4 +1,4 @@
-"""Push the kernel notebook to Kaggle: look at what would travel, send it, read the answer, wait for the end."""
+"""Push the kernel notebook to Kaggle: look at what would travel, send it, wait for the end; again where the work is longer."""
 
 import json
 import tempfile
@@ -13,8 +13,10 @@ from rich.console import Console
 from utils.config import expand_home, load_config
 from utils.errors import InfrastructureError, ServiceError
 from utils.files import is_there, parse_json, write_json, write_text
-from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
+from utils.kaggle.api import FINISHED, Kaggle, page, readable, split_reference
 from utils.kaggle.bundle import MAXIMUM_BYTES, build_kernel, bundled_files
+from utils.kaggle.collect import peek
+from utils.pipeline.state import SeriesState
 from utils.project import ROOT, command
 from utils.schema import Config
 from utils.secrets import redact
@@ -187,6 +189,33 @@ def wait(
             time.sleep(interval_s)
 
 
-def readable(state: str) -> str:
-    """`cancel acknowledged` of CANCEL_ACKNOWLEDGED."""
-    return state.replace("_", " ").lower()
+def require_unfinished(kaggle: Kaggle, reference: str) -> None:
+    """Raise ServiceError where the last session does not ask for another."""
+    state = peek(kaggle, reference)
+    if state is None or state.state != "continue":
+        word = "left no run directory" if state is None else f"ended as {state.state!r}"
+        raise ServiceError(f"The last session of {reference} {word}, so there is nothing to resume; drop --continue.")
+
+
+def push_until_done(
+    kaggle: Kaggle, what: Submission, console: Console, sessions: int = 6, interval_s: float = 30.0
+) -> SeriesState | None:
+    """Push `what`, and again with the last output attached, until a session is not to be continued; its state.
+
+    Raises ServiceError after `sessions` sessions, and where two in a row got no further.
+    """
+    before = ("", -1)
+    for number in range(1, sessions + 1):
+        version, url = push(kaggle, what)
+        console.print(f"session {number}: version {version}, {url}")
+        wait(kaggle, what.reference, console, interval_s, just_pushed=True)
+        state = peek(kaggle, what.reference)
+        if state is None or state.state != "continue":
+            return state
+        reached = (state.stage, state.steps)  # their names are in order
+        if reached <= before:
+            found = f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}"
+            raise ServiceError(f"{found}; raise hardware.max_hours, or lower train.save_steps.")
+        before, what = reached, what.resuming()
+        console.print(f"  to be continued at {state.stage}, step {state.steps}")
+    raise ServiceError(f"The series is not done after {sessions} sessions; push --continue --until-done for more.")

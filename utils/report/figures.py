@@ -144,7 +144,8 @@ def _draw_losses(axis, base_loss: pd.DataFrame, tuned_loss: pd.DataFrame) -> Non
     """One point for each held-out row: below the diagonal, fine-tuning made the reference less surprising."""
     _finish(axis, "Loss on each held-out row", xlabel="base (nats per token)", ylabel="fine-tuned")
     if not len(base_loss):
-        _write_instead(axis, "no held-out losses in this run")
+        axis.text(0.5, 0.5, "no held-out losses in this run", ha="center", color=INK, transform=axis.transAxes)
+        axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
         return
     base, tuned = base_loss["completion"], tuned_loss["completion"]
     top = max(base.max(), tuned.max()) * 1.08 or 1.0
@@ -154,10 +155,3 @@ def _draw_losses(axis, base_loss: pd.DataFrame, tuned_loss: pd.DataFrame) -> Non
     axis.text(top * 0.04, top * 0.93, f"lower in {(tuned < base).sum()} of {len(base)} rows", color=INK)
     axis.text(top * 0.97, top * 0.5, "fine-tuned\nbetter", ha="right", va="center", color=TUNED)
     axis.set(xlim=(0, top), ylim=(0, top), aspect="equal")
-
-
-def _write_instead(axis, words: str) -> None:
-    """A panel that has nothing to show says why."""
-    axis.text(0.5, 0.5, words, ha="center", va="center", color=INK, transform=axis.transAxes)
-    axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
-    axis.spines[:].set_visible(False)
