@@ -10,9 +10,10 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from benchmarks import merge, repeatability, smollm2
+from benchmarks import merge, repeatability, smollm2, suffix
 from benchmarks.calibration import Case, read_own, run_experiment
 from benchmarks.evidence import add_to_file
 from benchmarks.packing import ratio_over_seeds
@@ -270,6 +271,14 @@ def test_the_calibration_calls_no_model_better_or_worse_that_knows_as_much_and_k
     assert len(gains) == 3
     for name, case in gains.items():
         assert case["better"] == pytest.approx(case["announced"], abs=0.05), name
+
+
+def test_the_two_prompts_are_compared_by_strict_and_forced_accuracy_as_two_models_are():
+    right = np.arange(100) % 2.0
+    plain = pd.DataFrame({"group": [f"q{i}" for i in range(100)], "correct": right, "forced": right, "parsed": 1.0})
+    fewer = suffix.compare(plain, plain.assign(correct=0.0, parsed=0.0))
+    assert fewer["verdict"] == "cannot tell" and fewer["asked"] == {"plain": 0.0, "suffix": 1.0}
+    assert suffix.compare(plain, plain.assign(correct=0.0, forced=0.0))["verdict"] == "worse"
 
 
 def test_a_simulated_run_without_a_difference_is_judged_by_the_code_that_judges_real_ones():
