@@ -203,7 +203,11 @@ def calibration() -> str:
         for name, case in found.items()
     ]  # fmt: skip
     one = next(iter(found.values()))
-    source = f"{one['experiments']:,} simulated runs of {one['n']} questions each ({link('calibration')})."
+    own = evidence("calibration")["smollm2_answers"]
+    stated = [f"{model['letter'] + model['named_in_words']:.0%}" for model in own.values()]
+    source = (f"{one['experiments']:,} simulated runs of {one['n']} questions each ({link('calibration')}). Of SmolLM2's "
+              f"{own['base']['answers']} answers to MedQA {stated[0]} state an option after a closed think block before "
+              f"fine-tuning, and {stated[1]} after it.")  # fmt: skip
     return markdown(("the truth", 'says "better"', 'says "worse"', "announced by 00"), rows, source)
 
 

@@ -10,16 +10,18 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from benchmarks import merge, repeatability, smollm2
-from benchmarks.calibration import Case, run_experiment
+from benchmarks import merge, repeatability, smollm2, suffix
+from benchmarks.calibration import Case, read_own, run_experiment
 from benchmarks.evidence import add_to_file
 from benchmarks.packing import ratio_over_seeds
 from benchmarks.series import summarise
 from benchmarks.standin import build_standin, build_tokenizer
 from benchmarks.train_cases import CASES, flops_per_token
 from utils.export.compare_logits import check_tolerance
+from utils.files import append_lines
 from utils.models.tokenizer import load_tokenizer
 from utils.pipeline.stages import STAGES
 from utils.project import ROOT
@@ -262,7 +264,8 @@ def test_the_merge_benchmark_describes_its_options_and_no_number_of_rounds_but_t
 
 def test_the_calibration_calls_no_model_better_or_worse_that_knows_as_much_and_keeps_what_00_announces():
     cases = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text(encoding="utf-8"))["cases"]
-    for name in ("no difference", "fewer letters, same knowledge", "shorter, same knowledge"):
+    same = "SmolLM2 before and after, same knowledge"
+    for name in ("no difference", "fewer letters, same knowledge", "shorter, same knowledge", same):
         assert cases[name]["better"] + cases[name]["worse"] <= 0.05, name
     gains = {name: case for name, case in cases.items() if "announced" in case}
     assert len(gains) == 3
@@ -270,10 +273,37 @@ def test_the_calibration_calls_no_model_better_or_worse_that_knows_as_much_and_k
         assert case["better"] == pytest.approx(case["announced"], abs=0.05), name
 
 
+def test_the_two_prompts_are_compared_by_strict_and_forced_accuracy_as_two_models_are():
+    right = np.arange(100) % 2.0
+    plain = pd.DataFrame({"group": [f"q{i}" for i in range(100)], "correct": right, "forced": right, "parsed": 1.0})
+    fewer = suffix.compare(plain, plain.assign(correct=0.0, parsed=0.0))
+    assert fewer["verdict"] == "cannot tell" and fewer["asked"] == {"plain": 0.0, "suffix": 1.0}
+    assert suffix.compare(plain, plain.assign(correct=0.0, forced=0.0))["verdict"] == "worse"
+
+
 def test_a_simulated_run_without_a_difference_is_judged_by_the_code_that_judges_real_ones():
     forms = np.array([[1.0, 1.0], [0.0, 0.0]])
     for case, verdict in ((Case(), "cannot tell"), (Case(gain=0.4, asked=0.1), "better")):
-        assert run_experiment(case, 300, forms, np.random.default_rng(1)) == verdict
+        assert run_experiment(case, 300, (forms, forms), np.random.default_rng(1)) == verdict
+
+
+def test_the_forms_of_a_models_own_answers_are_counted_as_they_are_scored(tmp_path):
+    texts = {
+        "a": "Hm.</think>The answer is B.",
+        "b": "Hm.</think>It is gout.",
+        "c": "Hm.</think>No.",
+        "d": "The answer is B.",
+    }
+    rows = [
+        {"id": name, "kind": "choice", "text": text, "finish_reason": "length" if name == "d" else "stop", "tokens": 8}
+        for name, text in texts.items()
+    ]
+    append_lines(tmp_path / "answers.jsonl", [*rows, {"id": "open", "kind": "open"}])
+    append_lines(tmp_path / "items.jsonl", [{"id": name, "options": {"A": "gout", "B": "flu"}} for name in texts])
+    forms, told = read_own(tmp_path / "answers.jsonl", tmp_path / "items.jsonl")
+    assert forms.tolist() == [[1, 1], [1, 1], [1, 0], [0, 0]]
+    shares = {name: told[name] for name in ("letter", "named_in_words", "neither", "cut_off")}
+    assert set(shares.values()) == {0.25} and told["answers"] == 4 and told["tokens"] == 8
 
 
 def test_the_ratio_over_seeds_and_its_interval_are_those_of_a_t_test_on_its_logarithm():

