@@ -4,6 +4,8 @@ VENV := .venv
 IN := $(VENV)/bin/python
 TOOLS := .venv-tools
 LOWEST := .venv-lowest
+COLAB := .venv-colab
+IMAGE_PYTHON ?= python3.13
 COMPILE := $(TOOLS)/bin/uv pip compile --quiet --no-emit-index-url --no-emit-find-links --annotation-style line requirements-cpu.txt
 WITHOUT_CUDA := grep -vE '^((nvidia|cuda)-|triton=)'  # pip takes them where the index's torch asks for them
 # Generated, or pictures, or YAML made to end its readers, a scanner's among them.
@@ -20,7 +22,7 @@ NO_ITEMS = { echo "No ITEMS, and the Hub does not answer: no multiple choice, so
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo real test test-rest test-all faults lint lock lowest drift bundle bench tables address clean
+.PHONY: demo real test test-rest test-all faults lint lock lowest drift colab bundle bench tables address clean
 
 demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
@@ -66,6 +68,12 @@ drift: $(VENV)/installed $(TOOLS)/installed  ## what moved outside: advisories, 
 	-PYTHONPATH=$(TOOLS)/newest $(IN) -m pytest -q -p no:cacheprovider 'tests/test_sources.py::test_no_source_breaks_the_rule[not_taken]'
 	$(IN) -m tests.drift $(IMAGE)
 
+colab: $(VENV)/installed $(TOOLS)/installed  ## the bundle, and 00 to 05 on a machine each with Drive between them, in the versions of Colab's image
+	$(IMAGE_PYTHON) -m venv --clear $(COLAB)
+	$(IN) -m tests.colab_image $(IMAGE) $(COLAB)/requirements.txt --python $(COLAB)/bin/python
+	$(COLAB)/bin/python -m pip install --quiet --no-deps -r $(COLAB)/requirements.txt
+	COLAB_PYTHON=$(CURDIR)/$(COLAB)/bin/python COLAB_RESULT=$(CURDIR)/benchmarks/results/colab-run.json $(IN) -m pytest -q tests/e2e/test_colab.py
+
 bundle: $(VENV)/installed  ## kaggle_kernel.ipynb, the series in one file
 	$(IN) -m utils bundle
 
@@ -107,4 +115,4 @@ address: $(VENV)/installed  ## make address REPOSITORY=you/fork: put your reposi
 	@echo "Badges and bootstrap cells point to $(REPOSITORY); put your Kaggle user name into id in kernel-metadata.json, commit, and tag as REF in utils/project.py says: notebooks opened alone clone that tag."
 
 clean:
-	rm -rf $(VENV) $(TOOLS) $(LOWEST) runs
+	rm -rf $(VENV) $(TOOLS) $(LOWEST) $(COLAB) runs

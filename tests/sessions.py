@@ -113,7 +113,7 @@ _RUN_BY_HAND = """
 import sys, nbclient, nbformat
 notebook = nbformat.reads(sys.stdin.read(), as_version=4)
 try:
-    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=None).execute(cwd="/content")
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=None, startup_timeout=600).execute(cwd="/content")
 finally:
     nbformat.write(notebook, "/content/executed.json")
 """
