@@ -115,4 +115,4 @@ address: $(VENV)/installed  ## make address REPOSITORY=you/fork: put your reposi
 	@echo "Badges and bootstrap cells point to $(REPOSITORY); put your Kaggle user name into id in kernel-metadata.json, commit, and tag as REF in utils/project.py says: notebooks opened alone clone that tag."
 
 clean:
-	rm -rf $(VENV) $(TOOLS) $(LOWEST) $(COLAB) runs
+	rm -rf $(VENV) $(TOOLS) $(LOWEST) $(COLAB) $(VENV)-transformers $(VENV)-bentoml runs

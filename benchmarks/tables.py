@@ -240,6 +240,19 @@ def gguf() -> str:
     return markdown(("file", "same greedy tokens as in transformers", "size"), rows, source)
 
 
+def serving() -> str:
+    found = evidence("serving")
+    rows = [
+        (name, f"`{case['line']}`", f"{case['identical']} of {case['prompts']}" if "identical" in case else "not run")
+        for name, case in found["servers"].items()
+    ]
+    reasons = "".join(
+        f" {name} was not run: {case['not_run']}." for name, case in found["servers"].items() if "not_run" in case
+    )
+    source = measured("serving", f"Profile `{found['profile']}`, answers of {found['answer_tokens']:,} tokens together")
+    return markdown(("server", "started with", "same greedy tokens as model.generate"), rows, source + reasons)
+
+
 def repeatability() -> str:
     found = evidence("repeatability")
     rows = [
@@ -300,7 +313,8 @@ def make_targets() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
     for table in (
-        answering, calibration, colab_image, gguf, killed, make_targets, merge, packing_parity, real_model, repeatability, scorers, series, split, stages,
+        answering, calibration, colab_image, gguf, killed, make_targets, merge, packing_parity, real_model, repeatability,
+        scorers, series, serving, split, stages,
         training, training_ratios, training_rows,
     )
 }  # fmt: skip

@@ -10,8 +10,7 @@ from rich.console import Console
 from tests.kaggle.test_collect import serve, write_run
 from tests.loopback import Answer, series_call
 from utils.errors import ServiceError
-from utils.kaggle.push import Submission
-from utils.kaggle.push import push_until_done
+from utils.kaggle.push import Submission, push_until_done
 from utils.pipeline.runner import checkpointed_steps
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
