@@ -128,12 +128,13 @@ def quantise(source: Path, target: Path) -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(
         source,
+        trust_remote_code=False,
         dtype=torch.bfloat16,
         device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
         quantization_config=four_bit,
     )
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(target)
 
 
 def _total_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
