@@ -10,7 +10,10 @@ from tests.conftest import run_command
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--profile", "demmo"], "There is no profile 'demmo'; there are demo, full, local24, smollm2, t4, t4-quick, tutorial."),
+        (
+            ["--profile", "demmo"],
+            "There is no profile 'demmo'; there are demo, full, local24, smollm2, t4, t4-quick, tutorial.",
+        ),
         (["--profile", "[/b]"], "There is no profile '[/b]'; there are"),  # square brackets are no markup
         (["--set", "train.learning_rat=1"], "train.learning_rat is not a setting; did you mean train.learning_rate?"),
         (["--set", "train.learning_rate=-1"], "train.learning_rate is -1: input should be greater than 0"),

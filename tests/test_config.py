@@ -141,7 +141,9 @@ def test_an_override_changes_its_key_and_nothing_else():
 
 
 def test_an_unknown_profile_is_refused_with_the_list_of_those_that_exist():
-    with pytest.raises(ConfigError, match=r"There is no profile 'dmo'; there are demo, full, local24, smollm2, t4, t4-quick, tutorial."):
+    with pytest.raises(
+        ConfigError, match=r"There is no profile 'dmo'; there are demo, full, local24, smollm2, t4, t4-quick, tutorial."
+    ):
         load_config("dmo")
 
 
