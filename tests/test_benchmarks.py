@@ -23,7 +23,6 @@ from benchmarks.train_cases import CASES, flops_per_token
 from utils.export.compare_logits import check_tolerance
 from utils.files import append_lines
 from utils.models.tokenizer import load_tokenizer
-from utils.pipeline.stages import STAGES
 from utils.project import ROOT
 
 EVIDENCE = json.loads((ROOT / "benchmarks" / "results" / "series-8b.json").read_text(encoding="utf-8"))
