@@ -191,10 +191,8 @@ def check_cuda(hardware: "HardwareSection") -> str:
         driver = (_ask_driver("driver_version") or ["0"])[0].strip()
         takes = next((cuda for since, cuda in _CUDA_OF_DRIVER.items() if int(driver.split(".")[0]) >= since), 11)
         found = f"{build}, built for CUDA {torch.version.cuda}, cannot compute on this GPU ({first_line(error)})"
-        instead = (
-            f"the driver {driver} takes builds for CUDA {takes}: choose one at pytorch.org/get-started, or update it"
-        )
-        raise HardwareError(f"{found}; {instead}.") from None
+        instead = f"the driver {driver} takes builds for CUDA {takes}: choose one at pytorch.org/get-started"
+        raise HardwareError(f"{found}; {instead}, or update it.") from None
     return f"{build} computes on {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 

@@ -69,9 +69,8 @@ def install_missing(restart: bool = True) -> None:
         planned = _plan(missing)
         replaced = [name for name in planned if installed(name)]
         stale = sorted(_loaded() & set(replaced)) if restart else []
-        print(
-            f"installing {len(planned)} packages, {len(replaced)} of them in place of the image's: {', '.join(planned)}"
-        )
+        of_which = f"{len(replaced)} of them in place of the image's"
+        print(f"installing {len(planned)} packages, {of_which}: {', '.join(planned)}")
         if stale:
             print(f"this kernel has loaded {', '.join(stale)}: once they are installed, it has to be restarted")
         _pip("install", "--no-deps", *(f"{name}=={version}" for name, version in planned.items()))

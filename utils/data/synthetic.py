@@ -46,18 +46,14 @@ class Case:
 def conditions() -> tuple[Condition, ...]:
     """The table of conditions; no three findings fit two of them, so every question has exactly one answer."""
     rng = random.Random(20261121)
-    names, analytes, stems = (
-        rng.sample(pool, CONDITIONS) for pool in (_WORDS["names"], _WORDS["analytes"], _WORDS["stems"])
-    )
+    names, analytes, stems = (rng.sample(_WORDS[pool], CONDITIONS) for pool in ("names", "analytes", "stems"))
     table: list[Condition] = []
     while len(table) < CONDITIONS:
         findings = tuple(sorted(rng.sample(_WORDS["findings"], FINDINGS_PER_CONDITION)))
         if all(len(set(findings) & set(other.findings)) <= 2 for other in table):
             i = len(table)
-            test, drug = (
-                _WORDS["tests"][(i // 4) % 4].format(analytes[i]),
-                stems[i] + _WORDS["drug_endings"][(i // 2) % 4],
-            )
+            test = _WORDS["tests"][(i // 4) % 4].format(analytes[i])
+            drug = stems[i] + _WORDS["drug_endings"][(i // 2) % 4]
             answers = {"diagnosis": f"{names[i]} {_WORDS['classes'][i % 4]}", "test": test, "treatment": drug}
             table.append(Condition(findings, answers))
     return tuple(table)

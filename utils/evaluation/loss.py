@@ -98,9 +98,8 @@ def forced_letters(
 def measure_letters(model, tokenizer, items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
     """Append to `path` the letter that the logits say right after each question, as lm-eval's medqa_4options does."""
     prompts = [format_letter_prompt(item.question, item.options) for item in items.itertuples()]
-    asked = list(
-        zip(items["id"].astype(str), _letter_keys(items, digest).values(), prompts, items["options"], strict=True)
-    )
+    keys = _letter_keys(items, digest)
+    asked = list(zip(keys, keys.values(), prompts, items["options"], strict=True))
     _append_letters(model, tokenizer, asked, path, "reading letters")
     return read_letters(items, path, digest)
 

@@ -62,25 +62,24 @@ def score_answers(
         row, completion = known[kind][identifier], parsing.parse_completion(answer["text"])
         score = _score(kind, completion, row, forced.get(identifier))
         group, stopped = row.get("group"), float(answer["finish_reason"] == "stop")
-        scored.append(
-            {
-                "id": identifier,
-                "kind": kind,
-                "benchmark": row.get("benchmark", ""),
-                "group": group if isinstance(group, str) else identifier,
-                **score,
-                # Stated on the way and then cut off: nobody knows what the end would have been.
-                "correct": score["correct"] * stopped,
-                "well_formed": float(completion.well_formed),
-                "one_paragraph": float(parsing.count_paragraphs(completion.answer) == 1),
-                "bullets": float(parsing.has_bullets(completion.answer)),
-                "stopped": stopped,
-                "truncated": 1.0 - stopped,
-                "tokens": answer["tokens"],
-                "reasoning_tokens": answer["reasoning_tokens"],
-                "answer_tokens": answer["tokens"] - answer["reasoning_tokens"],
-            }
-        )
+        columns = {
+            "id": identifier,
+            "kind": kind,
+            "benchmark": row.get("benchmark", ""),
+            "group": group if isinstance(group, str) else identifier,
+            **score,
+            # Stated on the way and then cut off: nobody knows what the end would have been.
+            "correct": score["correct"] * stopped,
+            "well_formed": float(completion.well_formed),
+            "one_paragraph": float(parsing.count_paragraphs(completion.answer) == 1),
+            "bullets": float(parsing.has_bullets(completion.answer)),
+            "stopped": stopped,
+            "truncated": 1.0 - stopped,
+            "tokens": answer["tokens"],
+            "reasoning_tokens": answer["reasoning_tokens"],
+            "answer_tokens": answer["tokens"] - answer["reasoning_tokens"],
+        }
+        scored.append(columns)
     return pd.DataFrame(scored).sort_values("id", ignore_index=True)
 
 

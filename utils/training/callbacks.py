@@ -63,10 +63,8 @@ class Stopwatch(TrainerCallback):
         def counted(*arguments, **keywords):
             batches, items = take(*arguments, **keywords)
             masks = [batch.get("attention_mask") for batch in batches]
-            counts = [
-                b["input_ids"].numel() if m is None else int(m.sum()) for b, m in zip(batches, masks, strict=True)
-            ]
-            self.tokens.append(sum(counts))
+            pairs = zip(batches, masks, strict=True)
+            self.tokens.append(sum(b["input_ids"].numel() if m is None else int(m.sum()) for b, m in pairs))
             return batches, items
 
         trainer.get_batch_samples = counted

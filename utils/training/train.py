@@ -226,9 +226,8 @@ def save_adapter(model, tokenizer, run: StageRun, log: pd.DataFrame) -> None:
         path = folder / "adapter_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         lists = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
-        write_json(
-            path, settings | {key: sorted(settings[key]) for key in lists if isinstance(settings.get(key), list)}
-        )
+        ordered = {key: sorted(settings[key]) for key in lists if isinstance(settings.get(key), list)}
+        write_json(path, settings | ordered)
     _save_log(log, run)
 
 
