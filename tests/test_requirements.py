@@ -96,6 +96,14 @@ def test_the_table_of_what_colabs_image_loses_is_of_these_pins_and_within_its_li
     assert not set(table["installed"]) & set(replaced) and table["left"]["all"] > table["left"]["used"] > 100
 
 
+def test_nothing_that_the_images_kernel_has_loaded_before_the_first_cell_is_replaced():
+    """Measured by tests/e2e/test_colab.py with the image's IPython and ipykernel; colabtools loads no pandas at its start."""
+    ran = json.loads((TABLE.parent / "colab-run.json").read_text(encoding="utf-8"))
+    loaded = {canonicalize_name(name) for name in ran["loaded before the first cell"]["packages"]}
+    replaced = json.loads(TABLE.read_text(encoding="utf-8"))["after"]
+    assert {"ipython", "ipykernel", "tornado", "pyzmq"} <= loaded and not loaded & set(replaced)
+
+
 def test_make_address_does_without_what_only_gnu_sed_has(tmp_path):
     """macOS's `sed -i` takes the next word for a suffix."""
     for name in ("README.md", "utils/project.py", "notebooks/a.ipynb"):
