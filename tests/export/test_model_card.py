@@ -34,6 +34,7 @@ def hub_run(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path / "run")
     write_evidence(run)
     hub = {"evaluate.more_benchmarks": [{"name": "qiaojin/PubMedQA", "split": "train"}], "model.revision": "a" * 40}
+    hub["export.base_revision"] = "a" * 40  # of the 16-bit sibling
     run.config = load_config("t4", hub | {"evaluate.benchmark.revision": "e" * 40, "prompt.style": "native"})
     return run
 

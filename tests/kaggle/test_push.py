@@ -109,7 +109,7 @@ def test_a_dry_run_shows_what_would_be_sent_and_leaves_it_as_the_command_line_ta
     assert f'id: "{REFERENCE}"' in dry.stdout and 'machine_shape: "NvidiaTeslaT4"' in dry.stdout
     assert "PROFILE = 't4'" in dry.stdout and "OVERRIDES = {'train.seed': 1}" in dry.stdout
     folder = Path(re.search(r"all of it is in (\S+);", dry.stdout)[1])
-    assert kaggle_cli(kaggle_server, home, "kernels", "push", "-p", ".", cwd=folder).returncode == 0
+    assert kaggle_cli(kaggle_server, home, "kernels", "push", "-p", ".", "-t", "32400", cwd=folder).returncode == 0
     assert series_call(kaggle_server, home, *words).returncode == 0
     theirs, ours = kaggle_server.versions
     assert ours == theirs and f"text: {len(ours['text']):,} of 900,000 bytes" in dry.stdout

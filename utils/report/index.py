@@ -27,7 +27,7 @@ _FIGURES = {
     "data/lengths.png": "What the model was trained on",
 }
 _PANDAS_STYLE = re.compile(r"<style scoped>.*?</style>", re.DOTALL)  # the page has its own
-_BADGE = re.compile(r"^\[!\[Open in.*", re.MULTILINE)
+_BADGE = re.compile(r"^.*\[!\[Open in.*", re.MULTILINE)
 _TAGS = frozenset(
     "a abbr b blockquote br code dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i li ol p pre s small span strong sub "
     "summary sup table tbody td th thead tr u ul wbr".split()
