@@ -56,6 +56,8 @@ def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Con
 def read_config(file: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """A run's config.yaml with `overrides` applied, validated together; raises ConfigError as `load_config` does."""
     values = _read_yaml(file, "bring it back, or begin anew with --fresh")
+    if isinstance(values.get("data"), dict):
+        values["data"].pop("shuffle", None)  # of runs from before rows were always drawn by seed
     if overrides and _is_primary_automatic(values):
         values["evaluate"]["primary"] = "auto"  # other data can carry another metric
     return _validate(_apply(values, overrides), str(file))

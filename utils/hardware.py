@@ -186,7 +186,8 @@ def check_cuda(hardware: "HardwareSection") -> str:
     build = f"torch {torch.__version__}"
     try:
         for number in range(max(1, torch.cuda.device_count())):
-            torch.ones(64, 64, device=f"cuda:{number}").square().sum().item()
+            ones = torch.ones(64, 64, device=f"cuda:{number}")
+            (ones @ ones).sum().item()
     except (RuntimeError, AssertionError) as error:
         driver = (_ask_driver("driver_version") or ["0"])[0].strip()
         takes = next((cuda for since, cuda in _CUDA_OF_DRIVER.items() if int(driver.split(".")[0]) >= since), 11)

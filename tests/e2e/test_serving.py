@@ -30,7 +30,7 @@ from tests.exported import make_run, write_evidence
 from utils.errors import ModelError
 from utils.export.gguf import file_name
 from utils.export.model_card import make_card
-from utils.hardware import read_pins
+from utils.pins import read_pins
 from utils.project import ROOT
 
 SERVICE = (SERVING / "service.py").read_text(encoding="utf-8")

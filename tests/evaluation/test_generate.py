@@ -231,9 +231,9 @@ def test_a_long_answering_says_once_what_the_rest_will_take_and_what_comes_after
     monkeypatch.setattr("utils.progress._FORECAST_AFTER_S", 0.0)
     monkeypatch.setattr("utils.progress._WORTH_A_FORECAST_S", 0.0)
     single = GREEDY.model_copy(update={"batch_size": 1})
-    answer_questions(*tiny_model, questions(), single, tmp_path / "a.jsonl", "model")
+    answer_questions(*tiny_model, questions(), single, tmp_path / "a.jsonl", "model", ahead=" And then?")
     said = capsys.readouterr().out
-    assert said.count("Forecast: about ") == said.count("The other model's take at least as long") == 1
+    assert said.count("Forecast: about ") == said.count(" that have ended). And then?") == 1
     assert re.search(
         r"more for these answers \([\d,]+ tokens/s so far, some [\d,]+ tokens an answer by [01] that", said
     )

@@ -71,7 +71,7 @@ def test_a_run_without_an_adapter_is_a_sentence_and_a_stale_or_damaged_adapter_t
     run.write_record(BY_NAME["03_lora_training"], state="done", outputs=outputs)
     monkeypatch.setattr(type(run), "out_of_date", lambda self, stage: f"{stage.name} is out of date")
     with pytest.raises(
-        RunDirError, match="03_lora_training is out of date; its adapter is not the one that config.yaml describes"
+        RunDirError, match=r"03_lora_training is out of date; its adapter is not the one that config.yaml describes"
     ):
         require_adapter(run)
     monkeypatch.setattr(type(run), "out_of_date", lambda self, stage: None)

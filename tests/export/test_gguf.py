@@ -42,9 +42,7 @@ def test_the_embedded_models_rule_is_gpt_2s(tiny_folder):
 
 def test_a_tree_that_is_not_built_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
-    with pytest.raises(
-        HardwareError, match=r"lacks convert_hf_to_gguf\.py, convert_lora_to_gguf\.py or a built llama-quantize"
-    ):
+    with pytest.raises(HardwareError, match=r"lacks convert_hf_to_gguf\.py or a built llama-quantize"):
         find_llama_cpp()
     (tmp_path / "convert_hf_to_gguf.py").touch()
     quantize = tmp_path / "build" / "bin" / "llama-quantize"

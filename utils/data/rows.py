@@ -1,7 +1,7 @@
 """Rows: read, checked, and written once they are split.
 
-A row has Question, Complex_CoT and Response, under these names, under those of data.columns, or as a chat. Beside them it may carry `answer` and `choices` (where an answer can be
-checked by rule, as in the demo) and `group` (rows that are not independent of each other share one).
+A row has Question, Complex_CoT and Response, under these names, under those of data.columns, or as a chat; `answer` and
+`choices` where a rule can check it, as in the demo; and `group`, which rows share that depend on each other.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
 """The embedded default's data: a synthetic clinic, written by rule so that every answer can be checked.
 
-Everything is invented, under made-up names, in the schema of the real data set (Question, Complex_CoT, Response).
-`write_base_row` is long-winded, bulleted and follows a *wrong* table: it teaches the demo's base model its planted
-ignorance. `write_tuning_row` is short and right: LoRA learns from it. Every word of a tuning row also occurs in the base
-rows; a word whose (frozen) embedding the base never trained would cost the demo its effect.
+`write_base_row` is long-winded, bulleted and follows a *wrong* table: the base model's planted ignorance.
+`write_tuning_row` is short and right: LoRA learns from it. Every word of a tuning row also occurs in the base rows; one
+whose (frozen) embedding the base never trained would cost the demo its effect.
 """
 
 import itertools

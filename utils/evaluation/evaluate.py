@@ -71,7 +71,8 @@ def evaluate_model(run: RunDir, model, tokenizer, which: Model) -> Evaluation:
         print(f"adapter switched off: at most {deviation:.4%} from the base's losses")
     with Workers(run, which) as workers:
         path, ends = folder / "answers.jsonl", config.hardware.max_hours
-        answers = answer_questions(model, tokenizer, questions, config.generate, path, digest, workers, ends)
+        ahead = " The fine-tuned model's may take as long; 03 tells its own time." if which == "base" else ""
+        answers = answer_questions(model, tokenizer, questions, config.generate, path, digest, workers, ends, ahead)
     losses.forced_letters(model, tokenizer, questions, answers, benchmark, folder / "forced.jsonl")
     loss = losses.completion_loss(model, tokenizer, rows, config.model.max_seq_length)
     write_frame(folder / "nll.parquet", loss)

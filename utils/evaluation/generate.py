@@ -42,21 +42,14 @@ class Pending:
 
 
 def answer_questions(
-    model,
-    tokenizer,
-    questions: Sequence[Question],
-    config: GenerateSection,
-    path: Path,
-    digest: str,
-    helpers=None,
-    max_hours: float | None = None,
+    model, tokenizer, questions, config: GenerateSection, path: Path, digest, helpers=None, max_hours=None, ahead=""
 ) -> list[dict]:
     """Answer every question, append each answer to `path` (JSONL) as soon as it is complete, and return all in order.
 
     An answer on file to the same prompt, by the same model (its `digest`) and decoding, is not generated again.
-    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. `tokens` counts the end token,
-    `reasoning_tokens` go up to and with `</think>`. Raises OutOfMemory where even a single question does not fit,
-    and SessionOver, between two batches, where the session would pass `max_hours`.
+    `helpers` (`workers.Workers`) take over shares; what they leave undone is done here. A forecast ends in `ahead`.
+    `tokens` counts the end token, `reasoning_tokens` go up to and with `</think>`. Raises OutOfMemory where even a single
+    question does not fit, and SessionOver, between two batches, where the session would pass `max_hours`.
     """
     keys = {q.id: answer_key(q, config, digest) for q in questions}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +62,7 @@ def answer_questions(
         if not missing:
             return [answers[q.id] for q in questions]
         mine = helpers.start(missing) if helpers else missing
-        _generate(model, tokenizer, mine, config, keys, path, Deadline.of(max_hours))
+        _generate(model, tokenizer, mine, config, keys, path, Deadline.of(max_hours), ahead)
         if helpers:
             helpers.wait()
             helpers = None  # a second pass, if there is one, is ours alone
@@ -80,7 +73,7 @@ def share_path(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number}.jsonl")
 
 
-def _generate(model, tokenizer, questions: Sequence[Question], config, keys, path, deadline: Deadline) -> None:
+def _generate(model, tokenizer, questions: Sequence[Question], config, keys, path, deadline: Deadline, ahead) -> None:
     """One process's loop, in rounds of ROUND_TOKENS: others take the places of finished answers, so that none waits for
     the longest; the rest is prefilled again, which costs far less than decoding it did.
     """
@@ -122,8 +115,7 @@ def _generate(model, tokenizer, questions: Sequence[Question], config, keys, pat
             bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
             each = expected_tokens(tokens, ended, config.max_new_tokens)
             by = f"{speed:,.0f} tokens/s so far, some {each:,.0f} tokens an answer by {ended} that have ended"
-            others = "The other model's take at least as long, and training tells its own time after its first updates."
-            bar.forecast((len(questions) * each - tokens) / speed, f"these answers ({by}). {others}")
+            bar.forecast((len(questions) * each - tokens) / speed, f"these answers ({by}).{ahead}")
     forget_cache(model)
 
 

@@ -104,14 +104,7 @@ def difference_interval(differences: np.ndarray, groups: Sequence[str], resample
 
 
 def compare_paired(
-    name: str,
-    base: Sequence[float],
-    tuned: Sequence[float],
-    groups: Sequence[str],
-    *,
-    higher_is_better: bool = True,
-    resamples: int = 10_000,
-    seed: int = 0,
+    name: str, base: Sequence, tuned: Sequence, groups: Sequence, *, higher_is_better=True, resamples=10_000, seed=0
 ) -> Result:
     """Two models on the same items in the same order: McNemar's exact test for 0/1 values of independent items, the
     group-wise sign-flip test otherwise. Raises ValueError where they do not pair up or a value is not finite.

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ LORA = "adapter-f32.gguf"  # the factors are small: kept as they are
 # How far the best token may lie above the second, in logits, where another arithmetic still takes the second.
 MARGINS = {"f16": 0.5, "q8_0": 1.0}
 HOME = Path.home() / ".unsloth" / "llama.cpp"  # where unsloth keeps it
-_CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
+_CONVERTER, _OF_LORA = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"  # unsloth's build has no second one
 _START_S = 600  # a 16 GB file from a slow disk
 
 
@@ -47,13 +47,13 @@ def find_program(tree: Path, name: str) -> Path | None:
 
 
 def find_llama_cpp() -> Path | None:
-    """The tree in LLAMA_CPP_DIR, or the one that unsloth keeps; None where neither has converters and quantiser."""
+    """The tree in LLAMA_CPP_DIR, or the one that unsloth keeps; None where neither has converter and quantiser."""
     named = os.environ.get("LLAMA_CPP_DIR")
     tree = Path(named or os.environ.get("UNSLOTH_LLAMA_CPP_PATH") or HOME).expanduser().resolve()
-    if all((tree / name).exists() for name in _CONVERTERS) and find_program(tree, "llama-quantize"):
+    if (tree / _CONVERTER).exists() and find_program(tree, "llama-quantize"):
         return tree
     if named:
-        lack = f"{', '.join(_CONVERTERS)} or a built llama-quantize"
+        lack = f"{_CONVERTER} or a built llama-quantize"
         raise HardwareError(f"LLAMA_CPP_DIR is {named}, which lacks {lack}; unset it, or name a built tree.")
     return None
 
@@ -64,10 +64,11 @@ def fetch_llama_cpp() -> Path | None:
     fetch = (
         "import sys, unsloth_zoo.llama_cpp as u; sys.exit(not u._install_llama_cpp_prebuilt(u.LLAMA_CPP_DEFAULT_DIR))"
     )
-    with suppress(ModelError):
+    try:
         _call([sys.executable, "-c", fetch])
-        return find_llama_cpp()
-    return None
+    except ModelError as error:
+        print(f"unsloth's build of llama.cpp was not fetched: {error}")
+    return find_llama_cpp()
 
 
 def _call(words: Sequence[str | Path]) -> None:
@@ -115,7 +116,8 @@ def _convert_all(run: StageRun, plan: "Plan", target: Path) -> Path:
     with atomic_folder(target) as folder:
         convert(plan.llama_cpp, merged, run.file("export/adapter"), folder, plan.kinds, scratch)
         config, smallest = run.config, file_name(min(plan.kinds, key=BITS.get))
-        text = make_modelfile(smallest, config.prompt, config.generate, config.model.max_seq_length)
+        context = max(config.model.max_seq_length, 2 * config.generate.max_new_tokens)
+        text = make_modelfile(smallest, config.prompt, config.generate, context)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     return target
 
@@ -128,13 +130,12 @@ def convert(
     An f16 that is none of them is made in `scratch`, `folder` by default, and deleted.
     """
     whole = (folder if "f16" in kinds else scratch or folder) / file_name("f16")
-    model_script, lora_script = (tree / name for name in _CONVERTERS)
     ours = ["-m", "utils.export.gguf"] if name_pre_tokenizer(merged / "tokenizer.json") else []
-    _call([sys.executable, *ours, model_script, merged, "--outfile", whole, "--outtype", "f16"])
+    _call([sys.executable, *ours, tree / _CONVERTER, merged, "--outfile", whole, "--outtype", "f16"])
     for kind in set(kinds) - {"f16"}:
         _call([find_program(tree, "llama-quantize"), whole, folder / file_name(kind), kind.upper()])
-    lora = [sys.executable, lora_script, "--base", merged, "--outtype", "f32", "--outfile", folder / LORA, adapter]
-    _call(lora)
+    if (script := tree / _OF_LORA).exists():
+        _call([sys.executable, script, "--base", merged, "--outtype", "f32", "--outfile", folder / LORA, adapter])
     if "f16" not in kinds:
         whole.unlink()
 
@@ -192,8 +193,11 @@ def serve(tree: Path, model: Path, lora: Path | None = None) -> Iterator[httpx.C
 
 
 def ask(client: httpx.Client, path: str, **wanted) -> list[int]:
-    """The tokens of the server's answer."""
-    return client.post(path, json=wanted).raise_for_status().json()["tokens"]
+    """The tokens of the server's answer; raises ModelError where there is none."""
+    try:
+        return client.post(path, json=wanted).raise_for_status().json()["tokens"]
+    except httpx.HTTPError as error:
+        raise ModelError(f"llama-server gave no answer ({type(error).__name__}); run 05 again.") from None
 
 
 def continue_in_llama_cpp(client: httpx.Client, ids: Sequence[int]) -> list[int]:
@@ -241,7 +245,8 @@ def check_folder(
         except ModelError as error:
             if where() == "local":
                 raise
-            figures[f"gguf_{kind}"] = {"loaded": f"no: {error}"}  # as the card says
+            figures[f"gguf_{kind}"] = {"loaded": f"no: deleted again, since {error}"}  # as the card says
+            path.unlink()  # what did not pass is not uploaded
             continue
         figures[f"gguf_{kind}"] = {"level": f"margin {margin}" if margin else "reported", **found}
     return figures

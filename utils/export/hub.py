@@ -67,7 +67,8 @@ def push_to_hub(run: RunDir, folders: Mapping[str, Path]) -> None:
         try:
             print(f"{kind}: {upload_model(Upload(kind, repo + _BESIDE[kind], files), token, again=again)}")
         except UserError as error:  # the stage is done all the same
-            print(f"{kind} is not uploaded. {error}")
+            lost = "" if folder.is_relative_to(run.path) else " It ends with this session: mend that, and run 05 again."
+            print(f"{kind} is not uploaded. {error}{lost}")
 
 
 def upload_model(upload: Upload, token: Secret, private: bool = True, again: str = "the same command again") -> str:

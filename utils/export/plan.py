@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from utils.export.adapter import sixteen_bit_source
 from utils.export.gguf import BITS, fetch_llama_cpp, find_llama_cpp
 from utils.export.merge import find_shards
 from utils.export.places import scratch_folder
 from utils.files import is_folder
-from utils.hardware import GIB, free_disk_gib, where
+from utils.hardware import GIB, free_disk_gib, hub_cache, require_disk, where
 from utils.models.tokenizer import model_source
 from utils.pipeline.run_dir import RunDir
 from utils.project import KAGGLE
@@ -20,7 +22,7 @@ from utils.secrets import find_secret
 
 _OUTPUT_BYTES = 19e9  # of the 20 GB that Kaggle keeps of a session
 _TOO_LARGE = "{:.3g} GB, and {:.3g} GB are left; with export.push_to_hub and HF_TOKEN it is made, and uploaded"
-_NO_LLAMA_CPP = "no llama.cpp was found; python -m benchmarks.llama_cpp builds one, LLAMA_CPP_DIR names yours"
+_NO_LLAMA_CPP = "no llama.cpp was found; LLAMA_CPP_DIR names yours, or python -m benchmarks.llama_cpp in a checkout"
 
 
 @dataclass
@@ -47,7 +49,9 @@ def plan_exports(run: RunDir) -> Plan:
     kinds = list(BITS)[: 3 if own else 1] if wanted.gguf == "auto" else [kind for kind in BITS if kind in wanted.gguf]
     plan = Plan(kinds)
     if not merged:
-        plan.left_out["merged"] = "export.merged=true asks for it"
+        plan.left_out["merged"] = (
+            "export.merged=true asks for it" if own else "export.merged=true export.gguf=[] ask for it"
+        )
     if kinds:
         fetch = not own if wanted.install_llama_cpp == "auto" else wanted.install_llama_cpp
         plan.llama_cpp = find_llama_cpp() or (fetch_llama_cpp() if fetch else None)
@@ -57,6 +61,9 @@ def plan_exports(run: RunDir) -> Plan:
         for kind in ("gguf", "merged"):
             shutil.rmtree(run.file(f"export/{kind}"), ignore_errors=True)
     if merged or plan.kinds:
+        base, _ = sixteen_bit_source(run.config)
+        if not is_folder(base) and not try_to_load_from_cache(base, "config.json"):
+            require_disk(hub_cache(), weights_bytes(run.config) / GIB, f"Fetching {base} to merge into")
         _find_places(run, plan, merged)
     return plan
 

@@ -74,13 +74,14 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source), revision=revision)
         # What get_tokenizer_config reads, without transformers' auto classes, which take three seconds to import.
-        settings = cached_file(str(source), "tokenizer_config.json", revision=revision)
+        known = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        file = cached_file(str(source), "tokenizer_config.json", **known)
     except Exception as error:  # a damaged file ends in whatever transformers stumbles over: TypeError, KeyError
-        expected = "expected a Hub id that can be reached, or a folder with tokenizer.json and tokenizer_config.json"
+        expected = "expected a Hub id that can be reached, or a folder with tokenizer.json"
         raise ModelError(f"No tokenizer could be loaded from {source} ({first_line(error)}); {expected}.") from None
     guard_tokenizer(tokenizer, str(source))
-    adds_bos = parse_json(Path(settings).read_bytes()).get("add_bos_token")
-    if adds_bos and tokenizer.bos_token and not tokenizer("").input_ids:
+    settings = parse_json(Path(file).read_bytes()) if file else {}
+    if settings.get("add_bos_token") and tokenizer.bos_token and not tokenizer("").input_ids:
         tokenizer.add_bos_token = True  # R1-Distill-Qwen's; transformers reads it for its own classes only
     tokenizer.eos_token = find_end(tokenizer) or tokenizer.eos_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -28,6 +28,7 @@ _HEADER = f"{_HEAD} Edit one here, or pass --set / OVERRIDES: what rests on it r
 _MISSING, _DIFFERS = "is missing", "differs from what was written"
 # These change no result: hours of work stay.
 _NO_RESULT = {"train": ("save_steps", "logging_steps", "step_plan"), "generate": ("batch_size",)}
+_NO_RESULT["export"] = ("push_to_hub", "install_llama_cpp")
 
 
 @dataclass
@@ -131,11 +132,7 @@ class RunDir:
 
 
 def open_run(
-    profile: str = "auto",
-    run_dir: str | Path = "",
-    overrides: Mapping[str, Any] | None = None,
-    fresh: bool = False,
-    keep_found: bool = False,
+    profile: str = "auto", run_dir: str | Path = "", overrides: Mapping | None = None, fresh=False, keep_found=False
 ) -> RunDir:
     """The run directory with its settings in force: config.yaml, or the profile where the run begins, with `overrides`.
 

@@ -1,9 +1,7 @@
 """Notebook 03's training, in the notebook's own process or in one process for each GPU.
 
-    train_adapter(run, load_with_lora, make_trainer)
-
-With one GPU, or none, both functions are called here. With several, their source goes into training/recipe.py, and
-`accelerate launch` starts a process for each GPU (DistributedDataParallel), all of which run it:
+With several GPUs, the notebook's two functions go into training/recipe.py, and `accelerate launch` starts a process for
+each GPU (DistributedDataParallel), all of which run it:
 
     accelerate launch --config_file machine.yaml -m utils.training.launch RUN_DIR     # by hand, on several machines
 """
