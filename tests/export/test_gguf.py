@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 
@@ -44,13 +45,10 @@ def test_a_tree_that_is_not_built_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
     with pytest.raises(HardwareError, match=r"lacks convert_hf_to_gguf\.py or a built llama-quantize"):
         find_llama_cpp()
-    (tmp_path / "convert_hf_to_gguf.py").touch()
+    (tmp_path / "convert_hf_to_gguf.py").touch()  # unsloth's build has no converter for a LoRA alone
     quantize = tmp_path / "build" / "bin" / "llama-quantize"
     quantize.parent.mkdir(parents=True)
     quantize.touch(mode=0o755)
-    with pytest.raises(HardwareError, match=r"lacks .*convert_lora_to_gguf\.py"):
-        find_llama_cpp()
-    (tmp_path / "convert_lora_to_gguf.py").touch()
     assert find_program(find_llama_cpp(), "llama-quantize") == quantize
     monkeypatch.delenv("LLAMA_CPP_DIR")
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(tmp_path))  # where unsloth keeps what it downloaded
@@ -87,7 +85,9 @@ def test_a_program_that_fails_is_told_with_its_last_line(code):
 
 
 @pytest.mark.parametrize("fetched", [True, False])
-def test_unsloths_ready_build_is_fetched_where_there_is_one_and_nothing_is_compiled(monkeypatch, tmp_path, fetched):
+def test_unsloths_ready_build_is_fetched_where_there_is_one_and_nothing_is_compiled(
+    monkeypatch, tmp_path, capsys, fetched
+):
     called = []
 
     def call(words):
@@ -96,8 +96,9 @@ def test_unsloths_ready_build_is_fetched_where_there_is_one_and_nothing_is_compi
             raise ModelError("python failed (No module named unsloth_zoo)")
 
     monkeypatch.setattr(gguf_files, "_call", call)
-    monkeypatch.setattr(gguf_files, "find_llama_cpp", lambda: tmp_path / "unsloth")
+    monkeypatch.setattr(gguf_files, "find_llama_cpp", lambda: tmp_path / "unsloth" if fetched else None)
     assert gguf_files.fetch_llama_cpp() == (tmp_path / "unsloth" if fetched else None)
+    assert ("was not fetched: python failed (No module named unsloth_zoo)" in capsys.readouterr().out) != fetched
     assert len(called) == 1 and "_install_llama_cpp_prebuilt(" in called[0]
     compile(called[0], "-c", "exec")
 
@@ -144,7 +145,16 @@ def test_a_file_that_is_refused_ends_the_stage_at_home_and_is_told_by_its_card_o
     reference = reference_of([5, 6, 2], [(3.0, 1.0)] * 3)
     with pytest.raises(ModelError, match="answers no prompt") if here == "local" else nullcontext():
         found = gguf_files.check_folder(tmp_path, Letters(), ["What?"], reference, False)
-        assert found["gguf_q4_k_m"]["loaded"].startswith("no: model-q4_k_m.gguf in llama.cpp answers no prompt")
+        assert "deleted again, since model-q4_k_m.gguf in llama.cpp answers no prompt" in found["gguf_q4_k_m"]["loaded"]
+        assert not list(tmp_path.glob("*.gguf"))  # so it is not uploaded
+
+
+def test_a_server_that_gives_no_answer_is_a_sentence():
+    refused = httpx.Client(
+        transport=httpx.MockTransport(lambda request: httpx.Response(500)), base_url="http://127.0.0.1"
+    )
+    with pytest.raises(ModelError, match=r"llama-server gave no answer \(HTTPStatusError\)"):
+        gguf_files.ask(refused, "/completion", prompt=[1])
 
 
 @pytest.mark.parametrize("top", [3.0, float("nan"), float("inf")])

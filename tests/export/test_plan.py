@@ -231,7 +231,6 @@ def test_without_a_merged_model_gguf_is_made_of_one_that_is_deleted(tmp_path, mo
     assert session.kept(run) == ["adapter", "gguf"] and "merged is not made" in str(planned)
     assert {path.name for path in run.file("export/gguf").iterdir()} == {
         file_name("q8_0"),
-        "adapter-f32.gguf",
         "Modelfile",
     }
     assert not [path for path in run.path.rglob("*") if path.is_file() and path.stat().st_size > 15e9]

@@ -329,3 +329,12 @@ def test_a_run_whose_manifest_was_deleted_and_a_folder_of_other_files_are_taken(
     run.file("data/train.parquet").write_text("rows")
     run.manifest_path.unlink()
     assert open_run("demo", tmp_path).path == tmp_path
+
+
+def test_a_run_from_before_rows_were_always_drawn_by_seed_is_read(tmp_path):
+    run = open_run("demo", tmp_path)
+    run.save()
+    settings = yaml.safe_load(run.file("config.yaml").read_text(encoding="utf-8"))
+    settings["data"]["shuffle"] = True
+    run.file("config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert open_run("auto", tmp_path).config == run.config
