@@ -238,7 +238,12 @@ def serve_by_llama_cpp(run: RunDir, folders: dict[str, Path], reference: Referen
             (folder / file_name(KINDS[-1])).touch()  # for the card
         line, request = find_lines(str(make_card(run, "gguf", {"gguf": folder}, {})), "llama-server")
         if program is None:
-            return {"llama-server": {"line": line, "not_run": "no built llama.cpp was at hand, and to build one takes 10 to 40 minutes"}}
+            return {
+                "llama-server": {
+                    "line": line,
+                    "not_run": "no built llama.cpp was at hand, and to build one takes 10 to 40 minutes",
+                }
+            }
         request["max_tokens"] = reference.limit
         for kind in KINDS:
             words = line.replace(file_name(KINDS[-1]), file_name(kind))

@@ -61,7 +61,9 @@ def of_another_run(path: Path, data: bytes) -> bytes:
     if path.suffix == ".parquet":
         return pd.read_parquet(path).iloc[::-1].reset_index(drop=True).to_parquet(index=False)
     if path.suffix == ".json":
-        return json.dumps({**json.loads(data), "of": "another run"}).encode()
+        value = json.loads(data)
+        other = [*value, "of another run"] if isinstance(value, list) else {**value, "of": "another run"}
+        return json.dumps(other).encode()
     lines = data.splitlines(keepends=True)
     return b"".join(reversed(lines)) if path.suffix == ".jsonl" and len(lines) > 1 else data + b"\n"
 
