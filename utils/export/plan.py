@@ -61,8 +61,8 @@ def plan_exports(run: RunDir) -> Plan:
         for kind in ("gguf", "merged"):
             shutil.rmtree(run.file(f"export/{kind}"), ignore_errors=True)
     if merged or plan.kinds:
-        base, _ = sixteen_bit_source(run.config)
-        if not is_folder(base) and not try_to_load_from_cache(base, "config.json"):
+        base, commit = sixteen_bit_source(run.config)
+        if not is_folder(base) and not try_to_load_from_cache(base, "config.json", revision=commit):
             require_disk(hub_cache(), weights_bytes(run.config) / GIB, f"Fetching {base} to merge into")
         _find_places(run, plan, merged)
     return plan
