@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 
 from tests import fake_tokens
 from tests.conftest import run_command
@@ -16,6 +17,7 @@ def test_05_uploads_and_the_line_that_it_prints_finishes_what_failed(small_copy,
         "HF_ENDPOINT": hub_server.address, "HF_TOKEN": fake_tokens.hugging_face("05"), "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
     }  # fmt: skip
+    shutil.rmtree(small_copy / "export")  # the setting alone runs nothing again
     hub_server.script["alice/medical-merged/commit"] = [Answer({"error": "no room"}, 403)]
     words = ("--run-dir", small_copy, "--from", "05", "--set", "export.push_to_hub=alice/medical")
     done = run_command("run", *words, **hub)
