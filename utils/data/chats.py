@@ -29,7 +29,7 @@ def read_chats(rows: pd.DataFrame, chat: str, source: str) -> tuple[pd.DataFrame
         found = f"{source} has {len(systems)} different system messages in {chat}, expected none or one for all"
         raise DataError(f"{found}; put what they say into the user's messages.")
     for system in systems:
-        print(f"{source}: the system message {system[:80]!r} is left out; the user's messages are what is trained on.")
+        print(f"{source}: the system message {system[:80]!r} is left out; put it into the user's messages.")
     return rows.drop(columns=chat).join(pd.DataFrame(turns)), problems
 
 

@@ -61,15 +61,15 @@ def plan_exports(run: RunDir) -> Plan:
         for kind in ("gguf", "merged"):
             shutil.rmtree(run.file(f"export/{kind}"), ignore_errors=True)
     if merged or plan.kinds:
-        base, commit = sixteen_bit_source(run.config)
-        if not is_folder(base) and not try_to_load_from_cache(base, "config.json", revision=commit):
-            require_disk(hub_cache(), weights_bytes(run.config) / GIB, f"Fetching {base} to merge into")
         _find_places(run, plan, merged)
     return plan
 
 
 def _find_places(run: RunDir, plan: Plan, merged: bool) -> None:
     weights, room = weights_bytes(run.config), output_room(run)
+    base, commit = sixteen_bit_source(run.config)
+    if not is_folder(base) and not try_to_load_from_cache(base, "config.json", revision=commit):
+        require_disk(hub_cache(), weights / GIB, f"Fetching {base} to merge into")
     uploaded = bool(run.config.export.push_to_hub and find_secret("HF_TOKEN"))
     while plan.kinds and not uploaded and gguf_bytes(weights, plan.kinds) > room:
         largest = plan.kinds.pop()

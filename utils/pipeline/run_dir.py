@@ -27,8 +27,11 @@ _HEAD = "# Written by the series: the settings in force."
 _HEADER = f"{_HEAD} Edit one here, or pass --set / OVERRIDES: what rests on it runs again.\n"
 _MISSING, _DIFFERS = "is missing", "differs from what was written"
 # These change no result: hours of work stay.
-_NO_RESULT = {"train": ("save_steps", "logging_steps", "step_plan"), "generate": ("batch_size",)}
-_NO_RESULT["export"] = ("push_to_hub", "install_llama_cpp")
+_NO_RESULT = {
+    "train": ("save_steps", "logging_steps", "step_plan"),
+    "generate": ("batch_size",),
+    "export": ("push_to_hub", "install_llama_cpp"),
+}
 
 
 @dataclass

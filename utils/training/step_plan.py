@@ -110,8 +110,8 @@ def plan_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> StepPlan | No
 
 
 def _conditions(run: StageRun, rows: pd.DataFrame, world: int) -> dict:
-    hardware = (f"hardware.{key}" for key in ("backend", "dtype", "emulate_t4"))
-    settings = run.config.sections("model", "lora", "train", *hardware)
+    decisive = ("model", "lora", "train", "hardware.backend", "hardware.dtype", "hardware.emulate_t4")
+    settings = run.config.sections(*decisive)
     lengths = [len(rows), int(rows["tokens"].sum()), int(rows["tokens"].max())]
     return {"processes": world, "gpu": str(gpus()[:1]), "lengths": lengths, "settings": settings}
 

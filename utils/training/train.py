@@ -150,8 +150,9 @@ def _is_of_last_update(trainer, checkpoint: str) -> bool:
 def _fall_back(run: StageRun, plan: StepPlan, model, first: dict) -> StepPlan:
     """Put a smaller plan on file after `plan` ran out of memory, and return it; raises OutOfMemory where there is none."""
     if world_size() > 1:
-        instead = "set train.step_plan=given with a lower train.per_device_train_batch_size, and run 03 again"
-        raise OutOfMemory(f"One of {world_size()} processes ran out of memory with {plan}; {instead}.")
+        lower = "train.per_device_train_batch_size (with train.step_plan=given) or model.max_seq_length"
+        found = f"One of {world_size()} processes ran out of memory with {plan}"
+        raise OutOfMemory(f"{found}; lower {lower}, and run 03 again.")
     layers = len(transformer_layers(model)) if run.config.train.gradient_checkpointing else plan.recompute_layers
     smaller, last = smaller_plan(plan, layers), find_checkpoint(checkpoint_dir(run))
     write_json(run.file(FILE), parse_json(run.file(FILE).read_bytes()) | {"step_plan": asdict(smaller)})
@@ -211,8 +212,8 @@ def check_loss_mask(dataset, formatted: pd.DataFrame) -> str:
             counted += sum(sequence.get("completion_mask", [1] * len(sequence["input_ids"])))
     wanted = (int(formatted["tokens"].sum()), int(formatted["counted"].sum()))
     if (tokens, counted) != wanted:
-        formatted = f"02 formatted {wanted[0]} with {wanted[1]}: run 02 again, and check the pinned versions"
-        raise TrainingError(f"The trainer holds {tokens} tokens with {counted} in the loss; {formatted}.")
+        expected = f"02 formatted {wanted[0]} with {wanted[1]}: run 02 again, and check the pinned versions"
+        raise TrainingError(f"The trainer holds {tokens} tokens with {counted} in the loss; {expected}.")
     return f"{len(dataset)} sequences hold {tokens:,} tokens, {counted:,} of them in the loss: exactly those of 02"
 
 
