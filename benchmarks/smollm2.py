@@ -111,17 +111,22 @@ def set_words(settings: dict[str, object]) -> list[str]:
 def run_jobs(jobs: list[Job], bench: Bench, at_once: int = 1) -> None:
     """Run every job, at most `at_once` together, and collect each as it ends."""
 
-    def start(job: Job) -> tuple[int, float]:
+    cards = max(1, len(gpus()))
+
+    def start(number: int, job: Job) -> tuple[int, float]:
         folder, started = bench.folder(job.name), time.monotonic()
-        variables = {"UNSLOTH_COMPILE_LOCATION": f"{folder}-compiled"}  # processes would write over each other's code
-        if at_once > 1:
+        variables = {
+            "UNSLOTH_COMPILE_LOCATION": f"{folder}-compiled",  # processes would write over each other's code
+            "CUDA_VISIBLE_DEVICES": str(number % cards),
+        }
+        if at_once > cards:
             variables["OMP_NUM_THREADS"] = "2"
         with Path(f"{folder}.log").open("w", encoding="utf-8") as log:
             done = subprocess.run(job.command, stdout=log, stderr=log, env={**os.environ, **variables}, check=False)
         return done.returncode, round(time.monotonic() - started, 1)
 
     with ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(start, job): job for job in jobs}
+        running = {pool.submit(start, number, job): job for number, job in enumerate(jobs)}
         for ended in as_completed(running):
             status, seconds = ended.result()
             print(f"{running[ended].name}: exit status {status} after {seconds:.0f} s", flush=True)
@@ -191,18 +196,24 @@ def main(
                 "hardware.pins": "report"}  # fmt: skip
     bench = Bench(settings, dict(item.split("=", 1) for item in set_ or []), work.resolve(), out.resolve())
     work.mkdir(parents=True, exist_ok=True)
+    beside = {"generate.batch_size": 128}  # it changes no answer, and the others on the GPU want memory too
+
+    def cases(names) -> list[Job]:  # exports are the first one's
+        return [bench.series_job("cases", name, profile, CASES[name] | beside, last="04") for name in names]
+
+    others = [name for name in CASES if name != FIRST and name not in bench.passed("cases")]
     if FIRST not in bench.passed("cases"):
-        run_jobs([bench.series_job("cases", FIRST, profile, CASES[FIRST])], bench)
+        first = bench.series_job("cases", FIRST, profile, CASES[FIRST])  # alone on its GPU: its seconds count
+        with_it = others[: len(gpus()) - 1] if gpus() else []
+        run_jobs([first, *cases(with_it)], bench, 1 + len(with_it))
         if FIRST not in bench.passed("cases"):
             raise SystemExit(f"{FIRST} failed, and all else rests on it; see {bench.folder(FIRST)}.log")
-    beside = {"generate.batch_size": 128}  # it changes no answer, and the others on the GPU want memory too
     jobs = []
     for form in FORMS - bench.passed("forms"):
         tiny = {"model.name": save_tiny_model(form, bench.folder(f"{form} model")), **FEW}
         jobs.append(bench.series_job("forms", form, "t4", tiny))
     jobs += [bench.seed_job(n) for n in range(1, seeds + 1) if not (work / f"parity/seed-{n:02}.json").exists()]
-    for name in CASES.keys() - bench.passed("cases"):  # exports are the first one's
-        jobs.append(bench.series_job("cases", name, profile, CASES[name] | beside, last="04"))
+    jobs += cases(name for name in others if name not in bench.passed("cases"))
     for name in CONTROLS.keys() - bench.passed("controls"):
         control = bench.series_job("controls", name, profile, CASES[FIRST] | beside | CONTROLS[name], last="04")
         shutil.copytree(bench.folder(FIRST), bench.folder(name))  # the first case's rows and baseline answers
