@@ -4,6 +4,9 @@
     python -m benchmarks.series /tmp/standin-8b --rows medical_o1_sample.jsonl --benchmark medqa_sample.jsonl \
         --out benchmarks/results/series-8b.json
 
+series-16bit.json, series-4bit.json and series-4bit-two.json are of the same command with `--set export.merged=false`: on the
+16-bit stand-in and the quantised one, the last with two GPUs.
+
 It runs profile t4 with fewer steps and questions, a T4's limits emulated on a larger GPU, then ten training steps on
 the plain backend. The weights are random, so the answers mean nothing; what is measured is that everything runs, how
 long it takes, and how much memory it needs.
@@ -106,6 +109,7 @@ def main(
             "versions": {p: installed(p) for p in ("torch", "unsloth", "unsloth_zoo", "transformers", "trl", "peft",
                                                    "datasets", "bitsandbytes", "accelerate", "papermill")},
             "settings": {key: str(Path(str(value)).name) for key, value in settings.items()},
+            "model_bytes": sum(file.stat().st_size for file in standin.iterdir()),
             "series": summarise(series),
         }  # fmt: skip
         if not only_plain:

@@ -73,6 +73,16 @@ def link(name: str) -> str:
     return f"[{name}.json](../benchmarks/results/{name}.json)"
 
 
+def change(result: dict) -> str:
+    """A metric's values of both models, and the 95 % interval of their difference."""
+    values, digits = [result["base"], result["tuned"], *result["ci95"]], 1 if result["unit"] == "tokens" else 3
+    if result["unit"] == "share":
+        base, tuned, low, high = (100 * value for value in values)
+        return f"{base:.1f} → {tuned:.1f} % ({low:+.1f} to {high:+.1f})"
+    base, tuned, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{base} → {tuned} ({low} to {high})"
+
+
 def training() -> str:
     rows = [
         (CONFIGURATIONS.get(name, name), f"{case['tokens_per_second']:,.0f}", f"{case['kernels']['tokens_per_second']:,.0f}",
@@ -119,21 +129,29 @@ def packing_parity() -> str:
     return markdown(("training", "seed 1", "seed 2", "seed 3"), rows, measured("parity", source))
 
 
+def loads() -> str:
+    rows = []
+    for name, what in (
+        ("16bit", "16-bit repository"),
+        ("4bit", "4-bit sibling"),
+        ("4bit-two", "4-bit sibling, two GPUs"),
+    ):
+        found = evidence(f"series-{name}")
+        stages = found["series"]["stages"].values()
+        count = sum(sum(stage["model_loads"].values()) for stage in stages)
+        read = f"{count * found['model_bytes'] / 1e9:.0f} GB"
+        rows.append((what, count, read, f"{sum(stage['seconds'] for stage in stages):.0f} s"))
+    what = "Profile `t4` as above, nothing merged"
+    return markdown(("loaded from", "loads", "read", "all stages"), rows, measured("series-4bit", what))
+
+
 def real_model() -> str:
     cases = evidence("smollm2")["cases"]
-
-    def shown(result: dict) -> str:
-        values, digits = [result["base"], result["tuned"], *result["ci95"]], 1 if result["unit"] == "tokens" else 3
-        if result["unit"] == "share":
-            base, tuned, low, high = (100 * value for value in values)
-            return f"{base:.1f} → {tuned:.1f} % ({low:+.1f} to {high:+.1f})"
-        base, tuned, low, high = (f"{value:.{digits}f}" for value in values)
-        return f"{base} → {tuned} ({low} to {high})"
 
     first = next(iter(cases.values()))
     rows = [
         (f"{first['metrics'][name]['label']}, n = {first['metrics'][name]['n']}",
-         *(shown(case["metrics"][name]) for case in cases.values()))
+         *(change(case["metrics"][name]) for case in cases.values()))
         for name in REAL_METRICS
     ]  # fmt: skip
     for stage in ("01_baseline_inference", "03_lora_training", "04_comparison"):
@@ -141,6 +159,49 @@ def real_model() -> str:
     rows.append(("GiB of GPU memory", *(case["peak_gpu_reserved_gib"] for case in cases.values())))
     what = "Profile `smollm2`, base → fine-tuned, 95 % interval of the difference"
     return markdown(("", *cases), rows, measured("smollm2", what))
+
+
+def controls() -> str:
+    found = evidence("smollm2")
+    first = next(iter(found["cases"].values()))
+    runs = {"honest": first, **found["controls"]}
+    rows = [
+        (f"{first['metrics'][name]['label']}, n = {first['metrics'][name]['n']}",
+         *(change(run["metrics"][name]) for run in runs.values()))
+        for name in ("nll", "multiple_choice", "multiple_choice_forced")
+    ]  # fmt: skip
+    for claim in ("knows more", "imitates the reference"):
+        rows.append(
+            (claim, *(next(c["verdict"] for c in run["claims"] if c["claim"] == claim) for run in runs.values()))
+        )
+    return markdown(("", *runs), rows, measured("smollm2", "SmolLM2-135M, 95 % interval of the difference"))
+
+
+def letters() -> str:
+    rows = [
+        (f"{int(length):,} tokens", f"{case['same_letter']} of {case['items']}", f"{case['largest_difference']:.3f}",
+         f"{case['median_lead']:.2f}")
+        for length, case in evidence("letters")["letters"].items()
+    ]  # fmt: skip
+    what = "8B shapes with random weights, unsloth against plain transformers, fp16, nats"
+    heads = ("behind", "same letter", "largest difference", "median lead of the first letter")
+    return markdown(heads, rows, measured("letters", what))
+
+
+def packing_parity_real() -> str:
+    found = evidence("parity")["smollm2"]
+    rows = [
+        (
+            name.replace("-", " "),
+            *(f"{run[recipe]['nll']:.4f}" for recipe in ("padded", "packed")),
+            f"{run['packed']['nll'] / run['padded']['nll']:.4f}",
+        )
+        for name, run in found["runs"].items()
+    ]
+    low, high = found["ci95"]
+    ratio = f"Mean ratio {found['nll_ratio']:.4f} ({low:.4f} to {high:.4f}, 95 % interval over {len(rows)} seeds)"
+    source = f"{ratio}. {found['gpu'][0]}, {found['date']}: {link('parity')}."
+    return markdown(("training", "padded", "packed", "ratio"), rows, source)
 
 
 def answering() -> str:
@@ -313,7 +374,7 @@ def make_targets() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
     for table in (
-        answering, calibration, colab_image, gguf, killed, make_targets, merge, packing_parity, real_model, repeatability,
+        answering, calibration, colab_image, controls, gguf, killed, letters, loads, make_targets, merge, packing_parity, packing_parity_real, real_model, repeatability,
         scorers, series, serving, split, stages,
         training, training_ratios, training_rows,
     )
