@@ -4,10 +4,15 @@
     python -m benchmarks.generate measure /tmp/standin-8b --rows medical_o1_sample.jsonl \\
         --items medqa_sample.jsonl --out generation.json
     python -m benchmarks.generate kill /tmp/standin-8b --items medqa_sample.jsonl --out generation.json
+    python -m benchmarks.generate real-job /tmp/standin-8b --rows medical_o1_sample.jsonl \\
+        --items medqa_sample.jsonl --out generation.json
 
 Same model, same prompts, same sampling, same limit of new tokens, in one process. A model of random weights never ends an
 answer, so every answer is as long as the limit; the last case draws lengths as a reasoning model's answers have them.
-`kill` kills a process in the middle of its answers and lets another go on. The result lies in benchmarks/results/.
+`kill` kills a process in the middle of its answers and lets another go on. `real-job` has the shape of profile t4's work: 600
+multiple-choice and 16 open questions, lengths drawn with a median of 900 tokens, at most 4,096. The peers answer a sample of
+it: a dozen one at a time, a few batches of `generate` sorted by prompt, and a minute of transformers' continuous batching.
+The result lies in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -38,18 +43,20 @@ from utils.schema import GenerateSection
 
 app = typer.Typer()
 WINDOWS = 3  # of one-at-a-time generation, a prompt each
+LIMIT, MEDIAN, LOG_SD = 4096, 900, 0.5  # tokens of the real job's answers
+SINGLES, LIBRARY_SECONDS = 12, 60
 
 
-def load(standin: Path, items: Path):
+def load(standin: Path, items: Path, room: int = 4096, backend: str = "auto"):
     """(model, tokenizer, questions, profile t4's decoding): as the notebooks load them, through unsloth on CUDA."""
     from utils.models.load import load_model, ready_for_inference
 
-    settings = {"model.name": str(standin.resolve()), "hardware.emulate_t4": True}
+    settings = {"model.name": str(standin.resolve()), "hardware.emulate_t4": True, "hardware.backend": backend}
     if not gpus():  # a dry run with a tiny model
         settings |= {"hardware.device": "cpu", "hardware.backend": "transformers", "model.load_in_4bit": False}
         settings |= {"hardware.emulate_t4": False, "hardware.dtype": "float32"}
     config = load_config("t4", settings)
-    model, tokenizer = load_model(config, max_seq_length=4096)  # unsloth cuts what is longer
+    model, tokenizer = load_model(config, max_seq_length=room)  # unsloth cuts what is longer
     lines = [json.loads(line) for line in items.read_text(encoding="utf-8").split("\n") if line.strip()]
     questions = [
         Question(row["id"], "choice", format_prompt(format_multiple_choice(row["question"], row["options"]), "native"))
@@ -80,12 +87,13 @@ def measure_engine(model, tokenizer, questions: list[Question], config: Generate
     """Tokens per second of the engine over all questions; `lengths` ends each answer after so many tokens."""
     import torch
 
-    batches, real = [], generation.generate_batch
+    batches, rounds, real = [], [], generation.generate_batch
 
-    def recorded(model, tokenizer, batch, steps, settings):
+    def recorded(model, tokenizer, batch, steps, settings, clock):
         left = [steps if lengths is None else lengths[p.question.id] - len(p.generated) for p in batch]
-        outputs = real(model, tokenizer, batch, min(steps, max(left)), settings)
+        outputs = real(model, tokenizer, batch, min(steps, max(left)), settings, clock)
         batches.append(len(batch))
+        rounds.append(steps)
         if lengths is None:
             return outputs
         # A row that ends early waits, as rows do in generate, until the last of its batch is done.
@@ -112,7 +120,98 @@ def measure_engine(model, tokenizer, questions: list[Question], config: Generate
         "tokens_per_second": round(sum(a["tokens"] for a in answers) / seconds, 1),
         "batch_size": max(batches),
         "batches": batches,
+        "round_tokens": rounds,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if cuda else None,
+    }
+
+
+def real_questions(choices: list[Question], rows: Path) -> tuple[list[Question], dict[str, int]]:
+    """616 questions (the items again and again under other ids) and the tokens that each answer will have, by id."""
+    lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").split("\n") if line.strip()]
+    asked = [
+        Question(f"{i}-{choices[i % len(choices)].id}", "choice", choices[i % len(choices)].prompt) for i in range(600)
+    ]
+    asked += [
+        Question(f"open-{i}", "open", format_prompt(row["Question"], "native")) for i, row in enumerate(lines[:16])
+    ]
+    drawn = np.random.default_rng(0).lognormal(np.log(MEDIAN), LOG_SD, len(asked)).clip(8, LIMIT).astype(int)
+    return asked, {question.id: int(n) for question, n in zip(asked, drawn, strict=True)}
+
+
+def sampled(config: GenerateSection, tokenizer) -> dict:
+    """generate's own arguments for the profile's sampling."""
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {"do_sample": config.do_sample, **sampling, **ids}
+
+
+def time_generate(model, tokenizer, questions: list[Question], lengths: list[int], config: GenerateSection) -> dict:
+    """One call of `generate` on a batch, padded on the left, that runs until its longest answer is done."""
+    import torch
+
+    rows = [tokenizer(question.prompt)["input_ids"] for question in questions]
+    width, pad = max(map(len, rows)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    started = time.monotonic()
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max(lengths),
+            **sampled(config, tokenizer),
+        )  # fmt: skip
+    written = output.shape[1] - width
+    seconds = time.monotonic() - started
+    return {
+        "rows": len(rows),
+        "steps": written,
+        "tokens": sum(min(n, written) for n in lengths),
+        "seconds": round(seconds, 1),
+    }
+
+
+def peer_speed(windows: list[dict]) -> float:
+    """Tokens per second over all windows."""
+    return sum(window["tokens"] for window in windows) / sum(window["seconds"] for window in windows)
+
+
+def time_library(model, tokenizer, questions: list[Question], lengths: dict[str, int], config: GenerateSection) -> dict:
+    """transformers' continuous batching, paged attention under sdpa, for LIBRARY_SECONDS after a warm-up of ten seconds.
+
+    Its draws come from one stream for all requests, so an answer would depend on who else is being answered.
+    """
+    import torch
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    from utils.models.memory import free_bytes
+
+    block = 256
+    shape = model.config
+    each = 2 * shape.num_hidden_layers * shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
+    room = free_bytes(model.device) - 2**30  # logits and activations
+    blocks = max(64, min(512, int(room // (block * each * model.dtype.itemsize))))
+    engine = ContinuousBatchingConfig(block_size=block, num_blocks=blocks, max_batch_tokens=512, use_cuda_graph=False)
+    model.set_attn_implementation("paged|sdpa")
+    generation = GenerationConfig(max_new_tokens=LIMIT, **sampled(config, tokenizer))
+    with model.continuous_batching_context_manager(
+        generation, continuous_batching_config=engine, warmup=False
+    ) as manager:
+        for question in questions:
+            ids = tokenizer(question.prompt)["input_ids"]
+            manager.add_request(ids, question.id, max_new_tokens=lengths[question.id], streaming=True)
+        counts, began = {}, time.monotonic()
+        marks = []
+        for wait in (10, 10 + LIBRARY_SECONDS):
+            while time.monotonic() - began < wait and manager.is_running():
+                result = manager.get_result(timeout=1)
+                if result is not None:
+                    counts[result.request_id] = len(result.generated_tokens)
+            marks.append((time.monotonic(), sum(counts.values())))
+    (first, before), (last, after) = marks
+    return {
+        "tokens": after - before,
+        "seconds": round(last - first, 1),
+        "blocks": blocks,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if torch.cuda.is_available() else None,
     }
 
 
@@ -166,6 +265,73 @@ def kill(
     add_to_file(out, {"kill": counted})
     print(json.dumps(counted))
     raise typer.Exit(bool(counted["generated_twice"] or counted["missing"]))
+
+
+@app.command()
+def real_job(
+    standin: Path,
+    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON; what else it holds stays.")],
+    rows: Annotated[Path, typer.Option(help="Open questions, JSONL.")],
+    sorted_batches: Annotated[int, typer.Option(help="How many batches of sorted prompts.")] = 2,
+    part: Annotated[int, typer.Option(help="Every so many-th question only, for a dry run.")] = 1,
+) -> None:
+    """The whole job by the engine, samples of it by the peers; written after each step."""
+    from utils.models.memory import sequences_that_fit
+
+    model, tokenizer, choices, decoding = load(standin, items, room=LIMIT + 1024, backend="auto")
+    questions, lengths = real_questions(choices, rows)
+    questions = questions[::part]
+    long = decoding.model_copy(update={"max_new_tokens": LIMIT})
+    found: dict = {
+        "what": f"{len(questions)} questions, median {MEDIAN} tokens, at most {LIMIT}; 4-bit, fp16, at most 14.0 GiB",
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpu": [gpu.name for gpu in gpus()],
+        "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "bitsandbytes")},
+    }
+    measure_engine(model, tokenizer, questions[:4], long.model_copy(update={"max_new_tokens": 4}))  # compiles
+    found["engine"] = measure_engine(model, tokenizer, questions, long, lengths)
+
+    def put(name: str, windows: list[dict]) -> None:
+        ratio = round(found["engine"]["tokens_per_second"] / peer_speed(windows), 2)
+        found.update({name: windows, f"ratio_{name}": ratio})
+        add_to_file(out, {"real_job": found})
+        print(name, ratio, windows[-1], flush=True)
+
+    by_prompt = sorted(questions, key=lambda question: -len(tokenizer(question.prompt)["input_ids"]))
+    prompt = len(tokenizer(by_prompt[0].prompt)["input_ids"])
+    size = min(sequences_that_fit(model, prompt, LIMIT), len(questions))
+    windows = []
+    for i in range(sorted_batches):  # from the middle of equal parts of the whole
+        first = (2 * i + 1) * len(questions) // (2 * sorted_batches) - size // 2
+        batch = by_prompt[max(0, first) : max(0, first) + size]
+        windows.append(time_generate(model, tokenizer, batch, [lengths[q.id] for q in batch], long))
+        put("sorted", windows)
+    by_length = sorted(questions, key=lambda question: lengths[question.id])
+    windows = []
+    for i in sorted(range(SINGLES), key=lambda i: abs(2 * i + 1 - SINGLES)):  # the middle first, should time run out
+        question = by_length[(2 * i + 1) * len(questions) // (2 * SINGLES)]
+        windows.append(time_generate(model, tokenizer, [question], [lengths[question.id]], long))
+        put("single", windows)
+
+
+@app.command()
+def library(
+    standin: Path,
+    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    out: Annotated[Path, typer.Option(help="The evidence of `real-job`, to which this is added.")],
+    rows: Annotated[Path, typer.Option(help="Open questions, JSONL.")],
+) -> None:
+    """transformers' own continuous batching on the same job, on the plain backend, for a minute."""
+    model, tokenizer, choices, decoding = load(standin, items, backend="transformers")
+    questions, lengths = real_questions(choices, rows)
+    found = json.loads(out.read_text(encoding="utf-8"))["real_job"]
+    window = time_library(model, tokenizer, questions, lengths, decoding)
+    if not window["tokens"]:
+        raise SystemExit("continuous batching answered nothing; its log says why")
+    ratio = round(found["engine"]["tokens_per_second"] / peer_speed([window]), 2)
+    add_to_file(out, {"real_job": found | {"library": [window], "ratio_library": ratio}})
+    print("library", ratio, window)
 
 
 @app.command()
