@@ -142,6 +142,19 @@ def test_the_last_of_two_answers_to_one_question_counts(tmp_path):
     assert current_answers(path, QUESTIONS[:1], GREEDY, "base")["q0"]["text"].endswith("?")
 
 
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "expected"),
+    [("Hm", "length", True), ("Hm", "stop", True), ("Hm.</think>So", "length", True), ("Hm.</think>B.", "length", False),
+     ("Hm.</think>Gout.", "stop", True), ("Hm.</think>Arden fever.", "stop", False), ("Hm, B", "stop", True),
+     ("", "stop", True), ("<think>a<think>b", "length", True)],
+)  # fmt: skip
+def test_every_answer_that_states_no_option_is_asked_finished_or_not(text, finish_reason, expected):
+    options = {"A": "Borel fever", "B": "Arden fever"}
+    answer = {"kind": "choice", "key": "k", "text": text, "finish_reason": finish_reason}
+    items = pd.DataFrame([{"id": 7, "options": options}])
+    assert ("7" in find_letterless({"7": answer}, items)) is expected
+
+
 def test_both_kinds_of_questions_are_built_in_the_runs_own_format():
     held_out = pd.DataFrame({"id": ["a", "b"], "Question": ["Why {x}?", "How?"]})
     items = pd.DataFrame([{"id": 7, "question": "Which?", "options": {"A": "one", "B": "two"}, "gold": "B"}])

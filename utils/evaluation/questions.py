@@ -13,7 +13,7 @@ import pandas as pd
 from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.data.rows import read_benchmark
 from utils.errors import DataError, RunDirError
-from utils.evaluation.metrics import needs_forcing
+from utils.evaluation.answer_parsing import explicit_letter, parse_completion
 from utils.files import digests, read_lines, write_json
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
@@ -143,7 +143,8 @@ def find_letterless(answers: Mapping[str, dict], benchmark: pd.DataFrame | None)
     return {
         name: (digest_of([answer["key"], answer["text"]]), options[name])
         for name, answer in answers.items()
-        if answer["kind"] == "choice" and needs_forcing(answer, options[name])
+        if answer["kind"] == "choice"
+        and explicit_letter(parse_completion(answer["text"]).answer, options[name]) is None
     }
 
 
