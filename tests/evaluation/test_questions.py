@@ -220,6 +220,11 @@ def test_less_training_shorter_answers_and_longer_sessions_leave_room_for_more_q
     assert fit(train__num_train_epochs=3) == 0
 
 
+def test_without_a_benchmark_no_number_of_its_items_is_asked_for(monkeypatch):
+    said = room_on(monkeypatch, (T4,), "demo", hardware__max_hours=1.5, evaluate__questions=224)
+    assert said.endswith("this run asks 224: let it go on in another session.")
+
+
 @pytest.mark.parametrize("profile", ["t4-quick", "tutorial"])
 def test_the_short_profiles_fit_on_one_t4(monkeypatch, profile):
     assert ": set" not in room_on(monkeypatch, (T4,), profile)

@@ -75,7 +75,7 @@ def questions_that_fit(config: Config, questions: Sequence[Question], train_rows
     room = f"On {on} about {fit} questions fit into {hours:g} hours beside training (estimated)"
     if fit >= asked:
         return f"{room}; this run asks {asked}."
-    fewer = (config.evaluate.benchmark.rows or 0) - (asked - fit)
+    fewer = fit - sum(q.kind == "open" for q in questions) - sum(b.rows or 0 for b in config.evaluate.more_benchmarks)
     instead = f"set evaluate.benchmark.rows={fewer} before the first answer, or " if fewer > 0 else ""
     return f"{room}; this run asks {asked}: {instead}let it go on in another session."
 
