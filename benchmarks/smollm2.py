@@ -153,8 +153,7 @@ def draw(result: dict, path: Path) -> None:
     """The README's picture: form and knowledge of both models, and every paired difference, of one case."""
     from matplotlib.figure import Figure
 
-    from utils.report.figures import draw_bars
-    from utils.report.forest import draw_forest
+    from utils.report.figures import draw_bars, draw_forest
 
     metrics = dict(result["metrics"])
     compared = {"primary": metrics.pop(result["primary"]), "secondary": list(metrics.values())}

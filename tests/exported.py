@@ -69,7 +69,7 @@ def write_evidence(run: RunDir, verdict: str = "worse", **metrics) -> None:
             "contamination": {"near_benchmark": 7, "exact_duplicates": 3, "largest_group": None},
             "registration": {
                 "primary": "multiple_choice", "open_questions": 16, "choice_questions": 200, "questions_sha256": "0",
-                "decoding": {"max_new_tokens": 1536, "do_sample": True, "temperature": 0.6, "top_p": 0.95, "seed": 1},
+                "decoding": {"max_new_tokens": 4096, "do_sample": True, "temperature": 0.6, "top_p": 0.95, "seed": 1},
                 "seed": 1, "changed_after_answers": False,
             },
             "claims": [{"claim": "knows more", "metric": "multiple_choice", "verdict": verdict, "sentence": sentence}],

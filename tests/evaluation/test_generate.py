@@ -243,7 +243,7 @@ def test_a_session_that_ends_between_two_batches_goes_on_to_the_same_answers(tin
     assert answer_questions(*tiny_model, questions(), sampled, path, "model", max_hours=9) == undisturbed
 
 
-@pytest.mark.parametrize(("mean", "limit"), [(300.0, 1536), (1100.0, 1536), (4000.0, 1536)])
+@pytest.mark.parametrize(("mean", "limit"), [(300.0, 1200), (1100.0, 4096), (4000.0, 4096)])
 def test_the_expected_length_of_an_answer_is_right_while_most_are_still_being_written(mean, limit):
     """10,000 answers whose lengths have one rate of ending, looked at after 256 tokens each."""
     lengths = np.random.default_rng(1).exponential(mean, 10_000)
@@ -254,7 +254,7 @@ def test_the_expected_length_of_an_answer_is_right_while_most_are_still_being_wr
 
 
 def test_while_no_answer_has_ended_each_is_expected_to_reach_the_limit():
-    assert expected_tokens(5000, 0, 1536) == 1536
+    assert expected_tokens(5000, 0, 4096) == 4096
 
 
 def test_a_long_answering_says_once_what_the_rest_will_take_and_what_comes_after(

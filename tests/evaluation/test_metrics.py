@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.evaluation.metrics import find_metric, loss_per_token, needs_forcing, rouge_l, score_answers
+from utils.evaluation.metrics import find_metric, loss_per_token, rouge_l, score_answers
 
 CHOICES = ["Arden fever", "Belmar palsy"]
 HELD_OUT = pd.DataFrame([{"id": "r1", "answer": "Arden fever", "choices": CHOICES, "group": "condition-01"}])
@@ -115,17 +115,6 @@ def test_a_forced_letter_counts_where_the_answer_states_none(text, finish_reason
     given = {"7": answer(text, "choice", finish_reason)}
     scored = score_answers(given, HELD_OUT, BENCHMARK, {"7": letter} if letter else {}).iloc[0]
     assert (scored["correct"], scored["forced"]) == (correct, forced)
-
-
-@pytest.mark.parametrize(
-    ("text", "finish_reason", "expected"),
-    [("Hm", "length", True), ("Hm", "stop", True), ("Hm.</think>So", "length", True), ("Hm.</think>B.", "length", False),
-     ("Hm.</think>Gout.", "stop", True), ("Hm.</think>Arden fever.", "stop", False), ("Hm, B", "stop", True),
-     ("", "stop", True), ("<think>a<think>b", "length", True)],
-)  # fmt: skip
-def test_every_answer_that_states_no_option_is_asked_finished_or_not(text, finish_reason, expected):
-    options = {"A": "Borel fever", "B": "Arden fever"}
-    assert needs_forcing({"text": text, "finish_reason": finish_reason}, options) is expected
 
 
 def test_the_tutorials_question_is_never_scored():

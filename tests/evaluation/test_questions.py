@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from scipy.integrate import quad
+from scipy.stats import lognorm
 
 from utils.config import load_config
 from utils.errors import RunDirError
 from utils.evaluation.questions import (
+    TUTORIAL,
     Question,
     answer_key,
     build_questions,
@@ -18,12 +22,15 @@ from utils.evaluation.questions import (
     current_answers,
     find_letterless,
     model_digest,
+    questions_that_fit,
     read_forced,
     register,
 )
 from utils.files import append_lines, read_lines, write_lines
+from utils.hardware import Gpu
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.stages import BY_NAME
+from utils.project import PROFILES, ROOT
 from utils.schema import GenerateSection
 
 SAMPLED, GREEDY = GenerateSection(), GenerateSection(do_sample=False)
@@ -142,6 +149,19 @@ def test_the_last_of_two_answers_to_one_question_counts(tmp_path):
     assert current_answers(path, QUESTIONS[:1], GREEDY, "base")["q0"]["text"].endswith("?")
 
 
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "expected"),
+    [("Hm", "length", True), ("Hm", "stop", True), ("Hm.</think>So", "length", True), ("Hm.</think>B.", "length", False),
+     ("Hm.</think>Gout.", "stop", True), ("Hm.</think>Arden fever.", "stop", False), ("Hm, B", "stop", True),
+     ("", "stop", True), ("<think>a<think>b", "length", True)],
+)  # fmt: skip
+def test_every_answer_that_states_no_option_is_asked_finished_or_not(text, finish_reason, expected):
+    options = {"A": "Borel fever", "B": "Arden fever"}
+    answer = {"kind": "choice", "key": "k", "text": text, "finish_reason": finish_reason}
+    items = pd.DataFrame([{"id": 7, "options": options}])
+    assert ("7" in find_letterless({"7": answer}, items)) is expected
+
+
 def test_both_kinds_of_questions_are_built_in_the_runs_own_format():
     held_out = pd.DataFrame({"id": ["a", "b"], "Question": ["Why {x}?", "How?"]})
     items = pd.DataFrame([{"id": 7, "question": "Which?", "options": {"A": "one", "B": "two"}, "gold": "B"}])
@@ -150,6 +170,92 @@ def test_both_kinds_of_questions_are_built_in_the_runs_own_format():
     assert first == Question("a", "open", "<｜User｜>Why {x}?<｜Assistant｜><think>\n")
     assert (second.id, second.kind) == ("7", "choice") and "A. one\nB. two" in second.prompt
     assert len(build_questions(load_config("demo"), held_out, None)) == 2
+
+
+T4 = Gpu("Tesla T4", 15.0, "7.5")
+
+
+def room_on(monkeypatch, cards: tuple[Gpu, ...], profile: str, **overrides) -> str:
+    """What 00 says of `profile` on these GPUs, where its data are as large as it asks."""
+    monkeypatch.setattr("utils.evaluation.questions.gpus", lambda: cards)
+    monkeypatch.setattr("utils.evaluation.questions.processes", lambda hardware: max(1, len(cards)))
+    config = load_config(profile, {key.replace("__", "."): value for key, value in overrides.items()})
+    kinds = ["open"] * config.evaluate.questions
+    kinds += ["choice"] * sum(section.rows for section in config.evaluate.benchmarks)
+    questions = [Question(str(i), kind, "?") for i, kind in enumerate([*kinds, TUTORIAL])]
+    return questions_that_fit(config, questions, config.data.train_rows or 19_000)
+
+
+def test_one_t4_says_how_many_questions_fit_and_what_to_set_and_two_have_room_for_all(monkeypatch):
+    one, two = (room_on(monkeypatch, cards, "t4") for cards in ((T4,), (T4, T4)))
+    assert one == (
+        "On one Tesla T4 about 450 questions fit into 8 hours beside training (estimated); this run asks 616: set "
+        "evaluate.benchmark.rows=434 before the first answer, or let it go on in another session."
+    )
+    assert two == (
+        "On 2 Tesla T4s about 880 questions fit into 8 hours beside training (estimated); this run asks 616."
+    )
+
+
+def test_what_one_t4_is_told_to_set_fits(monkeypatch):
+    assert room_on(monkeypatch, (T4,), "t4", evaluate__benchmark__rows=434).endswith("this run asks 450.")
+
+
+@pytest.mark.parametrize("cards", [(), (Gpu("NVIDIA L4", 22.5, "8.9"),), (Gpu("NVIDIA GeForce RTX 2080", 8.0, "7.5"),)])
+def test_of_another_machine_nothing_is_said_before_it_has_measured(monkeypatch, cards):
+    assert room_on(monkeypatch, cards, "t4") == ""
+
+
+def test_without_a_limit_every_number_of_questions_fits(monkeypatch):
+    assert room_on(monkeypatch, (T4,), "t4", hardware__max_hours=None) == ""
+
+
+def test_less_training_shorter_answers_and_longer_sessions_leave_room_for_more_questions(monkeypatch):
+    def fit(**overrides) -> int:
+        return int(re.search(r"about (\d+) questions", room_on(monkeypatch, (T4,), "t4", **overrides))[1])
+
+    assert fit(train__max_steps=0) == 720  # all but the hour and the reserve, at 34 s a question
+    more = [{"train__max_steps": 100}, {"generate__max_new_tokens": 512}, {"hardware__max_hours": 11}]
+    assert all(fit(**overrides) > fit() for overrides in more)
+    assert fit(train__num_train_epochs=3) == 0
+
+
+def test_without_a_benchmark_no_number_of_its_items_is_asked_for(monkeypatch):
+    said = room_on(monkeypatch, (T4,), "demo", hardware__max_hours=1.5, evaluate__questions=224)
+    assert said.endswith("this run asks 224: let it go on in another session.")
+
+
+@pytest.mark.parametrize("profile", ["t4-quick", "tutorial"])
+def test_the_short_profiles_fit_on_one_t4(monkeypatch, profile):
+    assert ": set" not in room_on(monkeypatch, (T4,), profile)
+
+
+def test_the_reckoning_of_t4s_hours_follows_from_its_stated_lengths_and_stays_below_seven():
+    """docs/kaggle-and-colab.md: 617 answers with room for 4,096 tokens, from an estimate of 317 with room for 1,536."""
+    config = load_config("t4")
+    asked, room = config.evaluate.questions + config.evaluate.benchmark.rows + 1, config.generate.max_new_tokens
+    page = (ROOT / "docs/kaggle-and-colab.md").read_text(encoding="utf-8")
+    columns = [[], []]
+    for median, ends in ((900, (15, 25, 20, 75, 20, 45, 30, 108)), (1200, (25, 50, 40, 100, 35, 80, 70, 156))):
+        lengths = lognorm(0.5, scale=median)
+        means = [quad(lengths.sf, 0, cap)[0] for cap in (1536, room)]
+        assert all(f"{mean:,.0f}" in page for mean in means)
+        setup, base, tuned, training, export, base_alone, tuned_alone, training_alone = ends
+        longer = asked / 317 * means[1] / means[0]
+        columns[0].append([setup, longer * base, training, longer * tuned, export])
+        columns[1].append([setup, longer * base_alone, training_alone, longer * tuned_alone, export])
+    (low, high), (low_alone, high_alone) = columns
+    for row in zip(low, high, low_alone, high_alone, strict=True):
+        assert "| {:.0f} to {:.0f} min | {:.0f} to {:.0f} min |".format(*row) in page
+    hours = [sum(column) / 60 for column in (low, high, low_alone, high_alone)]
+    assert "| in all | {:.1f} to {:.1f} h | {:.1f} to {:.1f} h |".format(*hours) in page and hours[1] < 7
+    assert "{:.1f} to {:.1f} hours".format(*hours) in (PROFILES / "t4.yaml").read_text(encoding="utf-8")
+
+
+def test_where_fewer_questions_would_not_help_none_are_asked_for(monkeypatch):
+    said = room_on(monkeypatch, (T4, T4), "full")
+    assert said.endswith("about 0 questions fit into 8 hours beside training (estimated); this run asks 916: "
+                         "let it go on in another session.")  # fmt: skip
 
 
 def test_the_tuned_model_is_another_with_another_adapter_and_the_base_stays_the_same(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
+from utils.config import load_config
 from utils.evaluation.statistics import (
     ALPHA,
     bootstrap_interval,
@@ -23,6 +24,7 @@ from utils.evaluation.statistics import (
     verdict,
     wilson_interval,
 )
+from utils.project import PROFILES, ROOT
 
 EXACT = 1e-9
 
@@ -265,6 +267,18 @@ def test_the_detectable_difference_shrinks_with_n_and_grows_with_power_and_with_
     assert values == sorted(values, reverse=True) and values[-1] < 0.02
     assert detectable_difference(200, "accuracy", power=0.9) > detectable_difference(200, "accuracy")
     assert detectable_difference(300, "multiple_choice") > detectable_difference(300, "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"), [("t4", "{:.0f} points with the 600"), ("t4-quick", "\n{:.0f} with the 100")]
+)
+def test_what_the_documentation_says_of_a_profile_is_what_00_prints(profile, words):
+    rows = load_config(profile).evaluate.benchmark.rows
+    points = 100 * detectable_difference(rows, "multiple_choice")
+    assert words.format(points) in (ROOT / "docs/measuring.md").read_text(encoding="utf-8") and words.endswith(
+        f"the {rows}"
+    )
+    assert f"{points:.0f} points" in (PROFILES / f"{profile}.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("n", [1, 5])

@@ -17,7 +17,7 @@ from utils.models.tokenizer import load_tokenizer
 from utils.schema import GenerateSection
 
 QUESTIONS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=80)
-SAMPLED = GenerateSection(max_new_tokens=1536, temperature=0.6, top_p=0.95)
+SAMPLED = GenerateSection(max_new_tokens=4096, temperature=0.6, top_p=0.95)
 
 
 def template_of(modelfile: str) -> str:
@@ -46,11 +46,11 @@ def test_ollamas_template_gives_the_training_prompt_to_the_token(tiny_model, sty
 
 
 def test_the_modelfile_stops_at_the_end_token_and_samples_as_was_measured(tiny_model):
-    lines = make_modelfile("model-q8_0.gguf", "native", SAMPLED, 2048).splitlines()
+    lines = make_modelfile("model-q8_0.gguf", "native", SAMPLED, 8192).splitlines()
     assert lines[0] == "FROM ./model-q8_0.gguf"
     assert lines[-5:] == [
-        f'PARAMETER stop "{EOS}"', "PARAMETER temperature 0.6", "PARAMETER top_p 0.95", "PARAMETER num_predict 1536",
-        "PARAMETER num_ctx 2048",
+        f'PARAMETER stop "{EOS}"', "PARAMETER temperature 0.6", "PARAMETER top_p 0.95", "PARAMETER num_predict 4096",
+        "PARAMETER num_ctx 8192",
     ]  # fmt: skip
     assert tiny_model[1](EOS, add_special_tokens=False).input_ids == [tiny_model[1].eos_token_id]
     greedy = GenerateSection(max_new_tokens=192, do_sample=False)

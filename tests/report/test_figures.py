@@ -13,8 +13,7 @@ from PIL import Image
 
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.statistics import compare_paired
-from utils.report.figures import compose_comparison, draw_comparison
-from utils.report.forest import build_rows
+from utils.report.figures import build_rows, compose_comparison, draw_comparison
 
 LABELS = {
     "correct": ("multiple-choice accuracy", "share", True),

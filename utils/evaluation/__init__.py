@@ -4,7 +4,7 @@ from utils import surface
 
 __all__, __getattr__ = surface(
     __name__,
-    questions="build_questions collect_references load_questions load_tutorial_question register",
+    questions="build_questions collect_references load_questions load_tutorial_question questions_that_fit register",
     generate="check_batching",
     evaluate="evaluate_model load_for_inference read_evaluation",
     own_question="ask require_adapter",

@@ -190,10 +190,8 @@ def state_claims(primary: str, results: Mapping[str, Result], corrected: Mapping
             continue
         result, (found, remark) = results[name], decide(name, results, corrected)
         words = {"better": better, "worse": worse}.get(found) or _conclusion(result, found)
-        if claim == "keeps form" and found == "cannot tell":
-            low, words = result.ci95[0], ""
-            if low < 0:
-                words = f"Whether it changed cannot be told; a loss of more than {-100 * low:.1f} points is unlikely."
+        if claim == "keeps form" and found == "cannot tell" and (low := result.ci95[0]) < 0:
+            words = f"Whether it changed cannot be told; a loss of more than {-100 * low:.1f} points is unlikely."
         sentence = " ".join(part for part in (_figures(result, corrected.get(name)), words, remark) if part)
         claims.append({"claim": claim, "metric": name, "verdict": found, "sentence": sentence})
     return claims

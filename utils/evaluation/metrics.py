@@ -95,11 +95,6 @@ def _score(kind: str, completion: parsing.Completion, row: Mapping, forced: str 
     return {"correct": float(correct), "parsed": float(parsed), "letter": letter, "forced": float(either)}
 
 
-def needs_forcing(answer: Mapping, options: Mapping[str, str]) -> bool:
-    """Whether a multiple-choice answer states no option, finished or not: fine-tuning on free answers unlearns letters."""
-    return parsing.explicit_letter(parsing.parse_completion(answer["text"]).answer, options) is None
-
-
 def rouge_l(answers: Mapping[str, dict], held_out: pd.DataFrame) -> pd.Series:
     """ROUGE-L F1 of open answers against their Response, by id (Lin 2004, by rouge_score): wording, not truth."""
     from rouge_score.rouge_scorer import RougeScorer

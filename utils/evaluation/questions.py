@@ -13,8 +13,9 @@ import pandas as pd
 from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.data.rows import read_benchmark
 from utils.errors import DataError, RunDirError
-from utils.evaluation.metrics import needs_forcing
+from utils.evaluation.answer_parsing import explicit_letter, parse_completion
 from utils.files import digests, read_lines, write_json
+from utils.hardware import gpus, processes
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
 from utils.schema import Config, GenerateSection
@@ -25,6 +26,10 @@ TUTORIAL = "anecdote"  # id and kind of the tutorials' own question, as saved an
 # What answers and losses are held against; a group is what counts as one independent unit.
 _REFERENCES = ("id", "group", "Question", "Complex_CoT", "Response", "answer", "choices")
 _RIGHT_LETTERS = ("id", "group", "benchmark", "gold")
+# A T4 with the 8B model in 4 bits, at its slowest: estimated, see the table in docs/kaggle-and-colab.md; none was at hand.
+_TRAINED, _ANSWERED, _SECOND_T4 = 300.0, 80.0, 0.6  # tokens a second, loads and trials included; what a second one adds
+_ROW_TOKENS, _ROWS_IN_A_PACK, _ANSWER_TOKENS = 700, 3, 1350  # means; of an answer with 4,096 tokens of room
+_REST_S = 4200.0  # an hour to install, download and export, and the ten minutes by which a session ends early
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,30 @@ def build_questions(
     if twice := [identifier for identifier, count in counts.items() if count > 1]:
         raise DataError(f"The id {twice[0]} belongs to two questions; every row and item needs an id of its own.")
     return [Question(identifier, kind, format_prompt(text, config.prompt)) for identifier, kind, text in asked]
+
+
+def questions_that_fit(config: Config, questions: Sequence[Question], train_rows: int) -> str:
+    """How many questions both models answer within hardware.max_hours beside training, and what to set where it is fewer.
+
+    Empty without a limit, and where the GPU is no T4: there 01 forecasts by what it measures.
+    """
+    hours, train, found = config.hardware.max_hours, config.train, gpus()
+    if hours is None or not found or not found[0].name.endswith(" T4"):
+        return ""
+    in_update = train.rows_per_update * (_ROWS_IN_A_PACK if train.packing else 1)
+    rows = train_rows * train.num_train_epochs if train.max_steps is None else train.max_steps * in_update
+    count = processes(config.hardware)
+    speed = 1 + _SECOND_T4 * (count - 1)
+    left = 3600 * hours - _REST_S - rows * _ROW_TOKENS / _TRAINED / speed
+    each = 2 * min(_ANSWER_TOKENS, config.generate.max_new_tokens) / _ANSWERED / speed
+    fit, asked = max(0, int(left / each) // 10 * 10), sum(question.kind != TUTORIAL for question in questions)
+    on = "one Tesla T4" if count == 1 else f"{count} Tesla T4s"
+    room = f"On {on} about {fit} questions fit into {hours:g} hours beside training (estimated)"
+    if fit >= asked:
+        return f"{room}; this run asks {asked}."
+    fewer = fit - sum(q.kind == "open" for q in questions) - sum(b.rows or 0 for b in config.evaluate.more_benchmarks)
+    instead = f"set evaluate.benchmark.rows={fewer} before the first answer, or " if fewer > 0 else ""
+    return f"{room}; this run asks {asked}: {instead}let it go on in another session."
 
 
 def load_questions(run: RunDir) -> tuple[list[Question], pd.DataFrame, pd.DataFrame | None]:
@@ -143,7 +172,8 @@ def find_letterless(answers: Mapping[str, dict], benchmark: pd.DataFrame | None)
     return {
         name: (digest_of([answer["key"], answer["text"]]), options[name])
         for name, answer in answers.items()
-        if answer["kind"] == "choice" and needs_forcing(answer, options[name])
+        if answer["kind"] == "choice"
+        and explicit_letter(parse_completion(answer["text"]).answer, options[name]) is None
     }
 
 

@@ -16,7 +16,6 @@ from statsmodels.stats.proportion import proportion_confint
 Verdict = Literal["better", "worse", "cannot tell"]
 Interval = tuple[float, float]
 ALPHA = 0.05
-_CONFIDENCE = 0.95
 
 
 class Result(BaseModel, extra="forbid", frozen=True):
@@ -46,7 +45,7 @@ def show_p(p: float) -> str:
 
 def wilson_interval(successes: int, n: int) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927, by statsmodels)."""
-    return proportion_confint(successes, n, alpha=1 - _CONFIDENCE, method="wilson")
+    return proportion_confint(successes, n, alpha=ALPHA, method="wilson")
 
 
 def mcnemar_exact(base: np.ndarray, tuned: np.ndarray) -> float:
@@ -74,16 +73,12 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[str], resamples: int
     sums, sizes = group_sums(values, groups)
     if len(sums) == 1 or np.all(values == values[0]):
         return values.mean(), values.mean()
-    return stats.bootstrap(
-        (sums, sizes),
-        lambda s, k, axis: np.sum(s, axis=axis) / np.sum(k, axis=axis),
-        paired=True,
-        vectorized=True,
-        confidence_level=_CONFIDENCE,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+
+    def mean(sums: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
+        return np.sum(sums, axis=axis) / np.sum(sizes, axis=axis)
+
+    settings = {"n_resamples": resamples, "rng": np.random.default_rng(seed), "confidence_level": 1 - ALPHA}
+    return stats.bootstrap((sums, sizes), mean, paired=True, method="percentile", **settings).confidence_interval
 
 
 def mean_interval(values: np.ndarray, groups: Sequence[str], resamples: int, seed: int) -> Interval:

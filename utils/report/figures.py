@@ -1,17 +1,29 @@
 """The series' pictures: row lengths, loss curve, and the comparison of both models. Drawn without a display."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure  # no pyplot: no backend, no state shared with the notebook
+from matplotlib.lines import Line2D
 
 from utils.evaluation.evaluate import Evaluation
+from utils.evaluation.statistics import Result, verdict
 from utils.files import atomic
-from utils.report.forest import INK, draw_forest
 
 BASE, TUNED = "#a9b4c6", "#0b5fa5"  # light and dark: told apart in grey, too
+INK, SOFT = "#23263a", "#667085"
+# Okabe and Ito's colours, told apart by colour-blind readers; the markers differ as well, for print in grey.
+_SIGNS = {
+    "better": ("#00805c", "D", "better"),
+    "worse": ("#c44e00", "s", "worse"),
+    "cannot tell": (SOFT, "o", "cannot tell: spans zero, or p ≥ 0.05"),
+}
+_ABOVE = {"textcoords": "offset points", "va": "bottom", "color": INK, "annotation_clip": False}
+_FOLD = 5  # a mean that became more than so many times the base's leaves no room on the axis for the others
 
 
 def _finish(axis, title: str, **labels) -> None:
@@ -58,19 +70,16 @@ def draw_loss(log: pd.DataFrame, path: Path) -> Path:
     figure = Figure(figsize=(10, 3.4), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     validation, log = log.dropna(subset="eval_loss"), log.dropna(subset="loss")
-    if len(log):
-        left.plot(log["step"], log["loss"], color=BASE, linewidth=1, label="training, each step")
-        smooth = log["loss"].rolling(max(2, len(log) // 15), min_periods=1).mean()
-        left.plot(log["step"], smooth, color=TUNED, linewidth=2.2, label="training, running mean")
-        if len(validation):
-            looks = {"color": "#d1495b", "marker": "o", "markersize": 4, "label": "validation rows"}
-            left.plot(validation["step"], validation["eval_loss"], **looks)
-        left.legend(frameon=False)
-        right.plot(log["step"], log["learning_rate"], color="#30638e", linewidth=2)
-    else:
-        left.text(0.5, 0.5, "no steps were taken", ha="center", transform=left.transAxes)
+    left.plot(log["step"], log["loss"], color=BASE, linewidth=1, label="training, each step")
+    smooth = log["loss"].rolling(max(2, len(log) // 15), min_periods=1).mean()
+    left.plot(log["step"], smooth, color=TUNED, linewidth=2.2, label="training, running mean")
+    if len(validation):
+        looks = {"color": "#d1495b", "marker": "o", "markersize": 4, "label": "validation rows"}
+        left.plot(validation["step"], validation["eval_loss"], **looks)
+    left.legend(frameon=False)
+    right.plot(log["step"], log["learning_rate"], color="#30638e", linewidth=2)
     title = "Training and validation loss" if len(validation) else "Training loss"
-    _finish(left, title, xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
+    _finish(left, title if len(log) else "No steps", xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
     _finish(right, "Learning rate", xlabel="optimizer step", ylim=(0, None))
     return _save(figure, path)
 
@@ -119,6 +128,97 @@ def draw_bars(axis, metrics: dict) -> None:
     _finish(axis, f"{title}, 95 % intervals", xlim=(-0.6, len(chosen) - 0.4), ylim=(0, 120))
 
 
+@dataclass(frozen=True)
+class Row:
+    """One metric: its change and interval, both positive where fine-tuning helped (points, or % of the base)."""
+
+    label: str
+    values: str  # both models' means, such as 17 % → 84 %
+    change: float | None  # None: the base is near 0, and nothing can be told in % of it
+    low: float
+    high: float
+    sign: str
+    share: bool
+    weight: str  # bold for the primary metric
+
+
+def build_rows(metrics: dict) -> list[Row]:
+    """The rows of metrics.json's results, primary first."""
+    return [_build_row(metrics["primary"], "bold"), *(_build_row(one, "normal") for one in metrics["secondary"])]
+
+
+def _build_row(result: dict, weight: str) -> Row:
+    base, tuned, share = result["base"], result["tuned"], result["unit"] == "share"
+    turn = 1.0 if result["higher_is_better"] else -1.0
+    scale = 100.0 if share else 0.0 if _FOLD * abs(base) <= abs(tuned) else 100.0 / abs(base)
+    low, high = sorted(turn * scale * end for end in result["ci95"])
+    digits = 0 if share or max(abs(base), abs(tuned)) >= 10 else 2
+    return Row(
+        label=result["label"] + ("" if result["higher_is_better"] else " ↓"),
+        values=" → ".join(f"{100 * mean:.0f} %" if share else f"{mean:.{digits}f}" for mean in (base, tuned)),
+        change=turn * scale * result["difference"] if scale else None,
+        low=low,
+        high=high,
+        sign=verdict(Result.model_validate(result), result["p_holm"]),
+        share=share,
+        weight=weight,
+    )
+
+
+def draw_forest(figure, metrics: dict) -> None:
+    """A forest plot of paired differences, each turned so that right is better, onto a (sub)figure: shares in points and everything else in % of the base, the primary metric on top."""
+    rows = build_rows(metrics)
+    groups = [[row for row in rows if row.share == share] for share in (rows[0].share, not rows[0].share)]
+    groups = [group for group in groups if group]
+    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(group) + 1.2 for group in groups])[:, 0]
+    for axis, group in zip(axes, groups, strict=True):
+        _draw_group(axis, group)
+    axes[0].set_title("Change by fine-tuning, 95 % intervals", loc="left", pad=24, color=INK)
+    for x, text, ha in ((-6, "← worse", "right"), (6, "better →", "left")):
+        axes[0].annotate(text, (0, 1), (x, 4), **_ABOVE, xycoords=axes[0].get_xaxis_transform(), ha=ha, weight="bold")
+    axes[0].annotate("base → fine-tuned", (1.02, 1), (0, 4), **_ABOVE, xycoords="axes fraction")
+    found = {row.sign for row in rows if row.change is not None}
+    figure.legend(
+        handles=[
+            Line2D([], [], color=colour, marker=marker, markersize=7, linewidth=2.2, label=label)
+            for sign, (colour, marker, label) in _SIGNS.items()
+            if sign in found
+        ],
+        title="bold: the primary metric; p of what only describes: Holm's", loc="outside lower center", ncols=3, frameon=False,
+        handletextpad=0.3,
+    )  # fmt: skip
+
+
+def _draw_group(axis, rows: Sequence[Row]) -> None:
+    """One axis: a line for each row, its interval, and the means of both models at the right edge."""
+    ends = [end for row in rows for end in (row.low, row.high, row.change or 0.0)]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    room = 0.35 * max(high - low, 5.0)  # on either side of zero, for the words above it
+    low, high = min(1.1 * low, -room), max(1.1 * high, room)
+    axis.axvspan(0, high, color=_SIGNS["better"][0], alpha=0.06, linewidth=0)
+    axis.axvline(0, color=INK, linewidth=1.2)
+    beside = {"transform": axis.get_yaxis_transform(), "va": "center"}
+    for y, row in enumerate(rows):
+        axis.text(1.02, y, row.values, weight=row.weight, color=INK, **beside)
+        if row.change is None:
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            axis.text(0.03, y, "base is near 0: no % of it", color=SOFT, bbox=behind, **beside)
+            continue
+        (colour, marker, _), bold = _SIGNS[row.sign], row.weight == "bold"
+        axis.plot([row.low, row.high], [y, y], color=colour, linewidth=3.4 if bold else 2.2, zorder=3)
+        axis.plot(row.change, y, marker, color=colour, markersize=8 if bold else 6, zorder=4)
+    axis.set(xlim=(low, high), ylim=(len(rows) - 0.4, -0.6))
+    axis.set_yticks(range(len(rows)), [row.label for row in rows], color=INK)
+    for label, row in zip(axis.get_yticklabels(), rows, strict=True):
+        label.set_weight(row.weight)
+    turned = "  (↓ less is better: sign turned)" if any(row.label.endswith("↓") for row in rows) else ""
+    axis.set_xlabel(f"improvement in {'percentage points' if rows[0].share else '% of the base'}{turned}", color=INK)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color="#e4e7ec", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
 def _draw_reasoning(axis, base: pd.DataFrame, tuned: pd.DataFrame) -> None:
     """Tokens of reasoning of both models, and the token cap where it cut answers off."""
     _finish(axis, "Length of the reasoning", xlabel="tokens", ylabel="answers")
@@ -143,12 +243,8 @@ def _draw_reasoning(axis, base: pd.DataFrame, tuned: pd.DataFrame) -> None:
 def _draw_losses(axis, base_loss: pd.DataFrame, tuned_loss: pd.DataFrame) -> None:
     """One point for each held-out row: below the diagonal, fine-tuning made the reference less surprising."""
     _finish(axis, "Loss on each held-out row", xlabel="base (nats per token)", ylabel="fine-tuned")
-    if not len(base_loss):
-        axis.text(0.5, 0.5, "no held-out losses in this run", ha="center", color=INK, transform=axis.transAxes)
-        axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
-        return
     base, tuned = base_loss["completion"], tuned_loss["completion"]
-    top = max(base.max(), tuned.max()) * 1.08 or 1.0
+    top = 1.08 * max([*base, *tuned], default=0.0) or 1.0
     axis.fill_between([0, top], [0, top], color=TUNED, alpha=0.07, linewidth=0)
     axis.plot([0, top], [0, top], color=INK, linewidth=1, linestyle="--")
     axis.scatter(base, tuned, s=16, color=TUNED, alpha=0.55, edgecolor="none", clip_on=False)
