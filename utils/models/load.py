@@ -89,6 +89,7 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
                 use_exact_model_name=True,  # or the Hub id is silently remapped to a dynamically quantised repository
             )
             model.loaded_through_unsloth = True
+            model.generation_config.max_length = None  # set by unsloth, and warned of in every batch
             LOADS[Path(source).name] += 1
         else:
             model = load_plain(config, source)
