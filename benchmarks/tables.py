@@ -156,6 +156,7 @@ def real_model() -> str:
     ]  # fmt: skip
     for stage in ("01_baseline_inference", "03_lora_training", "04_comparison"):
         rows.append((f"`{stage}`", *(f"{case['stages'][stage]['seconds']:.0f} s" for case in cases.values())))
+    rows.append(("all stages, but 05 in the first alone", *(f"{case['seconds']:.0f} s" for case in cases.values())))
     rows.append(("GiB of GPU memory", *(case["peak_gpu_reserved_gib"] for case in cases.values())))
     what = "Profile `smollm2`, base → fine-tuned, 95 % interval of the difference"
     return markdown(("", *cases), rows, measured("smollm2", what))
