@@ -186,11 +186,9 @@ def training_log(trainer) -> pd.DataFrame:
     A row for every step at which something was logged, resumed ones too.
     """
     names = ["step", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "scale", "eval_loss"]
-    steps: dict[int, dict] = {}
-    for entry in trainer.state.log_history:
-        if "loss" in entry or "eval_loss" in entry:
-            steps.setdefault(entry["step"], {}).update(entry)
-    return pd.DataFrame(list(steps.values()), columns=names).apply(pd.to_numeric, errors="coerce")
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    log = pd.DataFrame(entries, columns=names).apply(pd.to_numeric, errors="coerce")
+    return log.groupby("step", as_index=False).last()
 
 
 def check_loss_mask(dataset, formatted: pd.DataFrame) -> str:
