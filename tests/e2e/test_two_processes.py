@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
 from utils.errors import Interrupted, OutOfMemory
-from utils.project import ROOT, python_path
+from utils.project import python_path
 from utils.training import train_adapter
 from utils.training.launch import SUMMARY, write_recipe
 from utils.training.train import checkpoint_dir
