@@ -173,7 +173,7 @@ from types import SimpleNamespace
 from accelerate import PartialState
 from utils.training.callbacks import SessionCallback
 rank = PartialState(cpu=True).process_index
-clock = SimpleNamespace(max_hours=8, is_due=lambda next_s: rank == {due})
+clock = SimpleNamespace(is_due=lambda next_s: rank == {due})
 session, control = SessionCallback(clock, SimpleNamespace(asked=False)), SimpleNamespace(should_training_stop=False)
 session.on_step_end(None, SimpleNamespace(global_step=1, max_steps=9), control)
 print(session.ended, control.should_training_stop)

@@ -143,8 +143,7 @@ class SessionCallback(TrainerCallback):
         took, self._last = time.monotonic() - self._last, time.monotonic()
         if state.global_step >= state.max_steps:
             return
-        due = self.deadline.max_hours is not None and self.deadline.is_due(next_s=took)
-        decision = "asked" if self.stop.asked else "deadline" if due else ""
+        decision = "asked" if self.stop.asked else "deadline" if self.deadline.is_due(next_s=took) else ""
         (self.ended,) = broadcast_object_list([decision])  # the first process's: all of them stop at the same step
         if self.ended:
             control.should_save = control.should_training_stop = True
