@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
@@ -50,15 +51,6 @@ class Vectors:
         return Vectors(self.matrix[rows], self.lengths[rows])
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of texts by position, with their cosines; arrays of one length."""
-
-    left: np.ndarray
-    right: np.ndarray
-    cosine: np.ndarray
-
-
 def normalise(text: str) -> str:
     """Case, width and spacing folded: two questions that differ in these only are one."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -80,29 +72,26 @@ def vectorise(texts: Sequence[str]) -> Vectors:
     return Vectors(sparse.csr_matrix(sparse.diags(scale, dtype=np.float32) @ matrix), lengths)
 
 
-def near_pairs(left: Vectors, right: Vectors | None = None, threshold: float = THRESHOLD) -> Pairs:
+def near_pairs(left: Vectors, right: Vectors | None = None, threshold: float = THRESHOLD) -> pd.DataFrame:
     """Pairs whose cosine is at least `threshold`: between left and right, or (i < j) within left.
 
-    Sparse throughout; each text keeps its 100 nearest.
+    Columns: left and right (positions of the texts), cosine. Sparse throughout; each text keeps its 100 nearest.
     """
     if right is not None:
-        pairs = _multiply(left, right, threshold / _MOST_CORRECTION / _SCALE)
-        keep = pairs.cosine >= threshold
-        return Pairs(pairs.left[keep], pairs.right[keep], pairs.cosine[keep])
+        return _multiply(left, right, threshold)
     count, found = len(left.lengths), []
     for start in range(0, count, _BLOCK):  # what a block has behind it, since (j, i) is (i, j): half of the work
         block, rest = np.arange(start, min(start + _BLOCK, count)), np.arange(start, count)
-        pairs = _multiply(left.take(block), left.take(rest), threshold / _MOST_CORRECTION / _SCALE)
-        keep = (pairs.cosine >= threshold) & (pairs.left < pairs.right)
-        found.append(Pairs(pairs.left[keep] + start, pairs.right[keep] + start, pairs.cosine[keep]))
-    return Pairs(*(np.concatenate([getattr(p, end) for p in found]) for end in ("left", "right", "cosine")))
+        pairs = _multiply(left.take(block), left.take(rest), threshold).query("left < right")
+        found.append(pairs.assign(left=pairs["left"] + start, right=pairs["right"] + start))
+    return pd.concat(found, ignore_index=True)
 
 
 def largest_cosine(left: Vectors, right: Vectors) -> float | None:
     """The cosine of the nearest two texts of both sides; None where a side is empty."""
     if not len(left.lengths) or not len(right.lengths):
         return None
-    return float(_multiply(left, right, None).cosine.max(initial=0.0))
+    return float(_multiply(left, right)["cosine"].to_numpy().max(initial=0.0))
 
 
 def group_duplicates(count: int, *links: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -112,16 +101,18 @@ def group_duplicates(count: int, *links: tuple[np.ndarray, np.ndarray]) -> np.nd
     return connected_components(graph, directed=False)[1]
 
 
-def _multiply(left: Vectors, right: Vectors, threshold: float | None) -> Pairs:
+def _multiply(left: Vectors, right: Vectors, threshold: float = 0.0) -> pd.DataFrame:
     """The largest products of both sides' rows, corrected for length: times sqrt(longer / shorter), at most 1.25."""
     from sparse_dot_topn import sp_matmul_topn
 
     most, threads = min(_MOST_NEIGHBOURS, len(right.lengths)), min(8, os.cpu_count() or 1)
-    product = sp_matmul_topn(left.matrix, right.matrix.T.tocsr(), top_n=most, threshold=threshold, n_threads=threads)
+    lowest = threshold / _MOST_CORRECTION / _SCALE
+    product = sp_matmul_topn(left.matrix, right.matrix.T.tocsr(), top_n=most, threshold=lowest, n_threads=threads)
     found = product.tocoo()
     one, two = left.lengths[found.row], right.lengths[found.col]
     correction = np.minimum(np.sqrt(np.maximum(one, two) / np.minimum(one, two)), _MOST_CORRECTION)
-    return Pairs(found.row, found.col, np.minimum(found.data * correction * _SCALE, 1.0))
+    cosine = np.minimum(found.data * correction * _SCALE, 1.0)
+    return pd.DataFrame({"left": found.row, "right": found.col, "cosine": cosine})[cosine >= threshold]
 
 
 def _weigh(texts: list[str]) -> sparse.csr_matrix:

@@ -161,9 +161,8 @@ def _drop_near(
     count, near = len(rows), {}
     if threshold < 1:
         fixed = vectors.take(np.arange(count, len(vectors.lengths)))
-        pairs = near_pairs(vectors.take(np.arange(count)), fixed, threshold)
-        order = np.argsort(pairs.cosine, kind="stable")  # each row's nearest is written last
-        near = {int(pairs.left[k]): (int(pairs.right[k]), float(pairs.cosine[k])) for k in order}
+        pairs = near_pairs(vectors.take(np.arange(count)), fixed, threshold).sort_values("cosine", kind="stable")
+        near = {row: (other, cosine) for row, other, cosine in pairs.itertuples(index=False)}  # the nearest comes last
     places = {normalise(text): place for place, text in enumerate([*stems, TUTORIAL_QUESTION])}
     for position, text in enumerate(map(normalise, rows["Question"])):
         if text in places:  # two texts of the same words need not have a cosine of 1
