@@ -198,9 +198,7 @@ def _draw(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Dr
     """Held-out rows, then validation rows, are taken from the groups in shuffled order; the other groups train."""
     _require_rows("eval_rows", data.eval_rows, len(groups) - 1)
     order = rng.permutation(len(groups))
-    members: dict[int, list[int]] = {}
-    for position in order:
-        members.setdefault(int(groups[position]), []).append(int(position))
+    members = pd.Series(order).groupby(groups[order], sort=False).agg(list).to_dict()
     held_out, excluded = _take_groups(members, data.eval_rows, "eval_rows", "held-out")
     _require_rows("validation_rows", data.validation_rows or 0, sum(map(len, members.values())) - 1)
     validation, more = _take_groups(members, data.validation_rows or 0, "validation_rows", "validation")
