@@ -28,9 +28,9 @@ _HEADER = f"{_HEAD} Edit one here, or pass --set / OVERRIDES: what rests on it r
 _MISSING, _DIFFERS = "is missing", "differs from what was written"
 # These change no result: hours of work stay.
 _NO_RESULT = {
-    "train": ("save_steps", "logging_steps", "step_plan"),
-    "generate": ("batch_size",),
-    "export": ("push_to_hub", "install_llama_cpp"),
+    "train": {"save_steps", "logging_steps", "step_plan"},
+    "generate": {"batch_size"},
+    "export": {"push_to_hub", "install_llama_cpp"},
 }
 
 
@@ -77,9 +77,7 @@ class RunDir:
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that this stage's result rests on; local data and model by their content."""
-        values = self.config.sections(*stage.settings)
-        for section in _NO_RESULT.keys() & values.keys():
-            values[section] = {key: value for key, value in values[section].items() if key not in _NO_RESULT[section]}
+        values = self.config.sections(*stage.settings, exclude=_NO_RESULT)
         local = {}
         if "data" in values:
             benchmarks = (self.config.evaluate.benchmark, *self.config.evaluate.more_benchmarks)
