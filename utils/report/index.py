@@ -129,9 +129,9 @@ def _read(run: RunDir, name: str) -> bytes:
     """A file's content; nothing where it is missing, or not as its stage wrote it."""
     try:
         require_recorded(run.path, (name,))
-    except RunDirError:
+        return run.file(name).read_bytes()
+    except (RunDirError, FileNotFoundError):
         return b""
-    return run.file(name).read_bytes() if run.file(name).exists() else b""
 
 
 def _read_json(run: RunDir, name: str) -> dict:
