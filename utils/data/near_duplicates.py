@@ -12,24 +12,17 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 THRESHOLD = 0.5
 _BOILERPLATE_WEIGHT = 0.2
-_BOILERPLATE = """
-old year years month months week weeks day days hour hours man woman boy girl male female patient patients
-presents presented presenting present comes brought physician clinic office emergency department complains reports says
-states history examination physical shows show showed reveals revealed findings finding symptoms symptom condition
-evaluated evaluation given considering based following likely possible probable typical typically usual usually common
-commonly appropriate best next step diagnosis diagnosed treatment treated associated characteristic cause caused causes
-underlying main major important known used considered type term identify name describe describes described explain
-explains explanation mention expected called seen noted question statement statements correct incorrect true false
-regarding answer choice choices option options description descriptions least relevant
-""".split()
+_BOILERPLATE = yaml.safe_load((Path(__file__).parent / "exam_wording.yaml").read_text(encoding="utf-8"))["words"]
 _PRIOR_TEXTS = 1000  # unseen texts that document frequencies are smoothed by
 _DOUBT = 1.5  # so many rare sequences that every text might hold beside its own: a few words alone prove little
 _MOST_CORRECTION = 1.25  # a text is excused from at most this much of the other's greater length
