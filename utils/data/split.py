@@ -11,17 +11,12 @@ import numpy as np
 import pandas as pd
 
 from utils.data.near_duplicates import Vectors, group_duplicates, largest_cosine, near_pairs, normalise, vectorise
+from utils.data.prompts import TUTORIAL_QUESTION
 from utils.data.rows import COLUMNS, check_rows, load_rows
 from utils.data.synthetic import tuning_rows
 from utils.errors import DataError
 from utils.schema import Config, DataSection
 
-# The one question by which the tutorials judge the model; it is a row of the file that they train on, at no fixed place
-TUTORIAL_QUESTION = (
-    "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or sneezing but "
-    "no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what would cystometry "
-    "most likely reveal about her residual volume and detrusor contractions?"
-)
 _ANSWERS = ["Complex_CoT", "Response"]
 _SAME_TEXT = 0.95  # at least this cosine: the tutorials' question itself, with a character more or less
 _DUPLICATE = "same question as an earlier row"
