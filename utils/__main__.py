@@ -178,7 +178,7 @@ def push(
 ) -> None:
     """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
     from utils.kaggle import push as kaggle_push
-    from utils.kaggle.api import Kaggle, readable
+    from utils.kaggle.api import Kaggle
 
     if no_run and until_done:
         raise ServiceError("--no-run starts no session that --until-done could wait for; drop one.")
@@ -199,8 +199,8 @@ def push(
         kaggle_push.push_once(kaggle, what, console)
         if wait and not no_run:
             status, message = kaggle_push.wait(kaggle, what.reference, console, poll, just_pushed=True)
-            console.print(f"{what.reference}: {readable(status)}{f': {message}' if message else ''}")
-            raise typer.Exit({"COMPLETE": 0, "ERROR": 1}.get(status, 3))
+            console.print(f"{what.reference}: {status}{f': {message}' if message else ''}")
+            raise typer.Exit({"complete": 0, "error": 1}.get(status, 3))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from rich.console import Console
 from utils.config import expand_home, flatten, load_config
 from utils.errors import InfrastructureError, ServiceError
 from utils.files import is_there, parse_json, write_json, write_text
-from utils.kaggle.api import FINISHED, Kaggle, page, readable, split_reference
+from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.kaggle.bundle import MAXIMUM_BYTES, build_kernel, bundled_files
 from utils.kaggle.collect import peek
 from utils.pipeline.state import SeriesState
@@ -168,19 +168,19 @@ def wait(
             try:
                 (state, message), silent = kaggle.status(reference), 0
             except InfrastructureError:
-                state, message, silent = "UNKNOWN", "", silent + 1
+                state, message, silent = "unknown", "", silent + 1
                 if silent > _UNKNOWN_STATES:
                     raise
             passed = time.monotonic() - started
-            line = f"{reference}: {readable(state)} after {passed / 60:.0f} min"
+            line = f"{reference}: {state} after {passed / 60:.0f} min"
             live.update(line)
             if state != before:
                 console.print(line)
-            before, seen_at_work = state, seen_at_work or state in ("QUEUED", "RUNNING")
+            before, seen_at_work = state, seen_at_work or state in ("queued", "running")
             if seen_at_work and state in FINISHED:
                 return state, message
             if not seen_at_work and passed > _START_S:
-                found = f"no queued or running session of {reference} (the last state: {readable(state)})"
+                found = f"no queued or running session of {reference} (the last state: {state})"
                 raise InfrastructureError(f"Kaggle took the push, but shows {found}; look at {page(reference)}.")
             time.sleep(interval_s)
 
