@@ -17,7 +17,7 @@ from utils.config import parse_overrides
 from utils.errors import InfrastructureError, Interrupted, RunDirError, ServiceError, UserError
 from utils.pipeline.console import make_console
 from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest, require_recorded
-from utils.pipeline.stages import BY_NAME, STAGES, Stage
+from utils.pipeline.stages import BY_NAME, Stage, find_stage
 from utils.project import NAME, command
 from utils.secrets import find_secret, hide_secrets, share_secrets
 
@@ -50,16 +50,14 @@ def run(
     from utils.pipeline.runner import StageEnded, run_series
     from utils.report.index import conclude
 
-    numbers = [stage.number for stage in STAGES]
-    if unknown := {from_, to}.difference(numbers):
-        raise UserError(f"There is no stage {unknown.pop()!r}; there are {numbers[0]} to {numbers[-1]}.")
-    if from_ > to:
+    first, last = find_stage(from_).number, find_stage(to).number
+    if first > last:
         raise UserError(f"--from {from_} comes after --to {to}; swap them.")
     share_secrets()  # the notebooks' processes could not ask Colab
     started = time.monotonic()
     try:
         run_series(
-            profile, run_dir, parse_overrides(set_ or []), from_, to, fresh, console,
+            profile, run_dir, parse_overrides(set_ or []), first, last, fresh, console,
             conclude=lambda run, worked: conclude(run, worked, console, time.monotonic() - started),
         )  # fmt: skip
     except StageEnded as ended:
@@ -180,7 +178,7 @@ def push(
 ) -> None:
     """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
     from utils.kaggle import push as kaggle_push
-    from utils.kaggle.api import Kaggle, readable
+    from utils.kaggle.api import Kaggle
 
     if no_run and until_done:
         raise ServiceError("--no-run starts no session that --until-done could wait for; drop one.")
@@ -201,8 +199,8 @@ def push(
         kaggle_push.push_once(kaggle, what, console)
         if wait and not no_run:
             status, message = kaggle_push.wait(kaggle, what.reference, console, poll, just_pushed=True)
-            console.print(f"{what.reference}: {readable(status)}{f': {message}' if message else ''}")
-            raise typer.Exit({"COMPLETE": 0, "ERROR": 1}.get(status, 3))
+            console.print(f"{what.reference}: {status}{f': {message}' if message else ''}")
+            raise typer.Exit({"complete": 0, "error": 1}.get(status, 3))
 
 
 @app.command()

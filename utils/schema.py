@@ -260,9 +260,9 @@ class Config(Section):
         """Whether the rows are the synthetic ones of `data.synthetic`."""
         return self.data.path is None and self.data.name == EMBEDDED
 
-    def sections(self, *names: str) -> dict[str, Any]:
-        """The named sections (or `section.key`) as plain JSON values."""
-        dumped, picked = self.model_dump(mode="json"), {}
+    def sections(self, *names: str, exclude: dict[str, set[str]] | None = None) -> dict[str, Any]:
+        """The named sections (or `section.key`) as plain JSON values, without the keys of `exclude`."""
+        dumped, picked = self.model_dump(mode="json", exclude=exclude), {}
         for name in names:
             section, _, key = name.partition(".")
             picked[name] = dumped[section][key] if key else dumped[section]

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.config import load_config
-from utils.data.split import TUTORIAL_QUESTION, split_rows
+from utils.data.prompts import TUTORIAL_QUESTION
+from utils.data.split import split_rows
 from utils.errors import DataError
 from utils.project import ROOT
 from utils.schema import Config

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from benchmarks.recipe import notebook_source
 from tests.conftest import import_file
 from utils.errors import Interrupted, OutOfMemory
-from utils.project import ROOT, python_path
+from utils.project import python_path
 from utils.training import train_adapter
 from utils.training.launch import SUMMARY, write_recipe
 from utils.training.train import checkpoint_dir
@@ -81,6 +81,12 @@ def apart(one, other) -> float:
 def wait_for_checkpoint(folder: Path) -> None:
     while not list(folder.glob("checkpoint-*/trainer_state.json")):
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def environment() -> dict[str, str]:
@@ -143,10 +149,7 @@ def test_ctrl_c_stops_two_processes_at_one_step_with_a_checkpoint(training_run, 
 def test_two_machines_by_accelerates_own_configuration_files(training_run, recipe):
     run = training_run()
     write_recipe(run, *recipe())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in (0, 1):
         config = run.file(f"machine-{rank}.yaml")
         config.write_text(
@@ -163,18 +166,23 @@ def test_two_machines_by_accelerates_own_configuration_files(training_run, recip
 
 
 @pytest.mark.parametrize("due", [0, 1])
-def test_all_processes_stop_when_the_first_ones_clock_says_so(tmp_path, due):
+def test_all_processes_stop_when_the_first_ones_clock_says_so(due):
     """Clocks differ by a little: whoever stopped alone would leave the others waiting for it."""
     source = f"""
-import sys
-from torch import distributed
-from utils.training.callbacks import _decided_together
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
-print(_decided_together(rank == {due}))
-distributed.destroy_process_group()
+from types import SimpleNamespace
+from accelerate import PartialState
+from utils.training.callbacks import SessionCallback
+rank = PartialState(cpu=True).process_index
+clock = SimpleNamespace(is_due=lambda next_s: rank == {due})
+session, control = SessionCallback(clock, SimpleNamespace(asked=False)), SimpleNamespace(should_training_stop=False)
+session.on_step_end(None, SimpleNamespace(global_step=1, max_steps=9), control)
+print(session.ended, control.should_training_stop)
+PartialState().destroy_process_group()
 """
-    start = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", source, str(rank)], **start) for rank in (0, 1)]
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes, command = [], [sys.executable, "-c", source]
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": rank, **meet}
+        processes.append(subprocess.Popen(command, env=environment() | place, stdout=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert said == [str(due == 0)] * 2
+    assert said == (["deadline True"] * 2 if due == 0 else ["False"] * 2)

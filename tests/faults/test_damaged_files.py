@@ -140,7 +140,7 @@ def found_by_the_run(work: Path, name: str, maker: Stage) -> None:
 def found_by_the_others(work: Path, name: str, maker: Stage) -> None:
     """verify, collect, score and publish name it; whoever does not read it is not stopped by it."""
     assert [line.split()[0] for line in altered_files(work)] == [name]
-    collected = classify("COMPLETE", "", work, "")
+    collected = classify("complete", "", work, "")
     assert collected.outcome == Outcome.FAIL and name in collected.sentence
     check_sentence(collected.sentence)
     refused = [told(RunDirError, score, work)] if is_below(name, READ_BY["score"]) else []

@@ -223,7 +223,7 @@ def test_a_manifest_of_another_shape_ends_in_a_sentence_or_is_one(finished, faul
             assert (finished / name).resolve().is_relative_to(finished.resolve()), "a file outside would be read"
     if manifest is not None:
         survive(altered_files, finished)
-        check_sentence(classify("COMPLETE", "", finished, "").sentence)
+        check_sentence(classify("complete", "", finished, "").sentence)
         run = survive(open_run, "auto", finished)
         survive(run.first_stale, STAGES) if run else None
 
@@ -236,7 +236,7 @@ def test_a_state_of_any_kind_is_none_or_is_told_in_a_sentence(tmp_path, fault, s
     fault("states")
     (tmp_path / "state.json").write_bytes(state)
     assert isinstance(survive(read_state, tmp_path), SeriesState | None)
-    assert isinstance(survive(classify, "COMPLETE", "", tmp_path, "").outcome, Outcome)
+    assert isinstance(survive(classify, "complete", "", tmp_path, "").outcome, Outcome)
 
 
 GENERATE = load_config("demo").generate

@@ -8,6 +8,7 @@ import re
 import nbformat
 import pytest
 
+from utils.errors import UserError
 from utils.kaggle.bundle import (
     KERNEL,
     MAXIMUM_BYTES,
@@ -86,5 +87,5 @@ def test_any_numbered_notebook_can_be_made_self_contained(number):
 
 
 def test_a_notebook_that_there_is_not_cannot_be_bundled():
-    with pytest.raises(ServiceError, match="no notebook '07'; there are 00 to 05"):
+    with pytest.raises(UserError, match="no stage '07'; there are 00 to 05"):
         build_single("07")

@@ -190,16 +190,16 @@ def test_a_state_that_the_package_does_not_know_is_infrastructure(kaggle_server,
     ("status", "log", "outcome", "said"),
     [
         (
-            "ERROR",
+            "error",
             "Traceback (most recent call last):\nValueError: This notebook was altered\n",
             "FAIL",
             "notebook was altered",
         ),
-        ("ERROR", "HardwareError: The profile t4 needs a CUDA GPU\n", "INFRASTRUCTURE", "needs a CUDA GPU"),
-        ("ERROR", "OutOfMemory: One question does not fit into memory\n", "FAIL", "does not fit into memory"),
-        ("ERROR", "pulling image\nNo space left on device\n", "INFRASTRUCTURE", "No space left"),
-        ("COMPLETE", "", "INFRASTRUCTURE", "saved and not run"),
-        ("CANCEL_ACKNOWLEDGED", "", "INFRASTRUCTURE", "cancelled"),
+        ("error", "HardwareError: The profile t4 needs a CUDA GPU\n", "INFRASTRUCTURE", "needs a CUDA GPU"),
+        ("error", "OutOfMemory: One question does not fit into memory\n", "FAIL", "does not fit into memory"),
+        ("error", "pulling image\nNo space left on device\n", "INFRASTRUCTURE", "No space left"),
+        ("complete", "", "INFRASTRUCTURE", "saved and not run"),
+        ("cancel acknowledged", "", "INFRASTRUCTURE", "cancelled"),
     ],
 )
 def test_a_session_without_a_state_is_classified_by_its_log(tmp_path, status, log, outcome, said):
@@ -213,19 +213,19 @@ def test_a_session_that_ran_out_of_memory_fails_since_another_one_would_too(tmp_
     run = write_run(tmp_path / "run", state) if state else tmp_path
     told = "Your notebook tried to allocate more memory than is available. It has restarted."
     for message, log in ((told, ""), ("", f"pulling image\n{told}\n")):
-        collected = classify("ERROR", message, run, log)
+        collected = classify("error", message, run, log)
         assert collected.outcome.name == "FAIL" and "memory" in collected.sentence
 
 
 def test_a_session_that_was_cut_off_in_the_middle_is_infrastructure(tmp_path):
     run = write_run(tmp_path / "run", "running")
-    collected = classify("ERROR", "Your notebook exceeded its time limit", run, "")
+    collected = classify("error", "Your notebook exceeded its time limit", run, "")
     assert collected.outcome.name == "INFRASTRUCTURE" and "time limit" in collected.sentence
 
 
 def test_a_notebook_that_stops_after_the_series_fails(tmp_path):
     run = write_run(tmp_path / "run")
-    collected = classify("ERROR", "", run, "…\nKeyError: 'verdict'\n")
+    collected = classify("error", "", run, "…\nKeyError: 'verdict'\n")
     assert collected.outcome.name == "FAIL" and "KeyError: 'verdict'" in collected.sentence
 
 

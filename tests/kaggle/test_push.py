@@ -241,13 +241,13 @@ class Showing:
 
 
 def test_after_a_push_an_end_counts_only_once_a_session_was_seen(monkeypatch):
-    quiet, old = Console(quiet=True), ["COMPLETE"] * 9
-    ended = push.wait(Showing(*old, "QUEUED", "RUNNING", "ERROR"), REFERENCE, quiet, 0.001, just_pushed=True)
-    assert ended == ("ERROR", "")
+    quiet, old = Console(quiet=True), ["complete"] * 9
+    ended = push.wait(Showing(*old, "queued", "running", "error"), REFERENCE, quiet, 0.001, just_pushed=True)
+    assert ended == ("error", "")
     monkeypatch.setattr(push, "_START_S", 0.05)
     with pytest.raises(InfrastructureError, match=r"no queued or running session of alice/.*the last state: complete"):
-        push.wait(Showing("COMPLETE"), REFERENCE, quiet, 0.001, just_pushed=True)
-    assert push.wait(Showing("ERROR"), REFERENCE, quiet, 0.001) == ("ERROR", "")  # what collect --wait asks
+        push.wait(Showing("complete"), REFERENCE, quiet, 0.001, just_pushed=True)
+    assert push.wait(Showing("error"), REFERENCE, quiet, 0.001) == ("error", "")  # what collect --wait asks
 
 
 def test_an_outage_in_the_middle_of_waiting_is_waited_out(kaggle_server, home):

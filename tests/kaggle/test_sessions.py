@@ -54,7 +54,7 @@ class Scripted:
     def __init__(self, ends: list, monkeypatch):
         self.ends, self.pushed = iter(ends), []
         monkeypatch.setattr("utils.kaggle.push.push", self._push)
-        monkeypatch.setattr("utils.kaggle.push.wait", lambda *_, just_pushed: ("COMPLETE", ""))
+        monkeypatch.setattr("utils.kaggle.push.wait", lambda *_, just_pushed: ("complete", ""))
         monkeypatch.setattr("utils.kaggle.push.peek", self._peek)
 
     def _push(self, kaggle, request):

@@ -47,15 +47,12 @@ def find_commits(config: Config) -> dict[str, Any]:
     A data set that the Hub does not answer for is left out. A list has no dotted keys, so more_benchmarks is given whole.
     """
     sections = {"data.revision": config.data, "evaluate.benchmark.revision": config.evaluate.benchmark}
-    found: dict[str, Any] = {key: commit for key, one in sections.items() if (commit := _find_commit(one))}
+    found: dict[str, Any] = {key: _find_commit(section) for key, section in sections.items()}
     more = config.evaluate.more_benchmarks
-    commits = [_find_commit(section) for section in more]
-    if any(commits):
-        found["evaluate.more_benchmarks"] = [
-            section.model_dump(mode="json") | {"revision": commit or section.revision}
-            for section, commit in zip(more, commits, strict=True)
-        ]
-    return found
+    pinned = [one.model_copy(update={"revision": one.revision or _find_commit(one)}) for one in more]
+    if pinned != more:
+        found["evaluate.more_benchmarks"] = [one.model_dump(mode="json") for one in pinned]
+    return {key: value for key, value in found.items() if value}
 
 
 def _find_commit(section: Any) -> str | None:

@@ -12,23 +12,17 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import yaml
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 THRESHOLD = 0.5
 _BOILERPLATE_WEIGHT = 0.2
-_BOILERPLATE = """
-old year years month months week weeks day days hour hours man woman boy girl male female patient patients
-presents presented presenting present comes brought physician clinic office emergency department complains reports says
-states history examination physical shows show showed reveals revealed findings finding symptoms symptom condition
-evaluated evaluation given considering based following likely possible probable typical typically usual usually common
-commonly appropriate best next step diagnosis diagnosed treatment treated associated characteristic cause caused causes
-underlying main major important known used considered type term identify name describe describes described explain
-explains explanation mention expected called seen noted question statement statements correct incorrect true false
-regarding answer choice choices option options description descriptions least relevant
-""".split()
+_BOILERPLATE = yaml.safe_load((Path(__file__).parent / "exam_wording.yaml").read_text(encoding="utf-8"))["words"]
 _PRIOR_TEXTS = 1000  # unseen texts that document frequencies are smoothed by
 _DOUBT = 1.5  # so many rare sequences that every text might hold beside its own: a few words alone prove little
 _MOST_CORRECTION = 1.25  # a text is excused from at most this much of the other's greater length
@@ -48,15 +42,6 @@ class Vectors:
     def take(self, rows: Sequence[int] | np.ndarray) -> Vectors:
         """Only these rows, in this order."""
         return Vectors(self.matrix[rows], self.lengths[rows])
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of texts by position, with their cosines; arrays of one length."""
-
-    left: np.ndarray
-    right: np.ndarray
-    cosine: np.ndarray
 
 
 def normalise(text: str) -> str:
@@ -80,29 +65,26 @@ def vectorise(texts: Sequence[str]) -> Vectors:
     return Vectors(sparse.csr_matrix(sparse.diags(scale, dtype=np.float32) @ matrix), lengths)
 
 
-def near_pairs(left: Vectors, right: Vectors | None = None, threshold: float = THRESHOLD) -> Pairs:
+def near_pairs(left: Vectors, right: Vectors | None = None, threshold: float = THRESHOLD) -> pd.DataFrame:
     """Pairs whose cosine is at least `threshold`: between left and right, or (i < j) within left.
 
-    Sparse throughout; each text keeps its 100 nearest.
+    Columns: left and right (positions of the texts), cosine. Sparse throughout; each text keeps its 100 nearest.
     """
     if right is not None:
-        pairs = _multiply(left, right, threshold / _MOST_CORRECTION / _SCALE)
-        keep = pairs.cosine >= threshold
-        return Pairs(pairs.left[keep], pairs.right[keep], pairs.cosine[keep])
+        return _multiply(left, right, threshold)
     count, found = len(left.lengths), []
     for start in range(0, count, _BLOCK):  # what a block has behind it, since (j, i) is (i, j): half of the work
         block, rest = np.arange(start, min(start + _BLOCK, count)), np.arange(start, count)
-        pairs = _multiply(left.take(block), left.take(rest), threshold / _MOST_CORRECTION / _SCALE)
-        keep = (pairs.cosine >= threshold) & (pairs.left < pairs.right)
-        found.append(Pairs(pairs.left[keep] + start, pairs.right[keep] + start, pairs.cosine[keep]))
-    return Pairs(*(np.concatenate([getattr(p, end) for p in found]) for end in ("left", "right", "cosine")))
+        pairs = _multiply(left.take(block), left.take(rest), threshold).query("left < right")
+        found.append(pairs.assign(left=pairs["left"] + start, right=pairs["right"] + start))
+    return pd.concat(found, ignore_index=True)
 
 
 def largest_cosine(left: Vectors, right: Vectors) -> float | None:
     """The cosine of the nearest two texts of both sides; None where a side is empty."""
     if not len(left.lengths) or not len(right.lengths):
         return None
-    return float(_multiply(left, right, None).cosine.max(initial=0.0))
+    return float(_multiply(left, right)["cosine"].to_numpy().max(initial=0.0))
 
 
 def group_duplicates(count: int, *links: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -112,16 +94,18 @@ def group_duplicates(count: int, *links: tuple[np.ndarray, np.ndarray]) -> np.nd
     return connected_components(graph, directed=False)[1]
 
 
-def _multiply(left: Vectors, right: Vectors, threshold: float | None) -> Pairs:
+def _multiply(left: Vectors, right: Vectors, threshold: float = 0.0) -> pd.DataFrame:
     """The largest products of both sides' rows, corrected for length: times sqrt(longer / shorter), at most 1.25."""
     from sparse_dot_topn import sp_matmul_topn
 
     most, threads = min(_MOST_NEIGHBOURS, len(right.lengths)), min(8, os.cpu_count() or 1)
-    product = sp_matmul_topn(left.matrix, right.matrix.T.tocsr(), top_n=most, threshold=threshold, n_threads=threads)
+    lowest = threshold / _MOST_CORRECTION / _SCALE
+    product = sp_matmul_topn(left.matrix, right.matrix.T.tocsr(), top_n=most, threshold=lowest, n_threads=threads)
     found = product.tocoo()
     one, two = left.lengths[found.row], right.lengths[found.col]
     correction = np.minimum(np.sqrt(np.maximum(one, two) / np.minimum(one, two)), _MOST_CORRECTION)
-    return Pairs(found.row, found.col, np.minimum(found.data * correction * _SCALE, 1.0))
+    cosine = np.minimum(found.data * correction * _SCALE, 1.0)
+    return pd.DataFrame({"left": found.row, "right": found.col, "cosine": cosine})[cosine >= threshold]
 
 
 def _weigh(texts: list[str]) -> sparse.csr_matrix:

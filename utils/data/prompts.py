@@ -5,6 +5,10 @@ The model's own chat template cuts assistant turns at `</think>`, which deletes 
 config.yaml. BOS is added by the tokenizer and the end token by the trainer: neither is ever written into a string here.
 """
 
+from pathlib import Path
+
+import yaml
+
 from utils.errors import RunDirError
 from utils.schema import PromptFormat, PromptSection
 
@@ -14,21 +18,9 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 NATIVE = PromptFormat(
     style="native", before=USER, after=f"{ASSISTANT}<think>\n", lead="", close="\n</think>\n\n", end=EOS
 )
-TUTORIAL = PromptFormat(  # the published text, letter for letter, trailing spaces included
-    style="tutorial",
-    before="Below is an instruction that describes a task, paired with an input that provides further context. \n"
-    "Write a response that appropriately completes the request. \n"
-    "Before answering, think carefully about the question and create a step-by-step chain of thoughts to ensure a "
-    "logical and accurate response.\n\n"
-    "### Instruction:\n"
-    "You are a medical expert with advanced knowledge in clinical reasoning, diagnostics, and treatment planning. \n"
-    "Please answer the following medical question. \n\n"
-    "### Question:\n",
-    after="\n\n### Response:\n<think>",
-    lead="\n",
-    close="\n</think>\n",
-    end=EOS,
-)
+_TUTORIAL = yaml.safe_load((Path(__file__).parent / "tutorial.yaml").read_text(encoding="utf-8"))
+TUTORIAL = PromptFormat(style="tutorial", **_TUTORIAL["prompt"], end=EOS)
+TUTORIAL_QUESTION = _TUTORIAL["question"]
 _BY_STYLE = {"native": NATIVE, "tutorial": TUTORIAL}
 
 

@@ -11,17 +11,12 @@ import numpy as np
 import pandas as pd
 
 from utils.data.near_duplicates import Vectors, group_duplicates, largest_cosine, near_pairs, normalise, vectorise
+from utils.data.prompts import TUTORIAL_QUESTION
 from utils.data.rows import COLUMNS, check_rows, load_rows
 from utils.data.synthetic import tuning_rows
 from utils.errors import DataError
 from utils.schema import Config, DataSection
 
-# The one question by which the tutorials judge the model; it is a row of the file that they train on, at no fixed place
-TUTORIAL_QUESTION = (
-    "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or sneezing but "
-    "no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what would cystometry "
-    "most likely reveal about her residual volume and detrusor contractions?"
-)
 _ANSWERS = ["Complex_CoT", "Response"]
 _SAME_TEXT = 0.95  # at least this cosine: the tutorials' question itself, with a character more or less
 _DUPLICATE = "same question as an earlier row"
@@ -161,9 +156,8 @@ def _drop_near(
     count, near = len(rows), {}
     if threshold < 1:
         fixed = vectors.take(np.arange(count, len(vectors.lengths)))
-        pairs = near_pairs(vectors.take(np.arange(count)), fixed, threshold)
-        order = np.argsort(pairs.cosine, kind="stable")  # each row's nearest is written last
-        near = {int(pairs.left[k]): (int(pairs.right[k]), float(pairs.cosine[k])) for k in order}
+        pairs = near_pairs(vectors.take(np.arange(count)), fixed, threshold).sort_values("cosine", kind="stable")
+        near = {row: (other, cosine) for row, other, cosine in pairs.itertuples(index=False)}  # the nearest comes last
     places = {normalise(text): place for place, text in enumerate([*stems, TUTORIAL_QUESTION])}
     for position, text in enumerate(map(normalise, rows["Question"])):
         if text in places:  # two texts of the same words need not have a cosine of 1
@@ -199,9 +193,7 @@ def _draw(groups: np.ndarray, data: DataSection, rng: np.random.Generator) -> Dr
     """Held-out rows, then validation rows, are taken from the groups in shuffled order; the other groups train."""
     _require_rows("eval_rows", data.eval_rows, len(groups) - 1)
     order = rng.permutation(len(groups))
-    members: dict[int, list[int]] = {}
-    for position in order:
-        members.setdefault(int(groups[position]), []).append(int(position))
+    members = pd.Series(order).groupby(groups[order], sort=False).agg(list).to_dict()
     held_out, excluded = _take_groups(members, data.eval_rows, "eval_rows", "held-out")
     _require_rows("validation_rows", data.validation_rows or 0, sum(map(len, members.values())) - 1)
     validation, more = _take_groups(members, data.validation_rows or 0, "validation_rows", "validation")

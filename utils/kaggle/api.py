@@ -17,7 +17,7 @@ from utils.files import relative_name
 ATTEMPTS = 6
 TIMEOUT_S = 120  # the package sets none: a connection that fell silent would be waited for without end
 SETTINGS = "https://www.kaggle.com/settings"
-FINISHED = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
+FINISHED = ("complete", "error", "cancel acknowledged")
 _OWNER = "; check the kernel's name and its owner"
 _HINTS = {401: f"; make a new token at {SETTINGS}", 403: _OWNER, 404: _OWNER}
 
@@ -58,9 +58,9 @@ class Kaggle:
             raise InfrastructureError(f"{error} {unsure}") from None
 
     def status(self, reference: str) -> tuple[str, str]:
-        """(state, message) of a kernel's last session: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_ACKNOWLEDGED, …"""
+        """(state, message) of a kernel's last session: queued, running, complete, error, cancel acknowledged, …"""
         answer = repeat("get kernel session status", partial(self._api.kernels_status, reference), self.log)
-        return answer.status.name, answer.failure_message or ""
+        return answer.status.name.replace("_", " ").lower(), answer.failure_message or ""
 
     def output(self, reference: str, folder: Path, pattern: str | None = None) -> None:
         """Fetch the last session's log, and files that match `pattern`; none whose name points outside."""
@@ -179,8 +179,3 @@ def split_reference(reference: str) -> tuple[str, str]:
 def page(reference: str) -> str:
     """The kernel's address for a browser."""
     return f"https://www.kaggle.com/code/{reference}"
-
-
-def readable(state: str) -> str:
-    """`cancel acknowledged` of CANCEL_ACKNOWLEDGED."""
-    return state.replace("_", " ").lower()

@@ -3,7 +3,6 @@
 import shutil
 import stat
 from pathlib import Path
-from typing import Any
 
 from utils.errors import RunDirError, UserError
 from utils.files import atomic_folder, sha256
@@ -20,23 +19,18 @@ def find_attached(profile: str = "auto", root: Path | None = None) -> Path | Non
     """The run directory of `profile` among the inputs, or None; raises RunDirError for several, or a damaged one."""
     root, found = root or KAGGLE / "input", {}
     for file in (file for depth in range(DEPTH + 1) for file in root.glob("*/" * depth + "manifest.json")):
-        manifest = _read_ours(file.parent)
-        if manifest and profile in ("auto", manifest["profile"]):
+        try:
+            manifest = read_manifest(file.parent)
+        except RunDirError:
+            if all(word in file.read_bytes() for word in (b'"profile"', b'"stages"')):
+                raise  # ours, and damaged: to start anew would throw an earlier session's work away
+            continue  # somebody else's manifest.json
+        if profile in ("auto", manifest["profile"]):
             found.setdefault(sha256(file), file.parent)  # one output can be mounted twice
     if len(found) > 1:
         places = ", ".join(str(path.relative_to(root)) for path in found.values())
         raise RunDirError(f"{len(found)} different runs are attached ({places}); detach all but the one to resume.")
     return next(iter(found.values()), None)
-
-
-def _read_ours(run: Path) -> dict[str, Any]:
-    """The manifest of a run; empty where it is somebody else's manifest.json."""
-    try:
-        return read_manifest(run)
-    except RunDirError:
-        if all(word in (run / "manifest.json").read_bytes() for word in (b'"profile"', b'"stages"')):
-            raise  # ours, and damaged: to start anew would throw an earlier session's work away
-        return {}
 
 
 def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: Path | None = None) -> Path:

@@ -49,11 +49,8 @@ def build_kernel(profile: str = "auto", overrides: Mapping[str, Any] | None = No
 
 
 def build_single(number: str) -> nbformat.NotebookNode:
-    """One numbered notebook, whose bootstrap cell unpacks the package; ServiceError for another number."""
-    try:
-        stage = find_stage(number)
-    except (KeyError, ValueError):
-        raise ServiceError(f"There is no notebook {number!r}; there are 00 to 05.") from None
+    """One numbered notebook, whose bootstrap cell unpacks the package; UserError for another number."""
+    stage = find_stage(number)
     notebook, template = (nbformat.read(path, as_version=4) for path in (stage.notebook, TEMPLATE))
     cells = notebook.cells
     bootstrap, parameters = [cell for cell in cells if cell.cell_type == "code"][:2]
@@ -89,7 +86,7 @@ def _checked(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def write_bundle(number: str = "") -> Path:
-    """Write kaggle_kernel.ipynb, or bundles/NN_….ipynb; raises ServiceError where Kaggle would not take it."""
+    """Write kaggle_kernel.ipynb, or bundles/NN_….ipynb; raises as `build_kernel` and `build_single`."""
     notebook = build_single(number) if number else build_kernel()
     path = SINGLES / f"{find_stage(number).name}.ipynb" if number else KERNEL
     write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")

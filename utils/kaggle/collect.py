@@ -14,7 +14,7 @@ from rich.text import Text
 
 from utils.errors import RunDirError
 from utils.files import list_files, parse_json, write_text
-from utils.kaggle.api import FINISHED, Kaggle, page, readable, split_reference
+from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.pipeline.console import read_sentence
 from utils.pipeline.run_dir import altered_files
 from utils.pipeline.state import FILE as STATE
@@ -51,7 +51,7 @@ def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> C
     """
     status, message = kaggle.status(reference)
     if status not in FINISHED:
-        sentence = f"{reference} has not ended yet ({readable(status)}); collect it later, or push --wait."
+        sentence = f"{reference} has not ended yet ({status}); collect it later, or push --wait."
         return Collected(Outcome.INFRASTRUCTURE, sentence)
     target.mkdir(parents=True, exist_ok=True)
     with _fetched(kaggle, reference, within=target) as (folder, run):
@@ -108,7 +108,7 @@ def classify(status: str, message: str, target: Path, log: str) -> Collected:
     """The outcome by Kaggle's status, the run's own state, its manifest and, where there is neither, the log."""
     state = read_state(target)
     remark = f" Kaggle says: {message}" if message else ""
-    if status == "CANCEL_ACKNOWLEDGED":
+    if status == "cancel acknowledged":
         return Collected(Outcome.INFRASTRUCTURE, f"the session was cancelled.{remark}")
     if _NO_MEMORY in message + log and (state is None or state.state == "running"):
         again = "memory ran out, and in another session of this machine it would again: take smaller settings"
@@ -120,9 +120,9 @@ def classify(status: str, message: str, target: Path, log: str) -> Collected:
     if state.state == "failed":
         outcome = Outcome.INFRASTRUCTURE if state.kind == _OF_THE_MACHINE else Outcome.FAIL
         return Collected(outcome, f"{state.stage or 'the series'} failed: {state.sentence}")
-    if state.state == "done" and status == "ERROR":
+    if state.state == "done" and status == "error":
         return Collected(Outcome.FAIL, f"the series is done, but the notebook stopped after it: {_last_line(log)}")
-    if state.state == "running" or status == "ERROR":
+    if state.state == "running" or status == "error":
         cut_off = "the session ended in the middle of the work, by its time limit or by a fault of the machine"
         return Collected(Outcome.INFRASTRUCTURE, f"{cut_off}.{remark}")
     try:
@@ -150,7 +150,7 @@ def _classify_by_log(status: str, remark: str, log: str) -> Collected:
             return Collected(Outcome.INFRASTRUCTURE, sentence)
         return Collected(Outcome.FAIL, f"the notebook stopped before the series began: {kind}: {sentence}")
     ended = "the kernel was saved and not run, or kept no output."
-    if status != "COMPLETE":
+    if status != "complete":
         ended = f"the session ended before the series began. Its log ends with: {_last_line(log)}"
     return Collected(Outcome.INFRASTRUCTURE, f"{ended}{remark}")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from utils.config import expand_home, load_config
+from utils.config import expand_home, flatten, load_config
 from utils.errors import InfrastructureError, ServiceError
 from utils.files import is_there, parse_json, write_json, write_text
-from utils.kaggle.api import FINISHED, Kaggle, page, readable, split_reference
+from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.kaggle.bundle import MAXIMUM_BYTES, build_kernel, bundled_files
 from utils.kaggle.collect import peek
 from utils.pipeline.state import SeriesState
@@ -110,15 +110,11 @@ def kernel_text(profile: str = "auto", overrides: Mapping[str, Any] | None = Non
 
 def _local_files(config: Config) -> list[tuple[str, Any]]:
     """(setting, value) of every setting that names a file or folder."""
-    evaluate, names = config.evaluate, {"model.name": config.model.name, "export.base": config.export.base}
-    paths = [
-        ("data.path", config.data.path),
-        ("evaluate.benchmark", evaluate.benchmark.path),
-        *(("evaluate.more_benchmarks", benchmark.path) for benchmark in evaluate.more_benchmarks),
-        ("hardware.accelerate_config", config.hardware.accelerate_config),
-        *((key, name) for key, name in names.items() if name and is_there(expand_home(str(name), key))),
-    ]
-    return [(key, path) for key, path in paths if path]
+    settings = list(flatten(config.model_dump()).items())
+    settings += [("evaluate.more_benchmarks", benchmark.path) for benchmark in config.evaluate.more_benchmarks]
+    names = [(key, name) for key, name in settings if key in ("model.name", "export.base") and name]
+    paths = [(key, value) for key, value in settings if isinstance(value, Path)]
+    return paths + [(key, name) for key, name in names if is_there(expand_home(name, key))]
 
 
 def make_submission(
@@ -140,11 +136,11 @@ def push(kaggle: Kaggle, what: Submission) -> tuple[int | None, str]:
     if answer.error:
         raise ServiceError(f"Kaggle did not take the push: {answer.error}")
     kinds = {"dataset": "data sets", "kernel": "kernels", "competition": "competitions", "model": "models"}
-    refused = {word: getattr(answer, f"invalid_{kind}_sources") for kind, word in kinds.items()}
+    refused = [(word, names) for kind, word in kinds.items() if (names := getattr(answer, f"invalid_{kind}_sources"))]
     url = answer.url or page(what.reference)
-    if any(refused.values()):
-        names = "; ".join(f"{kind} {', '.join(values)}" for kind, values in refused.items() if values)
-        found = f"Kaggle made version {answer.version_number} of {what.reference} without {names}"
+    if refused:
+        without = "; ".join(f"{word} {', '.join(names)}" for word, names in refused)
+        found = f"Kaggle made version {answer.version_number} of {what.reference} without {without}"
         raise ServiceError(f"{found}; stop it at {url}, check those names in {METADATA.name}, and push again.")
     return answer.version_number, url
 
@@ -172,19 +168,19 @@ def wait(
             try:
                 (state, message), silent = kaggle.status(reference), 0
             except InfrastructureError:
-                state, message, silent = "UNKNOWN", "", silent + 1
+                state, message, silent = "unknown", "", silent + 1
                 if silent > _UNKNOWN_STATES:
                     raise
             passed = time.monotonic() - started
-            line = f"{reference}: {readable(state)} after {passed / 60:.0f} min"
+            line = f"{reference}: {state} after {passed / 60:.0f} min"
             live.update(line)
             if state != before:
                 console.print(line)
-            before, seen_at_work = state, seen_at_work or state in ("QUEUED", "RUNNING")
+            before, seen_at_work = state, seen_at_work or state in ("queued", "running")
             if seen_at_work and state in FINISHED:
                 return state, message
             if not seen_at_work and passed > _START_S:
-                found = f"no queued or running session of {reference} (the last state: {readable(state)})"
+                found = f"no queued or running session of {reference} (the last state: {state})"
                 raise InfrastructureError(f"Kaggle took the push, but shows {found}; look at {page(reference)}.")
             time.sleep(interval_s)
 

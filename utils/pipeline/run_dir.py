@@ -28,9 +28,9 @@ _HEADER = f"{_HEAD} Edit one here, or pass --set / OVERRIDES: what rests on it r
 _MISSING, _DIFFERS = "is missing", "differs from what was written"
 # These change no result: hours of work stay.
 _NO_RESULT = {
-    "train": ("save_steps", "logging_steps", "step_plan"),
-    "generate": ("batch_size",),
-    "export": ("push_to_hub", "install_llama_cpp"),
+    "train": {"save_steps", "logging_steps", "step_plan"},
+    "generate": {"batch_size"},
+    "export": {"push_to_hub", "install_llama_cpp"},
 }
 
 
@@ -70,24 +70,14 @@ class RunDir:
         return self.manifest().get("stages", {}).get(stage.name, {})
 
     def write_record(self, stage: Stage, **values: Any) -> None:
-        """Replace a stage's manifest entry."""
-        self._write_records(self.manifest().get("stages", {}) | {stage.name: values})
-
-    def forget(self, stages: Iterable[Stage]) -> None:
-        """Take `stages` out of the manifest: they count as not run."""
-        names = {stage.name for stage in stages}
-        records = self.manifest().get("stages", {})
-        self._write_records({name: record for name, record in records.items() if name not in names})
-
-    def _write_records(self, records: dict[str, dict]) -> None:
-        stages = {"stages": dict(sorted(records.items()))}
-        files.write_json(self.manifest_path, {"profile": self.config.profile} | self.manifest() | stages)
+        """Replace a stage's manifest entry; without `values` the stage counts as not run."""
+        manifest = {"profile": self.config.profile, "stages": {}} | self.manifest()
+        manifest["stages"] = dict(sorted((manifest["stages"] | {stage.name: values}).items()))
+        files.write_json(self.manifest_path, manifest)
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that this stage's result rests on; local data and model by their content."""
-        values = self.config.sections(*stage.settings)
-        for section in _NO_RESULT.keys() & values.keys():
-            values[section] = {key: value for key, value in values[section].items() if key not in _NO_RESULT[section]}
+        values = self.config.sections(*stage.settings, exclude=_NO_RESULT)
         local = {}
         if "data" in values:
             benchmarks = (self.config.evaluate.benchmark, *self.config.evaluate.more_benchmarks)

@@ -108,7 +108,8 @@ def _begin(run: RunDir, stages: Sequence[Stage], fresh: bool, console: Console) 
     require_ancestors(run, stages[0])
     run.save()  # whoever resumes finds the settings, also where the first stage lacks its hardware
     if fresh and run.manifest():
-        run.forget(stages)  # whoever resumes runs them all
+        for stage in stages:
+            run.write_record(stage)  # which has not run: whoever resumes runs them all
         _move_aside(run, stages)
     if differing := differing_settings(run.config):
         settings = ", ".join(f"{key}={value}" for key, value in differing.items())

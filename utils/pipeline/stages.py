@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.project import NOTEBOOKS
 
 
@@ -83,8 +84,8 @@ def ancestors(stage: Stage) -> list[Stage]:
 
 
 def find_stage(number_or_name: str) -> Stage:
-    """The stage called `3`, `03` or `03_lora_training`; raises KeyError otherwise."""
+    """The stage called `3`, `03` or `03_lora_training`; raises UserError otherwise."""
     for stage in STAGES:
         if number_or_name in (stage.number, stage.name, str(int(stage.number))):
             return stage
-    raise KeyError(number_or_name)
+    raise UserError(f"There is no stage {number_or_name!r}; there are {STAGES[0].number} to {STAGES[-1].number}.")

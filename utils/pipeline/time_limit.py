@@ -35,15 +35,11 @@ class Deadline:
         """This session's; of a very short session a tenth is kept in reserve, so that trials can be short."""
         return cls(session_started(), max_hours, min(RESERVE_S, 360.0 * (max_hours or 24)))
 
-    def seconds_left(self, now: float | None = None) -> float:
-        """Seconds of work that are left, the reserve taken off; infinite without a limit, never negative."""
-        if self.max_hours is None:
-            return float("inf")
-        return max(0.0, self.started + 3600 * self.max_hours - self.reserve_s - (time.time() if now is None else now))
-
     def is_due(self, now: float | None = None, next_s: float = 0.0) -> bool:
-        """Whether to stop now, because another `next_s` seconds of work would not fit."""
-        return self.seconds_left(now) <= next_s
+        """Whether to stop now, because another `next_s` seconds of work and the reserve would not fit; never without a limit."""
+        if self.max_hours is None:
+            return False
+        return (time.time() if now is None else now) + next_s + self.reserve_s >= self.started + 3600 * self.max_hours
 
     def sentence(self, now: float | None = None) -> str:
         spent = ((time.time() if now is None else now) - self.started) / 3600

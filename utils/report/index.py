@@ -110,10 +110,7 @@ def _filters() -> dict[str, Callable[[str], Markup]]:
     """How the template shows a cell's parts: cleaned HTML, Markdown, code, and text with a terminal's colours."""
     import bleach
     from bleach.css_sanitizer import CSSSanitizer
-    from nbconvert.filters import ansi2html, markdown2html
-    from pygments import highlight
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import PythonLexer
+    from nbconvert.filters import Highlight2HTML, ansi2html, markdown2html
 
     def clean(html: str) -> Markup:  # unknown tags become text
         kept = _PANDAS_STYLE.sub("", str(html))
@@ -123,7 +120,7 @@ def _filters() -> dict[str, Callable[[str], Markup]]:
     return {
         "clean": clean,
         "markdown": lambda text: clean(markdown2html(text)),
-        "code": lambda text: Markup(highlight(text, PythonLexer(), HtmlFormatter())),  # noqa: S704 - pygments escapes
+        "code": lambda text: Markup(Highlight2HTML("python")(text)),  # noqa: S704 - pygments escapes
         "ansi": lambda text: Markup(ansi2html(text)),  # noqa: S704 - nbconvert escapes
     }
 
@@ -132,9 +129,9 @@ def _read(run: RunDir, name: str) -> bytes:
     """A file's content; nothing where it is missing, or not as its stage wrote it."""
     try:
         require_recorded(run.path, (name,))
-    except RunDirError:
+        return run.file(name).read_bytes()
+    except (RunDirError, FileNotFoundError):
         return b""
-    return run.file(name).read_bytes() if run.file(name).exists() else b""
 
 
 def _read_json(run: RunDir, name: str) -> dict:

@@ -4,6 +4,7 @@ import math
 import time
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from utils.errors import TrainingError
@@ -142,15 +143,7 @@ class SessionCallback(TrainerCallback):
         took, self._last = time.monotonic() - self._last, time.monotonic()
         if state.global_step >= state.max_steps:
             return
-        due = self.deadline.max_hours is not None and self.deadline.is_due(next_s=took)
-        self.ended = _decided_together("asked" if self.stop.asked else "deadline" if due else "")
+        decision = "asked" if self.stop.asked else "deadline" if self.deadline.is_due(next_s=took) else ""
+        (self.ended,) = broadcast_object_list([decision])  # the first process's: all of them stop at the same step
         if self.ended:
             control.should_save = control.should_training_stop = True
-
-
-def _decided_together(decision: str) -> str:
-    """The first process's decision, so that all of them stop at the same step."""
-    decisions = [decision]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(decisions, src=0)
-    return decisions[0]

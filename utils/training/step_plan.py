@@ -152,34 +152,36 @@ def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
     return search(measure, share, len(transformer_layers(model)))
 
 
-def run_trial(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> float | None:
-    """Tokens per second of a few updates by `plan` on `rows`, repeated as needed; None where they do not fit into memory."""
+def run_trial(model, tokenizer, config, row: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> float | None:
+    """Tokens per second of a few updates by `plan` on copies of `row`; None where they do not fit into memory."""
     count = plan.per_device_train_batch_size * plan.gradient_accumulation_steps * _UPDATES
-    few = pd.concat([rows] * -(-count // len(rows)), ignore_index=True).head(count)
-    trainer = watch = speed = None
+    rows, speed = pd.concat([row] * count, ignore_index=True), None
     free_memory(model)
-    room = free_bytes(model.device) / GIB - _SPARE_GIB
-    if on_gpu := model.device.type == "cuda":
-        room += torch.cuda.memory_allocated(model.device) / GIB
-        torch.cuda.reset_peak_memory_stats(model.device)
+    room = free_bytes(model.device) + torch.cuda.memory_allocated() - _SPARE_GIB * GIB
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        try:
-            trainer = make_trainer(model, tokenizer, config, few, plan, scratch)
-            trainer.args.max_steps, trainer.args.save_strategy = _UPDATES, "no"
-            trainer.add_callback(RecomputeCallback(plan.recompute_layers))
-            watch = Stopwatch(trainer)
-            trainer.train()
-            peak = torch.cuda.max_memory_allocated(model.device) / GIB if on_gpu else 0.0
-            if peak <= room:
-                speed = max(n / s for n, s in zip(watch.tokens[1:], watch.seconds(), strict=False))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-    if trainer is not None:
-        release_trainer(trainer)
-    del trainer, watch  # outside the handler, whose traceback would keep the tensors alive
+        trainer = make_trainer(model, tokenizer, config, rows, plan, scratch)
+        trainer.args.max_steps, trainer.args.save_strategy = _UPDATES, "no"
+        trainer.add_callback(RecomputeCallback(plan.recompute_layers))
+        watch = Stopwatch(trainer)
+        if train_if_it_fits(trainer) and torch.cuda.max_memory_allocated() <= room:
+            speed = max(n / s for n, s in zip(watch.tokens[1:], watch.seconds(), strict=False))
+    release_trainer(trainer)
+    del trainer, watch
     free_memory(model)
     return speed
+
+
+def train_if_it_fits(trainer, checkpoint: str | None = None) -> bool:
+    """Train, from `checkpoint` where one is given; False where memory ran out, and whatever else is wrong is raised."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False  # to be released by the caller: here the traceback keeps the tensors alive
 
 
 def recompute_as(trainer, config: Config, plan: StepPlan) -> None:

@@ -19,7 +19,7 @@ from utils.errors import Interrupted, OutOfMemory, SessionOver, TrainingError
 from utils.files import atomic, atomic_folder, digests, parse_json, record_files, write_json
 from utils.hardware import global_rank, peak_memory, resolve_hardware, world_size
 from utils.models.load import count_fused_layers, torch_dtype, transformer_layers
-from utils.models.memory import free_memory, is_out_of_memory
+from utils.models.memory import free_memory
 from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import StageRun
 from utils.pipeline.stages import BY_NAME
@@ -36,6 +36,7 @@ from utils.training.step_plan import (
     recompute_as,
     release_trainer,
     smaller_plan,
+    train_if_it_fits,
     trainable_weights,
 )
 
@@ -107,12 +108,7 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
         return trainer, watch
     try:
         with session.stop:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        fits = True
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        fits = False  # released outside the handler, whose traceback would keep the tensors alive
+            fits = train_if_it_fits(trainer, checkpoint)
     finally:
         shown.close()
     if not fits:
@@ -190,11 +186,9 @@ def training_log(trainer) -> pd.DataFrame:
     A row for every step at which something was logged, resumed ones too.
     """
     names = ["step", "loss", "learning_rate", "grad_norm", "mean_token_accuracy", "scale", "eval_loss"]
-    steps: dict[int, dict] = {}
-    for entry in trainer.state.log_history:
-        if "loss" in entry or "eval_loss" in entry:
-            steps.setdefault(entry["step"], {}).update(entry)
-    return pd.DataFrame(list(steps.values()), columns=names).apply(pd.to_numeric, errors="coerce")
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    log = pd.DataFrame(entries, columns=names).apply(pd.to_numeric, errors="coerce")
+    return log.groupby("step", as_index=False).last()
 
 
 def check_loss_mask(dataset, formatted: pd.DataFrame) -> str:
