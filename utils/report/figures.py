@@ -56,8 +56,8 @@ def draw_lengths(frame: pd.DataFrame, limit: int, path: Path) -> Path:
     longest = int(parts["whole row"].max())
     if limit < 1.5 * longest:
         axis.axvline(limit, color=INK, linewidth=1.6, linestyle="--")
-        axis.text(limit, 0.45, " max_seq_length", color=INK, fontsize=9, va="bottom", ha="right")
-    title = f"{len(frame)} training rows: the longest has {longest} tokens, the limit is {limit}"
+    dashed = " (dashed)" if limit < 1.5 * longest else ""
+    title = f"{len(frame)} training rows: the longest has {longest} tokens, max_seq_length{dashed} is {limit}"
     _finish(axis, title, xlabel="tokens", xlim=(0, None))
     return _save(figure, path)
 
