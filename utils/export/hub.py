@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 
 from utils.errors import InfrastructureError, ServiceError, UserError, first_line
-from utils.export.places import recorded_files
-from utils.files import list_files
+from utils.export.places import export_folders, scratch_folder
+from utils.files import is_folder, list_files
 from utils.pipeline.console import read_sentence
 from utils.pipeline.run_dir import RunDir, open_run, require_recorded
 from utils.pipeline.stages import BY_NAME
@@ -51,6 +51,26 @@ def plan_uploads(run_dir: Path, repo: str, kinds: Sequence[str] = ("adapter",)) 
             raise ServiceError(f"{run_dir / 'export' / kind} is not there ({why}); run {again} first.")
         uploads.append(Upload(kind, repo + _BESIDE[kind], files))
     return uploads
+
+
+def recorded_files(run: RunDir, kind: str) -> dict[str, Path]:
+    """{name: file} of an export as 05 left it, in the run directory or in this session's scratch; else empty.
+
+    Raises RunDirError for a file that changed since, ServiceError for one that lies outside its folder.
+    """
+    prefix, folder = f"export/{kind}/", run.file(f"export/{kind}")
+    outputs = run.record(BY_NAME["05_export"]).get("outputs", {})
+    files = {name.removeprefix(prefix): run.path / name for name in outputs if name.startswith(prefix)}
+    if files and is_folder(folder):
+        require_recorded(run.path, (f"export/{kind}",))
+    else:
+        folder, files = scratch_folder(run, kind), {}
+        if export_folders(run).get(kind) == folder:
+            files = {path.relative_to(folder).as_posix(): path for path in list_files(folder, "")}
+    for path in files.values():  # a record may come from elsewhere, and its link lead to a private file
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ServiceError(f"{run.path} names {path}, which lies outside the export; fetch the run again.")
+    return files
 
 
 def push_to_hub(run: RunDir, folders: Mapping[str, Path]) -> None:
