@@ -3,7 +3,8 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from utils.project import command
 from utils.secrets import Secret, find_secret
 
 _BESIDE = {"adapter": "", "merged": "-merged", "gguf": "-GGUF"}  # the names of the repositories
-_SYNC_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
@@ -135,21 +135,17 @@ def offline_runs(run_dir: Path) -> list[Path]:
     return [folder for folder in folders if not list(folder.glob("*.synced"))]
 
 
-def sync_tracking(run_dir: Path, key: Secret, log: Callable[[str], None] = print) -> None:
+def sync_tracking(run_dir: Path, key: Secret) -> None:
     """Send the offline runs by `wandb sync`; raises InfrastructureError where wandb cannot, and what is left stays."""
     environment = {"WANDB_API_KEY": key.value, "WANDB_SILENT": "false", "WANDB_DIR": str(run_dir)}
     folders = offline_runs(run_dir)
-    for number, folder in enumerate(folders):
-        words = [sys.executable, "-m", "wandb", "sync", folder]
-        with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log", environment) as child:
-            try:
-                status, problem = child.wait(_SYNC_TIMEOUT_S), child.last_words()
-            except subprocess.TimeoutExpired:
-                status, problem = 1, f"no end after {_SYNC_TIMEOUT_S} s"
-        if status or not list(folder.glob("*.synced")):
-            found = f"wandb took {number} of {len(folders)} offline runs ({problem})"
+    words = [sys.executable, "-m", "wandb", "sync", *folders]
+    with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log", environment) as child:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(600)  # seconds
+        if left := len(offline_runs(run_dir)):
+            found = f"wandb took {len(folders) - left} of {len(folders)} offline runs ({child.last_words()})"
             raise InfrastructureError(f"{found}; the others stay in tracking/wandb: run publish again.")
-        log(f"sent {folder.name}")
 
 
 def describe_uploads(uploads: list[Upload], private: bool, runs: int) -> str:
