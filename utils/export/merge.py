@@ -40,8 +40,6 @@ def read_lora(folder: Path) -> Lora:
     factors, r = {}, settings["r"]
     for name in names:
         a, b = (tensors[f"{name}.lora_{side}.weight"].float().contiguous() for side in "AB")
-        if a.shape[:1] != (r,) or b.shape[1:] != (r,):
-            raise ModelError(f"{name} does not have the rank {r} of adapter_config.json; train it again.")
         factors[f"{name.removeprefix('base_model.model.')}.weight"] = (a, b)
     return Lora(settings["lora_alpha"] / (math.sqrt(r) if settings.get("use_rslora") else r), factors)
 
