@@ -92,9 +92,7 @@ def merged_into(config: Config) -> tuple[str, str | None]:
     source, revision = sixteen_bit_source(config)
     if not is_folder(source):
         return source, revision
-    if config.model.name == smollm2.NAME and not config.export.base:
-        return smollm2.ORIGINAL, None
-    return (EMBEDDED if config.model.name == EMBEDDED and not config.export.base else Path(source).name), None
+    return (Path(source).resolve().name, None) if config.export.base else trained_on(config)
 
 
 def find_base(config: Config) -> tuple[Path, str | None]:
