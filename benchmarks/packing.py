@@ -20,7 +20,7 @@ from scipy import stats
 
 from benchmarks.evidence import add_to_file
 from benchmarks.parity import train_once
-from utils.config import edit_config, parse_overrides
+from utils.config import parse_overrides, read_config
 from utils.data.prompts import format_row
 from utils.pipeline.run_dir import open_run
 
@@ -60,7 +60,7 @@ def main(
     rows, more = pd.read_parquet(run.file("data/formatted/train.parquet")), parse_overrides(set_ or [])
     recipe = {"train.packing": True}
     for name in ("packed", "padded"):
-        config = edit_config(run.config, {"train.seed": seed, **PLAIN_STEPS, **recipe, **more})
+        config = read_config(run.path / "config.yaml", {"train.seed": seed, **PLAIN_STEPS, **recipe, **more})
         trainer, tokenizer, plan = train_once(config, out / f"seed-{seed:02}-{name}", rows=rows)
         updates = trainer.state.global_step
         found[name] = {"updates": updates, "plan": str(plan), "nll": held_out_loss(trainer, tokenizer, run)}

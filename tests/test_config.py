@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from utils import config as config_module
 from utils.config import (
     absolute_overrides,
     differing_settings,
-    edit_config,
     load_config,
     parse_overrides,
     profile_names,
@@ -26,6 +26,14 @@ from utils.errors import ConfigError
 from utils.export.adapter import sixteen_bit_source
 from utils.project import PROFILES
 from utils.schema import Config
+
+
+def edit_config(config: Config, overrides: dict) -> Config:
+    """What a run's config.yaml becomes by a later `--set`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(config.to_yaml(), encoding="utf-8")
+        return read_config(file, overrides)
 
 
 def refusal(profile: str = "demo", **overrides) -> str:

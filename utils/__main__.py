@@ -256,7 +256,8 @@ def publish(
     for upload in uploads:
         console.print(f"{upload.kind}: {hub.upload_model(upload, token, private)}")
     if runs and key:
-        hub.sync_tracking(run_dir, key, _log)
+        hub.sync_tracking(run_dir, key)
+        console.print(f"{len(runs)} offline run(s) went to wandb")
     elif runs:
         console.print(f"tracking stays here: there is no WANDB_API_KEY ({key.source})")
 

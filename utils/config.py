@@ -63,11 +63,6 @@ def read_config(file: Path, overrides: Mapping[str, Any] | None = None) -> Confi
     return _validate(_apply(values, overrides), str(file))
 
 
-def edit_config(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """`config` with `overrides` applied, validated together."""
-    return _validate(_apply(config.model_dump(mode="json"), overrides), f"profile {config.profile}")
-
-
 def found_by_setup(stored: Config, config: Config) -> dict[str, Any]:
     """Overrides: what 00 found out for the `stored` settings (commits, prompt.format) where `config` leaves it open."""
     before, now = stored.model_dump(mode="json"), config.model_dump(mode="json")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.exported import QUESTIONS, make_run
+from tests.loopback import Answer, Loopback, Received
 from utils.config import load_config
 from utils.errors import HardwareError, ModelError
 from utils.export.adapter import (
     copy_adapter,
     find_base,
+    measure_base,
     merge_adapter,
     merged_into,
     sixteen_bit_source,
@@ -222,3 +226,153 @@ def test_a_base_out_of_reach_is_a_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ModelError, match=r"is no folder and cannot be fetched .*export\.base=FOLDER"):
         find_base(load_config("t4", {"model.name": HUB}))
+
+
+SHA, BASE = "e" * 40, "owner/base"
+
+
+class BaseServer(Loopback):
+    """The Hub's answers about one repository; `look` is called whenever one of its shards is asked for."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.content = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self.look, self.refused = lambda: None, ""
+
+    def respond(self, request: Received) -> Answer:
+        path = request.path.partition("?")[0]
+        if path.startswith(f"/api/models/{BASE}/tree/"):
+            files = self.content.items()
+            return Answer([{"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in files])
+        if path.startswith(f"/api/models/{BASE}"):
+            return Answer({"id": BASE, "sha": SHA, "siblings": []})
+        name = path.removeprefix(f"/{BASE}/resolve/{SHA}/")
+        if name not in self.content:
+            return Answer({}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA})
+        if request.method == "GET" and name.endswith(".safetensors"):
+            self.look()
+            if name == self.refused:
+                return Answer({}, 403, {"X-Error-Code": "GatedRepo"})
+        etag = hashlib.sha256(self.content[name]).hexdigest()
+        return Answer(self.content[name], headers={"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
+
+
+@pytest.fixture
+def sharded(tiny_folder, tmp_path, monkeypatch):
+    """A Hub on 127.0.0.1 with the tiny model in several shards, and an empty cache in `sharded.cache`."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_folder).save_pretrained(folder, max_shard_size="100KB")
+    server = BaseServer(folder)
+    server.cache = tmp_path / "hf"
+    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(server.cache / "hub"))
+    for name, value in {
+        "HF_HOME": str(server.cache),
+        "HF_TOKEN": "",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub_run(sharded, tiny_folder, tmp_path) -> StageRun:
+    run = make_run(tiny_folder, tmp_path / "run", export__base=BASE)
+    copy_adapter(run)
+    return StageRun(run.path, run.config, BY_NAME["05_export"])
+
+
+def contents_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def have_free(monkeypatch, bases: float, sharded: BaseServer) -> None:
+    """So much free disk as the base's weights take, times `bases`."""
+    weights = sum(len(body) for name, body in sharded.content.items() if name.endswith(".safetensors"))
+    monkeypatch.setattr("utils.export.adapter.free_disk_gib", lambda _: bases * weights / 2**30)
+
+
+def test_where_the_disk_is_short_one_shard_of_the_base_lies_there_at_a_time(sharded, hub_run, monkeypatch):
+    shards, lying = {name for name in sharded.content if name.endswith(".safetensors")}, []
+    assert min(len(sharded.content[name]) for name in shards) > 20_000
+    target = hub_run.file("export/merged")
+
+    def look():
+        places = (sharded.cache, hub_run.file("export/.scratch.tmp"))
+        files = [path for place in places for path in place.rglob("*") if path.is_file()]
+        lying.append([path.name for path in files if path.stat().st_size > 20_000])
+
+    sharded.look = look
+    have_free(monkeypatch, 1.9, sharded)
+    merge_adapter(hub_run, target)
+    assert len(shards) > 2 and lying == [[]] * len(shards)  # none is there when the next one is asked for
+    assert {path.name for path in target.glob("*.safetensors")} == shards
+    assert not list(sharded.cache.rglob("*.safetensors")) and not hub_run.file("export/.scratch.tmp/base").exists()
+    assert open_run("auto", hub_run.path).config.export.base_revision == SHA
+    short = contents_of(target)
+    have_free(monkeypatch, 3.1, sharded)
+    merge_adapter(hub_run, target)
+    assert contents_of(target) == short
+    assert {path.name for path in sharded.cache.rglob("*.safetensors")} == shards  # where there is room, it stays
+
+
+def test_a_base_that_is_in_the_cache_is_merged_from_there_on_any_disk_and_without_the_hub(
+    sharded, hub_run, monkeypatch
+):
+    have_free(monkeypatch, 4, sharded)
+    merge_adapter(hub_run, hub_run.file("export/merged"))
+    have_free(monkeypatch, 0.1, sharded)
+    sharded.received.clear()
+    sizes, commit = measure_base(hub_run.config)
+    assert sizes == {name: len(body) for name, body in sharded.content.items() if name in sizes}
+    assert len(sizes) > 2 and commit is None and not sharded.received
+    merge_adapter(hub_run, hub_run.file("export/merged"))
+    assert not [request for request in sharded.received if request.method == "GET" and "safetensors" in request.path]
+
+
+def test_a_base_on_the_hub_is_measured_before_any_of_it_is_fetched(sharded, hub_run, monkeypatch):
+    have_free(monkeypatch, 3.1, sharded)
+    sizes, commit = measure_base(hub_run.config)
+    assert sizes == {name: len(body) for name, body in sharded.content.items() if name.endswith(".safetensors")}
+    have_free(monkeypatch, 2.9, sharded)
+    assert commit is None and measure_base(hub_run.config) == (sizes, SHA)
+    assert not [request for request in sharded.received if request.method == "GET" and "/resolve/" in request.path]
+
+
+def test_a_shard_that_cannot_be_fetched_ends_the_merge_in_a_sentence_and_the_next_one_is_whole(
+    sharded, hub_run, monkeypatch
+):
+    have_free(monkeypatch, 1.9, sharded)
+    sharded.refused, target = "model-00002-of-00003.safetensors", hub_run.file("export/merged")
+    with pytest.raises(ModelError, match=r"owner/base is no folder and cannot be fetched .*export\.base=FOLDER"):
+        merge_adapter(hub_run, target)
+    assert not target.exists() and not hub_run.file("export/.merged.tmp").exists()
+    sharded.refused = ""
+    merge_adapter(hub_run, target)
+    short = contents_of(target)
+    shutil.rmtree(target)
+    have_free(monkeypatch, 4, sharded)
+    merge_adapter(hub_run, target)
+    assert contents_of(target) == short
+
+
+def test_a_disk_that_cannot_hold_one_shard_beside_the_merged_model_is_told_with_both(sharded, hub_run, monkeypatch):
+    have_free(monkeypatch, 1.9, sharded)
+    found = {}
+    monkeypatch.setattr("utils.export.adapter.require_disk", lambda path, gib, what: found.update({what: gib}))
+    merge_adapter(hub_run, hub_run.file("export/merged"))
+    sizes = [len(body) for name, body in sharded.content.items() if name.endswith(".safetensors")]
+    assert found == {"export/merged": pytest.approx((sum(sizes) + max(sizes)) / 2**30 + 0.05)}
+
+
+def test_a_repository_without_safetensors_is_told(sharded, hub_run):
+    for name in [name for name in sharded.content if name.endswith(".safetensors")]:
+        del sharded.content[name]
+    with pytest.raises(ModelError, match=r"owner/base holds no safetensors files; name another model in export\.base"):
+        measure_base(hub_run.config)

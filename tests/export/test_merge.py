@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 import subprocess
 import sys
@@ -102,6 +103,33 @@ def test_peft_comes_to_the_same_sum(tiny_folder, tmp_path):
     assert any("q_proj" in name for name in ours)
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
+
+
+def test_shards_that_come_one_by_one_are_merged_alike_and_go_again(pair, tmp_path):
+    base, adapter, out = pair
+    far, there = tmp_path / "far", tmp_path / "there"
+    merge_shards(base, read_lora(adapter), out)
+    expected = {path.name: path.read_bytes() for path in out.iterdir()}
+    base.rename(far)
+    for folder in (base, there):
+        folder.mkdir()
+    shutil.copy(far / "model.safetensors.index.json", base)
+    fetched = []
+
+    def fetch(names):
+        assert not list(base.glob("*.safetensors"))
+        fetched.extend(names)
+        shutil.copy(far / names[0], base)
+
+    merge_shards(base, read_lora(adapter), there, fetch)
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == expected
+    assert fetched == [path.name for path in find_shards(far)] and not list(base.glob("*.safetensors"))
+    wider, deeper = {NAMES[0]: (64, 32)}, {"model.layers.9.mlp.down_proj": (32, 96)}
+    for name, shapes, match in (("wider", SHAPES | wider, "but in .* it is"), ("deeper", SHAPES | deeper, "missing")):
+        with pytest.raises(ModelError, match=f"{match}.*it was trained on another base model"):
+            merge_shards(base, read_lora(write_adapter(tmp_path / name, shapes=shapes)), there, fetch)
+        for left in base.glob("*.safetensors"):
+            left.unlink()
 
 
 def test_names_dtypes_and_index_are_the_bases(pair):

@@ -22,7 +22,7 @@ def exported(tiny_folder, tmp_path_factory):
     run = make_run(tiny_folder, tmp_path_factory.mktemp("card") / "run")
     write_evidence(run)
     folders = {"adapter": copy_adapter(run), "merged": merge_adapter(run, run.file("export/merged"))}
-    adapter = {"against": "the model in memory", "level": "rounded to float16", "prompts": 4, "identical": 3}
+    adapter = {"level": "rounded to float16", "prompts": 4, "identical": 3}
     figures = {"adapter": adapter | {"largest_logit_difference": 2.5e-5}}
     write_cards(run, folders, figures)
     return run
@@ -59,13 +59,8 @@ def test_the_metadata_is_yaml_that_the_hubs_classes_read_back(hub_run):
 
 
 def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):
-    merged = {
-        "against": "the adapter on the 16-bit base",
-        "level": "rounded to float16",
-        "prompts": 50,
-        "identical": 48,
-    }
-    gguf = {"against": "the adapter on the 16-bit base", "level": "margin 0.5", "prompts": 20, "identical": 19}
+    merged = {"level": "rounded to float16", "prompts": 50, "identical": 48}
+    gguf = {"level": "margin 0.5", "prompts": 20, "identical": 19}
     hub_run.file("model-f16.gguf").write_bytes(b"GGUF")
     figures = {"merged": merged, "gguf_f16": gguf}
     folders = dict.fromkeys(("adapter", "merged", "gguf"), hub_run.path)
@@ -74,23 +69,15 @@ def test_only_the_adapter_was_measured_and_the_other_cards_say_so(hub_run):
     for kind, prompts in (("merged", 50), ("gguf", 20)):
         body = str(cards[kind])
         assert "measured with the adapter on the base in 4-bit NF4;" in body
-        assert (
-            f"the files here were held against the adapter on the 16-bit base on {prompts} prompts, not measured again."
-            in body
-        )
+        assert f"here were held against the model in memory on {prompts} prompts, not measured again." in body
     assert "neither measured again nor held against it" in str(make_card(hub_run, "gguf", folders, {}))
 
 
-def test_the_table_of_checks_names_what_each_was_held_against_and_what_was_not_loaded(hub_run):
+def test_the_table_of_checks_says_how_far_each_agrees_and_what_was_not_loaded(hub_run):
     for name in ("model-f16.gguf", "model-q8_0.gguf", "adapter-f32.gguf"):
         hub_run.file(name).write_bytes(b"GGUF")
-    merged = {
-        "against": "the adapter on the 16-bit base",
-        "level": "rounded to float16",
-        "prompts": 50,
-        "identical": 48,
-    }
-    q8_0 = {"against": merged["against"], "level": "margin 1.0", "prompts": 20, "identical": 19}
+    merged = {"level": "rounded to float16", "prompts": 50, "identical": 48}
+    q8_0 = {"level": "margin 1.0", "prompts": 20, "identical": 19}
     figures = {
         "merged": merged | {"largest_logit_difference": 0.25},
         "gguf_f16": {"loaded": "no: llama-server was not found"},
@@ -98,10 +85,10 @@ def test_the_table_of_checks_names_what_each_was_held_against_and_what_was_not_l
     }
     folders = dict.fromkeys(("adapter", "merged", "gguf"), hub_run.path)
     body = str(make_card(hub_run, "gguf", folders, figures))
-    assert "| merged | the adapter on the 16-bit base | rounded to float16 | 50 | 48 | 2.5e-01 |" in body
-    assert "| gguf q8 0 | the adapter on the 16-bit base | margin 1.0 | 20 | 19 | not asked |" in body
+    assert "| merged | rounded to float16 | 50 | 48 | 2.5e-01 |" in body
+    assert "| gguf q8 0 | margin 1.0 | 20 | 19 | not asked |" in body
     assert "Not loaded: `model-f16.gguf` (llama-server was not found), `adapter-f32.gguf` (no check opens it)." in body
-    assert "Each file was loaded back" not in body and "held against the model in memory" not in body
+    assert "Each file was loaded back" not in body and "held against the model in memory:" in body
     for name in ("exact", "rounded", "margin", "reported"):
         assert f"`{name}`" in body
 
@@ -156,7 +143,7 @@ def test_tables_are_tables_and_no_template_syntax_is_left(exported):
         assert len(tables) == 3
         for table in tables:
             assert len({line.count("|") for line in table.splitlines()}) == 1, table
-    assert "| adapter | the model in memory | rounded to float16 | 4 | 3 | 2.5e-05 |" in text
+    assert "| adapter | rounded to float16 | 4 | 3 | 2.5e-05 |" in text
 
 
 def test_a_card_of_your_own_model_and_rows_claims_no_licence_that_is_not_ours(exported):

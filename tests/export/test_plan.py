@@ -10,13 +10,13 @@ import pytest
 from tests import fake_tokens
 from tests.exported import make_run, write_evidence
 from utils.config import load_config
-from utils.errors import ModelError
+from utils.errors import HardwareError, ModelError
 from utils.export import gguf as gguf_files
 from utils.export import places, plan
 from utils.export.adapter import copy_adapter, merge_adapter
 from utils.export.gguf import BITS, file_name, write_gguf
 from utils.export.model_card import write_cards
-from utils.export.plan import Plan, output_room, plan_exports, weights_bytes
+from utils.export.plan import Plan, output_room, plan_exports
 from utils.pipeline.stage import StageRun
 from utils.pipeline.stages import BY_NAME
 from utils.project import ROOT
@@ -266,10 +266,28 @@ def test_the_readme_of_the_exports_names_what_was_made_and_says_what_is_not_kept
     assert "with its card; too large to be kept here" in text and "gguf" not in text
 
 
-def test_the_size_of_a_base_that_is_not_fetched_yet_is_counted_by_its_configuration(tiny_folder, monkeypatch):
-    import torch
+def test_where_the_base_comes_shard_by_shard_the_disk_has_to_hold_one(session, monkeypatch):
+    shards = {"model-1.safetensors": 5 * 2**30, "model-2.safetensors": 3 * 2**30}
+    monkeypatch.setattr(plan, "measure_base", lambda _: (shards, "c" * 40))
+    monkeypatch.setattr("utils.hardware.free_disk_gib", lambda _: 5.1)
+    planned = plan_exports(session.run())
+    assert "shard by shard: this disk has no room for it" in str(planned) and planned.kinds == ["q4_k_m"]
+    monkeypatch.setattr("utils.hardware.free_disk_gib", lambda _: 4.9)
+    with pytest.raises(HardwareError, match=r"Fetching one shard of the base needs 5\.0 GiB of free disk .* 4\.9 GiB"):
+        plan_exports(session.run())
 
-    config = load_config("t4", {"model.name": str(tiny_folder)})
-    on_disk = weights_bytes(config)
-    monkeypatch.setattr(plan, "is_folder", lambda _: False)
-    assert weights_bytes(config) == pytest.approx(on_disk / torch.float32.itemsize * 2, rel=0.1)  # it is kept in 32 bit
+
+@pytest.mark.parametrize("here", ["kaggle", "local"])
+def test_a_base_that_cannot_be_had_costs_no_stage_on_kaggle_unless_the_merged_model_was_asked_for(
+    tmp_path, monkeypatch, here
+):
+    def fail(_):
+        raise ModelError("The 16-bit base cannot be fetched.")
+
+    session = Session(tmp_path, monkeypatch, here)
+    monkeypatch.setattr(plan, "measure_base", fail)
+    with pytest.raises(ModelError) if here == "local" else nullcontext():
+        planned = session.export(session.run())
+        assert "gguf is not made: The 16-bit base cannot be fetched." in str(planned) and planned.places == {}
+    with pytest.raises(ModelError, match="cannot be fetched"):
+        plan_exports(session.run(merged=True))

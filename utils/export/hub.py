@@ -3,15 +3,16 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from utils.errors import InfrastructureError, ServiceError, UserError, first_line
-from utils.export.places import recorded_files
-from utils.files import list_files
+from utils.export.places import export_folders, scratch_folder
+from utils.files import is_folder, list_files
 from utils.pipeline.console import read_sentence
 from utils.pipeline.run_dir import RunDir, open_run, require_recorded
 from utils.pipeline.stages import BY_NAME
@@ -20,7 +21,6 @@ from utils.project import command
 from utils.secrets import Secret, find_secret
 
 _BESIDE = {"adapter": "", "merged": "-merged", "gguf": "-GGUF"}  # the names of the repositories
-_SYNC_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,26 @@ def plan_uploads(run_dir: Path, repo: str, kinds: Sequence[str] = ("adapter",)) 
             raise ServiceError(f"{run_dir / 'export' / kind} is not there ({why}); run {again} first.")
         uploads.append(Upload(kind, repo + _BESIDE[kind], files))
     return uploads
+
+
+def recorded_files(run: RunDir, kind: str) -> dict[str, Path]:
+    """{name: file} of an export as 05 left it, in the run directory or in this session's scratch; else empty.
+
+    Raises RunDirError for a file that changed since, ServiceError for one that lies outside its folder.
+    """
+    prefix, folder = f"export/{kind}/", run.file(f"export/{kind}")
+    outputs = run.record(BY_NAME["05_export"]).get("outputs", {})
+    files = {name.removeprefix(prefix): run.path / name for name in outputs if name.startswith(prefix)}
+    if files and is_folder(folder):
+        require_recorded(run.path, (f"export/{kind}",))
+    else:
+        folder, files = scratch_folder(run, kind), {}
+        if export_folders(run).get(kind) == folder:
+            files = {path.relative_to(folder).as_posix(): path for path in list_files(folder, "")}
+    for path in files.values():  # a record may come from elsewhere, and its link lead to a private file
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ServiceError(f"{run.path} names {path}, which lies outside the export; fetch the run again.")
+    return files
 
 
 def push_to_hub(run: RunDir, folders: Mapping[str, Path]) -> None:
@@ -115,21 +135,17 @@ def offline_runs(run_dir: Path) -> list[Path]:
     return [folder for folder in folders if not list(folder.glob("*.synced"))]
 
 
-def sync_tracking(run_dir: Path, key: Secret, log: Callable[[str], None] = print) -> None:
+def sync_tracking(run_dir: Path, key: Secret) -> None:
     """Send the offline runs by `wandb sync`; raises InfrastructureError where wandb cannot, and what is left stays."""
     environment = {"WANDB_API_KEY": key.value, "WANDB_SILENT": "false", "WANDB_DIR": str(run_dir)}
     folders = offline_runs(run_dir)
-    for number, folder in enumerate(folders):
-        words = [sys.executable, "-m", "wandb", "sync", folder]
-        with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log", environment) as child:
-            try:
-                status, problem = child.wait(_SYNC_TIMEOUT_S), child.last_words()
-            except subprocess.TimeoutExpired:
-                status, problem = 1, f"no end after {_SYNC_TIMEOUT_S} s"
-        if status or not list(folder.glob("*.synced")):
-            found = f"wandb took {number} of {len(folders)} offline runs ({problem})"
+    words = [sys.executable, "-m", "wandb", "sync", *folders]
+    with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log", environment) as child:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(600)  # seconds
+        if left := len(offline_runs(run_dir)):
+            found = f"wandb took {len(folders) - left} of {len(folders)} offline runs ({child.last_words()})"
             raise InfrastructureError(f"{found}; the others stay in tracking/wandb: run publish again.")
-        log(f"sent {folder.name}")
 
 
 def describe_uploads(uploads: list[Upload], private: bool, runs: int) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.errors import ModelError
 from utils.files import is_there
-from utils.progress import Progress
+from utils.progress import track
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -40,14 +40,12 @@ def read_lora(folder: Path) -> Lora:
     factors, r = {}, settings["r"]
     for name in names:
         a, b = (tensors[f"{name}.lora_{side}.weight"].float().contiguous() for side in "AB")
-        if a.shape[:1] != (r,) or b.shape[1:] != (r,):
-            raise ModelError(f"{name} does not have the rank {r} of adapter_config.json; train it again.")
         factors[f"{name.removeprefix('base_model.model.')}.weight"] = (a, b)
     return Lora(settings["lora_alpha"] / (math.sqrt(r) if settings.get("use_rslora") else r), factors)
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """The model's safetensors files by name: those of its index, or the single one; raises ModelError without them."""
+def find_shards(folder: Path, complete: bool = True) -> list[Path]:
+    """The model's safetensors files by name: those of its index, or the single one; ModelError unless it is `complete`."""
     index, names = folder / INDEX, [SINGLE]
     if index.exists():
         try:
@@ -56,7 +54,7 @@ def find_shards(folder: Path) -> list[Path]:
                 raise ValueError("its weight_map does not name files beside it")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is no index of shards ({error}); fetch the base model again.") from None
-    missing = [name for name in names if not is_there(folder / name)]
+    missing = [name for name in names if complete and not is_there(folder / name)]
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards ({missing[0]}); fetch the model again.")
     return [folder / name for name in names]
@@ -77,32 +75,33 @@ def list_tensors(shards: Sequence[Path]) -> dict[str, tuple[Path, str, tuple[int
     return found
 
 
-def read_tensor(path: Path, name: str):
-    """One tensor of a shard. The file is mapped for it alone: pages that other tensors touched would stay in memory."""
-    with safe_open(path, framework="pt") as shard:
-        return shard.get_tensor(name)
+def merge_shards(base: Path, lora: Lora, target: Path, fetch: Callable[[list[str]], object] | None = None) -> None:
+    """Write the shards of `base` with `lora` folded in, and their index; raises ModelError where they don't fit.
 
-
-def merge_shards(base: Path, lora: Lora, target: Path) -> None:
-    """Write the shards of `base` with `lora` folded in, and their index; raises ModelError where they don't fit."""
-    shards = find_shards(base)
-    tensors = list_tensors(shards)
-    _check_fit(lora, tensors, base)
-    with Progress("merging", len(tensors), "tensor") as bar:
-        for path in shards:
-            merged = {}
-            for name in (name for name, (place, _, _) in tensors.items() if place == path):
-                merged[name] = _merge_tensor(path, name, lora)
-                bar.update()
-            save_file(merged, target / path.name, metadata={"format": "pt"})
-            del merged  # before the next shard is read
+    `fetch` brings a shard into `base` that is not there yet; it is deleted before the next one comes.
+    """
+    shards, left = find_shards(base, complete=fetch is None), dict(lora.factors)
+    if fetch is None:  # all of it before anything is written
+        _check_fit(left, list_tensors(shards), base)
+    for number, path in enumerate(shards, 1):
+        if fetch:
+            fetch([path.name])
+        tensors = list_tensors([path])
+        _check_fit({name: left.pop(name) for name in tensors if name in left}, tensors, base)
+        names = track(tensors, f"merging shard {number} of {len(shards)}", unit="tensor")
+        merged = {name: _merge_tensor(path, name, lora) for name in names}
+        save_file(merged, target / path.name, metadata={"format": "pt"})
+        del merged  # before the next shard is read
+        if fetch:
+            path.unlink()
+    _check_fit(left, {}, base)
     if (base / INDEX).exists():
         shutil.copyfile(base / INDEX, target / INDEX)
 
 
-def _check_fit(lora: Lora, tensors: Mapping[str, tuple[Path, str, tuple[int, ...]]], base: Path) -> None:
-    """Raise ModelError unless every tensor that the adapter changes is in the base, with its shape, in floats."""
-    for name, (a, b) in lora.factors.items():
+def _check_fit(factors: Mapping[str, tuple[Any, Any]], tensors: Mapping[str, tuple], base: Path) -> None:
+    """Raise ModelError unless every tensor that the factors change is in the base, with its shape, in floats."""
+    for name, (a, b) in factors.items():
         _, dtype, shape = tensors.get(name, (None, "bfloat16", None))
         if dtype not in _DTYPES.values():
             raise ModelError(f"{name} is stored as {dtype} in {base}; name the model in 16 bit in export.base.")
@@ -112,7 +111,8 @@ def _check_fit(lora: Lora, tensors: Mapping[str, tuple[Path, str, tuple[int, ...
 
 
 def _merge_tensor(path: Path, name: str, lora: Lora):
-    tensor, changed = read_tensor(path, name), name in lora.factors
+    with safe_open(path, framework="pt") as shard:  # mapped anew: pages that other tensors touched would stay
+        tensor, changed = shard.get_tensor(name), name in lora.factors
     if changed:
         a, b = lora.factors[name]
         tensor = tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=lora.scale).to(tensor.dtype)

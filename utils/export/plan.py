@@ -6,18 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
-from utils.export.adapter import sixteen_bit_source
+from utils.errors import ModelError
+from utils.export.adapter import measure_base
 from utils.export.gguf import BITS, fetch_llama_cpp, find_llama_cpp
-from utils.export.merge import find_shards
 from utils.export.places import scratch_folder
-from utils.files import is_folder
-from utils.hardware import GIB, free_disk_gib, hub_cache, require_disk, where
-from utils.models.tokenizer import model_source
+from utils.hardware import GIB, free_disk_gib, require_disk, where
 from utils.pipeline.run_dir import RunDir
 from utils.project import KAGGLE
-from utils.schema import Config
 from utils.secrets import find_secret
 
 _OUTPUT_BYTES = 19e9  # of the 20 GB that Kaggle keeps of a session
@@ -49,9 +44,8 @@ def plan_exports(run: RunDir) -> Plan:
     kinds = list(BITS)[: 3 if own else 1] if wanted.gguf == "auto" else [kind for kind in BITS if kind in wanted.gguf]
     plan = Plan(kinds)
     if not merged:
-        plan.left_out["merged"] = (
-            "export.merged=true asks for it" if own else "export.merged=true export.gguf=[] ask for it"
-        )
+        ask = "export.merged=true asks for it" if own else "export.merged=true export.gguf=[] ask for it"
+        plan.left_out["merged"] = ask
     if kinds:
         fetch = not own if wanted.install_llama_cpp == "auto" else wanted.install_llama_cpp
         plan.llama_cpp = find_llama_cpp() or (fetch_llama_cpp() if fetch else None)
@@ -66,10 +60,17 @@ def plan_exports(run: RunDir) -> Plan:
 
 
 def _find_places(run: RunDir, plan: Plan, merged: bool) -> None:
-    weights, room = weights_bytes(run.config), output_room(run)
-    base, commit = sixteen_bit_source(run.config)
-    if not is_folder(base) and not try_to_load_from_cache(base, "config.json", revision=commit):
-        require_disk(hub_cache(), weights / GIB, f"Fetching {base} to merge into")
+    try:
+        sizes, commit = measure_base(run.config)
+    except ModelError as error:
+        if merged or where() == "local":
+            raise
+        plan.kinds, plan.left_out["gguf"] = [], str(error)
+        return
+    weights, room = sum(sizes.values()), output_room(run)
+    if commit:
+        plan.lines.append("The base comes shard by shard: this disk has no room for it beside what is made of it.")
+        require_disk(scratch_folder(run, "base"), max(sizes.values()) / GIB, "Fetching one shard of the base")
     uploaded = bool(run.config.export.push_to_hub and find_secret("HF_TOKEN"))
     while plan.kinds and not uploaded and gguf_bytes(weights, plan.kinds) > room:
         largest = plan.kinds.pop()
@@ -89,19 +90,6 @@ def _find_places(run: RunDir, plan: Plan, merged: bool) -> None:
 def gguf_bytes(weights: float, kinds: Iterable[str]) -> float:
     """What files of these kinds take, of a model with so many bytes in 16 bit."""
     return sum(weights * BITS[kind] / 16 for kind in kinds)
-
-
-def weights_bytes(config: Config) -> int:
-    """What the base takes in 16 bit: as its folder has it, else counted by its configuration, before it is fetched."""
-    source, _ = sixteen_bit_source(config)
-    if is_folder(source):
-        return sum(path.stat().st_size for path in find_shards(Path(source)))
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape = AutoConfig.from_pretrained(model_source(config), revision=config.model.revision, trust_remote_code=False)
-    with torch.device("meta"):
-        return 2 * AutoModelForCausalLM.from_config(shape, trust_remote_code=False).num_parameters()
 
 
 def output_room(run: RunDir) -> float:

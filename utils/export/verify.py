@@ -5,7 +5,6 @@ memory, and the tokenizer is the one in the export's own folder.
 """
 
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -39,7 +38,6 @@ from utils.schema import Config
 from utils.secrets import hide_secrets
 
 REFERENCE = "export/reference.safetensors"
-_AGAINST = {"against": "the model in memory"}
 _GGUF_PROMPTS = 20
 
 
@@ -83,14 +81,13 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
     for kind, tolerance in tolerances.items():
         found = compare(reference, answers[kind])
         level = "exact" if tolerance == "exact" else f"rounded to {tolerance}"
-        figures[kind] = {**_AGAINST, "level": level, **found}
+        figures[kind] = {"level": level, **found}
         if problem := check_tolerance(found, tolerance):
             raise ModelError(f"The exported {kind}, loaded back, gives {problem}; delete export/ and run 05 again.")
     if "gguf" in folders:
         # In 4-bit, the model in memory is no measure of files that were rounded less.
         asked, judged = prompts[:_GGUF_PROMPTS], not run.config.model.load_in_4bit
-        found = check_folder(folders["gguf"], load_tokenizer(folders["adapter"]), asked, reference, judged)
-        figures |= {name: {**_AGAINST, **values} for name, values in found.items()}
+        figures |= check_folder(folders["gguf"], load_tokenizer(folders["adapter"]), asked, reference, judged)
     return figures
 
 
@@ -100,9 +97,8 @@ def answer_elsewhere(
     """{kind: continuations} of exports that follow the reference in a fresh process, or ModelError."""
     with tempfile.TemporaryDirectory() as scratch:
         task = Path(scratch) / "task.json"
-        shutil.copy(reference, task.with_name("reference.safetensors"))
-        places = {kind: str(folder) for kind, folder in folders.items()}
-        write_json(task, {"config": config.model_dump(mode="json"), "folders": places, "prompts": list(prompts)})
+        wanted = {"folders": {kind: str(folder) for kind, folder in folders.items()}, "reference": str(reference)}
+        write_json(task, wanted | {"config": config.model_dump(mode="json"), "prompts": list(prompts)})
         command = [sys.executable, "-m", "utils.export.verify", task]
         with Child(command, task.with_name("log"), {"PYTHONUNBUFFERED": "1"}) as child:
             if child.wait():
@@ -117,7 +113,7 @@ def answer(task: Path) -> None:
     wanted = json.loads(task.read_text(encoding="utf-8"))
     config = Config.model_validate(wanted["config"])
     prepare_device(config)
-    reference = Continuations.load(task.with_name("reference.safetensors"))
+    reference = Continuations.load(Path(wanted["reference"]))
     for kind, folder in wanted["folders"].items():
         model, tokenizer = load_export(config, folder, on_base=kind == "adapter")
         answers = follow(model, tokenizer, wanted["prompts"], reference, f"loaded back: {kind}")
