@@ -44,7 +44,9 @@ def unsloth(monkeypatch, tiny_model):
         @staticmethod
         def from_pretrained(max_seq_length, **_):
             rooms.append(max_seq_length)
-            return SimpleNamespace(device=tiny_model[0].device, eval=lambda: None, config=SimpleNamespace()), None
+            model = SimpleNamespace(device=tiny_model[0].device, eval=lambda: None, config=SimpleNamespace())
+            model.generation_config = SimpleNamespace(max_length=8192)  # unsloth's own
+            return model, None
 
         @staticmethod
         def for_inference(model):
@@ -64,6 +66,12 @@ def test_the_model_is_loaded_with_room_for_the_longest_prompt_an_answer_and_the_
     """unsloth cuts at max_seq_length: the rounds' inputs and the forced letter's were longer, and cut without an error."""
     load_for_inference(run, "base")
     assert needed(run, tiny_model[1]) > 256 and unsloth[0] >= needed(run, tiny_model[1])
+
+
+def test_no_limit_of_unsloths_stands_beside_the_new_tokens_asked_for(run, unsloth):
+    """transformers would warn of two limits in every batch."""
+    model, _ = load_for_inference(run, "base")
+    assert unsloth and model.generation_config.max_length is None
 
 
 def test_a_worker_loads_with_the_same_room(run, unsloth, tiny_model, monkeypatch):
