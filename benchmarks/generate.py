@@ -12,7 +12,7 @@ answer, so every answer is as long as the limit; the last case draws lengths as 
 `kill` kills a process in the middle of its answers and lets another go on. `real-job` has the shape of profile t4's work: 600
 multiple-choice and 16 open questions, lengths drawn with a median of 900 tokens, at most 4,096. The peers answer a sample of
 it: a dozen one at a time, a few batches of `generate` sorted by prompt, and a minute of transformers' continuous batching.
-The result lies in benchmarks/results/.
+The result lies in benchmarks/results/; `real-job` was not run to its end yet (it needs some 15 minutes of a GPU).
 """
 
 from __future__ import annotations
@@ -87,13 +87,12 @@ def measure_engine(model, tokenizer, questions: list[Question], config: Generate
     """Tokens per second of the engine over all questions; `lengths` ends each answer after so many tokens."""
     import torch
 
-    batches, rounds, real = [], [], generation.generate_batch
+    batches, real = [], generation.generate_batch
 
-    def recorded(model, tokenizer, batch, steps, settings, clock):
+    def recorded(model, tokenizer, batch, steps, settings):
         left = [steps if lengths is None else lengths[p.question.id] - len(p.generated) for p in batch]
-        outputs = real(model, tokenizer, batch, min(steps, max(left)), settings, clock)
+        outputs = real(model, tokenizer, batch, min(steps, max(left)), settings)
         batches.append(len(batch))
-        rounds.append(steps)
         if lengths is None:
             return outputs
         # A row that ends early waits, as rows do in generate, until the last of its batch is done.
@@ -120,7 +119,6 @@ def measure_engine(model, tokenizer, questions: list[Question], config: Generate
         "tokens_per_second": round(sum(a["tokens"] for a in answers) / seconds, 1),
         "batch_size": max(batches),
         "batches": batches,
-        "round_tokens": rounds,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if cuda else None,
     }
 

@@ -81,11 +81,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(tiny_model, tmp_p
     model, tokenizer = tiny_model
     sizes, real = [], generation.generate_batch
 
-    def small_memory(model, tokenizer, batch, steps, config, clock):
+    def small_memory(model, tokenizer, batch, steps, config):
         sizes.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, tokenizer, batch, steps, config, clock)
+        return real(model, tokenizer, batch, steps, config)
 
     monkeypatch.setattr(generation, "generate_batch", small_memory)
     answers = answer_questions(model, tokenizer, questions(), GREEDY, tmp_path / "a.jsonl", "model")
@@ -133,7 +133,7 @@ def test_the_places_of_finished_answers_are_taken_by_others(tiny_model, tmp_path
     monkeypatch.setattr(generation, "ROUND_TOKENS", 4)
     eos, batches = tiny_model[1].eos_token_id, []
 
-    def one_in_two_ends(model, tokenizer, batch, steps, config, clock):
+    def one_in_two_ends(model, tokenizer, batch, steps, config):
         batches.append([(p.question.id, len(p.generated)) for p in batch])
         return [[7] * (2 if int(p.question.id[1]) % 2 else steps) + [eos] * (int(p.question.id[1]) % 2) for p in batch]
 
@@ -143,38 +143,6 @@ def test_the_places_of_finished_answers_are_taken_by_others(tiny_model, tmp_path
     assert [a["finish_reason"] for a in answers] == ["length", "stop"] * 3 + ["length"]
     assert max(map(len, batches)) == 4 and all(len({done for _, done in batch}) == 1 for batch in batches)
     assert len(batches) < 7  # two batches of up to three rounds each, were none refilled, are six
-
-
-@pytest.mark.parametrize(
-    ("prefill", "step", "tokens", "best"),
-    [
-        (17, 0.12, 900, 512),  # a T4: 25,000 tokens of prompts and answers take it 17 s
-        (0.6, 0.028, 900, 192),  # a GPU with a fast prefill
-        (0.001, 0.03, 900, 64),
-        (100, 0.1, 4000, 1024),
-    ],
-)
-def test_a_round_is_as_long_as_prefill_and_decoding_make_worth_while(monkeypatch, prefill, step, tokens, best):
-    now = iter([0.0, prefill, prefill + 255 * step])  # a batch begins, has its first token, has its last
-    monkeypatch.setattr(generation.time, "monotonic", lambda: next(now))
-    clock = generation.BatchClock()
-    clock.start()
-    assert not clock(torch.zeros((3, 5), dtype=torch.long), None).any()  # it stops nothing
-    length = clock.round_tokens(255, tokens)
-    assert length == best
-
-    def cost(r):
-        return (step + prefill / r) * (1 + r / (2 * tokens))
-
-    assert all(cost(length) <= 1.01 * cost(other) for other in range(64, 1025, 64))
-
-
-def test_the_clock_sees_the_first_token_of_a_real_batch(tiny_model):
-    clock, began = generation.BatchClock(), generation.time.monotonic()
-    clock.start()
-    pending = generation.Pending(questions()[0], tiny_model[1](questions()[0].prompt)["input_ids"])
-    generate_batch(*tiny_model, [pending], 4, GREEDY, clock)
-    assert began < clock.first < generation.time.monotonic()
 
 
 def test_the_automatic_batch_follows_the_free_memory(tiny_model, tmp_path, monkeypatch):

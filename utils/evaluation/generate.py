@@ -24,7 +24,6 @@ from utils.progress import Progress
 from utils.schema import GenerateSection
 
 ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
-_SHORTEST, _LONGEST = 64, 1024  # what a GPU's own speed may make of it
 _TOO_LARGE = "A single question does not fit into memory; lower generate.max_new_tokens."
 _TIE = 0.1  # in standard deviations of the logits: rounding decides between tokens that are nearer to each other
 
@@ -75,13 +74,12 @@ def share_path(path: Path, number: int) -> Path:
 
 
 def _generate(model, tokenizer, questions: Sequence[Question], config, keys, path, deadline: Deadline, ahead) -> None:
-    """One process's loop, in rounds: others take the places of finished answers, so that none waits for the longest; the
-    rest is prefilled again. A round has ROUND_TOKENS, on a GPU as many as its prefill and decoding make worth while.
+    """One process's loop, in rounds of ROUND_TOKENS: others take the places of finished answers, so that none waits for
+    the longest; the rest is prefilled again, which costs far less than decoding it did.
     """
     pending, end = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions], tokenizer.eos_token_id
     share, tokens, started = 1.0, 0, time.monotonic()  # share of what should fit, halved whenever it did not
     longest, ended = 0.0, 0  # seconds of a round; answers that came to their end before the limit
-    size, clock = ROUND_TOKENS, BatchClock()
     with Progress("answering", len(pending), "question") as bar:
         while pending:
             if longest and deadline.is_due(next_s=longest):  # each session gets one batch further
@@ -89,9 +87,8 @@ def _generate(model, tokenizer, questions: Sequence[Question], config, keys, pat
                 again = "run this notebook again in the next session, it resumes there"
                 raise SessionOver(f"{waiting}, because {deadline.sentence()}; {again}.")
             began = time.monotonic()
-            batch, steps = _choose_batch(model, pending, config, share, size)
-            clock.start()
-            outputs = fit_or_none(_TOO_LARGE, len(batch), generate_batch, model, tokenizer, batch, steps, config, clock)
+            batch, steps = _choose_batch(model, pending, config, share)
+            outputs = fit_or_none(_TOO_LARGE, len(batch), generate_batch, model, tokenizer, batch, steps, config)
             if outputs is None:
                 share /= 2
                 continue
@@ -117,8 +114,6 @@ def _generate(model, tokenizer, questions: Sequence[Question], config, keys, pat
             speed = tokens / (time.monotonic() - started)
             bar.update(len(finished), f"{speed:,.0f} tokens/s, {len(batch)} at once")
             each = expected_tokens(tokens, ended, config.max_new_tokens)
-            if model.device.type == "cuda":  # on a CPU the same rounds each time, and the same answers to the bit
-                size = clock.round_tokens(max(map(len, outputs)), each)
             by = f"{speed:,.0f} tokens/s so far, some {each:,.0f} tokens an answer by {ended} that have ended"
             bar.forecast((len(questions) * each - tokens) / speed, f"these answers ({by}).{ahead}")
     forget_cache(model)
@@ -131,46 +126,15 @@ def expected_tokens(tokens: int, ended: int, limit: int) -> float:
     return tokens / ended * (1 - math.exp(-limit * ended / tokens)) if ended else limit
 
 
-class BatchClock:
-    """A stopping criterion that stops nothing: it notes when a batch has its first token, and so what the prefill took."""
-
-    def __init__(self):
-        self.prefills: list[float] = []  # seconds of each batch until its first token
-        self.decoded, self.decode_seconds, self.began = 0, 0.0, 0.0
-
-    def start(self) -> None:
-        self.began, self.first = time.monotonic(), None
-
-    def __call__(self, input_ids, scores, **_):
-        import torch
-
-        if self.first is None:
-            input_ids[0, -1].item()  # waits for the device
-            self.first = time.monotonic()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def round_tokens(self, steps: int, tokens: float) -> int:
-        """Tokens of a round that cost least, after a batch of `steps` decoding steps, for answers of so many `tokens`.
-
-        A row that ends waits for half a round on average. So a token costs (d + p / R) (1 + R / 2L) for a prefill of p and a
-        step of d seconds, rounds of R and answers of L tokens, which is least at R = sqrt(2 L p / d).
-        """
-        self.prefills.append(self.first - self.began)
-        self.decoded, self.decode_seconds = self.decoded + steps, self.decode_seconds + time.monotonic() - self.first
-        prefill = sum(self.prefills) / len(self.prefills)
-        best = math.sqrt(2 * tokens * prefill * self.decoded / max(self.decode_seconds, 1e-9))
-        return int(min(_LONGEST, max(_SHORTEST, _SHORTEST * round(best / _SHORTEST))))
-
-
-def _choose_batch(model, pending, config: GenerateSection, share: float, tokens: int) -> tuple[list[Pending], int]:
-    """The next batch and how many tokens to add: rows of one round of `tokens`, longest first. The furthest round that
-    fills a whole batch goes first, so that answers come to an end, or else the earliest, which fills the later ones.
+def _choose_batch(model, pending: list[Pending], config: GenerateSection, share: float) -> tuple[list[Pending], int]:
+    """The next batch and how many tokens to add: rows of one round, longest prompt first. The furthest round that fills
+    a whole batch goes first, so that answers come to an end, or else the earliest, which fills the later ones.
     """
     rounds: dict[int, list[Pending]] = {}
     for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
-        rounds.setdefault(len(one.generated) // tokens, []).append(one)
+        rounds.setdefault(len(one.generated) // ROUND_TOKENS, []).append(one)
     for _, rows in sorted(rounds.items(), reverse=True):
-        steps = min(tokens, config.max_new_tokens - max(len(one.generated) for one in rows))
+        steps = min(ROUND_TOKENS, config.max_new_tokens - len(rows[0].generated))
         fit = sequences_that_fit(model, rows[0].length, steps) if config.batch_size == "auto" else config.batch_size
         size = max(1, int(fit * share))
         if len(rows) >= size:
@@ -192,11 +156,10 @@ def fit_or_none(sentence: str, size: int, action, model, *arguments):
 
 
 def generate_batch(
-    model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection, clock=None, streamer=None
+    model, tokenizer, batch: Sequence[Pending], steps: int, config: GenerateSection, streamer=None
 ) -> list[list[int]]:
     """Up to `steps` new token ids for each row; padded by hand, as unsloth pads on the right (issue 3283)."""
     import torch
-    from transformers import StoppingCriteriaList
 
     width = max(one.length for one in batch)
     ids = torch.full((len(batch), width), tokenizer.pad_token_id)
@@ -216,7 +179,6 @@ def generate_batch(
             logits_processor=sampling_processors(config, streams, width, model.device),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([clock] if clock else []),
             streamer=streamer,
         )
     return output[:, width:].tolist()

@@ -31,7 +31,7 @@ def ask(run: RunDir, model, tokenizer, question: str, max_new_tokens: int | None
         print(f"--- {title} ---")
         pending = Pending(Question("own", "open", prompt), ids)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        generate_batch(model, tokenizer, [pending], cap, run.config.generate, streamer=streamer)
+        generate_batch(model, tokenizer, [pending], cap, run.config.generate, streamer)
         forget_cache(model)
 
     with model.disable_adapter():
