@@ -336,13 +336,16 @@ def test_a_base_that_is_in_the_cache_is_merged_from_there_on_any_disk_and_withou
     assert not [request for request in sharded.received if request.method == "GET" and "safetensors" in request.path]
 
 
-def test_a_base_on_the_hub_is_measured_before_any_of_it_is_fetched(sharded, hub_run, monkeypatch):
+def test_a_base_on_the_hub_is_measured_by_its_index_before_a_shard_is_fetched(sharded, hub_run, monkeypatch):
+    shards = {name: len(body) for name, body in sharded.content.items() if name.endswith(".safetensors")}
     have_free(monkeypatch, 3.1, sharded)
+    sharded.content["consolidated.safetensors"] = b"the same weights again, in their maker's own form"
     sizes, commit = measure_base(hub_run.config)
-    assert sizes == {name: len(body) for name, body in sharded.content.items() if name.endswith(".safetensors")}
+    assert sizes == shards
     have_free(monkeypatch, 2.9, sharded)
     assert commit is None and measure_base(hub_run.config) == (sizes, SHA)
-    assert not [request for request in sharded.received if request.method == "GET" and "/resolve/" in request.path]
+    asked = [request.path for request in sharded.received if request.method == "GET" and "/resolve/" in request.path]
+    assert {path.rsplit("/", 1)[-1] for path in asked} <= {"model.safetensors.index.json"}
 
 
 def test_a_shard_that_cannot_be_fetched_ends_the_merge_in_a_sentence_and_the_next_one_is_whole(

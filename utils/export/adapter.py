@@ -8,7 +8,7 @@ from pathlib import Path
 from utils.data.hub import explain_hub
 from utils.errors import ModelError
 from utils.export.chat_template import fit_chat_template
-from utils.export.merge import find_shards, merge_shards, read_lora
+from utils.export.merge import INDEX, find_shards, merge_shards, read_lora
 from utils.export.places import scratch_folder
 from utils.files import atomic_folder, is_folder, write_json
 from utils.hardware import GIB, free_disk_gib, hub_cache, require_disk
@@ -124,7 +124,10 @@ def measure_base(config: Config) -> tuple[dict[str, int], str | None]:
     except ModelError:  # not all of it is in the cache
         if local:
             raise
-    if not (found := _download(source, revision, ["*.safetensors"], dry_run=True)):
+    folder = Path(_download(source, revision, [INDEX]))
+    names = {path.name for path in find_shards(folder, complete=False)}  # some repositories hold other weights beside
+    found = [file for file in _download(source, revision, ["*.safetensors"], dry_run=True) if file.filename in names]
+    if not found:
         raise ModelError(f"{source} holds no safetensors files; name another model in export.base.")
     sizes = {file.filename: file.file_size for file in found}
     needed = 3 * sum(sizes.values())  # for the base, the merged model, and GGUF's f16 of it

@@ -142,9 +142,10 @@ def sync_tracking(run_dir: Path, key: Secret) -> None:
     words = [sys.executable, "-m", "wandb", "sync", *folders]
     with tempfile.TemporaryDirectory() as scratch, Child(words, Path(scratch) / "log", environment) as child:
         with suppress(subprocess.TimeoutExpired):
-            child.wait(600)  # seconds
+            child.wait(600 * len(folders))  # seconds
         if left := len(offline_runs(run_dir)):
-            found = f"wandb took {len(folders) - left} of {len(folders)} offline runs ({child.last_words()})"
+            said = child.last_words() if child.poll() is not None else f"no end after {600 * len(folders)} s"
+            found = f"wandb took {len(folders) - left} of {len(folders)} offline runs ({said})"
             raise InfrastructureError(f"{found}; the others stay in tracking/wandb: run publish again.")
 
 

@@ -45,7 +45,10 @@ def read_lora(folder: Path) -> Lora:
 
 
 def find_shards(folder: Path, complete: bool = True) -> list[Path]:
-    """The model's safetensors files by name: those of its index, or the single one; ModelError unless it is `complete`."""
+    """The model's safetensors files by name: those of its index, or the single one.
+
+    Raises ModelError where one of them is not there, unless `complete` is False.
+    """
     index, names = folder / INDEX, [SINGLE]
     if index.exists():
         try:
