@@ -189,11 +189,11 @@ def room_on(monkeypatch, cards: tuple[Gpu, ...], profile: str, **overrides) -> s
 def test_one_t4_says_how_many_questions_fit_and_what_to_set_and_two_have_room_for_all(monkeypatch):
     one, two = (room_on(monkeypatch, cards, "t4") for cards in ((T4,), (T4, T4)))
     assert one == (
-        "On one Tesla T4 about 450 questions fit into 8 hours beside training (estimated); this run asks 616: set "
+        "On one Tesla T4 about 450 questions to an 8B model fit into 8 hours beside training (estimated); this run asks 616: set "
         "evaluate.benchmark.rows=434 before the first answer, or let it go on in another session."
     )
     assert two == (
-        "On 2 Tesla T4s about 880 questions fit into 8 hours beside training (estimated); this run asks 616."
+        "On 2 Tesla T4s about 880 questions to an 8B model fit into 8 hours beside training (estimated); this run asks 616."
     )
 
 
@@ -254,7 +254,7 @@ def test_the_reckoning_of_t4s_hours_follows_from_its_stated_lengths_and_stays_be
 
 def test_where_fewer_questions_would_not_help_none_are_asked_for(monkeypatch):
     said = room_on(monkeypatch, (T4, T4), "full")
-    assert said.endswith("about 0 questions fit into 8 hours beside training (estimated); this run asks 916: "
+    assert said.endswith("about 0 questions to an 8B model fit into 8 hours beside training (estimated); this run asks 916: "
                          "let it go on in another session.")  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def questions_that_fit(config: Config, questions: Sequence[Question], train_rows
     each = 2 * min(_ANSWER_TOKENS, config.generate.max_new_tokens) / _ANSWERED / speed
     fit, asked = max(0, int(left / each) // 10 * 10), sum(question.kind != TUTORIAL for question in questions)
     on = "one Tesla T4" if count == 1 else f"{count} Tesla T4s"
-    room = f"On {on} about {fit} questions fit into {hours:g} hours beside training (estimated)"
+    room = f"On {on} about {fit} questions to an 8B model fit into {hours:g} hours beside training (estimated)"
     if fit >= asked:
         return f"{room}; this run asks {asked}."
     fewer = fit - sum(q.kind == "open" for q in questions) - sum(b.rows or 0 for b in config.evaluate.more_benchmarks)

@@ -150,7 +150,8 @@ def build_rows(metrics: dict) -> list[Row]:
 def _build_row(result: dict, weight: str) -> Row:
     base, tuned, share = result["base"], result["tuned"], result["unit"] == "share"
     turn = 1.0 if result["higher_is_better"] else -1.0
-    scale = 100.0 if share else 0.0 if _FOLD * abs(base) <= abs(tuned) else 100.0 / abs(base)
+    near_zero = not share and _FOLD * abs(base) <= abs(tuned)
+    scale = 0.0 if near_zero else 100.0 / (1 if share else abs(base))
     low, high = sorted(turn * scale * end for end in result["ci95"])
     digits = 0 if share or max(abs(base), abs(tuned)) >= 10 else 2
     return Row(
@@ -166,7 +167,10 @@ def _build_row(result: dict, weight: str) -> Row:
 
 
 def draw_forest(figure, metrics: dict) -> None:
-    """A forest plot of paired differences, each turned so that right is better, onto a (sub)figure: shares in points and everything else in % of the base, the primary metric on top."""
+    """Draw a forest plot of paired differences onto a (sub)figure, each turned so that right is better.
+
+    Shares are in points, everything else in % of the base; the primary metric is on top.
+    """
     rows = build_rows(metrics)
     groups = [[row for row in rows if row.share == share] for share in (rows[0].share, not rows[0].share)]
     groups = [group for group in groups if group]
@@ -244,7 +248,11 @@ def _draw_losses(axis, base_loss: pd.DataFrame, tuned_loss: pd.DataFrame) -> Non
     """One point for each held-out row: below the diagonal, fine-tuning made the reference less surprising."""
     _finish(axis, "Loss on each held-out row", xlabel="base (nats per token)", ylabel="fine-tuned")
     base, tuned = base_loss["completion"], tuned_loss["completion"]
-    top = 1.08 * max([*base, *tuned], default=0.0) or 1.0
+    if base.empty:
+        axis.text(0.5, 0.5, "no held-out losses in this run", ha="center", color=INK, transform=axis.transAxes)
+        axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
+        return
+    top = 1.08 * max([*base, *tuned]) or 1.0
     axis.fill_between([0, top], [0, top], color=TUNED, alpha=0.07, linewidth=0)
     axis.plot([0, top], [0, top], color=INK, linewidth=1, linestyle="--")
     axis.scatter(base, tuned, s=16, color=TUNED, alpha=0.55, edgecolor="none", clip_on=False)
