@@ -27,7 +27,7 @@ import typer
 from benchmarks.evidence import add_to_file
 from benchmarks.packing import ratio_over_seeds
 from benchmarks.series import summarise
-from utils.hardware import gpus, installed
+from utils.hardware import gpu_ids, gpus, installed
 from utils.pipeline.run_dir import open_run
 from utils.project import ROOT
 
@@ -111,15 +111,14 @@ def set_words(settings: dict[str, object]) -> list[str]:
 def run_jobs(jobs: list[Job], bench: Bench, at_once: int = 1) -> None:
     """Run every job, at most `at_once` together, and collect each as it ends."""
 
-    cards = max(1, len(gpus()))
+    cards = gpu_ids()
 
     def start(number: int, job: Job) -> tuple[int, float]:
         folder, started = bench.folder(job.name), time.monotonic()
-        variables = {
-            "UNSLOTH_COMPILE_LOCATION": f"{folder}-compiled",  # processes would write over each other's code
-            "CUDA_VISIBLE_DEVICES": str(number % cards),
-        }
-        if at_once > cards:
+        variables = {"UNSLOTH_COMPILE_LOCATION": f"{folder}-compiled"}  # processes would write over each other's code
+        if cards:
+            variables["CUDA_VISIBLE_DEVICES"] = cards[number % len(cards)]
+        if at_once > max(1, len(cards)):
             variables["OMP_NUM_THREADS"] = "2"
         with Path(f"{folder}.log").open("w", encoding="utf-8") as log:
             done = subprocess.run(job.command, stdout=log, stderr=log, env={**os.environ, **variables}, check=False)
@@ -202,7 +201,7 @@ def main(
 
     others = [name for name in CASES if name != FIRST and name not in bench.passed("cases")]
     if FIRST not in bench.passed("cases"):
-        first = bench.series_job("cases", FIRST, profile, CASES[FIRST])  # alone on its GPU: its seconds count
+        first = bench.series_job("cases", FIRST, profile, CASES[FIRST])  # alone on its GPU, its host may have others
         with_it = others[: len(gpus()) - 1] if gpus() else []
         run_jobs([first, *cases(with_it)], bench, 1 + len(with_it))
         if FIRST not in bench.passed("cases"):
