@@ -33,7 +33,7 @@ from utils.evaluation.statistics import compare_paired
 from utils.models.load import load_model, ready_for_inference
 from utils.models.prompt_format import make_prompt_format
 
-SUFFIX = "Answer with the name of the right option, without its letter."
+SUFFIX = "Do not answer yet. Only explain, in general terms, what this disease is."
 CLOSED = "</think>\n\n"
 CASES = {"think block closed in the prompt": CLOSED, "as profile smollm2 asks": ""}  # what comes behind the prompt
 METRICS = {"multiple_choice": "correct", "multiple_choice_forced": "forced", "parsed": "parsed"}

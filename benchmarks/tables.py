@@ -273,6 +273,20 @@ def calibration() -> str:
     return markdown(("the truth", 'says "better"', 'says "worse"', "announced by 00"), rows, source)
 
 
+def suffix() -> str:
+    cases = evidence("suffix")["cases"]
+    rows = [
+        (name, *(change(case["metrics"][metric]) for metric in ("parsed", "multiple_choice", "multiple_choice_forced")),
+         case["verdict"])
+        for name, case in cases.items()
+    ]  # fmt: skip
+    found = evidence("suffix")
+    one = next(iter(cases.values()))
+    what = f"{one['n']} MedQA questions, without → with the suffix, 95 % interval of the difference"
+    source = f"{what}. CPU, {found['date']}: {link('suffix')}."
+    return markdown(("", "state an option", "strict", "forced", "verdict"), rows, source)
+
+
 def merge() -> str:
     found = evidence("merge")
     copied = min(found["seconds"]["front_to_back"])
@@ -377,6 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for table in (
         answering, calibration, colab_image, controls, gguf, killed, letters, loads, make_targets, merge, packing_parity, packing_parity_real, real_model, repeatability,
         scorers, series, serving, split, stages,
+        suffix,
         training, training_ratios, training_rows,
     )
 }  # fmt: skip

@@ -260,6 +260,13 @@ def test_the_calibration_calls_no_model_better_or_worse_that_knows_as_much_and_k
         assert case["better"] == pytest.approx(case["announced"], abs=0.05), name
 
 
+def test_a_prompt_that_suppresses_letters_is_not_taken_for_less_knowledge():
+    evidence = json.loads((ROOT / "benchmarks" / "results" / "suffix.json").read_text(encoding="utf-8"))
+    (case,) = evidence["cases"].values()
+    assert case["n"] == 48 and case["verdict"] == "cannot tell" and evidence["suffix"] == suffix.SUFFIX
+    assert case["asked"]["suffix"] > case["asked"]["plain"] + 0.05, "the suffix suppresses next to no letter"
+
+
 def test_the_two_prompts_are_compared_by_strict_and_forced_accuracy_as_two_models_are():
     right = np.arange(100) % 2.0
     plain = pd.DataFrame({"group": [f"q{i}" for i in range(100)], "correct": right, "forced": right, "parsed": 1.0})
