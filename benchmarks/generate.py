@@ -25,20 +25,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 
-from benchmarks.evidence import add_to_file
+from benchmarks.evidence import add_to_file, where
 from utils.config import load_config
 from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.evaluation import generate as generation
 from utils.evaluation.questions import Question
 from utils.files import write_json
-from utils.hardware import GIB, gpus, installed
+from utils.hardware import GIB, gpus
 from utils.schema import GenerateSection
 
 app = typer.Typer()
@@ -67,20 +66,10 @@ def load(standin: Path, items: Path, room: int = 4096, backend: str = "auto"):
 
 def measure_single(model, tokenizer, questions: list[Question], config: GenerateSection) -> list[float]:
     """Tokens per second of plain `generate`, one prompt at a time, for each of WINDOWS prompts after a short warm-up."""
-    import torch
-
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
-    windows = []
-    for i, question in enumerate(questions[: WINDOWS + 1]):
-        inputs = tokenizer(question.prompt, return_tensors="pt").to(model.device)
-        started = time.monotonic()
-        with torch.inference_mode():
-            output = model.generate(
-                **inputs, max_new_tokens=config.max_new_tokens if i else 16, do_sample=config.do_sample, **sampling,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-        windows.append((output.shape[1] - inputs.input_ids.shape[1]) / (time.monotonic() - started))
-    return [round(speed, 2) for speed in windows[1:]]
+    time_generate(model, tokenizer, questions[:1], [16], config)
+    single = [[question] for question in questions[1 : WINDOWS + 1]]
+    windows = [time_generate(model, tokenizer, one, [config.max_new_tokens], config) for one in single]
+    return [round(peer_speed([window]), 2) for window in windows]
 
 
 def measure_engine(model, tokenizer, questions: list[Question], config: GenerateSection, lengths=None) -> dict:
@@ -163,7 +152,7 @@ def time_generate(model, tokenizer, questions: list[Question], lengths: list[int
         "rows": len(rows),
         "steps": written,
         "tokens": sum(min(n, written) for n in lengths),
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 2),
     }
 
 
@@ -277,15 +266,13 @@ def real_job(
     """The whole job by the engine, samples of it by the peers; written after each step."""
     from utils.models.memory import sequences_that_fit
 
-    model, tokenizer, choices, decoding = load(standin, items, room=LIMIT + 1024, backend="auto")
+    model, tokenizer, choices, decoding = load(standin, items, room=LIMIT + 1024)
     questions, lengths = real_questions(choices, rows)
     questions = questions[::part]
     long = decoding.model_copy(update={"max_new_tokens": LIMIT})
     found: dict = {
         "what": f"{len(questions)} questions, median {MEDIAN} tokens, at most {LIMIT}; 4-bit, fp16, at most 14.0 GiB",
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": [gpu.name for gpu in gpus()],
-        "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "bitsandbytes")},
+        **where(),
     }
     measure_engine(model, tokenizer, questions[:4], long.model_copy(update={"max_new_tokens": 4}))  # compiles
     found["engine"] = measure_engine(model, tokenizer, questions, long, lengths)
@@ -344,9 +331,7 @@ def measure(
     """Measure both ways: short answers to open and multiple-choice questions, then drawn lengths; write OUT after each."""
     evidence: dict = {
         "what": "the engine against one prompt at a time: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": [gpu.name for gpu in gpus()],
-        "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "bitsandbytes")},
+        **where(),
         "cases": {},
     }
     model, tokenizer, choices, decoding = load(standin, items)

@@ -15,18 +15,17 @@ import json
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
 
-from benchmarks.evidence import add_to_file
+from benchmarks.evidence import add_to_file, where
 from utils.config import load_config
 from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.files import write_json
-from utils.hardware import gpus, installed
+from utils.hardware import gpus
 
 app = typer.Typer()
 LENGTHS = (2048, 3000, 5000)
@@ -110,9 +109,7 @@ def measure(
             found.append(json.loads(file.read_text(encoding="utf-8")))
     evidence = {
         "what": "letters behind long reasoning, unsloth against the plain backend; prompts on both sides of 2,048 tokens",
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": [gpu.name for gpu in gpus()],
-        "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "bitsandbytes")},
+        **where(),
         "letters": compare(*found),
         "prompt_tokens": list(ACROSS),
         "batch": dict(zip(("unsloth", "plain"), (one["batch"] for one in found), strict=True)),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -19,13 +18,13 @@ import numpy as np
 import pandas as pd
 import typer
 
-from benchmarks.evidence import add_to_file
+from benchmarks.evidence import add_to_file, where
 from benchmarks.recipe import notebook_functions
 from utils.config import load_config
 from utils.data import synthetic as demo_data
 from utils.data.prompts import format_prompt, format_row
 from utils.evaluation.questions import Question
-from utils.hardware import gpus, installed
+from utils.hardware import gpus
 from utils.pipeline.stage import StageRun
 from utils.pipeline.stages import BY_NAME
 
@@ -122,9 +121,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON."
 
     evidence: dict = {
         "what": "the demo's task, fp16: packed and fitted against unpacked rows 8 x 2, same rows equally often",
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": [gpu.name for gpu in gpus()],
-        "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "trl", "peft", "bitsandbytes")},
+        **where(),
         "runs": {},
     }
     found: dict[str, list[dict]] = {name: [] for name in RECIPES}

@@ -18,14 +18,14 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from benchmarks.evidence import where
 from utils.files import sha256, write_json
-from utils.hardware import GIB, gpus, installed
+from utils.hardware import GIB
 
 app = typer.Typer()
 TOLERANCE = 1e-3  # nats per token; fixed before anything was measured
@@ -119,10 +119,7 @@ def measure(
     same = ("seed", "fit", "packed", "backend", "trained_weights", "determinism")
     evidence = {
         "what": "profile t4's training, same seed, a fresh process each: loss in nats per token after each update",
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": [gpu.name for gpu in gpus()],
-        "versions": {p: installed(p) for p in ("torch", "unsloth", "unsloth_zoo", "transformers", "trl", "peft",
-                                               "bitsandbytes", "accelerate", "xformers")},
+        **where(),
         "model": {name: shape[name] for name in SHAPE},
         "steps": steps,
         "repeats": REPEATS,

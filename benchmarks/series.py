@@ -19,15 +19,14 @@ import math
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
 
+from benchmarks.evidence import where
 from utils.files import write_json
-from utils.hardware import gpus, installed
 from utils.pipeline.run_dir import read_manifest
 from utils.pipeline.stages import STAGES
 
@@ -104,10 +103,7 @@ def main(
         status = [json.loads(out.read_text())["exit_status"][0] if only_plain else run_series(series, settings)]
         evidence = json.loads(out.read_text(encoding="utf-8")) if only_plain else {
             "what": "profile t4 on an 8B-shaped stand-in (random weights), T4 arithmetic and memory emulated",
-            "date": datetime.now(UTC).date().isoformat(),
-            "gpu": [gpu.name for gpu in gpus()],
-            "versions": {p: installed(p) for p in ("torch", "unsloth", "unsloth_zoo", "transformers", "trl", "peft",
-                                                   "datasets", "bitsandbytes", "accelerate", "papermill")},
+            **where(),
             "settings": {key: str(Path(str(value)).name) for key, value in settings.items()},
             "model_bytes": sum(file.stat().st_size for file in standin.iterdir()),
             "series": summarise(series),

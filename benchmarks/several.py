@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -26,9 +25,10 @@ import pandas as pd
 import psutil
 import typer
 
+from benchmarks.evidence import where
 from benchmarks.parity import RECIPES
 from utils.files import write_json
-from utils.hardware import gpus, installed
+from utils.hardware import gpus
 
 SEED, UPDATES = 1, 120
 
@@ -141,22 +141,17 @@ def main(
     evidence["what"] = (
         "the demo's task: killed with SIGKILL and continued against undisturbed; answers by one process and two"
     )
-    where = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": [gpu.name for gpu in gpus()],
-        "versions": {p: installed(p) for p in ("torch", "unsloth", "transformers", "trl", "peft", "accelerate")},
-    }
     counts = processes or ([1, 2] if len(gpus()) != 1 else [1])
     with tempfile.TemporaryDirectory() as scratch:
         base, rng = Path(scratch) / "base", random.Random(SEED)
         for stage in ("00", "02"):
             run(base, 1, stage)
         for count in counts:
-            evidence["resumed"].append({**where, "processes": count, **resumed(base, Path(scratch), count, rng)})
+            evidence["resumed"].append({**where(), "processes": count, **resumed(base, Path(scratch), count, rng)})
             write_json(out, evidence)
             print(evidence["resumed"][-1], flush=True)
         if 2 in counts and compare_answers:
-            evidence["answers"] = {**where, **answers(base, Path(scratch))}
+            evidence["answers"] = {**where(), **answers(base, Path(scratch))}
             write_json(out, evidence)
             print(evidence["answers"], flush=True)
 

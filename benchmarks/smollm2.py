@@ -18,16 +18,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.evidence import add_to_file
+from benchmarks.evidence import add_to_file, where
 from benchmarks.packing import ratio_over_seeds
 from benchmarks.series import summarise
-from utils.hardware import gpu_ids, gpus, installed
+from utils.hardware import gpu_ids, gpus
 from utils.pipeline.run_dir import open_run
 from utils.project import ROOT
 
@@ -130,13 +129,6 @@ def run_jobs(jobs: list[Job], bench: Bench, at_once: int = 1) -> None:
             status, seconds = ended.result()
             print(f"{running[ended].name}: exit status {status} after {seconds:.0f} s", flush=True)
             running[ended].collect(status, seconds)
-
-
-def where() -> dict:
-    """Date, GPU and versions."""
-    packages = ("torch", "unsloth", "unsloth_zoo", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
-    versions = {package: installed(package) for package in packages}
-    return {"date": datetime.now(UTC).date().isoformat(), "gpu": [gpu.name for gpu in gpus()], "versions": versions}
 
 
 def read_run(run_dir: Path) -> dict:

@@ -19,8 +19,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from benchmarks.evidence import add_to_file
-from benchmarks.smollm2 import where
+from benchmarks.evidence import add_to_file, where
 from utils.config import load_config
 from utils.data.benchmarks import load_benchmarks
 from utils.data.prompts import format_multiple_choice, format_prompt

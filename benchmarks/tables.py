@@ -274,15 +274,14 @@ def calibration() -> str:
 
 
 def suffix() -> str:
-    cases = evidence("suffix")["cases"]
+    found = evidence("suffix")
     rows = [
         (name, *(change(case["metrics"][metric]) for metric in ("parsed", "multiple_choice", "multiple_choice_forced")),
          case["verdict"])
-        for name, case in cases.items()
+        for name, case in found["cases"].items()
     ]  # fmt: skip
-    found = evidence("suffix")
-    one = next(iter(cases.values()))
-    what = f"{one['n']} MedQA questions, without → with the suffix, 95 % interval of the difference"
+    asked = next(iter(found["cases"].values()))["n"]
+    what = f"{asked} MedQA questions, without → with the suffix, 95 % interval of the difference"
     source = f"{what}. CPU, {found['date']}: {link('suffix')}."
     return markdown(("", "state an option", "strict", "forced", "verdict"), rows, source)
 
@@ -389,9 +388,8 @@ def make_targets() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
     for table in (
-        answering, calibration, colab_image, controls, gguf, killed, letters, loads, make_targets, merge, packing_parity, packing_parity_real, real_model, repeatability,
-        scorers, series, serving, split, stages,
-        suffix,
+        answering, calibration, colab_image, controls, gguf, killed, letters, loads, make_targets, merge, packing_parity,
+        packing_parity_real, real_model, repeatability, scorers, series, serving, split, stages, suffix,
         training, training_ratios, training_rows,
     )
 }  # fmt: skip

@@ -20,16 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.evidence import add_to_file
+from benchmarks.evidence import add_to_file, where
 from benchmarks.train_cases import CASES
 from utils.files import write_json
-from utils.hardware import gpus, installed
+from utils.hardware import gpus
 
 app = typer.Typer()
 QUICK = ("tutorial", "plain", "ours")
@@ -76,11 +75,8 @@ def measure(
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     evidence: dict = {key: before[key] for key in ("two_gpus", "ratio_two_gpus", "growth") if key in before} | {
         "what": "training, non-padding tokens per second: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": [gpu.name for gpu in gpus()],
+        **where(),
         "processors": os.cpu_count(),
-        "versions": {p: installed(p) for p in ("torch", "unsloth", "unsloth_zoo", "transformers", "trl", "peft",
-                                               "bitsandbytes", "accelerate", "xformers")},
         "configurations": {},
         "failed": {},
     }  # fmt: skip
@@ -122,8 +118,7 @@ def growth(
         if wrong := _run(["growth", str(standin), str(rows), str(place)]):
             raise SystemExit(f"growth failed: {wrong}")
         found = json.loads(place.read_text(encoding="utf-8"))
-    where = {"gpu": [gpu.name for gpu in gpus()], "date": datetime.now(UTC).date().isoformat()}
-    add_to_file(out, {"growth": {**where, "by_rows": found}})
+    add_to_file(out, {"growth": {**where(), "by_rows": found}})
     print(json.dumps(found))
 
 
@@ -140,7 +135,7 @@ def two_gpus(
     settings = {"model.name": standin.resolve(), "data.path": rows.resolve(), "data.eval_rows": 16, "data.train_rows": 80,
                 "train.num_train_epochs": 100, "train.max_steps": steps, "evaluate.benchmark.name": "null",
                 "evaluate.primary": "nll", "hardware.emulate_t4": "true", "hardware.pins": "report"}  # fmt: skip
-    found: dict = {"gpu": [gpu.name for gpu in gpus()], "date": datetime.now(UTC).date().isoformat(), "failed": []}
+    found: dict = {**where(), "failed": []}
     with tempfile.TemporaryDirectory() as scratch:
         for count in (1, 2):
             run_dir = Path(scratch) / str(count)
