@@ -77,8 +77,15 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[str], resamples: int
     def mean(sums: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
         return np.sum(sums, axis=axis) / np.sum(sizes, axis=axis)
 
-    settings = {"n_resamples": resamples, "rng": np.random.default_rng(seed), "confidence_level": 1 - ALPHA}
-    return stats.bootstrap((sums, sizes), mean, paired=True, method="percentile", **settings).confidence_interval
+    return stats.bootstrap(
+        (sums, sizes),
+        mean,
+        paired=True,
+        confidence_level=1 - ALPHA,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
 
 
 def mean_interval(values: np.ndarray, groups: Sequence[str], resamples: int, seed: int) -> Interval:

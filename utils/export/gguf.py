@@ -61,7 +61,9 @@ def find_llama_cpp() -> Path | None:
 def fetch_llama_cpp() -> Path | None:
     """unsloth's ready build, in a minute; None where unsloth is not installed or has none for this machine."""
     # Not its install_llama_cpp, which compiles, as root, where there is no ready build.
-    fetch = "import unsloth_zoo.llama_cpp as u; exit(not u._install_llama_cpp_prebuilt(u.LLAMA_CPP_DEFAULT_DIR))"
+    fetch = (
+        "import sys, unsloth_zoo.llama_cpp as u; sys.exit(not u._install_llama_cpp_prebuilt(u.LLAMA_CPP_DEFAULT_DIR))"
+    )
     try:
         _call([sys.executable, "-c", fetch])
     except ModelError as error:
