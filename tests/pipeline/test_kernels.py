@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import os
 import signal
 import threading
@@ -11,6 +13,7 @@ import time
 import nbformat
 import pytest
 from jupyter_client import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from utils.errors import Interrupted
@@ -92,3 +95,26 @@ def test_a_kernel_that_was_not_ready_yet_is_not_left_behind(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "1")
     assert started[0].wait(10) == -signal.SIGKILL
+
+
+def test_cut_short_by_a_second_ctrl_c_nothing_is_told_of_the_task_that_was_left(tmp_path, monkeypatch, caplog):
+    """nbclient's ended in DeadKernelError while the kernel was killed, once in many runs."""
+    left = []
+
+    def cut_short(*_, **__):
+        loop = asyncio.new_event_loop()
+        left.append(loop.create_task(fails()))
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        raise KeyboardInterrupt
+
+    async def fails():
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", False)
+    monkeypatch.setattr("utils.pipeline.runner.papermill.execute_notebook", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "1")
+    left.clear()
+    gc.collect()
+    assert not caplog.records

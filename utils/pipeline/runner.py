@@ -1,5 +1,6 @@
 """The driver: the six notebooks in order, by papermill, each in a fresh kernel, with one live line per stage."""
 
+import logging
 import os
 import shutil
 import signal
@@ -165,6 +166,9 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], stop: Stop
             extra_arguments=_QUIET,
             on_cell_execute=lambda **_: check(stop),
         )
+    except KeyboardInterrupt:  # it cuts nbclient's task short, and asyncio would print how that ended as a traceback
+        logging.getLogger("asyncio").disabled = True
+        raise
     finally:  # nbclient leaves a kernel behind that hangs, or that was interrupted before it was ready
         signal_kernels(signal.SIGKILL)
 
