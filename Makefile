@@ -81,7 +81,6 @@ bench:  ## on a CUDA machine: the whole series with 8B shapes, training's speed,
 	python3 -m benchmarks.standin $(or $(STANDIN),/tmp/standin-8b)
 	python3 -m benchmarks.series $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --benchmark $(ITEMS) --out benchmarks/results/series-8b.json
 	python3 -m benchmarks.train measure $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/train.json
-	python3 -m benchmarks.parity --out benchmarks/results/parity.json
 	python3 -m benchmarks.smollm2 --rows $(ROWS) --items $(ITEMS)
 	python3 -m benchmarks.train growth $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/train.json
 	python3 -m benchmarks.several --out benchmarks/results/several.json

@@ -19,10 +19,12 @@ import typer
 from scipy import stats
 
 from benchmarks.evidence import add_to_file
-from benchmarks.parity import train_once
+from benchmarks.recipe import notebook_functions
 from utils.config import parse_overrides, read_config
 from utils.data.prompts import format_row
 from utils.pipeline.run_dir import open_run
+from utils.pipeline.stage import StageRun
+from utils.pipeline.stages import BY_NAME
 
 PLAIN_STEPS = {
     "train.step_plan": "given",
@@ -48,6 +50,20 @@ def held_out_rows(run) -> pd.DataFrame:
     return pd.DataFrame(pairs, columns=["prompt", "completion"]).assign(id=rows["id"].to_numpy())
 
 
+def train_once(config, folder: Path, rows: pd.DataFrame):
+    """(trainer, tokenizer, plan) after training on `rows` by notebook 03's own functions."""
+    from utils.training.step_plan import choose_plan, recompute_as
+
+    load_with_lora, make_trainer = notebook_functions()
+    model, tokenizer = load_with_lora(config)
+    (folder / "training").mkdir(parents=True, exist_ok=True)
+    plan = choose_plan(StageRun(folder, config, BY_NAME["03_lora_training"]), model, tokenizer, rows, make_trainer)
+    trainer = make_trainer(model, tokenizer, config, rows, plan, str(folder / "checkpoints"))
+    recompute_as(trainer, config, plan)
+    trainer.train()
+    return trainer, tokenizer, plan
+
+
 def main(
     run_dir: Path,
     seed: int,
@@ -61,7 +77,7 @@ def main(
     recipe = {"train.packing": True}
     for name in ("packed", "padded"):
         config = read_config(run.path / "config.yaml", {"train.seed": seed, **PLAIN_STEPS, **recipe, **more})
-        trainer, tokenizer, plan = train_once(config, out / f"seed-{seed:02}-{name}", rows=rows)
+        trainer, tokenizer, plan = train_once(config, out / f"seed-{seed:02}-{name}", rows)
         updates = trainer.state.global_step
         found[name] = {"updates": updates, "plan": str(plan), "nll": held_out_loss(trainer, tokenizer, run)}
         as_many = max(1, round(len(rows) * config.train.num_train_epochs / updates))

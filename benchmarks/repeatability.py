@@ -33,13 +33,23 @@ STEPS, REPEATS = 20, 3
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 
 
+def stop_after(trainer, steps: int) -> None:
+    """End the training after `steps` updates, the schedule left as if it went on."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step >= steps
+
+    trainer.add_callback(Stop())
+
+
 @app.command()
 def once(standin: Path, rows: Path, run_dir: Path, out: Path, adapter: Path, steps: int = STEPS) -> None:
     """One training in this process: writes OUT, JSON, and the trained LoRA weights to ADAPTER, safetensors."""
     import torch
     from safetensors.torch import save_file
 
-    from benchmarks.parity import losses, stop_after
     from benchmarks.train_cases import prepare
     from utils.hardware import describe_determinism
     from utils.models.load import is_unsloth
@@ -56,7 +66,7 @@ def once(standin: Path, rows: Path, run_dir: Path, out: Path, adapter: Path, ste
     trained = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
     save_file(trained, adapter)
     result = {
-        "losses": losses(trainer),
+        "losses": [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         "grad_norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry],
         "adapter_sha256": sha256(adapter),
         "trained_weights": sum(value.numel() for value in trained.values()),

@@ -26,7 +26,6 @@ import psutil
 import typer
 
 from benchmarks.evidence import where
-from benchmarks.parity import RECIPES
 from utils.files import write_json
 from utils.hardware import gpus
 
@@ -35,7 +34,8 @@ SEED, UPDATES = 1, 120
 
 def settings(processes: int) -> list[str]:
     """--set of every run: packed training as profile t4 has it, a T4's arithmetic where there is a GPU."""
-    values = {**RECIPES["ours"], "train.max_steps": UPDATES, "train.save_steps": 20, "train.gradient_checkpointing": True,
+    values = {"train.packing": True, "train.step_plan": "auto", "model.max_seq_length": 480, "train.max_steps": UPDATES,
+              "train.save_steps": 20, "train.gradient_checkpointing": True, "train.per_device_train_batch_size": 2,
               "train.gradient_accumulation_steps": 2, "hardware.processes": processes, "hardware.pins": "report"}  # fmt: skip
     if gpus():
         values |= {"hardware.device": "cuda", "hardware.dtype": "float16", "hardware.emulate_t4": True,

