@@ -97,9 +97,10 @@ def training() -> str:
 def training_ratios() -> str:
     fast, slow = evidence("train"), evidence("train-quick")
     rows = [
-        (f"`t4` against {peer}", f"{fast[f'ratio_vs_{key}']:.2f}", f"{fast[f'kernel_ratio_vs_{key}']:.2f}",
-         f"{slow[f'ratio_vs_{key}']:.2f}", f"{slow[f'kernel_ratio_vs_{key}']:.2f}")
-        for key, peer in (("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"))
+        (f"`t4` against {peer}", *(f"{found[name]:.2f}" if name in found else NOTHING
+                                   for found in (fast, slow) for name in (f"ratio_vs_{key}", f"ratio_vs_{key}_kernel")))
+        for key, peer in (("unsloth_packing", "unsloth's packing"), ("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"))
+        if f"ratio_vs_{key}" in fast
     ]  # fmt: skip
     rows.append(("two GPUs against one", f"{fast['ratio_two_gpus']:.2f}", "", "", ""))
     header = ("times as fast", "wall time", "kernel time", "wall time, slow host", "kernel time, slow host")
