@@ -37,6 +37,13 @@ CONFIGURATIONS = {
     "ours, 1,024 tokens": "`t4`, packs of 1,024 tokens",
     "ours, 512 tokens": "`t4`, packs of 512 tokens, longer rows cut",
     "unsloth's attention": "`t4` with unsloth's own attention",
+    "unsloth packing": "unsloth's own packing and checkpointing",
+    "unsloth packing, largest batch": "the same, as many packs at once as fit",
+    "plain packing": "TRL's packing on `transformers`' padding-free path",
+    "plain packing, 1 x 4": "the same, one pack at a time",
+    "ours, xformers' attention": "`t4` with xformers' cutlass kernel",
+    "ours, torch's attention": "`t4` with torch's kernel, where xformers loads",
+    "ours, flex attention": "`t4` with torch's flex attention",
 }
 REAL_METRICS = (
     "nll", "well_formed", "truncated", "parsed", "multiple_choice", "multiple_choice_forced", "reasoning_tokens",

@@ -26,7 +26,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.evidence import add_to_file, where
-from benchmarks.train_cases import CASES
+from benchmarks.peers import CASES
 from utils.files import write_json
 from utils.hardware import gpus
 
@@ -77,24 +77,33 @@ def measure(
     rows: Annotated[Path, typer.Option(help="Training rows, JSONL; repeated to 500.")],
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
     quick: Annotated[bool, typer.Option(help="Only what the headline needs.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="Only these configurations.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these configurations; the others stay in OUT where they are of this day and machine."),
+    ] = None,
 ) -> None:
     """Measure every configuration, each in a fresh process, and write OUT after each."""
     names, began = only or (QUICK if quick else tuple(CASES)), time.monotonic()
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    evidence: dict = {key: before[key] for key in ("two_gpus", "ratio_two_gpus", "growth") if key in before} | {
+    here = where() | {"processors": os.cpu_count()}
+    kept = ["two_gpus", "ratio_two_gpus", "growth"]
+    if only and all(before.get(key) == value for key, value in here.items()):
+        kept += ["peak", "boundary", "boundary_plain", "configurations", "failed", "skipped"]
+    evidence: dict = {"configurations": {}, "failed": {}, "skipped": {}} | {
         "what": "training, non-padding tokens per second: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",
-        **where(),
-        "processors": os.cpu_count(),
-        "configurations": {},
-        "failed": {},
-    }  # fmt: skip
+        **here,
+        **{key: before[key] for key in kept if key in before},
+    }
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         if gpus():
-            parts = [("peak", []), *([] if quick else [("boundary", [str(standin), str(rows)])])]
-            for name, arguments in parts:
-                wrong = _run([name, *arguments, str(place / f"{name}.json")])
+            parts = {"peak": ["peak"]}
+            if not quick:
+                parts["boundary"] = ["boundary", "ours", str(standin), str(rows)]
+                parts["boundary_plain"] = ["boundary", "plain packing", str(standin), str(rows)]
+            for name in [name for name in parts if name not in evidence]:
+                evidence["failed"].pop(name, None)
+                wrong = _run([*parts[name], str(place / f"{name}.json")])
                 if wrong:
                     evidence["failed"][name] = wrong
                 else:
@@ -103,8 +112,10 @@ def measure(
             started = time.monotonic()
             arguments = ["case", name, str(standin), str(rows), str(place / "case.json"), str(place / name)]
             wrong = _run(arguments)
+            for told in ("configurations", "failed", "skipped"):
+                evidence[told].pop(name, None)
             if wrong:
-                evidence["failed"][name] = wrong
+                evidence["skipped" if wrong.startswith("skipped: ") else "failed"][name] = wrong
             else:
                 result = json.loads((place / "case.json").read_text(encoding="utf-8"))
                 evidence["configurations"][name] = {**result, "whole_seconds": round(time.monotonic() - started, 1)}
