@@ -1,7 +1,8 @@
-"""How fast training is, against the tutorial's recipe and against plain TRL, on CUDA GPUs with a T4's limits emulated.
+"""How fast training is, against what else a user would pick, on CUDA GPUs with a T4's limits emulated.
 
     python -m benchmarks.standin /tmp/standin-8b --vocabulary llama3_bpe.model
     python -m benchmarks.train measure /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json [--quick]
+    python -m benchmarks.train measure ... --only ours --only "unsloth packing"     # in parts, on one day and machine
     python -m benchmarks.train two-gpus /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json     # adds to it
     python -m benchmarks.train growth /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json       # adds to it
 
@@ -39,7 +40,7 @@ PEERS = {
 }
 
 
-def _run(arguments: list[str]) -> str | None:
+def run_part(arguments: list[str]) -> str | None:
     """`python -m benchmarks.train_cases ...` in a fresh process; the last line of what went wrong, or None."""
     command = [sys.executable, "-m", "benchmarks.train_cases", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -103,7 +104,7 @@ def measure(
                 parts["boundary_plain"] = ["boundary", "plain packing", str(standin), str(rows)]
             for name in [name for name in parts if name not in evidence]:
                 evidence["failed"].pop(name, None)
-                wrong = _run([*parts[name], str(place / f"{name}.json")])
+                wrong = run_part([*parts[name], str(place / f"{name}.json")])
                 if wrong:
                     evidence["failed"][name] = wrong
                 else:
@@ -111,7 +112,7 @@ def measure(
         for name in names:
             started = time.monotonic()
             arguments = ["case", name, str(standin), str(rows), str(place / "case.json"), str(place / name)]
-            wrong = _run(arguments)
+            wrong = run_part(arguments)
             for told in ("configurations", "failed", "skipped"):
                 evidence[told].pop(name, None)
             if wrong:
@@ -135,7 +136,7 @@ def growth(
     """What more rows cost: seconds to pack them, then speed and memory (GiB) of updates; exit 1 where that failed."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "growth.json"
-        if wrong := _run(["growth", str(standin), str(rows), str(place)]):
+        if wrong := run_part(["growth", str(standin), str(rows), str(place)]):
             raise SystemExit(f"growth failed: {wrong}")
         found = json.loads(place.read_text(encoding="utf-8"))
     add_to_file(out, {"growth": {**where(), "by_rows": found}})

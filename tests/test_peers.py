@@ -136,7 +136,7 @@ def test_flex_attention_keeps_documents_apart_as_ours_does():
 def test_what_cannot_be_imported_is_skipped_by_a_sentence_and_other_configurations_stay(standin, tmp_path, monkeypatch):
     model, rows = standin
     skipped = "skipped: xformers does not load here (No module named 'xformers')"
-    monkeypatch.setattr(train, "_run", lambda arguments: skipped if "xformers" in arguments[1] else "out of memory")
+    monkeypatch.setattr(train, "run_part", lambda arguments: skipped if "xformers" in arguments[1] else "out of memory")
     out, case = tmp_path / "train.json", {"tokens_per_second": 5.0, "reserved_gib": None}
     runner, command = CliRunner(), ["measure", str(model), "--rows", str(rows), "--out", str(out)]
     assert runner.invoke(train.app, [*command, "--only", "plain"]).exit_code == 1
