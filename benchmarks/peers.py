@@ -108,61 +108,44 @@ def use_attention(kind: str) -> None:
     from utils.models import unsloth_patches
 
     choose = unsloth_patches.choose_attention if kind != "unsloth" else lambda unsloths: unsloths
-    unsloth_patches.choose_attention = lambda unsloths: _forced(choose(_as_on_a_t4(unsloths)), _BACKENDS.get(kind))
+    unsloth_patches.choose_attention = lambda unsloths: _as_on_a_t4(choose(unsloths), _BACKENDS.get(kind))
     if kind == "flex":
-        unsloth_patches.attend_within_documents = FlexAttention()
+        unsloth_patches.attend_within_documents = flex_attention_within_documents(bool(gpus()))
 
 
-def _as_on_a_t4(unsloths: Callable) -> Callable:
-    """unsloth's `run_attention`, with xformers' cutlass kernel where it takes xformers."""
+def _as_on_a_t4(attend: Callable, backend: str | None) -> Callable:
+    """`attend`, with `backend` for packed rows (None leaves it to unsloth), and xformers by its cutlass kernel."""
 
-    def attend(*, config, **more):
+    def attend_so(*, config, context, **more):
+        if backend and context.seq_info is not None and context.attention_mask is None:
+            config.backend = backend
         if config.backend == "xformers":
             from xformers.ops.fmha import cutlass
 
             config.xformers_kwargs = {**(config.xformers_kwargs or {}), "op": (cutlass.FwOp, cutlass.BwOp)}
-        return unsloths(config=config, **more)
-
-    return attend
-
-
-def _forced(attend: Callable, backend: str | None) -> Callable:
-    """`attend`, with `backend` for packed rows; None leaves the choice to unsloth."""
-
-    def forced(*, config, context, **more):
-        if backend and context.seq_info is not None and context.attention_mask is None:
-            config.backend = backend
         return attend(config=config, context=context, **more)
 
-    return forced
+    return attend_so
 
 
-class FlexAttention:
-    """What `unsloth_patches.attend_within_documents` computes, by torch's flex attention, compiled on a GPU."""
-
-    def __init__(self):
-        self._boundaries = self._mask = None
-
-    def __call__(self, query, key, value, boundaries, longest: int):
-        import torch
-        from torch.nn.attention.flex_attention import flex_attention
-
-        if boundaries is not self._boundaries:  # one mask for all layers of a micro-batch
-            self._boundaries, self._mask = boundaries, _document_mask(boundaries, query.shape[1])
-        compiled = torch.compile(flex_attention, dynamic=True) if query.is_cuda else flex_attention
-        queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))
-        return compiled(queries, keys, values, block_mask=self._mask, enable_gqa=True).transpose(1, 2)
-
-
-def _document_mask(boundaries, tokens: int):
-    """Causal within each document; `boundaries` as for `unsloth_patches.attend_within_documents`."""
+def flex_attention_within_documents(on_gpu: bool) -> Callable:
+    """What computes as `unsloth_patches.attend_within_documents` does, by torch's flex attention, compiled `on_gpu`."""
     import torch
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    places = torch.arange(tokens, device=boundaries.device)
-    document = torch.searchsorted(boundaries, places, right=True)
+    attend = torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
+    last = [None, None]  # boundaries and mask: one for all layers of a micro-batch
 
-    def visible(batch, head, query, key):
-        return (document[query] == document[key]) & (query >= key)
+    def attend_within_documents(query, key, value, boundaries, longest: int):
+        tokens = query.shape[1]
+        if boundaries is not last[0]:
+            document = torch.searchsorted(boundaries, torch.arange(tokens, device=query.device), right=True)
 
-    return create_block_mask(visible, None, None, tokens, tokens, device=str(boundaries.device))
+            def visible(batch, head, at, other):
+                return (document[at] == document[other]) & (at >= other)
+
+            last[:] = boundaries, create_block_mask(visible, None, None, tokens, tokens, device=str(query.device))
+        queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))
+        return attend(queries, keys, values, block_mask=last[1], enable_gqa=True).transpose(1, 2)
+
+    return attend_within_documents

@@ -122,7 +122,7 @@ def test_flex_attention_keeps_documents_apart_as_ours_does():
     lengths, query = (70, 130, 56), torch.randn(1, 256, 4, 16)
     key, value = (torch.randn(1, 256, 2, 16) for _ in range(2))
     boundaries = torch.tensor([0, 70, 200, 256], dtype=torch.int32)
-    found = peers.FlexAttention()(query, key, value, boundaries, max(lengths))
+    found = peers.flex_attention_within_documents(on_gpu=False)(query, key, value, boundaries, max(lengths))
     documents = zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True)
     pieces = [
         torch.nn.functional.scaled_dot_product_attention(
