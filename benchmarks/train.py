@@ -90,9 +90,12 @@ def measure(
     kept = ["two_gpus", "ratio_two_gpus", "growth"]
     if only and all(before.get(key) == value for key, value in here.items()):
         kept += ["peak", "boundary", "boundary_plain", "configurations", "failed", "skipped"]
-    evidence: dict = {"configurations": {}, "failed": {}, "skipped": {}} | {
+    evidence: dict = {
         "what": "training, non-padding tokens per second: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",
         **here,
+        "configurations": {},
+        "failed": {},
+        "skipped": {},
         **{key: before[key] for key in kept if key in before},
     }
     with tempfile.TemporaryDirectory() as scratch:
