@@ -44,6 +44,12 @@ _SMALL = {
 }
 
 
+def small_settings(standin: Path, rows: Path, benchmark: Path) -> dict[str, object]:
+    """Profile t4's settings for a short run on a T4's limits, with the stand-in and these files."""
+    files = {"model.name": standin, "data.path": rows, "evaluate.benchmark.path": benchmark}
+    return _SMALL | {key: path.resolve() for key, path in files.items()}
+
+
 def run_series(run_dir: Path, settings: dict[str, object], *, last: str = "05", only: tuple[str, ...] = ()) -> int:
     """`python -m utils run --profile t4` to `last`, or of the stages `only`, in a process each; the first exit status."""
     spans = [("--from", stage, "--to", stage) for stage in only] or [("--to", last)]
@@ -91,13 +97,7 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", help="More settings for both runs.")] = None,
 ) -> None:
     """Run the series and the plain backend; write the evidence to OUT; exit 1 where either failed."""
-    settings = {
-        **_SMALL,
-        "model.name": standin.resolve(),
-        "data.path": rows.resolve(),
-        "evaluate.benchmark.path": benchmark.resolve(),
-        **dict(item.split("=", 1) for item in set_ or []),
-    }
+    settings = small_settings(standin, rows, benchmark) | dict(item.split("=", 1) for item in set_ or [])
     with tempfile.TemporaryDirectory() as scratch:
         series, plain = Path(scratch) / "series", Path(scratch) / "plain"
         status = [json.loads(out.read_text())["exit_status"][0] if only_plain else run_series(series, settings)]

@@ -37,6 +37,13 @@ CONFIGURATIONS = {
     "ours, 1,024 tokens": "`t4`, packs of 1,024 tokens",
     "ours, 512 tokens": "`t4`, packs of 512 tokens, longer rows cut",
     "unsloth's attention": "`t4` with unsloth's own attention",
+    "unsloth packing": "unsloth's own packing and checkpointing",
+    "unsloth packing, largest batch": "the same, as many packs at once as fit",
+    "plain packing": "TRL's packing on `transformers`' padding-free path",
+    "plain packing, 1 x 4": "the same, one pack at a time",
+    "ours, xformers' attention": "`t4` with xformers' cutlass kernel",
+    "ours, torch's attention": "`t4` with torch's kernel, where xformers loads",
+    "ours, flex attention": "`t4` with torch's flex attention",
 }
 REAL_METRICS = (
     "nll", "well_formed", "truncated", "parsed", "multiple_choice", "multiple_choice_forced", "reasoning_tokens",
@@ -97,9 +104,10 @@ def training() -> str:
 def training_ratios() -> str:
     fast, slow = evidence("train"), evidence("train-quick")
     rows = [
-        (f"`t4` against {peer}", f"{fast[f'ratio_vs_{key}']:.2f}", f"{fast[f'kernel_ratio_vs_{key}']:.2f}",
-         f"{slow[f'ratio_vs_{key}']:.2f}", f"{slow[f'kernel_ratio_vs_{key}']:.2f}")
-        for key, peer in (("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"))
+        (f"`t4` against {peer}", *(f"{found[name]:.2f}" if name in found else NOTHING
+                                   for found in (fast, slow) for name in (f"ratio_vs_{key}", f"ratio_vs_{key}_kernel")))
+        for key, peer in (("unsloth_packing", "unsloth's packing"), ("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"))
+        if f"ratio_vs_{key}" in fast
     ]  # fmt: skip
     rows.append(("two GPUs against one", f"{fast['ratio_two_gpus']:.2f}", "", "", ""))
     header = ("times as fast", "wall time", "kernel time", "wall time, slow host", "kernel time, slow host")

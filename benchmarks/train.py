@@ -1,7 +1,8 @@
-"""How fast training is, against the tutorial's recipe and against plain TRL, on CUDA GPUs with a T4's limits emulated.
+"""How fast training is, against what else a user would pick, on CUDA GPUs with a T4's limits emulated.
 
     python -m benchmarks.standin /tmp/standin-8b --vocabulary llama3_bpe.model
     python -m benchmarks.train measure /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json [--quick]
+    python -m benchmarks.train measure ... --only ours --only "unsloth packing"     # in parts, on one day and machine
     python -m benchmarks.train two-gpus /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json     # adds to it
     python -m benchmarks.train growth /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json       # adds to it
 
@@ -26,15 +27,20 @@ from typing import Annotated
 import typer
 
 from benchmarks.evidence import add_to_file, where
-from benchmarks.train_cases import CASES
+from benchmarks.peers import CASES
 from utils.files import write_json
 from utils.hardware import gpus
 
 app = typer.Typer()
 QUICK = ("tutorial", "plain", "ours")
+PEERS = {
+    "unsloth_packing": ("unsloth packing", "unsloth packing, largest batch"),
+    "tutorial": ("tutorial",),
+    "plain": ("plain",),
+}
 
 
-def _run(arguments: list[str]) -> str | None:
+def run_part(arguments: list[str]) -> str | None:
     """`python -m benchmarks.train_cases ...` in a fresh process; the last line of what went wrong, or None."""
     command = [sys.executable, "-m", "benchmarks.train_cases", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -42,23 +48,27 @@ def _run(arguments: list[str]) -> str | None:
 
 
 def ratios(evidence: dict) -> dict:
-    """The headline figures, from the configurations and the matrix peak; what was not measured is left out."""
-    cases = evidence["configurations"]
-    speed = {name: case["tokens_per_second"] for name, case in cases.items()}
-    kernel = {name: case["kernels"]["tokens_per_second"] for name, case in cases.items() if case.get("kernels")}
-    found: dict = {}
-    if "ours" in speed:
+    """The headline figures, by wall time and `_kernel` time; what was not measured is left out.
+
+    `ratio_vs_...` is ours over the faster of a peer's configurations by that clock, `peak_share` the share of the matrix
+    peak, recomputed work counted, `reserved_gib` the most that any configuration took.
+    """
+    cases, found = evidence["configurations"], {}
+    clocks = {
+        "": {name: case["tokens_per_second"] for name, case in cases.items()},
+        "_kernel": {name: case["kernels"]["tokens_per_second"] for name, case in cases.items() if case.get("kernels")},
+    }
+    if "ours" in cases:
         found["reserved_gib"] = max(case["reserved_gib"] or 0 for case in cases.values())
-        for key, peer in (("tutorial", "tutorial"), ("plain", "plain")):
-            if peer in speed:
-                found[f"ratio_vs_{key}"] = round(speed["ours"] / speed[peer], 2)
-            if peer in kernel and "ours" in kernel:
-                found[f"kernel_ratio_vs_{key}"] = round(kernel["ours"] / kernel[peer], 2)
+    for clock, speed in clocks.items():
+        if "ours" not in speed:
+            continue
+        for key, names in PEERS.items():
+            if measured := [speed[name] for name in names if name in speed]:
+                found[f"ratio_vs_{key}{clock}"] = round(speed["ours"] / max(measured), 2)
         if "peak" in evidence:
-            flops, tflops = cases["ours"]["flops_per_token"], evidence["peak"]["tflops"] * 1e12
-            found["peak_share"] = round(speed["ours"] * flops / tflops, 3)
-            if "ours" in kernel:
-                found["kernel_peak_share"] = round(kernel["ours"] * flops / tflops, 3)
+            reached = speed["ours"] * cases["ours"]["flops_per_token"] / 1e12
+            found[f"peak_share{clock}"] = round(reached / evidence["peak"]["tflops"], 3)
     return found
 
 
@@ -68,24 +78,36 @@ def measure(
     rows: Annotated[Path, typer.Option(help="Training rows, JSONL; repeated to 500.")],
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
     quick: Annotated[bool, typer.Option(help="Only what the headline needs.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="Only these configurations.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these configurations; the others stay in OUT where they are of this day and machine."),
+    ] = None,
 ) -> None:
     """Measure every configuration, each in a fresh process, and write OUT after each."""
     names, began = only or (QUICK if quick else tuple(CASES)), time.monotonic()
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    evidence: dict = {key: before[key] for key in ("two_gpus", "ratio_two_gpus", "growth") if key in before} | {
+    here = where() | {"processors": os.cpu_count()}
+    kept = ["two_gpus", "ratio_two_gpus", "growth"]
+    if only and all(before.get(key) == value for key, value in here.items()):
+        kept += ["peak", "boundary", "boundary_plain", "configurations", "failed", "skipped"]
+    evidence: dict = {
         "what": "training, non-padding tokens per second: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",
-        **where(),
-        "processors": os.cpu_count(),
+        **here,
         "configurations": {},
         "failed": {},
-    }  # fmt: skip
+        "skipped": {},
+        **{key: before[key] for key in kept if key in before},
+    }
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         if gpus():
-            parts = [("peak", []), *([] if quick else [("boundary", [str(standin), str(rows)])])]
-            for name, arguments in parts:
-                wrong = _run([name, *arguments, str(place / f"{name}.json")])
+            parts = {"peak": ["peak"]}
+            if not quick:
+                parts["boundary"] = ["boundary", "ours", str(standin), str(rows)]
+                parts["boundary_plain"] = ["boundary", "plain packing", str(standin), str(rows)]
+            for name in [name for name in parts if name not in evidence]:
+                evidence["failed"].pop(name, None)
+                wrong = run_part([*parts[name], str(place / f"{name}.json")])
                 if wrong:
                     evidence["failed"][name] = wrong
                 else:
@@ -93,9 +115,11 @@ def measure(
         for name in names:
             started = time.monotonic()
             arguments = ["case", name, str(standin), str(rows), str(place / "case.json"), str(place / name)]
-            wrong = _run(arguments)
+            wrong = run_part(arguments)
+            for told in ("configurations", "failed", "skipped"):
+                evidence[told].pop(name, None)
             if wrong:
-                evidence["failed"][name] = wrong
+                evidence["skipped" if wrong.startswith("skipped: ") else "failed"][name] = wrong
             else:
                 result = json.loads((place / "case.json").read_text(encoding="utf-8"))
                 evidence["configurations"][name] = {**result, "whole_seconds": round(time.monotonic() - started, 1)}
@@ -115,7 +139,7 @@ def growth(
     """What more rows cost: seconds to pack them, then speed and memory (GiB) of updates; exit 1 where that failed."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "growth.json"
-        if wrong := _run(["growth", str(standin), str(rows), str(place)]):
+        if wrong := run_part(["growth", str(standin), str(rows), str(place)]):
             raise SystemExit(f"growth failed: {wrong}")
         found = json.loads(place.read_text(encoding="utf-8"))
     add_to_file(out, {"growth": {**where(), "by_rows": found}})

@@ -16,34 +16,15 @@ from pathlib import Path
 
 import typer
 
+from benchmarks.peers import CASES, largest_plan, pack_without_unsloth, settings_of, use_attention
 from benchmarks.recipe import format_rows, notebook_functions
 from utils.config import load_config
 from utils.files import write_json
-from utils.hardware import GIB, gpus
+from utils.hardware import GIB
 
 app = typer.Typer()
 WARM_UP, WINDOW, WINDOWS, PROFILED = 2, 3, 3, 2
 GROWTH = (500, 2000, 8000)
-_T4 = {"hardware.emulate_t4": True, "hardware.dtype": "float16", "train.loss_on": "all", "prompt.style": "native",
-       "train.save_steps": 10_000, "train.num_train_epochs": 100}  # fmt: skip
-_OURS = {"profile": "t4"}
-CASES: dict[str, dict] = {
-    "tutorial": {"profile": "tutorial", "what": "the tutorial's recipe under unsloth: 2 x 4 rows"},
-    "plain": {"profile": "tutorial", "what": "the same in plain TRL + PEFT + bitsandbytes, padded",
-              "hardware.backend": "transformers"},
-    "ours": {**_OURS, "what": "profile t4: packed, step plan by trials"},
-    "ours, 1,024 tokens": {**_OURS, "what": "packs of 1,024 tokens", "model.max_seq_length": 1024},
-    "ours, 512 tokens": {**_OURS, "what": "packs of 512 tokens, longer rows cut", "model.max_seq_length": 512},
-    "unsloth's attention": {**_OURS, "what": "ours without utils/models/unsloth_patches.py", "own_attention": False},
-}  # fmt: skip
-
-
-def settings_of(name: str, standin: Path) -> tuple[str, dict]:
-    """(profile, overrides) of a case."""
-    chosen = {key: value for key, value in CASES[name].items() if "." in key}
-    dry = {} if gpus() else {"hardware.device": "cpu", "hardware.backend": "transformers", "hardware.dtype": "float32",
-                             "hardware.emulate_t4": False, "model.load_in_4bit": False, "train.optim": "adamw_torch"}  # fmt: skip
-    return CASES[name]["profile"], {**_T4, "model.name": str(standin.resolve()), **chosen, **dry}
 
 
 def prepare(name: str, standin: Path, rows: Path, run_dir: Path, count: int):
@@ -53,11 +34,10 @@ def prepare(name: str, standin: Path, rows: Path, run_dir: Path, count: int):
 
     profile, settings = settings_of(name, standin)
     config = load_config(profile, settings)
-    if not CASES[name].get("own_attention", True):
-        from utils.models import unsloth_patches
-
-        unsloth_patches.choose_attention = lambda unsloths: unsloths
+    use_attention(CASES[name].get("attention", "ours"))
     load_with_lora, make_trainer = notebook_functions()
+    if CASES[name].get("pack"):
+        make_trainer = pack_without_unsloth(make_trainer)
     model, tokenizer = load_with_lora(config)
     frame = format_rows(rows, tokenizer, config, count)
     (run_dir / "training").mkdir(parents=True, exist_ok=True)
@@ -69,7 +49,6 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     """One configuration, in this process: writes OUT, JSON."""
     import torch
 
-    from utils.models.load import is_unsloth
     from utils.training.callbacks import Stopwatch
     from utils.training.step_plan import FILE, choose_plan, recompute_as
 
@@ -77,6 +56,8 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     run, model, tokenizer, frame, make_trainer = prepare(name, standin, rows, run_dir, count)
     config, loaded, cuda = run.config, time.monotonic(), torch.cuda.is_available()
     plan = choose_plan(run, model, tokenizer, frame, make_trainer)
+    if CASES[name].get("largest"):
+        plan = largest_plan(plan, model, tokenizer, config, frame, make_trainer)
     tried = time.monotonic()
     if cuda:
         torch.cuda.empty_cache()
@@ -98,7 +79,7 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
         "tokens_per_second": statistics.median(windows),
         "tokens_per_update": round(statistics.mean(watch.tokens[:measured])),
         "fit": asdict(plan),
-        "packed": bool(config.train.packing and is_unsloth(model)),
+        "packed": bool(trainer.args.packing),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if cuda else None,
         "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2) if cuda else None,
         "flops_per_token": flops_per_token(model.config, plan.recompute_layers),
@@ -121,13 +102,15 @@ def _windows(watch) -> list[float]:
 
 
 @app.command()
-def boundary(standin: Path, rows: Path, out: Path) -> None:
+def boundary(name: str, standin: Path, rows: Path, out: Path) -> None:
     """Whether a packed row sees its neighbour: logits and gradients of two rows, packed and alone; writes OUT, JSON."""
     import torch
 
+    from utils.models.load import is_unsloth
+
     os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # unsloth returns none in training otherwise
     with tempfile.TemporaryDirectory() as scratch:
-        _, model, tokenizer, frame, _ = prepare("ours", standin, rows, Path(scratch), 2)
+        _, model, tokenizer, frame, _ = prepare(name, standin, rows, Path(scratch), 2)
     texts = (frame["prompt"] + frame["completion"]).str[:2000]
     first, second = (tokenizer(text, return_tensors="pt").input_ids[:, :500].to(model.device) for text in texts)
     model.train()
@@ -136,7 +119,10 @@ def boundary(standin: Path, rows: Path, out: Path) -> None:
         """The second row's logits and what its loss asks of the first LoRA matrix."""
         model.zero_grad(set_to_none=True)
         places = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(model.device)
-        packed = {"packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32)} if len(lengths) > 1 else {}
+        told = (
+            is_unsloth(model) and len(lengths) > 1
+        )  # without unsloth the positions alone tell where a document begins
+        packed = {"packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32)} if told else {}
         with torch.autocast(model.device.type, dtype=torch.float16, enabled=model.device.type == "cuda"):
             logits = (
                 model(input_ids=ids, position_ids=places, use_cache=False, **packed)

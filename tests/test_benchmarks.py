@@ -19,6 +19,7 @@ from benchmarks.evidence import add_to_file
 from benchmarks.packing import ratio_over_seeds
 from benchmarks.series import summarise
 from benchmarks.standin import build_standin, build_tokenizer
+from benchmarks.train import ratios
 from benchmarks.train_cases import CASES, flops_per_token
 from utils.export.compare_logits import check_tolerance
 from utils.files import append_lines
@@ -140,20 +141,32 @@ def test_recombined_questions_are_as_long_as_the_real_ones_and_the_same_every_ti
 
 def test_training_evidence_is_of_the_8b_shapes_within_fourteen_gib_and_the_ratios_follow_from_its_windows():
     cases = TRAIN["configurations"]
-    assert (
-        set(cases) == set(CASES) and all(len(case["windows"]) >= 3 for case in cases.values()) and not TRAIN["failed"]
-    )
+    assert {"tutorial", "plain", "ours"} <= set(cases) <= set(CASES) and not TRAIN["failed"]
+    assert all(len(case["windows"]) >= 3 for case in cases.values())
     speed = {name: statistics.median(case["windows"]) for name, case in cases.items()}
     kernel = {name: case["kernels"]["tokens_per_second"] for name, case in cases.items()}
     assert TRAIN["ratio_vs_tutorial"] == round(speed["ours"] / speed["tutorial"], 2)
     assert TRAIN["ratio_vs_plain"] == round(speed["ours"] / speed["plain"], 2)
-    assert TRAIN["kernel_ratio_vs_tutorial"] == round(kernel["ours"] / kernel["tutorial"], 2)
+    assert TRAIN["ratio_vs_tutorial_kernel"] == round(kernel["ours"] / kernel["tutorial"], 2)
     assert TRAIN["reserved_gib"] == max(case["reserved_gib"] for case in cases.values()) <= 14.0
     assert all(run["peak_memory"]["gpu_reserved_gib"] <= 14.0 for run in two_gpu_runs())
     flops = flops_per_token(LLAMA_8B, cases["ours"]["fit"]["recompute_layers"])
     head, layers = 4096 * 128256, 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
     assert flops == cases["ours"]["flops_per_token"] and flops_per_token(LLAMA_8B, 32) == 6 * layers + 4 * head
     assert TRAIN["peak_share"] == round(speed["ours"] * flops / TRAIN["peak"]["tflops"] / 1e12, 3)
+
+
+def test_a_ratio_is_to_the_faster_of_a_peers_configurations_by_each_clock():
+    def case(wall: float, kernel: float | None) -> dict:
+        kernels = {"tokens_per_second": kernel} if kernel else None
+        return {"tokens_per_second": wall, "kernels": kernels, "reserved_gib": 9.0, "flops_per_token": 1e9}
+
+    cases = {"ours": case(120, 150), "unsloth packing": case(80, 100), "unsloth packing, largest batch": case(60, 125)}
+    found = ratios({"configurations": cases, "peak": {"tflops": 0.3}})
+    assert (found["ratio_vs_unsloth_packing"], found["ratio_vs_unsloth_packing_kernel"]) == (1.5, 1.2)
+    assert (found["peak_share"], found["peak_share_kernel"]) == (0.4, 0.5) and "ratio_vs_plain" not in found
+    without_kernels = ratios({"configurations": {"ours": case(120, None), "plain": case(40, None)}})
+    assert without_kernels == {"reserved_gib": 9.0, "ratio_vs_plain": 3.0}
 
 
 def two_gpu_runs() -> list[dict]:
