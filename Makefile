@@ -24,7 +24,7 @@ export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo real test test-rest test-all faults lint lock lowest drift colab bundle bench tables address clean
 
-demo: $(VENV)/installed  ## the whole series on a CPU, about three minutes
+demo: $(VENV)/installed  ## the whole series on a CPU: about three minutes the first time, then half of that
 	$(IN) -m utils run --profile demo --run-dir runs/demo
 
 real: $(VENV)/installed  ## a real model on real rows: half an hour to an hour on two cores; ROWS and ITEMS (files) take the place of the Hub's
@@ -77,7 +77,7 @@ colab: $(VENV)/installed $(TOOLS)/installed  ## the bundle, and 00 to 05 on a ma
 bundle: $(VENV)/installed  ## kaggle_kernel.ipynb, the series in one file
 	$(IN) -m utils bundle
 
-bench:  ## on a CUDA machine: the whole series with 8B shapes, training's speed, growth and parity, kills on GPUs, repeatability; ROWS and ITEMS are JSONL files
+bench:  ## on a CUDA machine: the whole series with 8B shapes, training's speed and growth, SmolLM2 with packing's parity, kills on GPUs, repeatability; ROWS and ITEMS are JSONL files
 	python3 -m benchmarks.standin $(or $(STANDIN),/tmp/standin-8b)
 	python3 -m benchmarks.series $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --benchmark $(ITEMS) --out benchmarks/results/series-8b.json
 	python3 -m benchmarks.train measure $(or $(STANDIN),/tmp/standin-8b) --rows $(ROWS) --out benchmarks/results/train.json

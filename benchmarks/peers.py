@@ -97,11 +97,13 @@ def use_attention(kind: str) -> None:
 
     `ours` is what the series does, `unsloth` what unsloth does by itself, `xformers`, `torch` (its memory-efficient
     kernel) and `flex` (torch's flex attention) that one. Raises SystemExit with a sentence that begins with "skipped: "
-    where xformers is asked for, or has to be compared with, and does not load.
+    for `xformers` and `torch`, where xformers does not load.
     """
     os.environ["UNSLOTH_TORCH_VARLEN"] = "0"  # flash attention, which unsloth takes from torch 2.12 on, switch or not
     if kind in ("xformers", "torch"):
         try:
+            # Raises where it was built for another torch; an import alone only warns then.
+            importlib.import_module("xformers._cpp_lib")._register_extensions()
             importlib.import_module("xformers.ops.fmha.cutlass")
         except Exception as error:
             raise SystemExit(f"skipped: xformers does not load here ({first_line(error)})") from None
@@ -133,7 +135,7 @@ def flex_attention_within_documents(on_gpu: bool) -> Callable:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    attend = torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
+    attend = torch.compile(flex_attention, dynamic=True, fullgraph=True) if on_gpu else flex_attention
     last = [None, None]  # boundaries and mask: one for all layers of a micro-batch
 
     def attend_within_documents(query, key, value, boundaries, longest: int):

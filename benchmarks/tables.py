@@ -106,7 +106,8 @@ def training_ratios() -> str:
     rows = [
         (f"`t4` against {peer}", *(f"{found[name]:.2f}" if name in found else NOTHING
                                    for found in (fast, slow) for name in (f"ratio_vs_{key}", f"ratio_vs_{key}_kernel")))
-        for key, peer in (("unsloth_packing", "unsloth's packing"), ("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"))
+        for key, peer in (("unsloth_packing", "unsloth's packing"), ("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"),
+                          ("plain_packing", "TRL's packing"))
         if f"ratio_vs_{key}" in fast
     ]  # fmt: skip
     rows.append(("two GPUs against one", f"{fast['ratio_two_gpus']:.2f}", "", "", ""))
@@ -272,7 +273,7 @@ def suffix() -> str:
     found = evidence("suffix")
     metrics = ("parsed", "multiple_choice", "multiple_choice_forced")
     row = (*(change(found["metrics"][name]) for name in metrics), found["verdict"])
-    what = f"{found['n']} MedQA questions, without → with the suffix, 95 % interval of the difference"
+    what = f"{found['n']} MedQA questions, answers left to the model → begun with a line of a poem, 95 % interval of the difference"
     source = f"{what}. CPU, {found['date']}: {link('suffix')}."
     return markdown(("state an option", "strict", "forced", "verdict"), [row], source)
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.standin /tmp/standin-8b --vocabulary llama3_bpe.model
     python -m benchmarks.train measure /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json [--quick]
-    python -m benchmarks.train measure ... --only ours --only "unsloth packing"     # in parts, on one day and machine
+    python -m benchmarks.train measure ... --only ours --only "unsloth packing"     # in parts, on one machine
     python -m benchmarks.train two-gpus /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json     # adds to it
     python -m benchmarks.train growth /tmp/standin-8b --rows medical_o1_sample.jsonl --out train.json       # adds to it
 
@@ -37,6 +37,7 @@ PEERS = {
     "unsloth_packing": ("unsloth packing", "unsloth packing, largest batch"),
     "tutorial": ("tutorial",),
     "plain": ("plain",),
+    "plain_packing": ("plain packing", "plain packing, 1 x 4"),
 }
 
 
@@ -77,10 +78,10 @@ def measure(
     standin: Path,
     rows: Annotated[Path, typer.Option(help="Training rows, JSONL; repeated to 500.")],
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
-    quick: Annotated[bool, typer.Option(help="Only what the headline needs.")] = False,
+    quick: Annotated[bool, typer.Option(help="Only ours, the tutorial's recipe and plain TRL.")] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only these configurations; the others stay in OUT where they are of this day and machine."),
+        typer.Option(help="Only these configurations; the others stay in OUT, which must be of this machine."),
     ] = None,
 ) -> None:
     """Measure every configuration, each in a fresh process, and write OUT after each."""
@@ -88,7 +89,9 @@ def measure(
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     here = where() | {"processors": os.cpu_count()}
     kept = ["two_gpus", "ratio_two_gpus", "growth"]
-    if only and all(before.get(key) == value for key, value in here.items()):
+    if only and before:
+        if differing := [key for key, value in here.items() if key != "date" and before.get(key) != value]:
+            raise SystemExit(f"The {' and '.join(differing)} of {out} are not this machine's; name another --out.")
         kept += ["peak", "boundary", "boundary_plain", "configurations", "failed", "skipped"]
     evidence: dict = {
         "what": "training, non-padding tokens per second: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",

@@ -112,16 +112,15 @@ def boundary(name: str, standin: Path, rows: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         _, model, tokenizer, frame, _ = prepare(name, standin, rows, Path(scratch), 2)
     texts = (frame["prompt"] + frame["completion"]).str[:2000]
-    first, second = (tokenizer(text, return_tensors="pt").input_ids[:, :500].to(model.device) for text in texts)
+    first, second = (tokenizer(text, return_tensors="pt").input_ids[:, :250].to(model.device) for text in texts)
     model.train()
 
     def look(ids, lengths) -> tuple:
         """The second row's logits and what its loss asks of the first LoRA matrix."""
         model.zero_grad(set_to_none=True)
         places = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(model.device)
-        told = (
-            is_unsloth(model) and len(lengths) > 1
-        )  # without unsloth the positions alone tell where a document begins
+        # Without unsloth the positions alone tell where a document begins.
+        told = is_unsloth(model) and len(lengths) > 1
         packed = {"packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32)} if told else {}
         with torch.autocast(model.device.type, dtype=torch.float16, enabled=model.device.type == "cuda"):
             logits = (
@@ -264,7 +263,7 @@ def _part_of(kernel: str) -> str:
     """Which part of the work a kernel belongs to, by its name."""
     parts = {
         "matrix products": ("nvjet", "gemm", "cutlass", "wmma", "splitK"),
-        "attention": ("fmha", "flash", "efficient"),
+        "attention": ("fmha", "flash", "efficient", "flex"),
         "4-bit weights unpacked": ("nf4", "dequant", "kDequantize"),
         "moving and adding": ("copy", "elementwise", "Memcpy", "Memset", "Fill", "cat", "reduce"),
         "between processes": ("nccl",),

@@ -64,7 +64,9 @@ def _span(node) -> tuple[float, float]:
 
 
 def parts_of(run_dir: Path, seconds: float, trials: float) -> dict[str, float]:
-    """Seconds of a finished run by part; they add up to `seconds`, the whole. Loads hold the imports before them.
+    """Seconds of a finished run by part; they add up to `seconds`, the whole.
+
+    Loads hold the imports before them, and in 04 the check of batches against single prompts; exports hold their own loads.
 
     `trials` is what a step plan's trials take, counted where this run made any.
     """
@@ -114,7 +116,7 @@ def measured_ours(train: Path | None, standin: Path, rows: Path) -> dict:
         here = {key: value for key, value in where().items() if key != "date"}
         if differing := [key for key, value in here.items() if found.get(key) != value]:
             instead = "measure it here, or leave --train out"
-            raise SystemExit(f"{train} was measured on another {' and other '.join(differing)} than here; {instead}.")
+            raise SystemExit(f"The {' and '.join(differing)} of {train} are not this machine's; {instead}.")
         return found["configurations"]["ours"]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "case.json"
@@ -137,10 +139,10 @@ def main(
     settings |= ({} if gpus() else DRY) | more
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = Path(scratch) / "run"
-        began = time.time()
+        ours, began = train and measured_ours(train, standin, rows), time.time()
         if status := run_series(run_dir, settings):
             raise typer.Exit(status)
-        seconds, ours = time.time() - began, measured_ours(train, standin, rows)
+        seconds, ours = time.time() - began, ours or measured_ours(None, standin, rows)
         tokens = pd.read_parquet(run_dir / "data" / "formatted" / "train.parquet")["tokens"].mean()
         notebooks = run_dir / "report" / "notebooks"
         _, verdict = Cells(notebooks / "04_comparison.ipynb").calling("compare_models(")

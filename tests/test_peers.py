@@ -91,9 +91,10 @@ def attended(monkeypatch, kind: str, backend: str, seq_info=(1, 2, 3)):
     cutlass.FwOp, cutlass.BwOp = "forward", "backward"
     fmha = ModuleType("xformers.ops.fmha")
     fmha.cutlass = cutlass
-    for name, module in (("", ModuleType("xformers")), (".ops", ModuleType("xformers.ops")), (".ops.fmha", fmha)):
-        monkeypatch.setitem(sys.modules, f"xformers{name}", module)
-    monkeypatch.setitem(sys.modules, cutlass.__name__, cutlass)
+    library = ModuleType("xformers._cpp_lib")
+    library._register_extensions = lambda: None
+    for module in (ModuleType("xformers"), library, ModuleType("xformers.ops"), fmha, cutlass):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     peers.use_attention(kind)
     calls = []
     attend = unsloth_patches.choose_attention(lambda config, **_: calls.append(config))
@@ -109,6 +110,16 @@ def test_xformers_is_taken_by_the_kernel_that_a_t4_has(monkeypatch):
     for kind in ("ours", "unsloth", "xformers"):
         assert attended(monkeypatch, kind, "xformers") == ("xformers", ("forward", "backward"))
     assert attended(monkeypatch, "xformers", "sdpa") == ("xformers", ("forward", "backward"))
+
+
+def test_where_xformers_does_not_load_its_case_is_skipped_by_a_sentence(monkeypatch):
+    library = ModuleType("xformers._cpp_lib")
+    library._register_extensions = lambda: 1 / 0  # built for another torch
+    for found in ({"xformers": None}, {"xformers": ModuleType("xformers"), "xformers._cpp_lib": library}):
+        for name, module in found.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with pytest.raises(SystemExit, match=r"^skipped: xformers does not load here"):
+            peers.use_attention("xformers")
 
 
 def test_torchs_kernel_is_forced_on_packed_rows_alone(monkeypatch):
@@ -133,7 +144,7 @@ def test_flex_attention_keeps_documents_apart_as_ours_does():
     assert torch.allclose(found, torch.cat(pieces, dim=2).transpose(1, 2), atol=1e-5)
 
 
-def test_what_cannot_be_imported_is_skipped_by_a_sentence_and_other_configurations_stay(standin, tmp_path, monkeypatch):
+def test_a_skipped_configuration_is_no_failure_and_the_other_ones_stay(standin, tmp_path, monkeypatch):
     model, rows = standin
     skipped = "skipped: xformers does not load here (No module named 'xformers')"
     monkeypatch.setattr(train, "run_part", lambda arguments: skipped if "xformers" in arguments[1] else "out of memory")
@@ -147,5 +158,6 @@ def test_what_cannot_be_imported_is_skipped_by_a_sentence_and_other_configuratio
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["skipped"] == {"ours, xformers' attention": skipped} and found["configurations"] == {"tutorial": case}
     out.write_text(json.dumps(found | {"processors": 1000}))
-    runner.invoke(train.app, [*command, "--only", "plain"])
-    assert json.loads(out.read_text(encoding="utf-8"))["configurations"] == {}, "another machine's"
+    refused = runner.invoke(train.app, [*command, "--only", "plain"])
+    assert refused.exit_code == 1 and "are not this machine's; name another --out" in refused.output
+    assert json.loads(out.read_text(encoding="utf-8"))["configurations"] == {"tutorial": case}
