@@ -130,7 +130,7 @@ def measure(
             write_json(out, evidence)
             print(name, wrong or f"{evidence['configurations'][name]['tokens_per_second']:,.0f} tokens/s", flush=True)
     print(json.dumps(ratios(evidence)))
-    raise typer.Exit(bool(evidence["failed"]))
+    raise typer.Exit(1 if evidence["failed"] else 0)
 
 
 @app.command()

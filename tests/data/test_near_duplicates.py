@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from utils.data.near_duplicates import group_duplicates, largest_cosine, near_pairs, normalise, vectorise
@@ -111,6 +111,7 @@ def test_texts_without_letters_or_of_exam_wording_only_are_no_reason_to_stop():
 
 
 @settings(deadline=None, max_examples=50)
+@example([" "])
 @given(st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=8))
 def test_any_text_is_compared_without_a_failure_and_none_is_beyond_one(texts):
     vectors = vectorise(texts)

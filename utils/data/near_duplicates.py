@@ -57,8 +57,7 @@ def vectorise(texts: Sequence[str]) -> Vectors:
     common = ENGLISH_STOP_WORDS | frozenset(_BOILERPLATE)
     content = _weigh([" ".join([word for word in text if word not in common] or text) for text in words])
     wording = _weigh([" ".join(word for word in text if word in common) for text in words])
-    parts = [content, _BOILERPLATE_WEIGHT * wording]
-    matrix = sparse.hstack([part for part in parts if part.shape[1]], format="csr", dtype=np.float32)
+    matrix = sparse.hstack([content, _BOILERPLATE_WEIGHT * wording], format="csr", dtype=np.float32)
     lengths = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
     lengths = np.maximum(lengths, np.finfo(np.float32).tiny)
     scale = 1 / np.sqrt(lengths**2 + _DOUBT * _inverse_frequency(1, len(texts)) ** 2)
@@ -109,14 +108,14 @@ def _multiply(left: Vectors, right: Vectors, threshold: float = 0.0) -> pd.DataF
 
 
 def _weigh(texts: list[str]) -> sparse.csr_matrix:
-    """(1 + log count) x smoothed inverse document frequency of character 3- to 5-grams; no columns without any."""
+    """(1 + log count) x smoothed inverse document frequency of character 3- to 5-grams; an empty column without any."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(analyzer="char_wb", ngram_range=(3, 5), lowercase=False, dtype=np.float32)
     try:
         counts = counter.fit_transform(texts).tocsr()
     except ValueError:  # scikit-learn's word for "no text has any of these"
-        return sparse.csr_matrix((len(texts), 0), dtype=np.float32)
+        return sparse.csr_matrix((len(texts), 1), dtype=np.float32)
     frequency = np.bincount(counts.indices, minlength=counts.shape[1])
     telling = frequency <= max(_FREQUENT_TEXTS, _FREQUENT_SHARE * len(texts))
     counts, frequency = counts[:, telling], frequency[telling]
