@@ -40,8 +40,9 @@ test-rest: $(VENV)/installed  ## what `make test` leaves out: kernel, bundle, ch
 
 test-all: test test-rest  ## all tests, as CI runs them
 
-faults: $(VENV)/installed  ## kills, full disks, damaged files, senseless input, in full; writes tests/faults/README.md
+faults: $(VENV)/installed  ## kills, full disks, damaged files, senseless input, in full, and new examples for every property; writes tests/faults/README.md
 	FAULTS_README=$(CURDIR)/tests/faults/README.md $(IN) -m pytest -q -n 2 --dist worksteal tests/faults
+	$(IN) -m pytest -q -n 2 --hypothesis-profile=default $$(grep -rl "^@given" tests)
 
 lint: $(VENV)/installed  ## style and what a linter knows of safety, secrets in what would be committed
 	$(IN) -m ruff check . && $(IN) -m ruff format --check .

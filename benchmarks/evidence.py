@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,17 @@ _PACKAGES = ("torch", "unsloth", "unsloth_zoo", "transformers", "trl", "peft", "
 
 
 def where() -> dict[str, Any]:
-    """When and on what it was measured: date, GPUs, and versions (None for what is not installed)."""
+    """When and on what it was measured: date, GPUs, processors, and versions (None for what is not installed)."""
     versions = {package: installed(package) for package in _PACKAGES}
-    return {"date": datetime.now(UTC).date().isoformat(), "gpu": [gpu.name for gpu in gpus()], "versions": versions}
+    machine = {"gpu": [gpu.name for gpu in gpus()], "processors": os.cpu_count(), "versions": versions}
+    return {"date": datetime.now(UTC).date().isoformat(), **machine}
+
+
+def refuse_other_machine(path: Path, found: dict[str, Any], instead: str) -> None:
+    """SystemExit with a sentence that ends in `instead`, where the evidence `found` at `path` is of another machine or versions."""
+    here = {key: value for key, value in where().items() if key != "date"}
+    if differing := [key for key, value in here.items() if found.get(key) != value]:
+        raise SystemExit(f"The {' and '.join(differing)} of {path} are not this machine's; {instead}.")
 
 
 def add_to_file(path: Path, parts: dict[str, Any]) -> None:

@@ -60,7 +60,6 @@ def compare(plain: pd.DataFrame, suffixed: pd.DataFrame) -> dict:
         results[name] = result.model_copy(update={"unit": find_metric(name).unit})
     return {
         "n": len(plain),
-        "asked": {"plain": 1 - results["parsed"].base, "suffix": 1 - results["parsed"].tuned},
         "verdict": decide("multiple_choice", results, {})[0],
         "sentence": headline("multiple_choice", results, {}),
         "metrics": {name: result.model_dump(mode="json", exclude_none=True) for name, result in results.items()},

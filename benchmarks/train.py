@@ -15,7 +15,6 @@ counted.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.evidence import add_to_file, where
+from benchmarks.evidence import add_to_file, refuse_other_machine, where
 from benchmarks.peers import CASES
 from utils.files import write_json
 from utils.hardware import gpus
@@ -87,15 +86,13 @@ def measure(
     """Measure every configuration, each in a fresh process, and write OUT after each."""
     names, began = only or (QUICK if quick else tuple(CASES)), time.monotonic()
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    here = where() | {"processors": os.cpu_count()}
     kept = ["two_gpus", "ratio_two_gpus", "growth"]
     if only and before:
-        if differing := [key for key, value in here.items() if key != "date" and before.get(key) != value]:
-            raise SystemExit(f"The {' and '.join(differing)} of {out} are not this machine's; name another --out.")
+        refuse_other_machine(out, before, "name another --out")
         kept += ["peak", "boundary", "boundary_plain", "configurations", "failed", "skipped"]
     evidence: dict = {
         "what": "training, non-padding tokens per second: 8B shapes, 4-bit, fp16, T4 attention, at most 14.0 GiB",
-        **here,
+        **where(),
         "configurations": {},
         "failed": {},
         "skipped": {},

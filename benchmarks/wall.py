@@ -21,7 +21,7 @@ import nbformat
 import pandas as pd
 import typer
 
-from benchmarks.evidence import where
+from benchmarks.evidence import refuse_other_machine, where
 from benchmarks.peers import DRY
 from benchmarks.series import run_series, small_settings, summarise
 from benchmarks.train import run_part
@@ -109,15 +109,15 @@ def trials_share(ours: dict, rows: int, tokens: float) -> float:
     return round(ours["seconds"]["trials"] / (rows * tokens / ours["tokens_per_second"]), 4)
 
 
-def measured_ours(train: Path | None, standin: Path, rows: Path) -> dict:
-    """The configuration `ours` of benchmarks.train: from `train`, or measured now; SystemExit where neither is right."""
-    if train is not None:
-        found = json.loads(train.read_text(encoding="utf-8"))
-        here = {key: value for key, value in where().items() if key != "date"}
-        if differing := [key for key, value in here.items() if found.get(key) != value]:
-            instead = "measure it here, or leave --train out"
-            raise SystemExit(f"The {' and '.join(differing)} of {train} are not this machine's; {instead}.")
-        return found["configurations"]["ours"]
+def measured_ours(train: Path) -> dict:
+    """The configuration `ours` of benchmarks.train in its file; SystemExit where that is of another machine."""
+    found = json.loads(train.read_text(encoding="utf-8"))
+    refuse_other_machine(train, found, "measure it here, or leave --train out")
+    return found["configurations"]["ours"]
+
+
+def measure_ours(standin: Path, rows: Path) -> dict:
+    """The same, measured now; SystemExit where it failed."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "case.json"
         if wrong := run_part(["case", "ours", str(standin), str(rows), str(out), str(Path(scratch) / "run")]):
@@ -137,12 +137,13 @@ def main(
     more = dict(item.split("=", 1) for item in set_ or [])
     settings = small_settings(standin, rows, benchmark) | {"train.max_steps": _STEPS, "train.save_steps": 50}
     settings |= ({} if gpus() else DRY) | more
+    ours = measured_ours(train) if train else None  # before the run, which a wrong file would cost
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = Path(scratch) / "run"
-        ours, began = train and measured_ours(train, standin, rows), time.time()
+        began = time.time()
         if status := run_series(run_dir, settings):
             raise typer.Exit(status)
-        seconds, ours = time.time() - began, ours or measured_ours(None, standin, rows)
+        seconds, ours = time.time() - began, ours or measure_ours(standin, rows)
         tokens = pd.read_parquet(run_dir / "data" / "formatted" / "train.parquet")["tokens"].mean()
         notebooks = run_dir / "report" / "notebooks"
         _, verdict = Cells(notebooks / "04_comparison.ipynb").calling("compare_models(")

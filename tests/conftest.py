@@ -20,7 +20,7 @@ from filelock import FileLock
 from tests.loopback import HubServer, KaggleServer
 from utils.project import ROOT, python_path
 
-# The same examples on any day; `--hypothesis-profile=default` looks for others.
+# The same examples on any day; `make faults` looks for others.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 

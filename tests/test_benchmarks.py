@@ -139,9 +139,15 @@ def test_recombined_questions_are_as_long_as_the_real_ones_and_the_same_every_ti
     assert 7 <= sum(len(text.split()) for text in made) / 50 <= 11
 
 
+NOT_MEASURED_YET = {
+    *("unsloth packing", "unsloth packing, largest batch", "plain packing", "plain packing, 1 x 4"),
+    *("ours, xformers' attention", "ours, torch's attention", "ours, flex attention"),
+}
+
+
 def test_training_evidence_is_of_the_8b_shapes_within_fourteen_gib_and_the_ratios_follow_from_its_windows():
     cases = TRAIN["configurations"]
-    assert {"tutorial", "plain", "ours"} <= set(cases) <= set(CASES) and not TRAIN["failed"]
+    assert set(cases) == set(CASES) - NOT_MEASURED_YET and not TRAIN["failed"]
     assert all(len(case["windows"]) >= 3 for case in cases.values())
     speed = {name: statistics.median(case["windows"]) for name, case in cases.items()}
     kernel = {name: case["kernels"]["tokens_per_second"] for name, case in cases.items()}
@@ -271,7 +277,8 @@ def test_the_two_prompts_are_compared_by_strict_and_forced_accuracy_as_two_model
     right = np.arange(100) % 2.0
     plain = pd.DataFrame({"group": [f"q{i}" for i in range(100)], "correct": right, "forced": right, "parsed": 1.0})
     fewer = suffix.compare(plain, plain.assign(correct=0.0, parsed=0.0))
-    assert fewer["verdict"] == "cannot tell" and fewer["asked"] == {"plain": 0.0, "suffix": 1.0}
+    parsed = fewer["metrics"]["parsed"]
+    assert fewer["verdict"] == "cannot tell" and (parsed["base"], parsed["tuned"]) == (1.0, 0.0)
     assert suffix.compare(plain, plain.assign(correct=0.0, forced=0.0))["verdict"] == "worse"
 
 

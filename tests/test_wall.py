@@ -83,9 +83,9 @@ def test_the_share_of_the_trials_is_of_training_all_rows_at_the_measured_speed()
 
 def test_figures_of_another_machine_are_refused_by_a_sentence(tmp_path):
     write_json(tmp_path / "train.json", {**where(), "configurations": {"ours": {"fit": 1}}})
-    assert wall.measured_ours(tmp_path / "train.json", tmp_path, tmp_path) == {"fit": 1}
+    assert wall.measured_ours(tmp_path / "train.json") == {"fit": 1}
     write_json(tmp_path / "train.json", {**where(), "gpu": ["another"], "configurations": {"ours": {}}})
     with pytest.raises(
         SystemExit, match=r"The gpu of .*train.json are not this machine's; measure it here, or leave --train out"
     ):
-        wall.measured_ours(tmp_path / "train.json", tmp_path, tmp_path)
+        wall.measured_ours(tmp_path / "train.json")
