@@ -13,7 +13,7 @@ from benchmarks.recipe import notebook_functions
 from utils.errors import TrainingError
 from utils.models.load import transformer_layers
 from utils.training import train_adapter
-from utils.training.callbacks import HealthCallback, RecomputeCallback, ShowCallback
+from utils.training.callbacks import HealthCallback, RecomputeCallback, ShowCallback, Stopwatch
 
 
 def logged(health: HealthCallback, step: int, **logs) -> dict:
@@ -118,6 +118,21 @@ def test_the_sentence_at_the_end_names_the_scale():
 def test_without_a_scaler_nothing_is_said_of_one(capsys):
     assert logged(HealthCallback(None), 1, loss=float("inf"), grad_norm=1.0)["scale"] is None
     assert capsys.readouterr().out == "step 1: loss not finite\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "tokens"),
+    [
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])}, 5),
+        ({"packed_seq_lengths": torch.tensor([3, 4])}, 7),
+        ({}, 8),
+    ],
+)
+def test_a_stopwatch_counts_no_padding(more, tokens):
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long), **more}
+    trainer = SimpleNamespace(get_batch_samples=lambda: ([batch, batch], 1), add_callback=lambda callback: None)
+    watch = Stopwatch(trainer)
+    assert trainer.get_batch_samples() == ([batch, batch], 1) and watch.tokens == [2 * tokens]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

@@ -63,9 +63,7 @@ class Stopwatch(TrainerCallback):
 
         def counted(*arguments, **keywords):
             batches, items = take(*arguments, **keywords)
-            masks = [batch.get("attention_mask") for batch in batches]
-            pairs = zip(batches, masks, strict=True)
-            self.tokens.append(sum(b["input_ids"].numel() if m is None else int(m.sum()) for b, m in pairs))
+            self.tokens.append(sum(map(_tokens_of, batches)))
             return batches, items
 
         trainer.get_batch_samples = counted
@@ -79,6 +77,11 @@ class Stopwatch(TrainerCallback):
     def seconds(self) -> list[float]:
         """How long each update after the first took."""
         return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def _tokens_of(batch) -> int:
+    told = batch.get("attention_mask", batch.get("packed_seq_lengths"))  # the latter are unsloth's
+    return batch["input_ids"].numel() if told is None else int(told.sum())
 
 
 class HealthCallback(TrainerCallback):
