@@ -64,6 +64,17 @@ def test_small_micro_batches_win_where_launches_cost_little_and_large_ones_where
     assert len(trials) == (2 if micro == 1 else 3)  # a larger micro-batch that is slower ends the search
 
 
+def test_no_plan_is_tried_with_as_many_rows_times_kept_layers_as_did_not_fit():
+    gpu, tried = Gpu(gib=13.25, overhead_s=3.0), []
+
+    def measure(plan: StepPlan) -> float | None:
+        tried.append((plan.per_device_train_batch_size, plan.recompute_layers))
+        return gpu.measure(plan)
+
+    search(measure, 4, LAYERS)
+    assert tried == [(1, 0), (1, 4), (2, 20), (4, 28)]
+
+
 @given(
     gib=st.floats(7.0, 40.0),
     overhead=st.floats(0.0, 5.0),

@@ -5,6 +5,7 @@ It decides speed and memory, never what is learnt: every plan takes the same row
 
 import contextlib
 import io
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -43,13 +44,15 @@ class StepPlan:
 def search(measure: Callable[[StepPlan], float | None], rows: int, layers: int) -> list[tuple[float, StepPlan]]:
     """(tokens per second, plan) for each micro-batch of an update of `rows` rows, the fastest first; none where none fits.
 
-    Each recomputes as few layers as fit, in steps of an eighth, but no fewer than the smaller one before it.
+    Each recomputes as few layers as fit, in steps of an eighth; where so many rows times kept layers did not fit, no plan
+    with as many is tried.
     """
     trials: list[tuple[float, StepPlan]] = []
-    counts = [*range(0, layers, max(1, layers // 8)), layers]
+    counts, too_many = [*range(0, layers, max(1, layers // 8)), layers], math.inf
     for micro in _divisors(rows):
+        counts = [count for count in counts if micro * (layers - count) < too_many]
         while counts and (speed := measure(plan := StepPlan(micro, rows // micro, counts[0]))) is None:
-            counts.pop(0)
+            too_many = micro * (layers - counts.pop(0))
         if not counts:
             break
         trials.insert(0, (speed, plan))
@@ -154,6 +157,8 @@ def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
 
 def run_trial(model, tokenizer, config, row: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> float | None:
     """Tokens per second of a few updates by `plan` on copies of `row`; None where they do not fit into memory."""
+    # Two micro-batches tell: gradients are held while the second is computed, as in all after it.
+    plan = replace(plan, gradient_accumulation_steps=min(2, plan.gradient_accumulation_steps))
     count = plan.per_device_train_batch_size * plan.gradient_accumulation_steps * _UPDATES
     rows, speed = pd.concat([row] * count, ignore_index=True), None
     free_memory(model)
