@@ -92,6 +92,23 @@ def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(tiny_model, tmp_p
     assert len(answers) == 7 and sizes[:2] == [4, 2] and max(sizes[1:]) == 2
 
 
+def test_only_the_round_in_which_a_batch_did_not_fit_takes_smaller_ones(tiny_model, tmp_path, monkeypatch):
+    sizes, real = [], generation.generate_batch
+
+    def small_memory_for_long_answers(model, tokenizer, batch, steps, config):
+        sizes.append((len(batch[0].generated), len(batch)))
+        if len(batch) > 1 and batch[0].generated:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, tokenizer, batch, steps, config)
+
+    monkeypatch.setattr(generation, "ROUND_TOKENS", 4)
+    monkeypatch.setattr(generation, "generate_batch", small_memory_for_long_answers)
+    few = GREEDY.model_copy(update={"batch_size": 3, "max_new_tokens": 8})
+    assert len(answer_questions(*tiny_model, questions(), few, tmp_path / "a.jsonl", "model")) == 7
+    failed = sizes.index((4, 3))
+    assert (0, 3) in sizes[failed:] and sizes.count((4, 3)) == 1
+
+
 def test_a_single_question_that_does_not_fit_is_a_sentence(tiny_model, tmp_path, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -23,7 +23,7 @@ from utils.pipeline.time_limit import Deadline
 from utils.progress import Progress
 from utils.schema import GenerateSection
 
-ROUND_TOKENS = 256  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
+ROUND_TOKENS = 384  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
 _TOO_LARGE = "A single question does not fit into memory; lower generate.max_new_tokens."
 _TIE = 0.1  # in standard deviations of the logits: rounding decides between tokens that are nearer to each other
 
@@ -78,7 +78,8 @@ def _generate(model, tokenizer, questions: Sequence[Question], config, keys, pat
     the longest; the rest is prefilled again, which costs far less than decoding it did.
     """
     pending, end = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions], tokenizer.eos_token_id
-    share, tokens, started = 1.0, 0, time.monotonic()  # share of what should fit, halved whenever it did not
+    tokens, started = 0, time.monotonic()
+    shares: dict[int, float] = {}  # of what should fit, by round: halved in the one where it did not
     longest, ended = 0.0, 0  # seconds of a round; answers that came to their end before the limit
     with Progress("answering", len(pending), "question") as bar:
         while pending:
@@ -87,10 +88,11 @@ def _generate(model, tokenizer, questions: Sequence[Question], config, keys, pat
                 again = "run this notebook again in the next session, it resumes there"
                 raise SessionOver(f"{waiting}, because {deadline.sentence()}; {again}.")
             began = time.monotonic()
-            batch, steps = _choose_batch(model, pending, config, share)
+            batch, steps = _choose_batch(model, pending, config, shares)
             outputs = fit_or_none(_TOO_LARGE, len(batch), generate_batch, model, tokenizer, batch, steps, config)
             if outputs is None:
-                share /= 2
+                number = _round_of(batch[0])
+                shares[number] = shares.get(number, 1.0) / 2
                 continue
             finished = {}
             for one, output in zip(batch, outputs, strict=True):
@@ -126,17 +128,21 @@ def expected_tokens(tokens: int, ended: int, limit: int) -> float:
     return tokens / ended * (1 - math.exp(-limit * ended / tokens)) if ended else limit
 
 
-def _choose_batch(model, pending: list[Pending], config: GenerateSection, share: float) -> tuple[list[Pending], int]:
+def _round_of(one: Pending) -> int:
+    return len(one.generated) // ROUND_TOKENS
+
+
+def _choose_batch(model, pending: list[Pending], config: GenerateSection, shares: dict) -> tuple[list[Pending], int]:
     """The next batch and how many tokens to add: rows of one round, longest prompt first. The furthest round that fills
     a whole batch goes first, so that answers come to an end, or else the earliest, which fills the later ones.
     """
     rounds: dict[int, list[Pending]] = {}
     for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
-        rounds.setdefault(len(one.generated) // ROUND_TOKENS, []).append(one)
-    for _, rows in sorted(rounds.items(), reverse=True):
+        rounds.setdefault(_round_of(one), []).append(one)
+    for number, rows in sorted(rounds.items(), reverse=True):
         steps = min(ROUND_TOKENS, config.max_new_tokens - len(rows[0].generated))
         fit = sequences_that_fit(model, rows[0].length, steps) if config.batch_size == "auto" else config.batch_size
-        size = max(1, int(fit * share))
+        size = max(1, int(fit * shares.get(number, 1.0)))
         if len(rows) >= size:
             break
     return rows[:size], steps
