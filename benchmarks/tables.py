@@ -102,18 +102,43 @@ def training() -> str:
 
 
 def training_ratios() -> str:
-    fast, slow = evidence("train"), evidence("train-quick")
+    found, fast = evidence("train"), evidence("train-fast")
     rows = [
-        (f"`t4` against {peer}", *(f"{found[name]:.2f}" if name in found else NOTHING
-                                   for found in (fast, slow) for name in (f"ratio_vs_{key}", f"ratio_vs_{key}_kernel")))
+        (f"`t4` against {peer}", *(f"{run[name]:.2f}" if name in run else NOTHING
+                                   for run in (found, fast) for name in (f"ratio_vs_{key}", f"ratio_vs_{key}_kernel")))
         for key, peer in (("unsloth_packing", "unsloth's packing"), ("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"),
                           ("plain_packing", "TRL's packing"))
-        if f"ratio_vs_{key}" in fast
     ]  # fmt: skip
-    rows.append(("two GPUs against one", f"{fast['ratio_two_gpus']:.2f}", "", "", ""))
-    header = ("times as fast", "wall time", "kernel time", "wall time, slow host", "kernel time, slow host")
-    source = measured("train", f"`t4` reaches {fast['peak_share']:.0%} of the GPU's peak in matrix products")
-    return markdown(header, rows, f"{source} The slow host: {link('train-quick')}.")
+    rows.append(("two GPUs against one", NOTHING, NOTHING, f"{fast['ratio_two_gpus']:.2f}", NOTHING))
+    shares = [f"{run[key]:.0%}" for run in (found, fast) for key in ("peak_share", "peak_share_kernel")]
+    rows.append(("`t4`'s share of the GPU's peak in matrix products", *shares))
+    header = ("times as fast", "wall time", "kernel time", "wall time, faster host", "kernel time, faster host")
+    source = measured("train", "Each peer by its faster configuration")
+    return markdown(header, rows, f"{source} The faster host, with nothing else to do, before micro-batches were padded: "
+                                  f"{fast['date']}, {link('train-fast')}.")  # fmt: skip
+
+
+def training_operations() -> str:
+    cases, before = evidence("train")["configurations"], evidence("train-unpadded")
+    columns = [before["operations"], cases["ours"]["operations"], cases["unsloth packing"]["operations"]]
+    rows = [
+        (kind, *(f"{column[kind][1]:.0f}" for column in columns))
+        for kind in cases["ours"]["operations"]
+        if kind != "all else"
+    ]
+    header = ("milliseconds of one update", "`t4` before padding", "`t4`", "unsloth's packing, 4 × 1")
+    source = measured("train", "The last update of each measurement, of about as many tokens")
+    return markdown(header, rows, f"{source} Before padding: {link('train-unpadded')}.")
+
+
+def wall() -> str:
+    found = evidence("wall")
+    rows = [(part, f"{seconds:.0f} s") for part, seconds in found["parts"].items()]
+    rows += [("all", f"{found['seconds']:.0f} s"), ("from `run` to the verdict", f"{found['verdict_seconds']:.0f} s"),
+             ("from 03's start to its first update", f"{found['first_update_seconds']:.0f} s"),
+             ("trials, of the time to train 4,000 rows", f"{found['trials_share']:.0%}")]  # fmt: skip
+    what = "Profile `t4` with 8B shapes, 32 updates, small numbers of questions, nothing merged"
+    return markdown(("part", "time"), rows, measured("wall", what))
 
 
 def training_rows() -> str:
@@ -343,7 +368,10 @@ def killed() -> str:
     source = (f"A killed and resumed training against an undisturbed one, {found['resumed'][0]['gpu'][0]}, the demo's task; "
               f"two GPUs gave {found['answers']['same']} of {found['answers']['questions']} answers as one did "
               f"({link('several')}).")  # fmt: skip
-    return markdown(header, rows, source)
+    first = found["parting"]["updates"][0]
+    parted = (f"Two undisturbed runs of two processes, {found['parting']['date']}: at update {first['update']} the same "
+              f"{', '.join(first['same']).replace('_', ' ')} to the bit, but not the same {' and '.join(first['differ']).replace('_', ' ')}.")  # fmt: skip
+    return markdown(header, rows, f"{source} {parted}")
 
 
 def colab_image() -> str:
@@ -382,7 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for table in (
         answering, calibration, colab_image, controls, gguf, killed, letters, loads, make_targets, merge, packing_parity,
         real_model, repeatability, scorers, series, serving, split, stages, suffix,
-        training, training_ratios, training_rows,
+        training, training_operations, training_ratios, training_rows, wall,
     )
 }  # fmt: skip
 

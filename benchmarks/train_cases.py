@@ -23,7 +23,7 @@ from utils.files import write_json
 from utils.hardware import GIB
 
 app = typer.Typer()
-WARM_UP, WINDOW, WINDOWS, PROFILED = 2, 3, 3, 2
+WARM_UP, WINDOW, WINDOWS, PROFILED = 2, 3, 3, 3  # of the last three updates one tells the operations
 GROWTH = (500, 2000, 8000)
 
 
@@ -88,7 +88,8 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
         "trials": [{"fit": trial.pop("step_plan"), **trial} for trial in trials],
     }  # fmt: skip
     if profiler is not None:
-        result["kernels"] = profiler.summary(watch.tokens[measured:])
+        result["kernels"] = profiler.summary(watch.tokens[measured:-1])
+        result["operations"] = profiler.operations(config.lora.r, model.config.vocab_size)
     write_json(out, result)
 
 
@@ -218,30 +219,38 @@ def flops_per_token(shape, recomputed: int) -> float:
 
 
 class _Profiler:
-    """torch's profiler over the updates after the first `skip`: the sum of kernel times, and what took most."""
+    """torch's profiler over the updates after the first `skip`: kernels of all but the last, operations of the last."""
 
     def __init__(self, trainer, skip: int):
         import torch
         from transformers import TrainerCallback
 
-        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        cpu, cuda = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+        self.profiler = torch.profiler.profile(activities=[cuda])
+        self.shapes = torch.profiler.profile(activities=[cpu, cuda], record_shapes=True)
+        last, ours = skip + PROFILED - 1, self
 
         class Switch(TrainerCallback):
             def on_step_begin(self, args, state, control, **_):
-                if state.global_step == skip:
-                    torch.cuda.synchronize()
-                    profiler.__enter__()
-
-            def on_train_end(self, args, state, control, **_):
                 torch.cuda.synchronize()
-                profiler.__exit__(None, None, None)
+                if state.global_step == skip:
+                    ours.profiler.__enter__()
+                if state.global_step == last:
+                    ours.shapes.__enter__()
 
-        self.profiler = profiler
+            def on_step_end(self, args, state, control, **_):
+                torch.cuda.synchronize()
+                if state.global_step == last:
+                    ours.profiler.__exit__(None, None, None)
+                if state.global_step == last + 1:
+                    ours.shapes.__exit__(None, None, None)
+
         trainer.add_callback(Switch())
 
     def summary(self, tokens: list[int]) -> dict:
-        events = self.profiler.key_averages()
-        events = [event for event in events if not event.key.startswith("Memcpy")]  # they overlap with arithmetic
+        # What goes to and from main memory overlaps with arithmetic; calls of the driver take the GPU no time.
+        events = [event for event in self.profiler.key_averages() if event.self_device_time_total > 0]
+        events = [event for event in events if not event.key.startswith(("Memcpy HtoD", "Memcpy DtoH"))]
         seconds = sum(event.self_device_time_total for event in events) / 1e6
         parts: dict[str, float] = {}
         for event in events:
@@ -257,6 +266,37 @@ class _Profiler:
                 [event.key[:90], event.count, round(event.self_device_time_total / 1e6, 4)] for event in ranked
             ],
         }
+
+    def operations(self, rank: int, vocabulary: int) -> dict[str, list]:
+        """What one update asks of the GPU: [calls, milliseconds] of each kind of operation, the longest first."""
+        found: dict[str, list] = {}
+        for event in self.shapes.key_averages(group_by_input_shape=True):
+            kind = _kind_of(event.key, event.input_shapes, rank, vocabulary)
+            if kind is not None and event.self_device_time_total > 0:
+                calls, milliseconds = found.get(kind, (0, 0.0))
+                found[kind] = [calls + event.count, milliseconds + event.self_device_time_total / 1e3]
+        ranked = sorted(found.items(), key=lambda entry: -entry[1][1])
+        return {kind: [calls, round(milliseconds, 1)] for kind, (calls, milliseconds) in ranked}
+
+
+_KINDS = {  # by operation, and by kernel where unsloth's Triton kernels are launched without one
+    "attention": ("aten::_efficient_attention", "aten::_scaled_dot", "flash", "flex"),
+    "4-bit weights unpacked": ("_nf4_dequant_kernel", "bitsandbytes::dequantize"),
+    "norms, rotary positions, activations": ("_rms_layernorm", "_rope_embedding", "_fg_kernel", "_DWf_DW_dfg"),
+    "copies and casts": ("aten::copy_", "aten::clone", "aten::cat", "aten::fill_", "aten::zero_"),
+    "adding": ("aten::add", "aten::sum", "aten::mul"),
+    "loss": ("triton_",),
+    "optimizer": ("bitsandbytes::optimizer", "aten::_foreach", "aten::_amp"),
+    "all else": ("aten::",),
+}
+
+
+def _kind_of(name: str, shapes: list, rank: int, vocabulary: int) -> str | None:
+    """The kind of an operation by its name and its inputs' shapes; None for what another one holds already."""
+    if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"):
+        sizes = {size for shape in shapes for size in shape}
+        return "output head" if vocabulary in sizes else "LoRA's products" if rank in sizes else "base model's products"
+    return next((kind for kind, starts in _KINDS.items() if name.startswith(starts)), None)
 
 
 def _part_of(kernel: str) -> str:
