@@ -23,7 +23,7 @@ from utils.models.unsloth_patches import (
 from utils.project import ROOT
 from utils.training.step_plan import StepPlan
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; evidence in train.json")
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; evidence in train-fast.json")
 
 
 def call(**changed):
