@@ -77,7 +77,9 @@ def test_another_model_does_not_reuse_the_answers(tiny_model, tmp_path, monkeypa
     assert len(asked) == 7
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(tiny_model, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_fit_becomes_a_fifth_smaller_until_it_fits_and_loses_nothing(
+    tiny_model, tmp_path, monkeypatch
+):
     model, tokenizer = tiny_model
     sizes, real = [], generation.generate_batch
 
@@ -89,7 +91,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(tiny_model, tmp_p
 
     monkeypatch.setattr(generation, "generate_batch", small_memory)
     answers = answer_questions(model, tokenizer, questions(), GREEDY, tmp_path / "a.jsonl", "model")
-    assert len(answers) == 7 and sizes[:2] == [4, 2] and max(sizes[1:]) == 2
+    assert len(answers) == 7 and sizes[:3] == [4, 3, 2] and max(sizes[2:]) == 2
 
 
 def test_only_the_round_in_which_a_batch_did_not_fit_takes_smaller_ones(tiny_model, tmp_path, monkeypatch):

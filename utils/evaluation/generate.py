@@ -25,6 +25,7 @@ from utils.schema import GenerateSection
 
 ROUND_TOKENS = 384  # a batch is reshuffled after so many new tokens: who has finished leaves, others take the place
 _TOO_LARGE = "A single question does not fit into memory; lower generate.max_new_tokens."
+_SMALLER = 0.8  # a batch out of memory costs a prompt's forward pass; far fewer rows than fit cost far more
 _TIE = 0.1  # in standard deviations of the logits: rounding decides between tokens that are nearer to each other
 
 
@@ -79,7 +80,7 @@ def _generate(model, tokenizer, questions: Sequence[Question], config, keys, pat
     """
     pending, end = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in questions], tokenizer.eos_token_id
     tokens, started = 0, time.monotonic()
-    shares: dict[int, float] = {}  # of what should fit, by round: halved in the one where it did not
+    shares: dict[int, float] = {}  # of what should fit, by round: less in the one where it did not
     longest, ended = 0.0, 0  # seconds of a round; answers that came to their end before the limit
     with Progress("answering", len(pending), "question") as bar:
         while pending:
@@ -88,11 +89,10 @@ def _generate(model, tokenizer, questions: Sequence[Question], config, keys, pat
                 again = "run this notebook again in the next session, it resumes there"
                 raise SessionOver(f"{waiting}, because {deadline.sentence()}; {again}.")
             began = time.monotonic()
-            batch, steps = _choose_batch(model, pending, config, shares)
+            batch, steps, fit = _choose_batch(model, pending, config, shares)
             outputs = fit_or_none(_TOO_LARGE, len(batch), generate_batch, model, tokenizer, batch, steps, config)
             if outputs is None:
-                number = _round_of(batch[0])
-                shares[number] = shares.get(number, 1.0) / 2
+                shares[_round_of(batch[0])] = _SMALLER * len(batch) / fit
                 continue
             finished = {}
             for one, output in zip(batch, outputs, strict=True):
@@ -132,9 +132,11 @@ def _round_of(one: Pending) -> int:
     return len(one.generated) // ROUND_TOKENS
 
 
-def _choose_batch(model, pending: list[Pending], config: GenerateSection, shares: dict) -> tuple[list[Pending], int]:
-    """The next batch and how many tokens to add: rows of one round, longest prompt first. The furthest round that fills
-    a whole batch goes first, so that answers come to an end, or else the earliest, which fills the later ones.
+def _choose_batch(
+    model, pending: list[Pending], config: GenerateSection, shares: dict
+) -> tuple[list[Pending], int, int]:
+    """The next batch, how many tokens to add, and how many rows should fit. A batch is of one round, longest prompt first: of the
+    furthest that fills it, so that answers come to an end, or else of the earliest, which fills the later ones.
     """
     rounds: dict[int, list[Pending]] = {}
     for one in sorted(pending, key=lambda p: (-p.length, p.question.id)):
@@ -145,7 +147,7 @@ def _choose_batch(model, pending: list[Pending], config: GenerateSection, shares
         size = max(1, int(fit * shares.get(number, 1.0)))
         if len(rows) >= size:
             break
-    return rows[:size], steps
+    return rows[:size], steps, fit
 
 
 def fit_or_none(sentence: str, size: int, action, model, *arguments):
