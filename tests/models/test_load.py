@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 from benchmarks.standin import quantise
 from utils.config import load_config
 from utils.errors import HardwareError, ModelError
+from utils.models import load
 from utils.models.load import (
     add_lora,
     keep_lora_in_float32,
@@ -36,6 +40,15 @@ def test_broken_weights_are_a_sentence(tiny_folder, tmp_path):
 def test_unsloth_without_a_gpu_is_a_sentence(tiny_folder):
     with pytest.raises(HardwareError, match="needs a CUDA GPU"):
         start_backend(config_for(tiny_folder, **{"hardware.backend": "unsloth"}))
+
+
+def test_unsloth_prepares_rows_in_this_process(tiny_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(__spec__=SimpleNamespace()))
+    monkeypatch.setattr(load, "patch_unsloth", lambda: None)
+    monkeypatch.setattr(load, "resolve_hardware", lambda _: {"backend": "unsloth", "device": "cuda"})
+    monkeypatch.setenv("UNSLOTH_DATASET_NUM_PROC", "")
+    monkeypatch.delenv("UNSLOTH_DATASET_NUM_PROC")
+    assert start_backend(config_for(tiny_folder)) == "unsloth" and os.environ["UNSLOTH_DATASET_NUM_PROC"] == "0"
 
 
 def loading(monkeypatch, config) -> dict:

@@ -30,6 +30,7 @@ def start_backend(config: Config) -> str:
         raise HardwareError("hardware.backend=unsloth needs a CUDA GPU; use transformers, or leave it on auto.")
     if importlib.util.find_spec("unsloth") is None:
         raise HardwareError("hardware.backend=unsloth, but unsloth is not installed; run 00_setup to install it.")
+    os.environ.setdefault("UNSLOTH_DATASET_NUM_PROC", "0")  # starting its eight processes costs each trial seconds
     import unsloth  # noqa: F401
 
     patch_unsloth()
