@@ -11,8 +11,9 @@ Same model, same prompts, same sampling, same limit of new tokens, in one proces
 answer, so every answer is as long as the limit; the last case draws lengths as a reasoning model's answers have them.
 `kill` kills a process in the middle of its answers and lets another go on. `real-job` has the shape of profile t4's work: 600
 multiple-choice and 16 open questions, lengths drawn with a median of 900 tokens, at most 4,096. The peers answer a sample of
-it: a dozen one at a time, a few batches of `generate` sorted by prompt, and a minute of transformers' continuous batching.
-The result lies in benchmarks/results/; `real-job` was not run to its end yet: on a slow host its first half took 14 minutes.
+it: a dozen one at a time, a few batches of `generate` sorted by prompt, and a minute of transformers' continuous batching,
+which is not in the result yet.
+The result lies in benchmarks/results/. On a busy host `real-job`'s engine takes 17 minutes, a dozen answers one at a time six.
 """
 
 from __future__ import annotations
@@ -76,12 +77,17 @@ def measure_engine(model, tokenizer, questions: list[Question], config: Generate
     """Tokens per second of the engine over all questions; `lengths` ends each answer after so many tokens."""
     import torch
 
-    batches, real = [], generation.generate_batch
+    batches, too_large, real = [], [], generation.generate_batch
 
     def recorded(model, tokenizer, batch, steps, settings):
         left = [steps if lengths is None else lengths[p.question.id] - len(p.generated) for p in batch]
-        outputs = real(model, tokenizer, batch, min(steps, max(left)), settings)
-        batches.append(len(batch))
+        steps, began = min(steps, max(left)), time.monotonic()
+        try:
+            outputs = real(model, tokenizer, batch, steps, settings)
+        except RuntimeError:
+            too_large.append(len(batch))
+            raise
+        batches.append([len(batch), steps, round(time.monotonic() - began, 2)])
         if lengths is None:
             return outputs
         # A row that ends early waits, as rows do in generate, until the last of its batch is done.
@@ -106,8 +112,10 @@ def measure_engine(model, tokenizer, questions: list[Question], config: Generate
         "tokens": sum(a["tokens"] for a in answers),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(sum(a["tokens"] for a in answers) / seconds, 1),
-        "batch_size": max(batches),
-        "batches": batches,
+        "batch_size": max(rows for rows, _, _ in batches),
+        "steps": sum(steps for _, steps, _ in batches),
+        "batches": batches,  # rows, steps, seconds
+        "out_of_memory": too_large,  # rows
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if cuda else None,
     }
 
@@ -193,6 +201,7 @@ def time_library(model, tokenizer, questions: list[Question], lengths: dict[str,
                 if result is not None:
                     counts[result.request_id] = len(result.generated_tokens)
             marks.append((time.monotonic(), sum(counts.values())))
+        manager.stop(hard_stop=True, timeout=60)  # or it would go on to its last answer
     (first, before), (last, after) = marks
     return {
         "tokens": after - before,

@@ -149,7 +149,7 @@ def training_rows() -> str:
         for count, case in found["by_rows"].items()
     ]
     header = ("rows", "before the first update", "tokens/s", "GiB of main memory")
-    what = "One window of three updates each, every layer recomputing"
+    what = "One window of three updates each, every layer recomputing; eight processes prepared the rows, which they do no more"
     return markdown(header, rows, f"{what}. {found['gpu'][0]}, {found['date']}: {link('train')}.")
 
 

@@ -280,13 +280,13 @@ class _Profiler:
 
 
 _KINDS = {  # by operation, and by kernel where unsloth's Triton kernels are launched without one
-    "attention": ("aten::_efficient_attention", "aten::_scaled_dot", "flash", "flex"),
+    "attention": ("aten::_efficient_attention", "aten::_scaled_dot", "flash", "flex", "triton_tem_fused_flex"),
     "4-bit weights unpacked": ("_nf4_dequant_kernel", "bitsandbytes::dequantize"),
     "norms, rotary positions, activations": ("_rms_layernorm", "_rope_embedding", "_fg_kernel", "_DWf_DW_dfg"),
     "copies and casts": ("aten::copy_", "aten::clone", "aten::cat", "aten::fill_", "aten::zero_"),
     "adding": ("aten::add", "aten::sum", "aten::mul"),
     "loss": ("triton_",),
-    "optimizer": ("bitsandbytes::optimizer", "aten::_foreach", "aten::_amp"),
+    "optimizer": ("bitsandbytes::optimizer", "aten::_fused_adam", "aten::_foreach", "aten::_amp"),
     "all else": ("aten::",),
 }
 
