@@ -16,6 +16,7 @@ import pytest
 from benchmarks import merge, repeatability, smollm2, suffix
 from benchmarks.calibration import Case, read_own, run_experiment
 from benchmarks.evidence import add_to_file
+from benchmarks.generate import SINGLES, peer_speed
 from benchmarks.packing import ratio_over_seeds
 from benchmarks.series import summarise
 from benchmarks.standin import build_standin, build_tokenizer
@@ -107,6 +108,24 @@ def test_what_was_killed_ended_the_same_on_one_gpu_and_within_a_thousandth_on_tw
         assert len(found["gpu"]) >= found["processes"] and found["versions"]["torch"]
     assert len({found["last_losses"][0] for found in SEVERAL["resumed"] if found["processes"] == 2}) == 1
     assert SEVERAL["answers"]["same"] == SEVERAL["answers"]["questions"] == 224
+
+
+def test_the_real_jobs_figures_follow_from_its_batches_and_windows():
+    job = GENERATION["real_job"]
+    engine, batches = job["engine"], job["engine"]["batches"]
+    assert engine["questions"] == 616 and engine["reserved_gib"] <= 14.0 and engine["out_of_memory"] == [18]
+    assert engine["steps"] == sum(steps for _, steps, _ in batches)
+    assert engine["tokens"] <= sum(rows * steps for rows, steps, _ in batches)
+    assert engine["tokens_per_second"] == pytest.approx(engine["tokens"] / engine["seconds"], abs=0.1)
+    few, many = (
+        statistics.median(1000 * seconds / steps for rows, steps, seconds in batches if low <= rows <= high)
+        for low, high in ((1, 9), (40, 99))
+    )
+    assert few == pytest.approx(38, abs=1) and many == pytest.approx(38, abs=1)  # milliseconds of a step
+    assert len(job["single"]) == SINGLES and len(job["sorted"]) == 1
+    for peer in ("single", "sorted"):
+        assert job[f"ratio_{peer}"] == round(engine["tokens_per_second"] / peer_speed(job[peer]), 2)
+    assert job["ratio_sorted"] >= 1.2
 
 
 def test_more_rows_cost_little_before_the_first_update_and_nothing_in_each():
