@@ -57,6 +57,9 @@ def bytes_per_sequence(config, prompt_tokens: int, new_tokens: int, dtype_bytes:
 
 def sequences_that_fit(model, prompt_tokens: int, new_tokens: int) -> int:
     """How many prompts of this length can be continued at once on the model's device; at least 1."""
+    import torch
+
     forget_cache(model)
+    torch.cuda.empty_cache()  # pieces of the last batch's blocks are too small for the next one's; no GPU, nothing to do
     each = bytes_per_sequence(model.config, prompt_tokens, new_tokens, model.dtype.itemsize)
     return max(1, min(_MOST_ROWS[model.device.type], free_bytes(model.device) // each))
