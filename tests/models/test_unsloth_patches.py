@@ -1,8 +1,9 @@
-"""unsloth's patches: packed rows must not see each other, and attention by groups is torch's own in every shape and mask."""
+"""unsloth's patches: packed rows must not see each other, and whatever a patch is not made for stays with unsloth."""
 
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pandas as pd
@@ -14,11 +15,11 @@ from utils.errors import HardwareError
 from utils.models import unsloth_patches as packing
 from utils.models.unsloth_patches import (
     MADE_FOR,
-    attend_by_groups,
     attend_within_documents,
     choose_attention,
+    decode_in_graphs,
     forget_cache,
-    free_copied_cache,
+    multiply_packed,
 )
 from utils.project import ROOT
 from utils.training.step_plan import StepPlan
@@ -45,8 +46,6 @@ def call(**changed):
 @pytest.fixture
 def ours(monkeypatch):
     """Ours answers "ours", with a GPU that has no flash attention."""
-    import sys
-
     monkeypatch.setattr(packing, "flash_attention", lambda index: False)
     monkeypatch.setattr(packing, "attend_within_documents", lambda *_: "ours")
     modules = {"unsloth": SimpleNamespace(), "unsloth.utils": SimpleNamespace()}
@@ -126,56 +125,78 @@ def test_another_unsloth_than_the_pinned_one_is_refused_by_a_sentence(monkeypatc
         packing.patch_unsloth()
 
 
-def tensors(batch: int = 3, heads: int = 8, kv_heads: int = 2, length: int = 17, size: int = 16, count: int = 1):
-    torch.manual_seed(0)
-    query = torch.randn(batch, heads, count, size)
-    # As unsloth keeps them: (length, 2, batch, kv_heads, size), of which keys and values are views.
-    cache = torch.randn(length, 2, batch, kv_heads, size)
-    return query, cache[:, 0].permute(1, 2, 0, 3), cache[:, 1].permute(1, 2, 0, 3)
-
-
-def left_padding(batch: int, length: int) -> torch.Tensor:
-    mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
-    for row in range(batch):
-        mask[row, ..., : 2 * row] = False
-    return mask
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 8])
-@pytest.mark.parametrize("masked", [None, "bool", "float"])
-def test_it_is_scaled_dot_product_attention(kv_heads, masked):
-    query, key, value = tensors(kv_heads=kv_heads)
-    mask = None if masked is None else left_padding(3, 17)
-    if masked == "float":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(attend_by_groups(query, key, value, attn_mask=mask, enable_gqa=True), expected)
-
-
-def test_several_new_tokens_go_to_torch():
-    query, key, value = tensors(count=17)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(attend_by_groups(query, key, value, is_causal=True, enable_gqa=True), expected)
-
-
-def test_half_precision_does_not_overflow_where_the_product_before_scaling_would():
-    query, key, value = (tensor.half() * 60 for tensor in tensors(size=128))
-    assert torch.isfinite(attend_by_groups(query, key, value, enable_gqa=True)).all()
-
-
 def test_the_cache_that_unsloth_leaves_on_its_modules_is_freed():
     layer = torch.nn.Linear(2, 2)
-    layer.paged_attention = layer.paged_attention_K = layer.paged_attention_V = torch.zeros(3)
+    layer.paged_attention = layer.paged_attention_K = layer.paged_attention_V = layer.batch_decoder = torch.zeros(3)
     model = torch.nn.Sequential(layer, torch.nn.ReLU())
     forget_cache(model)
-    assert not hasattr(layer, "paged_attention") and not hasattr(layer, "paged_attention_V")
+    assert not any(hasattr(layer, name) for name in ("paged_attention", "paged_attention_V", "batch_decoder"))
     forget_cache(model)  # and nothing to free is no error
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_prompts_keys_are_freed_after_the_first_step_only(first):
-    keys, values = torch.ones(2, 3), torch.ones(2, 3)
-    attend = free_copied_cache(lambda self, hidden, past, position, do_prefill=False, **more: (past[0].sum(), more))
-    total, more = attend(None, None, (keys, values), None, do_prefill=first, attention_mask=7)
-    assert float(total) == 6 and more == {"attention_mask": 7}
-    assert (keys.untyped_storage().size() == 0) is first
+def test_weights_are_unpacked_within_the_product_where_that_pays(monkeypatch):
+    rows, state, asked = torch.randn(5, 1, 64), SimpleNamespace(shape=torch.Size([96, 64])), []
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(matmul_4bit=lambda *given: given))
+    multiply = multiply_packed(lambda *shape: asked.append(shape) or shape[2] > 4)
+    assert multiply(rows, "packed", state, "out") == (rows, "packed", state)
+    assert multiply(rows[:3], "packed", state, "out") is None
+    assert asked == [(None, torch.float32, 5, 96, 64), (None, torch.float32, 3, 96, 64)]
+
+
+class Unsloth:
+    """What `decode_in_graphs` wraps and is given: a causal model whose inner one keeps the decoder."""
+
+    def __init__(self):
+        self.model, self.single = SimpleNamespace(layers=[]), []
+
+    def pass_(self, ids, past, positions, attention_mask=None, **more):
+        self.single.append((ids.tolist(), more))
+        return "unsloth's"
+
+
+@pytest.fixture
+def decode(monkeypatch):
+    """`decode_in_graphs` of an `Unsloth`, with a Decoder that notes its steps."""
+    made = []
+
+    class Noted:
+        def __init__(self, model, past, mask, linear, tables):
+            self.cache, self.mask, self.linear, self.steps = past, mask, linear, []
+            made.append(self)
+
+        def past(self):
+            return self.cache
+
+        def step(self, ids, positions):
+            self.steps.append((ids.tolist(), positions.tolist()))
+            return len(self.steps)
+
+    monkeypatch.setattr("utils.models.decode_graph.Decoder", Noted)
+    monkeypatch.setitem(sys.modules, "unsloth.kernels", SimpleNamespace(fast_linear_forward="linear"))
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace())
+    self = Unsloth()
+    wrapped = decode_in_graphs(Unsloth.pass_)
+    return self, made, lambda *given, **named: wrapped(self, *given, **named)
+
+
+def test_a_batch_has_one_decoder_from_its_first_step_to_its_last(decode):
+    self, made, step = decode
+    for batch in range(2):
+        past, ids = [(torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 4))], torch.tensor([[7], [8]])
+        for number in range(3):
+            mask, positions = torch.ones(2, 6 + number), torch.tensor([[3, 4 + number], [1, 2 + number]])
+            output = step(ids, past, positions, attention_mask=mask)
+            past = output.past_key_values
+            assert output.last_hidden_state == number + 1
+        assert len(made) == batch + 1 and self.model.batch_decoder is made[-1]
+        assert made[-1].mask.shape == (2, 5) and made[-1].linear == "linear"
+        assert made[-1].steps == [([[7], [8]], [[4 + n], [2 + n]]) for n in range(3)]
+    assert self.single == []
+
+
+@pytest.mark.parametrize(("rows", "mask"), [(1, torch.ones(1, 6)), (2, None), (2, torch.ones(2, 1, 1, 6))])
+def test_a_single_sequence_or_another_mask_stays_with_unsloth(decode, rows, mask):
+    self, made, step = decode
+    past, positions = [(torch.zeros(rows, 1, 5, 4),) * 2], torch.tensor([[5]] * rows)
+    assert step(torch.tensor([[7]] * rows), past, positions, attention_mask=mask, cache_position=5) == "unsloth's"
+    assert self.single == [([[7]] * rows, {"cache_position": 5})] and made == []

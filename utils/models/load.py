@@ -17,7 +17,7 @@ from utils.schema import Config, LoraSection
 from utils.secrets import share_secrets
 
 LOADS: Counter[str] = Counter()  # models by name, loaded by this process or by those that it started: for the manifest
-_T4_GIB = 14.0
+_T4_GIB, _T4_KIND = 14.0, (40, 7, 5)  # memory for one process; multiprocessors and compute capability
 
 
 def start_backend(config: Config) -> str:
@@ -47,6 +47,9 @@ def prepare_device(config: Config) -> None:
         # TRL raises for one process that sees two GPUs (sft_trainer.py), and unsloth would split batches badly.
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ids()[0]
     if config.hardware.emulate_t4:  # compute and run out of memory as a T4 does
+        from bitsandbytes.backends.cuda import ops
+
+        ops._gpu_dispatch_props = lambda index: _T4_KIND  # which products unpack their 4-bit weights themselves
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         total = torch.cuda.get_device_properties(local_rank()).total_memory / GIB

@@ -1,7 +1,7 @@
 """What we change in unsloth, for GPUs without flash attention such as a T4; to be retired as unsloth does so by itself.
 
 Training: one launch of the memory-efficient kernel takes all documents of a packed row, where unsloth launches one for each.
-Decoding in batches: the query heads of a group are rows of one product, where torch repeats keys and values in float32.
+Answers in batches: a step is one CUDA graph, and a 4-bit weight is unpacked within its product where that is faster.
 """
 
 from functools import cache
@@ -11,7 +11,6 @@ from utils.errors import HardwareError
 
 MADE_FOR = "2026.10.7"  # of unsloth, whose internals these patches replace
 _CAUSAL = 1  # aten::_efficient_attention_forward: custom_mask_type, from each document's first token on
-_CACHE_STEP = 128  # tokens by which unsloth's cache grows; its 512 takes 64 MiB more of an 8B model for each sequence
 
 
 def patch_unsloth() -> None:
@@ -19,15 +18,16 @@ def patch_unsloth() -> None:
     if (found := version("unsloth")) != MADE_FOR:
         instead = f"install {MADE_FOR}, for which it is patched here, or set hardware.backend=transformers"
         raise HardwareError(f"unsloth {found} is installed; {instead}.")
+    from bitsandbytes.backends.cuda import ops
+    from unsloth.kernels import utils as kernels
     from unsloth.models import llama
 
     if getattr(llama.run_attention, "keeps_documents_apart", False):
         return
     llama.run_attention = choose_attention(llama.run_attention)
-    llama.scaled_dot_product_attention = attend_by_groups
-    llama.KV_CACHE_INCREMENT = _CACHE_STEP
-    attention = free_copied_cache(llama.LlamaAttention_fast_forward_inference)
-    llama.LlamaModel_fast_forward_inference = llama._LlamaModel_fast_forward_inference(attention)
+    kernels._gemv_rows = multiply_packed(ops._gemm_4bit_use_custom_fn)
+    kernels._GEMV_MAX_ROWS = ops._gemm_4bit_custom_max_m
+    llama.LlamaModel_fast_forward_inference = decode_in_graphs(llama.LlamaModel_fast_forward_inference)
 
 
 def choose_attention(unsloths):
@@ -103,43 +103,53 @@ def _document_attention():
     return DocumentAttention
 
 
-def attend_by_groups(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, scale=None):
-    """Attention of one new token for each sequence: what `scaled_dot_product_attention` gives, without repeating keys.
-
-    query is (batch, heads, 1, size), key and value (batch, kv_heads, length, size), attn_mask True where to look.
+def multiply_packed(pays):
+    """What unsloth asks before it unpacks a 4-bit weight for several rows: their product by bitsandbytes' fused kernel, or
+    None where unpacking first is faster by `pays`, which bitsandbytes measured on a T4 and others (its pull request 1949).
     """
-    import torch
 
-    batch, heads, count, size = query.shape
-    kv_heads, length = key.shape[1], key.shape[2]
-    if count != 1:
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, scale=scale
-        )
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, size) * (size**-0.5 if scale is None else scale)
-    scores = torch.matmul(grouped, key.transpose(-1, -2))
-    if attn_mask is not None:
-        mask = attn_mask.expand(batch, -1, 1, length)[:, :1]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return torch.matmul(weights, value).reshape(batch, heads, 1, size)
+    def multiply(rows, weight, quant_state, out):
+        from bitsandbytes import matmul_4bit
+
+        is_faster = pays(rows.device.index, rows.dtype, len(rows), *quant_state.shape)
+        return matmul_4bit(rows, weight, quant_state) if is_faster else None
+
+    return multiply
 
 
-def free_copied_cache(attention):
-    """Wrap unsloth's attention so that a prompt's keys and values are freed once the first step has copied them."""
+def decode_in_graphs(unsloths):
+    """Wrap unsloth's pass over one new token for each sequence: several go through a `Decoder`, all else stays with it."""
 
-    def attend(self, hidden_states, past_key_value, position_ids, do_prefill=False, **more):
-        result = attention(self, hidden_states, past_key_value, position_ids, do_prefill=do_prefill, **more)
-        if do_prefill:
-            for tensor in past_key_value:
-                tensor.untyped_storage().resize_(0)
-        return result
+    def decode(self, input_ids, past_key_values, position_ids, attention_mask=None, **more):
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from unsloth.kernels import fast_linear_forward
 
-    return attend
+        from utils.models.decode_graph import Decoder
+
+        if len(input_ids) == 1 or attention_mask is None or attention_mask.dim() != 2:
+            return unsloths(self, input_ids, past_key_values, position_ids, attention_mask=attention_mask, **more)
+        decoder, keys = getattr(self.model, "batch_decoder", None), past_key_values[0][0]
+        if decoder is None or keys.data_ptr() != decoder.cache[0][0].data_ptr():
+
+            def tables(length):
+                rotary = self.model.layers[0].self_attn.rotary_emb
+                rotary.extend_rope_embedding(keys, length)
+                return rotary.get_cached(length, keys.device.index)
+
+            prompts = attention_mask[:, : keys.shape[2]]
+            decoder = self.model.batch_decoder = Decoder(
+                self.model, past_key_values, prompts, fast_linear_forward, tables
+            )
+        states = decoder.step(input_ids, position_ids[:, -1:])
+        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=decoder.past())
+
+    return decode
 
 
 def forget_cache(model) -> None:
-    """Free the key-value cache that unsloth keeps on its modules after `generate`, so that its memory can be counted on."""
+    """Free the key-value cache that is kept on the modules after `generate`, so that its memory can be counted on."""
     for module in model.modules():
+        if hasattr(module, "batch_decoder"):
+            del module.batch_decoder
         if hasattr(module, "paged_attention"):
             del module.paged_attention, module.paged_attention_K, module.paged_attention_V
