@@ -6,13 +6,15 @@
     python -m benchmarks.generate kill /tmp/standin-8b --items medqa_sample.jsonl --out generation.json
     python -m benchmarks.generate real-job /tmp/standin-8b --rows medical_o1_sample.jsonl \\
         --items medqa_sample.jsonl --out generation.json
+    python -m benchmarks.generate steps /tmp/standin-8b --items medqa_sample.jsonl --out generation.json
 
 Same model, same prompts, same sampling, same limit of new tokens, in one process. A model of random weights never ends an
 answer, so every answer is as long as the limit; the last case draws lengths as a reasoning model's answers have them.
 `kill` kills a process in the middle of its answers and lets another go on. `real-job` has the shape of profile t4's work: 600
 multiple-choice and 16 open questions, lengths drawn with a median of 900 tokens, at most 4,096. The peers answer a sample of
 it: a dozen one at a time, a few batches of `generate` sorted by prompt, and a minute of transformers' continuous batching,
-which is not in the result yet.
+which is not in the result yet. `steps` compares the logits of a batch's steps with those of each row alone, which unsloth
+computes, and times a step by how 4-bit weights are unpacked.
 The result lies in benchmarks/results/. On a busy host `real-job`'s engine takes 17 minutes, a dozen answers one at a time six.
 """
 
@@ -36,9 +38,11 @@ from benchmarks.evidence import add_to_file, where
 from utils.config import load_config
 from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.evaluation import generate as generation
+from utils.evaluation.generate import Pending
 from utils.evaluation.questions import Question
 from utils.files import write_json
 from utils.hardware import GIB, gpus
+from utils.models.memory import free_memory
 from utils.schema import GenerateSection
 
 app = typer.Typer()
@@ -307,6 +311,115 @@ def real_job(
         question = by_length[(2 * i + 1) * len(questions) // (2 * SINGLES)]
         windows.append(time_generate(model, tokenizer, [question], [lengths[question.id]], long))
         put("single", windows)
+
+
+def forced_logits(model, tokenizer, rows: list[list[int]], forced, places: list[int]):
+    """Logits (rows, places, vocabulary) after the tokens `forced` (rows, steps), taken in one batch, at some of the steps."""
+    import torch
+
+    free_memory(model)
+    width, pad = max(map(len, rows)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    positions, past, found = (mask.cumsum(-1) - 1).clamp(min=0), None, []
+    with torch.inference_mode(), torch.autocast(model.device.type, dtype=model.dtype, enabled=bool(gpus())):
+        for step in range(-1, forced.shape[1]):
+            if step >= 0:
+                ids, positions = forced[:, step : step + 1], positions[:, -1:] + 1
+                mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+            given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": past}
+            output = model(**given, use_cache=True, return_dict=True, logits_to_keep=1)
+            past = output.past_key_values
+            if step in places:
+                found.append(output.logits[:, -1].float().cpu())
+    return torch.stack(found, dim=1)
+
+
+def compare_steps(model, tokenizer, choices: list[Question]) -> dict:
+    """The largest difference of logits between three rows in a batch and each alone, in standard deviations, and how many
+    of the likeliest tokens are the same; 300 steps, over both growths of the cache.
+    """
+    import torch
+
+    rows = [tokenizer(question.prompt)["input_ids"] for question in choices[:3]]
+    places = [0, 1, 2, 50, 120, 127, 128, 129, 200, 255, 256, 257, 299]
+    tokens = np.random.default_rng(0).integers(10, min(90_000, model.config.vocab_size), (len(rows), 300))
+    forced = torch.tensor(tokens, device=model.device)
+    together = forced_logits(model, tokenizer, rows, forced, places)
+    alone = [forced_logits(model, tokenizer, [row], forced[i : i + 1], places) for i, row in enumerate(rows)]
+    apart = torch.cat(alone)
+    return {
+        "largest_difference": round(float(((together - apart).abs().amax(-1) / apart.std(-1)).max()), 4),
+        "same_likeliest": round(float((together.argmax(-1) == apart.argmax(-1)).float().mean()), 4),
+    }
+
+
+def time_step(model, tokenizer, choices: list[Question], length: int, rows: int, config: GenerateSection) -> dict:
+    """Milliseconds of a step of `rows` sequences from `length` tokens on, by the clock and by kernel time, and its launches."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    batch = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in (choices[i % len(choices)] for i in range(rows))]
+    for one in batch:
+        one.generated = [100] * max(0, length - len(one.prompt))
+
+    def run(steps: int) -> float:
+        free_memory(model)
+        started = time.monotonic()
+        generation.generate_batch(model, tokenizer, batch, steps, config)
+        return time.monotonic() - started
+
+    def kernels(steps: int) -> tuple[float, int]:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            run(steps)
+        events = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(event.device_time_total for event in events) / 1000, len(events)
+
+    short, long = (min(run(steps) for _ in range(2)) for steps in (1, 65))
+    (few_ms, few), (more_ms, more) = kernels(5), kernels(13)
+    return {
+        "length": length,
+        "rows": rows,
+        "step_ms": round(1000 * (long - short) / 64, 2),
+        "prompts_seconds": round(short, 3),
+        "kernel_ms": round((more_ms - few_ms) / 8, 2),
+        "launches": (more - few) // 8,
+    }
+
+
+@app.command()
+def steps(
+    standin: Path,
+    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    out: Annotated[Path, typer.Option(help="The evidence of `measure`, to which this is added.")],
+) -> None:
+    """A batch's steps: their logits against each row alone, and their time by the ways to unpack 4-bit weights."""
+    model, tokenizer, choices, decoding = load(standin, items, room=LIMIT + 1024)
+    found: dict = {**where(), "logits": compare_steps(model, tokenizer, choices), "ways": []}
+    add_to_file(out, {"steps": found})
+    if not gpus():
+        return
+    import torch
+    from bitsandbytes.backends.cuda import ops
+    from unsloth.kernels import utils as kernels
+
+    fused, own = kernels._gemv_rows, ops._gpu_dispatch_props  # a T4's, as emulated
+
+    def dispatch(index: int) -> tuple[int, int, int]:
+        properties = torch.cuda.get_device_properties(index)
+        return properties.multi_processor_count, properties.major, properties.minor
+
+    for way in ("as a T4", "unpacked", "as this GPU"):
+        ops._gemm_4bit_use_custom_fn.cache_clear()
+        kernels._gemv_rows = (lambda *_: None) if way == "unpacked" else fused
+        ops._gpu_dispatch_props = dispatch if way == "as this GPU" else own
+        for length, rows in ((1000, 12), (1000, 24), (600, 48)):
+            timed = time_step(
+                model, tokenizer, choices, length, rows, decoding.model_copy(update={"max_new_tokens": LIMIT})
+            )
+            found["ways"].append({"way": way, **timed})
+            add_to_file(out, {"steps": found})
+            print(found["ways"][-1], flush=True)
 
 
 @app.command()

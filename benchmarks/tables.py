@@ -240,6 +240,30 @@ def answering() -> str:
     return markdown(header, rows, measured("generation", "8B shapes, 4-bit, fp16, a T4's limits"))
 
 
+def answering_steps() -> str:
+    found = evidence("generation")["steps"]
+    before = [
+        {"way": "launch by launch; unpacked first, another host", **step} for step in found["launch_by_launch"]["steps"]
+    ]
+    names = {
+        "unpacked": "a graph; unpacked first",
+        "as this GPU": "a graph; unpacked in the product where that is faster here",
+        "as a T4": "a graph; unpacked in the product where that is faster on a T4",
+    }
+    ways = [step | {"way": name} for way, name in names.items() for step in found["ways"] if step["way"] == way]
+    rows = [
+        (step["way"], step["rows"], f"{step['length']:,}", f"{step['step_ms']:.0f} ms", f"{step['kernel_ms']:.0f} ms",
+         f"{step['launches']:,}")
+        for step in before + ways
+    ]  # fmt: skip
+    where = f"8B shapes, 4-bit, fp16, a T4's limits. {found['gpu'][0]}, {found['date']}: {link('generation')}, `steps`."
+    return markdown(
+        ("a step; its 4-bit weights", "answers at once", "tokens each", "by the clock", "by kernel time", "kernels"),
+        rows,
+        where,
+    )
+
+
 def series() -> str:
     found = evidence("series-8b")
     stages = found["series"]["stages"]
@@ -413,7 +437,7 @@ def make_targets() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
     for table in (
-        answering, calibration, colab_image, controls, gguf, killed, letters, loads, make_targets, merge, packing_parity,
+        answering, answering_steps, calibration, colab_image, controls, gguf, killed, letters, loads, make_targets, merge, packing_parity,
         real_model, repeatability, scorers, series, serving, split, stages, suffix,
         training, training_operations, training_ratios, training_rows, wall,
     )

@@ -128,6 +128,46 @@ def test_the_real_jobs_figures_follow_from_its_batches_and_windows():
     assert job["ratio_sorted"] >= 1.2
 
 
+def test_half_of_the_real_job_took_the_time_of_its_batches_with_a_graph_for_each_step():
+    job, text = GENERATION["half_job"], " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
+    engine, batches = job["engine"], job["engine"]["batches"]
+    assert engine["questions"] == 308 and engine["reserved_gib"] <= 14.0 and len(engine["out_of_memory"]) == 4
+    assert engine["steps"] == sum(steps for _, steps, _ in batches)
+    assert engine["tokens_per_second"] == pytest.approx(engine["tokens"] / engine["seconds"], abs=0.1)
+    # What is left are the attempts that did not fit.
+    assert 0.97 * engine["seconds"] < sum(seconds for _, _, seconds in batches) < engine["seconds"]
+    assert job["ratio_single"] == round(engine["tokens_per_second"] / peer_speed(job["single"]), 2) >= 25
+    for quoted in (
+        f"took {engine['seconds']:.0f} s at {engine['tokens_per_second']:.0f} tokens/s",
+        f"{job['ratio_single']:.0f} times",
+    ):
+        assert quoted in text
+    milliseconds = [(rows, 1000 * seconds / steps) for rows, steps, seconds in batches]
+    several = statistics.median(ms for rows, ms in milliseconds if rows >= 10)
+    alone = [ms for rows, ms in milliseconds if rows == 1]
+    assert f"A step** takes {several:.0f} ms" in text and dict(milliseconds)[78] < min(alone)
+    assert f"**The last answer alone** takes {min(alone):.0f} to {max(alone):.0f} ms a token" in text
+    assert f"at work: {engine['tokens'] / engine['steps']:.0f} on average" in text
+
+
+def test_a_graphs_step_gives_unsloths_logits_in_half_the_time():
+    steps = GENERATION["steps"]
+    assert {found["model"] for found in steps["logits"]} == {"base", "LoRA"}
+    assert all(found["largest_difference"] < 0.03 and found["same_likeliest"] == 1 for found in steps["logits"])
+    assert max(steps["fused_product"]["errors"].values()) < 1e-3
+    graphs = {(way["way"], way["length"], way["rows"]): way["step_ms"] for way in steps["ways"]}
+    for before in steps["launch_by_launch"]["steps"]:
+        assert graphs["unpacked", before["length"], before["rows"]] < before["step_ms"] / 2
+
+
+def test_attentions_backward_pass_gives_the_same_bits_and_splitting_its_keys_pays():
+    shapes = SEVERAL["attention_twice"]["shapes"]
+    assert all(shape["same"] == {"None": True, "1": True} for shape in shapes)
+    dearer = [shape["microseconds"]["1"] / shape["microseconds"]["None"] for shape in shapes]
+    text = " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
+    assert f"takes {min(dearer):.1f} to {max(dearer):.0f} times as long" in text
+
+
 def test_more_rows_cost_little_before_the_first_update_and_nothing_in_each():
     few, some, many = (TRAIN["growth"]["by_rows"][count] for count in ("500", "2000", "8000"))
     assert many["packs"] > 15 * few["packs"] and many["prepare_seconds"] < 2 * few["prepare_seconds"]
@@ -225,6 +265,17 @@ def test_what_the_docs_say_was_tried_is_what_was_measured():
     )
     share = alone[both]["tokens_per_second"] * alone[both]["flops_per_token"] / tried["alone"]["peak"]["tflops"] / 1e12
     assert f"at {share:.0%}".replace("%", " %") in text
+    unsplit = tried["keys_not_split"]
+    ours, packing = unsplit["configurations"].values()
+    ran = f"{ours['tokens_per_second']:,.0f} tokens/s by wall time and {ours['kernels']['tokens_per_second']:,.0f} by kernel time"
+    assert f"{ran}: {unsplit['peak_share']:.0%} and {unsplit['peak_share_kernel']:.0%}".replace("%", " %") in text
+    wall, kernel = (
+        by(ours) / by(packing) for by in (lambda c: c["tokens_per_second"], lambda c: c["kernels"]["tokens_per_second"])
+    )
+    assert f"{wall:.2f} and {kernel:.2f} times unsloth's packing" in text
+    one, two = (statistics.median(unsplit["two_gpus"][f"{n} GPU"]["update_seconds"]) for n in (1, 2))
+    assert f"Two GPUs were {unsplit['two_gpus']['ratio']:.2f} times" in text
+    assert unsplit["two_gpus"]["ratio"] == pytest.approx(one / two, rel=0.02)
     # Launches of two updates; the optimizer's share is what the same plan has more with the 8-bit one.
     optimizer = (beside["cast once"]["kernels"]["launches"] - alone[both]["kernels"]["launches"]) // 2
     cast = (
