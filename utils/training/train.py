@@ -27,18 +27,10 @@ from utils.pipeline.time_limit import Deadline
 from utils.report.figures import draw_loss
 from utils.report.tracking import Tracker
 from utils.schema import Config
+from utils.training import step_plan as plans
 from utils.training.callbacks import BestCallback, HealthCallback, SessionCallback, ShowCallback, Stopwatch
 from utils.training.launch import SUMMARY
-from utils.training.step_plan import (
-    FILE,
-    StepPlan,
-    choose_plan,
-    recompute_as,
-    release_trainer,
-    smaller_plan,
-    train_if_it_fits,
-    trainable_weights,
-)
+from utils.training.step_plan import StepPlan
 
 
 def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> None:
@@ -50,7 +42,8 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
     model, tokenizer = load_with_lora(run.config)
     figures = _describe_model(model, run.config)
-    plan, first = choose_plan(run, model, tokenizer, rows, make_trainer, world_size()), trainable_weights(model)
+    plan = plans.choose_plan(run, model, tokenizer, rows, make_trainer, world_size())
+    first = plans.trainable_weights(model)
     tracker = Tracker(run, job_type="train") if global_rank() == 0 else None
     try:
         while (trained := _train_by(plan, run, model, tokenizer, rows, make_trainer, tracker)) is None:
@@ -100,7 +93,7 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
         trainer.add_callback(callback)
     if trainer.args.load_best_model_at_end:
         trainer.add_callback(BestCallback())
-    recompute_as(trainer, config, plan)
+    plans.recompute_as(trainer, config, plan)
     watch, checkpoint = Stopwatch(trainer), find_checkpoint(folder)
     if config.train.max_steps == 0:  # for testing the comparison: the adapter stays as it was initialised
         return trainer, watch
@@ -108,11 +101,11 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
         return trainer, watch
     try:
         with session.stop:
-            fits = train_if_it_fits(trainer, checkpoint)
+            fits = plans.train_if_it_fits(trainer, checkpoint)
     finally:
         shown.close()
     if not fits:
-        release_trainer(trainer)
+        plans.release_trainer(trainer)
         return None
     if session.ended:
         if tracker is not None:
@@ -150,8 +143,8 @@ def _fall_back(run: StageRun, plan: StepPlan, model, first: dict) -> StepPlan:
         found = f"One of {world_size()} processes ran out of memory with {plan}"
         raise OutOfMemory(f"{found}; lower {lower}, and run 03 again.")
     layers = len(transformer_layers(model)) if run.config.train.gradient_checkpointing else plan.recompute_layers
-    smaller, last = smaller_plan(plan, layers), find_checkpoint(checkpoint_dir(run))
-    write_json(run.file(FILE), parse_json(run.file(FILE).read_bytes()) | {"step_plan": asdict(smaller)})
+    smaller, last = plans.smaller_plan(plan, layers), find_checkpoint(checkpoint_dir(run))
+    write_json(run.file(plans.FILE), parse_json(run.file(plans.FILE).read_bytes()) | {"step_plan": asdict(smaller)})
     print(f"Out of memory with {plan}; resuming from {Path(last).name if last else 'the start'} with {smaller}.")
     if last is None:
         model.load_state_dict(first, strict=False)
