@@ -14,16 +14,8 @@ import pandas as pd
 
 from utils.data.prompts import format_prompt
 from utils.errors import ModelError
-from utils.export.compare_logits import (
-    EXACT,
-    ROUNDED,
-    Continuations,
-    check_tolerance,
-    choose_tolerance,
-    compare,
-    continue_greedily,
-    follow,
-)
+from utils.export import compare_logits
+from utils.export.compare_logits import Continuations
 from utils.export.gguf import check_folder
 from utils.export.merge import find_shards, list_tensors
 from utils.files import write_json
@@ -55,7 +47,7 @@ def write_reference(run: RunDir) -> None:
     model = load_plain(run.config, model_source(run.config))
     model = PeftModel.from_pretrained(model, str(run.file("training/adapter"))).eval()
     tokenizer = load_tokenizer(model_source(run.config), run.config.model.revision)
-    reference = continue_greedily(model, tokenizer, export_prompts(run), "the model in memory")
+    reference = compare_logits.continue_greedily(model, tokenizer, export_prompts(run), "the model in memory")
     del model
     free_memory()
     reference.save(run.file(REFERENCE))
@@ -66,10 +58,11 @@ def choose_tolerances(run: RunDir, folders: Mapping[str, Path]) -> dict[str, str
     now, then = resolve_hardware(run.config.hardware), run.record(BY_NAME["05_export"]).get("computed_on") or {}
     # Another device or backend rounds float32 otherwise.
     dtypes = {now["dtype"]} if now == then else {now["dtype"], then.get("dtype"), "float16"}
-    tolerances = {"adapter": choose_tolerance(dtypes)}
+    tolerances = {"adapter": compare_logits.choose_tolerance(dtypes)}
     if "merged" in folders:
         dtypes |= {dtype for _, dtype, _ in list_tensors(find_shards(folders["merged"])).values()}
-        tolerances["merged"] = choose_tolerance(dtypes | ({"4-bit"} if run.config.model.load_in_4bit else set()))
+        dtypes |= {"4-bit"} if run.config.model.load_in_4bit else set()
+        tolerances["merged"] = compare_logits.choose_tolerance(dtypes)
     return tolerances
 
 
@@ -79,10 +72,10 @@ def verify_exports(run: RunDir, folders: Mapping[str, Path]) -> dict[str, dict]:
     reference = Continuations.load(run.file(REFERENCE))
     answers = answer_elsewhere(run.config, {kind: folders[kind] for kind in tolerances}, prompts, run.file(REFERENCE))
     for kind, tolerance in tolerances.items():
-        found = compare(reference, answers[kind])
+        found = compare_logits.compare(reference, answers[kind])
         level = "exact" if tolerance == "exact" else f"rounded to {tolerance}"
         figures[kind] = {"level": level, **found}
-        if problem := check_tolerance(found, tolerance):
+        if problem := compare_logits.check_tolerance(found, tolerance):
             raise ModelError(f"The exported {kind}, loaded back, gives {problem}; delete export/ and run 05 again.")
     if "gguf" in folders:
         # In 4-bit, the model in memory is no measure of files that were rounded less.
@@ -116,7 +109,7 @@ def answer(task: Path) -> None:
     reference = Continuations.load(Path(wanted["reference"]))
     for kind, folder in wanted["folders"].items():
         model, tokenizer = load_export(config, folder, on_base=kind == "adapter")
-        answers = follow(model, tokenizer, wanted["prompts"], reference, f"loaded back: {kind}")
+        answers = compare_logits.follow(model, tokenizer, wanted["prompts"], reference, f"loaded back: {kind}")
         answers.save(task.with_name(f"{kind}.safetensors"))
         del model
         free_memory()
@@ -139,8 +132,8 @@ def write_record(run: RunDir, folders: Mapping[str, Path], figures: dict[str, di
         kind: str(folder.relative_to(run.path) if folder.is_relative_to(run.path) else folder)
         for kind, folder in folders.items()
     }
-    record = {"folders": places, "tolerances": {"exact": EXACT, **ROUNDED}, "agreement": figures}
-    write_json(run.file("export/verify.json"), record)
+    tolerances = {"exact": compare_logits.EXACT, **compare_logits.ROUNDED}
+    write_json(run.file("export/verify.json"), {"folders": places, "tolerances": tolerances, "agreement": figures})
 
 
 if __name__ == "__main__":
