@@ -71,38 +71,30 @@ def run(
 @app.command()
 def score(run_dir: RunDirArgument, ratings: RatingsOption = None) -> None:
     """Recompute every metric from the saved answers; no model is loaded."""
-    from utils.evaluation import (
-        compare_models,
-        keep_ratings,
-        read_evaluation,
-        show_p,
-        state_preference,
-        write_comparison,
-    )
+    from utils import evaluation, report
     from utils.files import record_files
     from utils.pipeline.lock import take_lock
-    from utils.report import draw_comparison, write_answers_page, write_rating_page, write_report
 
     run, stage = _open(run_dir), BY_NAME["04_comparison"]
     take_lock(run.path, "python -m utils score")
     require_recorded(run.path, (*stage.inputs[:-1], "tuned"))  # all that is read here; the adapter is not
-    base, tuned = read_evaluation(run, "base"), read_evaluation(run, "tuned")
+    base, tuned = evaluation.read_evaluation(run, "base"), evaluation.read_evaluation(run, "tuned")
     if ratings is not None:
-        keep_ratings(run, base, tuned, ratings)
-    metrics = compare_models(run, base, tuned)
-    table = write_comparison(run, metrics)
-    draw_comparison(base, tuned, metrics, run.file("comparison/comparison.png"))
-    write_answers_page(run, base, tuned)
-    write_rating_page(run, base, tuned)
+        evaluation.keep_ratings(run, base, tuned, ratings)
+    metrics = evaluation.compare_models(run, base, tuned)
+    table = evaluation.write_comparison(run, metrics)
+    report.draw_comparison(base, tuned, metrics, run.file("comparison/comparison.png"))
+    report.write_answers_page(run, base, tuned)
+    report.write_rating_page(run, base, tuned)
     outputs = record_files(run.path, (*stage.outputs, *stage.optional))
     run.write_record(stage, **{**run.record(stage), "outputs": outputs})
     if run.file("report/index.html").exists():
-        write_report(run)  # which shows the claims
-    console.print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": show_p}))
+        report.write_report(run)  # which shows the claims
+    console.print(table.to_string(index=False, float_format=lambda x: f"{x:.3f}", formatters={"p": evaluation.show_p}))
     _warn_if_stale(run, stage)
     console.print(metrics["sentence"], style="bold")
     if ratings is not None:
-        console.print(state_preference(run, base, tuned)[0]["sentence"])
+        console.print(evaluation.state_preference(run, base, tuned)[0]["sentence"])
 
 
 @app.command()
