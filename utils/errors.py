@@ -2,10 +2,14 @@
 
 
 class UserError(Exception):
-    """A mistake or a lack that the user can mend; a notebook shows its sentence, one printable line, and no stack."""
+    """A mistake or a lack that the user can mend; a notebook shows its sentence, one printable line, the middle of a long one left out, and no stack."""
 
     def __init__(self, message: object = ""):
-        super().__init__(one_line(str(message)))
+        text = str(message)
+        if not text.isprintable():
+            text = " ".join(text.split())
+            text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        super().__init__(text if len(text) <= 1000 else f"{text[:660]} … {text[-340:]}")
 
     def _render_traceback_(self) -> list[str]:
         """IPython's hook for exceptions that draw themselves."""
@@ -59,11 +63,3 @@ class Interrupted(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for a sentence; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def one_line(text: str) -> str:
-    """`text` on one line that any terminal shows, controls escaped, the middle of a long one left out."""
-    if not text.isprintable():
-        text = " ".join(text.split())
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= 1000 else f"{text[:660]} … {text[-340:]}"
