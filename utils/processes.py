@@ -23,7 +23,7 @@ _GRACE_S = 5.0  # between "please end" and SIGKILL
 _LOOK_S = 0.5  # between two looks at what the command has started
 
 
-class Child:
+class Child(contextlib.AbstractContextManager):
     """A command at work, with its output in `log`; leaving the `with` block ends it."""
 
     def __init__(self, command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None):
@@ -39,9 +39,6 @@ class Child:
                 env={**os.environ, "PYTHONPATH": python_path(), **(environment or {})},
                 start_new_session=True,  # Ctrl-C reaches us alone, and we decide what becomes of it
             )
-
-    def __enter__(self) -> "Child":
-        return self
 
     def __exit__(self, *_) -> None:
         self.end()

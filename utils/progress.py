@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ def report_to(run_dir: Path) -> None:
     _file = run_dir / FILE if (run_dir / FILE).exists() else None
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """A bar of `total` units, as a context manager; `update` moves it."""
 
     def __init__(self, description: str, total: int, unit: str = "it"):
@@ -57,9 +57,6 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
