@@ -6,7 +6,7 @@ One YAML file below notebooks/profiles is one kind of run; `--set a.b=value` and
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -245,11 +245,8 @@ def _explain(error: ValidationError, source: str) -> str:
 def _known_keys(path: list[str]) -> list[str]:
     model: type[BaseModel] = Config
     for part in path:
-        if part.isdigit():  # an entry of a list, whose type the step before has already found
-            continue
-        annotation = model.model_fields[part].annotation
-        annotation = next(iter(get_args(annotation)), annotation) if get_origin(annotation) is list else annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
+        if not part.isdigit():  # an entry of a list, whose type the step before has already found
+            annotation = model.model_fields[part].annotation
+            kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+            model = next(kind for kind in kinds if issubclass(kind, BaseModel))
     return [name for name in model.model_fields if name != "profile"]
