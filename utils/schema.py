@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -214,22 +213,16 @@ class Config(Section):
     tracking: TrackingSection = TrackingSection()
     hardware: HardwareSection = HardwareSection()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _register_primary(cls, values: Any) -> Any:
+    @model_validator(mode="after")
+    def _register_primary(self) -> Config:
         """Replace `primary: auto` by what the data can carry, so that the run directory names it before any score."""
-        evaluate, data = (values.get(name) or {} for name in ("evaluate", "data"))
-        sections = isinstance(evaluate, Mapping) and isinstance(data, Mapping)
-        if not sections or evaluate.get("primary", "auto") != "auto":
-            return values  # validation says it better
-        benchmark = evaluate.get("benchmark") or {}
-        if data.get("name", EMBEDDED) == EMBEDDED and not data.get("path"):
-            primary = "accuracy"
-        elif isinstance(benchmark, Mapping) and (benchmark.get("name") or benchmark.get("path")):
-            primary = "multiple_choice"
-        else:
-            primary = "nll"
-        return {**values, "evaluate": {**evaluate, "primary": primary}}
+        if self.evaluate.primary == "auto":
+            carried = "multiple_choice" if self.evaluate.benchmark.wanted else "nll"
+            primary = "accuracy" if self.embedded_data else carried
+            self.__dict__["evaluate"] = self.evaluate.model_copy(
+                update={"primary": primary}
+            )  # frozen only from here on
+        return self
 
     @model_validator(mode="after")
     def _can_carry_primary(self) -> Config:
