@@ -19,15 +19,10 @@ from utils.pipeline.run_dir import RunDir
 from utils.project import NAME, REPOSITORY
 from utils.schema import EMBEDDED
 
-HOLDS = {
-    "adapter": "a LoRA adapter, to be loaded on its base model",
-    "merged": "the whole model, the adapter folded into its weights",
-    "gguf": "the merged model for llama.cpp and what rests on it",
-}
-_ON_THE_HUB = {
-    "adapter": ("peft", "adapter"),
-    "merged": ("transformers", "finetune"),
-    "gguf": ("llama.cpp", "quantized"),
+_KINDS = {  # {export: what its folder holds, and on the Hub its library and its relation to the base}
+    "adapter": ("a LoRA adapter, to be loaded on its base model", "peft", "adapter"),
+    "merged": ("the whole model, the adapter folded into its weights", "transformers", "finetune"),
+    "gguf": ("the merged model for llama.cpp and what rests on it", "llama.cpp", "quantized"),
 }
 _DATA = "FreedomIntelligence/medical-o1-reasoning-SFT"
 _LLAMA = "https://www.llama.com/llama3_1/license/"
@@ -42,7 +37,7 @@ def write_cards(run: RunDir, folders: Mapping[str, Path], figures: Mapping[str, 
     lines = [f"# {_title(run)}", "", _read(run, "comparison/metrics.json")["sentence"], ""]
     for kind, folder in folders.items():
         lost = "" if folder.is_relative_to(run.path) else "; too large to be kept here, made to be uploaded"
-        lines.append(f"- `{kind}/`: {HOLDS[kind]}; a repository of its own, with its card{lost}")
+        lines.append(f"- `{kind}/`: {_KINDS[kind][0]}; a repository of its own, with its card{lost}")
     lines += ["", "For research and education only. No medical advice."]
     write_text(run.file("export/README.md"), "\n".join(lines) + "\n")
 
@@ -58,7 +53,7 @@ def make_card(run: RunDir, kind: str, folders: Mapping[str, Path], figures: Mapp
         template_str=(files("utils.report") / "templates" / "card.md.j2").read_text(encoding="utf-8"),
         title=_title(run),
         kind=kind,
-        holds=HOLDS[kind],
+        holds=_KINDS[kind][0],
         config=config,
         metrics=_read(run, "comparison/metrics.json"),
         split=_read(run, "data/split.json"),
@@ -91,7 +86,7 @@ def make_card(run: RunDir, kind: str, folders: Mapping[str, Path], figures: Mapp
 
 
 def _metadata(run: RunDir, kind: str) -> ModelCardData:
-    config, (base, _), (library, relation) = run.config, merged_into(run.config), _ON_THE_HUB[kind]
+    config, (base, _), (_, library, relation) = run.config, merged_into(run.config), _KINDS[kind]
     about = {"license": "other", "license_name": "as-the-base-model"}
     if _known_base(run):
         about = {"license": "other", "license_name": "mit-and-llama-3.1-community", "license_link": _LLAMA}
