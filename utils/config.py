@@ -84,23 +84,14 @@ def differing_settings(config: Config) -> dict[str, Any]:
     try:
         values = _read_yaml(PROFILES / f"{config.profile}.yaml", "") | {"profile": config.profile}
         on_cpu = flatten(values.pop("on_cpu", {}))  # a run may have begun on another machine
-        profile = _validate(values, "").model_dump(mode="json")
+        profile = _validate(values, "")
+        by_export = {"export.base_revision": profile.export.base_revision or config.export.base_revision}
+        found = _validate(_apply(values, found_by_setup(config, profile) | by_export), "")
     except ConfigError:
         return {}  # the profile is gone, and the run has all of its settings itself
-    own = config.model_dump(mode="json", exclude={"prompt": {"format"}})  # which 00 found, and nobody gave
-    given, on_file = flatten(_without_pins(own, profile)), flatten(profile)
-    sized = {key for key, value in on_cpu.items() if given[key] == value}
-    return {key: value for key, value in flatten(own).items() if on_file.get(key) != given[key] and key not in sized}
-
-
-def _without_pins(own: Any, profile: Any) -> Any:
-    """`own` with None for each commit where the profile has none."""
-    if isinstance(own, Mapping) and isinstance(profile, Mapping):
-        found = {key for key in own if key.endswith("revision") and profile.get(key) is None}
-        return {key: None if key in found else _without_pins(value, profile.get(key)) for key, value in own.items()}
-    if isinstance(own, list) and isinstance(profile, list) and len(own) == len(profile):  # evaluate.more_benchmarks
-        return [_without_pins(*pair) for pair in zip(own, profile, strict=True)]
-    return own
+    own, on_file = (flatten(one.model_dump(mode="json")) for one in (config, found))
+    sized = {key for key, value in on_cpu.items() if own[key] == value}
+    return {key: value for key, value in own.items() if on_file.get(key) != value and key not in sized}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
