@@ -18,6 +18,7 @@ ATTEMPTS = 6
 TIMEOUT_S = 120  # the package sets none: a connection that fell silent would be waited for without end
 SETTINGS = "https://www.kaggle.com/settings"
 FINISHED = ("complete", "error", "cancel acknowledged")
+_TURNED_AWAY = 429  # for its rate: the server certainly did nothing
 _OWNER = "; check the kernel's name and its owner"
 _HINTS = {401: f"; make a new token at {SETTINGS}", 403: _OWNER, 404: _OWNER}
 
@@ -52,7 +53,7 @@ class Kaggle:
             request.kernel_execution_type = KernelExecutionType.QUICK_SAVE
         try:
             with patch("kaggle.api.kaggle_api_extended.ApiSaveKernelRequest", lambda: request):
-                return repeat("the push", action, self.log, _is_turned_away)
+                return repeat("the push", action, self.log, lambda error: status_of(error) == _TURNED_AWAY)
         except InfrastructureError as error:
             unsure = f"Whether the push arrived is not known: look at {page(reference)} before you push again."
             raise InfrastructureError(f"{error} {unsure}") from None
@@ -88,16 +89,12 @@ def status_of(error: BaseException | None) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _is_turned_away(error: BaseException) -> bool:
-    return status_of(error) == 429  # for its rate: the server certainly did nothing
-
-
 def passes(error: BaseException | None) -> bool:
     """Whether it is worth another try: rate limits, 5xx, broken connections, and an answer that is no JSON."""
     import requests
 
     if status := status_of(error):
-        return _is_turned_away(error) or status >= 500
+        return status == _TURNED_AWAY or status >= 500
     broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, ConnectionError)
     return isinstance(error, (*broken, json.JSONDecodeError))
 
