@@ -72,6 +72,11 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises OSError, and ValueError for whatever is no JSON."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file; none where there is no file. A line that a kill cut off is passed over."""
     rows = []

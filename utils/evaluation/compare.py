@@ -1,6 +1,5 @@
 """Both models side by side, from files alone: paired figures, the claims they carry, the verdict in words."""
 
-import json
 from collections.abc import Iterator, Mapping
 
 import pandas as pd
@@ -10,7 +9,7 @@ from utils.errors import RunDirError
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.metrics import find_metric
 from utils.evaluation.statistics import Result, Verdict, compare_paired, detectable_difference, show_p, verdict
-from utils.files import atomic, write_json
+from utils.files import atomic, read_json, write_json
 from utils.pipeline.run_dir import RunDir
 
 _LATE = " What was measured was changed after answers existed, so this is no registered result."
@@ -50,9 +49,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
     described = [result for result in secondary if result.name not in _OF_KNOWLEDGE]
     adjusted = multipletests([r.p_value for r in described], method="holm")[1] if described else []
     corrected = {r.name: float(p) for r, p in zip(described, adjusted, strict=True)}
-    contamination, registration = (
-        json.loads(run.file(f"data/{file}.json").read_text(encoding="utf-8")) for file in ("split", "registration")
-    )
+    split, registration = (read_json(run.file(f"data/{name}.json")) for name in ("split", "registration"))
     models = {which: one.scored for which, one in (("base", base), ("tuned", tuned))}
     return {
         "profile": run.config.profile,
@@ -69,7 +66,7 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
             for which, scored in models.items()
         },
         "nll_rows_left_out": base.left_out,  # longer than model.max_seq_length: in no loss, of neither model
-        "contamination": contamination.get("contamination", {}),
+        "contamination": split.get("contamination", {}),
         "registration": registration,
         "claims": state_claims(name, results, corrected),
         "verdict": decide(name, results, corrected)[0],

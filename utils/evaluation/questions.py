@@ -14,7 +14,7 @@ from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.data.rows import read_benchmark
 from utils.errors import DataError, RunDirError
 from utils.evaluation.answer_parsing import explicit_letter, parse_completion
-from utils.files import digests, read_lines, write_json
+from utils.files import digests, read_json, read_lines, write_json
 from utils.hardware import gpus, processes
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
@@ -89,7 +89,7 @@ def load_questions(run: RunDir) -> tuple[list[Question], pd.DataFrame, pd.DataFr
 
 def load_tutorial_question(run: RunDir) -> dict:
     """The row by which the tutorials judge, kept out of training; empty where the data have no such row."""
-    return json.loads(run.file("data/anecdote.json").read_text(encoding="utf-8"))
+    return read_json(run.file("data/anecdote.json"))
 
 
 def collect_references(held_out: pd.DataFrame, benchmark: pd.DataFrame | None) -> list[str]:
@@ -115,7 +115,7 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
         "decoding": config.generate.model_dump(mode="json", exclude={"batch_size"}),
         "seed": config.evaluate.seed,
     }
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = read_json(path) if path.exists() else {}
     changed = before.pop("changed_after_answers", False)
     # Of answers without a registration nothing is known.
     planned["changed_after_answers"] = changed or (run.file("baseline/answers.jsonl").exists() and before != planned)

@@ -1,13 +1,12 @@
 """One more process for every further GPU, with a share of the questions; what it leaves is answered here."""
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from utils.evaluation.questions import FOLDERS, Model, Question, load_questions, model_digest
-from utils.files import write_json
+from utils.files import read_json, write_json
 from utils.hardware import gpu_ids, processes
 from utils.models.tokenizer import model_source
 from utils.pipeline.run_dir import RunDir, open_run
@@ -60,7 +59,7 @@ def answer_share(run_dir: str, which: Model, number: int) -> None:
     from utils.evaluation.generate import answer_questions, share_path
 
     run = open_run("auto", run_dir)
-    listed = json.loads(_listed(run, which, number).read_text(encoding="utf-8"))
+    listed = read_json(_listed(run, which, number))
     questions = {question.id: question for question in load_questions(run)[0]}
     model, tokenizer = load_for_inference(run, which)
     path, digest = share_path(run.file(f"{FOLDERS[which]}/answers.jsonl"), number), model_digest(run, which)

@@ -1,6 +1,5 @@
 """What others can load: the adapter in one folder, the merged model in another, each complete and a repository of its own."""
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from utils.errors import ModelError
 from utils.export.chat_template import fit_chat_template
 from utils.export.merge import INDEX, find_shards, merge_shards, read_lora
 from utils.export.places import scratch_folder
-from utils.files import atomic_folder, is_folder, write_json
+from utils.files import atomic_folder, is_folder, read_json, write_json
 from utils.hardware import GIB, free_disk_gib, hub_cache, require_disk
 from utils.models import smollm2
 from utils.models.tokenizer import load_tokenizer, model_source
@@ -27,7 +26,7 @@ def copy_adapter(run: RunDir) -> Path:
     """export/adapter: the trained adapter, which names its base and commit, with tokenizer and chat template beside it."""
     name, revision = trained_on(run.config)
     source, target = run.file("training/adapter"), run.file("export/adapter")
-    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(source / "adapter_config.json")
     with atomic_folder(target) as folder:
         shutil.copyfile(source / "adapter_model.safetensors", folder / "adapter_model.safetensors")
         write_json(folder / "adapter_config.json", settings | {"base_model_name_or_path": name, "revision": revision})
@@ -56,7 +55,7 @@ def merge_adapter(run: StageRun, target: Path | None) -> Path | None:
         require_disk(target.parent, needed / GIB + 0.05, f"export/{target.name}")
         merge_shards(base, lora, folder, fetch)
         # As published: transformers 5 would write keys that version 4, vLLM and llama.cpp read otherwise.
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config = read_json(base / "config.json")
         write_json(folder / "config.json", {key: value for key, value in config.items() if key != "_name_or_path"})
         if (base / "generation_config.json").exists():
             shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
@@ -73,7 +72,7 @@ def save_tokenizer(run: RunDir, folder: Path) -> None:
     tokenizer = load_tokenizer(model_source(run.config), run.config.model.revision)
     fit_chat_template(tokenizer, run.config.prompt)
     tokenizer.save_pretrained(str(folder))
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "tokenizer_config.json")
     kept = {key: value for key, value in settings.items() if key not in _LOCAL_KEYS}
     # Version 5 names the class TokenizersBackend, which version 4 and what rests on it do not know.
     write_json(folder / "tokenizer_config.json", kept | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -3,7 +3,6 @@
 `python -m utils.export.gguf CONVERTER ...` is that converter for a vocabulary that llama.cpp has never seen.
 """
 
-import json
 import os
 import runpy
 import shutil
@@ -23,7 +22,7 @@ from utils.export.adapter import merge_adapter
 from utils.export.chat_template import make_modelfile
 from utils.export.compare_logits import NEW_TOKENS, Continuations, compare_tokens
 from utils.export.places import scratch_folder
-from utils.files import atomic_folder
+from utils.files import atomic_folder, read_json
 from utils.hardware import GIB, require_disk, where
 from utils.pipeline.stage import StageRun
 from utils.processes import Child
@@ -142,7 +141,7 @@ def convert(
 
 def name_pre_tokenizer(tokenizer_json: Path) -> str | None:
     """gpt-2 where a tokenizer.json splits text by that rule before byte pairs are merged, else None."""
-    rule = json.loads(tokenizer_json.read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    rule = read_json(tokenizer_json).get("pre_tokenizer") or {}
     plain = rule.get("use_regex", True) and not rule.get("add_prefix_space", False)
     return "gpt-2" if rule.get("type") == "ByteLevel" and plain else None
 

@@ -1,6 +1,5 @@
 """LoRA folded into a model's own 16-bit shards, one shard in memory: W + scale * B @ A, in float32, rounded once."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from utils.errors import ModelError
-from utils.files import is_there
+from utils.files import is_there, read_json
 from utils.progress import track
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -30,7 +29,7 @@ class Lora:
 
 def read_lora(folder: Path) -> Lora:
     """The adapter in `folder`; raises ModelError for one that holds more than pairs of factors."""
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "adapter_config.json")
     tensors = load_file(folder / "adapter_model.safetensors")
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     odd = sorted({f"{name}.lora_{side}.weight" for name in names for side in "AB"} ^ set(tensors))
@@ -52,7 +51,7 @@ def find_shards(folder: Path, complete: bool = True) -> list[Path]:
     index, names = folder / INDEX, [SINGLE]
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             if not names or any(not name or Path(name).name != name for name in names):
                 raise ValueError("its weight_map does not name files beside it")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

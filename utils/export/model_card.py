@@ -1,11 +1,9 @@
 """The model card: the words are in the template, the figures in the run's own files."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -14,7 +12,7 @@ from utils.evaluation.statistics import show_p
 from utils.export.adapter import merged_into, trained_on
 from utils.export.compare_logits import LEVELS
 from utils.export.gguf import BITS, LORA, file_name
-from utils.files import write_text
+from utils.files import read_json, write_text
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME, REPOSITORY
 from utils.schema import EMBEDDED
@@ -34,7 +32,7 @@ def write_cards(run: RunDir, folders: Mapping[str, Path], figures: Mapping[str, 
     """README.md in every exported folder, each a repository's card, and export/README.md, which names them."""
     for kind, folder in folders.items():
         write_text(folder / "README.md", str(make_card(run, kind, folders, figures)))
-    lines = [f"# {_title(run)}", "", _read(run, "comparison/metrics.json")["sentence"], ""]
+    lines = [f"# {_title(run)}", "", read_json(run.file("comparison/metrics.json"))["sentence"], ""]
     for kind, folder in folders.items():
         lost = "" if folder.is_relative_to(run.path) else "; too large to be kept here, made to be uploaded"
         lines.append(f"- `{kind}/`: {_KINDS[kind][0]}; a repository of its own, with its card{lost}")
@@ -55,10 +53,10 @@ def make_card(run: RunDir, kind: str, folders: Mapping[str, Path], figures: Mapp
         kind=kind,
         holds=_KINDS[kind][0],
         config=config,
-        metrics=_read(run, "comparison/metrics.json"),
-        split=_read(run, "data/split.json"),
+        metrics=read_json(run.file("comparison/metrics.json")),
+        split=read_json(run.file("data/split.json")),
         trained=trained,
-        machine=_read(run, "environment.json")["machine"],
+        machine=read_json(run.file("environment.json"))["machine"],
         seconds=sum(stage.get("seconds", 0) for stage in stages.values()),
         base=base,
         trained_on=trained_on(config),
@@ -107,8 +105,4 @@ def _known_base(run: RunDir) -> bool:
 def _title(run: RunDir) -> str:
     name, _ = trained_on(run.config)
     what = "The demo's tiny model" if name == EMBEDDED else name.split("/")[-1]
-    return f"{what}, fine-tuned with LoRA on {_read(run, 'data/split.json')['source']}"
-
-
-def _read(run: RunDir, relative: str) -> dict[str, Any]:
-    return json.loads(run.file(relative).read_text(encoding="utf-8"))
+    return f"{what}, fine-tuned with LoRA on {read_json(run.file('data/split.json'))['source']}"

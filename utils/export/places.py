@@ -1,12 +1,11 @@
 """Where exports lie: in the run directory, or in scratch where the session's output has no room for them."""
 
 import hashlib
-import json
 import tempfile
 from pathlib import Path
 
 from utils.errors import RunDirError
-from utils.files import is_folder
+from utils.files import is_folder, read_json
 from utils.hardware import where
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME
@@ -25,7 +24,7 @@ def export_folders(run: RunDir) -> dict[str, Path]:
     record, places = run.file("export/verify.json"), {}
     try:
         if record.exists():  # not before the first export
-            places = dict(json.loads(record.read_text(encoding="utf-8"))["folders"])
+            places = dict(read_json(record)["folders"])
         found = {kind: run.path / places.get(kind, f"export/{kind}") for kind in ("adapter", "merged", "gguf")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirError(f"{record} cannot be read ({type(error).__name__}); run 05 again.") from None

@@ -4,7 +4,6 @@
 memory, and the tokenizer is the one in the export's own folder.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from utils.export import compare_logits
 from utils.export.compare_logits import Continuations
 from utils.export.gguf import check_folder
 from utils.export.merge import find_shards, list_tensors
-from utils.files import write_json
+from utils.files import read_json, write_json
 from utils.hardware import resolve_hardware
 from utils.models.load import LOADS, load_plain, prepare_device
 from utils.models.memory import free_memory
@@ -103,7 +102,7 @@ def answer_elsewhere(
 
 def answer(task: Path) -> None:
     """What the fresh process does."""
-    wanted = json.loads(task.read_text(encoding="utf-8"))
+    wanted = read_json(task)
     config = Config.model_validate(wanted["config"])
     prepare_device(config)
     reference = Continuations.load(Path(wanted["reference"]))

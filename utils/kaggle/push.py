@@ -12,7 +12,7 @@ from rich.console import Console
 
 from utils.config import expand_home, flatten, load_config
 from utils.errors import InfrastructureError, ServiceError
-from utils.files import is_there, parse_json, write_json, write_text
+from utils.files import is_there, read_json, write_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.kaggle.bundle import MAXIMUM_BYTES, build_kernel, bundled_files
 from utils.kaggle.collect import peek
@@ -66,7 +66,7 @@ class Submission:
 def read_metadata() -> dict[str, Any]:
     """kernel-metadata.json; raises ServiceError where a setting is not written out, or is none."""
     try:
-        found = parse_json(METADATA.read_text(encoding="utf-8"))
+        found = read_json(METADATA)
         wrong = [key for kind, keys in _EXPECTED.items() for key in keys if not isinstance(found[key], kind)]
         wrong += [key for key in _EXPECTED[list] if not all(isinstance(part, str) for part in found[key])]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,5 @@
 """What the driver shows: one line for the stage at work, and in the end what was written and what comes next."""
 
-import json
 import sys
 import threading
 import time
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from utils.errors import RunDirError
+from utils.files import read_json
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import Stage
 from utils.progress import FILE
@@ -55,7 +55,7 @@ class LiveLine:
 
     def _text(self) -> Text:
         try:
-            at = json.loads(self.file.read_text())
+            at = read_json(self.file)
             done = f"  {at['description']} {at['done']}/{at['total']}  "
             return Text.assemble(self._heading(), done, (str(at["note"]), "dim"))
         except (OSError, ValueError, KeyError):  # the kernel is still importing
@@ -93,7 +93,7 @@ def read_sentence(run_dir: Path) -> str:
     """The verdict's sentence in comparison/metrics.json; raises RunDirError where that file is not what 04 writes."""
     file = run_dir / "comparison" / "metrics.json"
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["sentence"])
+        return str(read_json(file)["sentence"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = "it holds no sentence" if isinstance(error, (LookupError, TypeError)) else error
         raise RunDirError(f"{file} cannot be read ({reason}); run 04_comparison again, which writes it.") from None

@@ -5,7 +5,6 @@ need not run again, while its settings, inputs, outputs and notebook are those o
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -185,7 +184,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         if not file.exists():
             return {}
-        manifest = files.parse_json(file.read_text(encoding="utf-8"))
+        manifest = files.read_json(file)
         _Manifest.model_validate(manifest)
         return manifest
     except ValidationError as error:
@@ -225,5 +224,5 @@ def notebook_digest(stage: Stage) -> str:
     """sha256 over the notebook's cell sources, blind to outputs and ids; empty where it is not beside us."""
     if not stage.notebook.exists():
         return ""
-    cells = json.loads(stage.notebook.read_text(encoding="utf-8"))["cells"]
+    cells = files.read_json(stage.notebook)["cells"]
     return hashlib.sha256("\0".join("".join(cell["source"]) for cell in cells).encode()).hexdigest()

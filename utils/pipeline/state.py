@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from utils.files import parse_json, write_json
+from utils.files import read_json, write_json
 
 FILE = "state.json"
 
@@ -29,6 +29,6 @@ def write_state(run_dir: Path, state: SeriesState) -> None:
 def read_state(run_dir: Path) -> SeriesState | None:
     """The state on file; None where there is none that can be read."""
     try:
-        return SeriesState.model_validate(parse_json((run_dir / FILE).read_bytes()))
+        return SeriesState.model_validate(read_json(run_dir / FILE))
     except (OSError, ValueError):
         return None

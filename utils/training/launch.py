@@ -9,7 +9,6 @@ each GPU (DistributedDataParallel), all of which run it:
 import argparse
 import contextlib
 import inspect
-import json
 import runpy
 import sys
 import textwrap
@@ -22,7 +21,7 @@ import yaml
 
 from utils import errors
 from utils.errors import ConfigError, Interrupted, TrainingError, UserError
-from utils.files import write_json, write_text
+from utils.files import read_json, write_json, write_text
 from utils.hardware import global_rank, gpu_ids, local_rank, processes, resolve_hardware
 from utils.pipeline.run_dir import open_run
 from utils.pipeline.signals import StopRequest
@@ -50,7 +49,7 @@ def train_adapter(run: StageRun, load_with_lora: Callable, make_trainer: Callabl
     else:
         write_recipe(run, load_with_lora, make_trainer)
         _launch(run, count)
-    return json.loads(run.file(SUMMARY).read_text(encoding="utf-8"))
+    return read_json(run.file(SUMMARY))
 
 
 def processes_that_divide(run: StageRun) -> int:
@@ -129,7 +128,7 @@ def _run_to_the_end(run: StageRun, command: list) -> None:
             sys.stdout.write(output.read())
             sys.stdout.flush()
     if status and run.file(_ERROR).exists():
-        left = json.loads(run.file(_ERROR).read_text(encoding="utf-8"))
+        left = read_json(run.file(_ERROR))
         raise getattr(errors, left["kind"], TrainingError)(left["message"])
     if stop.asked and not run.file(SUMMARY).exists():
         raise Interrupted("Training was asked to stop; run 03 again, it resumes from its last checkpoint.")

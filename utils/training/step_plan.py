@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from utils.errors import OutOfMemory
-from utils.files import parse_json, write_json
+from utils.files import read_json, write_json
 from utils.hardware import GIB, global_rank, gpus, resolve_hardware, world_size
 from utils.models.load import transformer_layers
 from utils.models.memory import free_bytes, free_memory, is_out_of_memory
@@ -104,7 +104,7 @@ def plan_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> StepPlan | No
     """What training/step_plan.json holds for these settings, rows, GPU, and number of processes."""
     now = _conditions(run, rows, world)
     try:
-        known = parse_json(run.file(FILE).read_bytes())
+        known = read_json(run.file(FILE))
         if world_size() > 1:  # all of them cut an update alike, or would wait for each other, whatever their own GPU is
             now["gpu"] = known["for"]["gpu"]
         return StepPlan(**known["step_plan"]) if known["for"] == now else None

@@ -16,7 +16,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from utils.errors import Interrupted, OutOfMemory, SessionOver, TrainingError
-from utils.files import atomic, atomic_folder, digests, parse_json, record_files, write_json
+from utils.files import atomic, atomic_folder, digests, read_json, record_files, write_json
 from utils.hardware import global_rank, peak_memory, resolve_hardware, world_size
 from utils.models.load import count_fused_layers, torch_dtype, transformer_layers
 from utils.models.memory import free_memory
@@ -144,7 +144,7 @@ def _fall_back(run: StageRun, plan: StepPlan, model, first: dict) -> StepPlan:
         raise OutOfMemory(f"{found}; lower {lower}, and run 03 again.")
     layers = len(transformer_layers(model)) if run.config.train.gradient_checkpointing else plan.recompute_layers
     smaller, last = plans.smaller_plan(plan, layers), find_checkpoint(checkpoint_dir(run))
-    write_json(run.file(plans.FILE), parse_json(run.file(plans.FILE).read_bytes()) | {"step_plan": asdict(smaller)})
+    write_json(run.file(plans.FILE), read_json(run.file(plans.FILE)) | {"step_plan": asdict(smaller)})
     print(f"Out of memory with {plan}; resuming from {Path(last).name if last else 'the start'} with {smaller}.")
     if last is None:
         model.load_state_dict(first, strict=False)
@@ -166,7 +166,7 @@ def find_checkpoint(folder: Path) -> str | None:
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
         of_each = [checkpoint / f"rng_state_{rank}.pth" for rank in range(world_size())]
         with contextlib.suppress(OSError, ValueError):
-            parse_json((checkpoint / "trainer_state.json").read_bytes())
+            read_json(checkpoint / "trainer_state.json")
             if zipfile.is_zipfile(checkpoint / "rng_state.pth") or all(map(zipfile.is_zipfile, of_each)):
                 return str(checkpoint)
         print(f"{checkpoint.name} was not finished, and is passed over.")
@@ -212,7 +212,7 @@ def save_adapter(model, tokenizer, run: StageRun, log: pd.DataFrame) -> None:
         tokenizer.save_pretrained(str(folder))
         # peft keeps sets and writes them in the order of this process's hashes: the same adapter, but not the same file.
         path = folder / "adapter_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         lists = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
         ordered = {key: sorted(settings[key]) for key in lists if isinstance(settings.get(key), list)}
         write_json(path, settings | ordered)
