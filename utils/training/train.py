@@ -1,8 +1,6 @@
 """One process's training: step plan, checkpoints to resume from, what to do when memory runs out, what is left at the end."""
 
 import contextlib
-import hashlib
-import json
 import math
 import time
 import zipfile
@@ -16,6 +14,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from utils.errors import Interrupted, OutOfMemory, SessionOver, TrainingError
+from utils.evaluation.questions import digest_of
 from utils.files import atomic, atomic_folder, digests, read_json, record_files, write_json
 from utils.hardware import global_rank, peak_memory, resolve_hardware, world_size
 from utils.models.load import count_fused_layers, torch_dtype, transformer_layers
@@ -95,9 +94,8 @@ def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFram
         trainer.add_callback(BestCallback())
     plans.recompute_as(trainer, config, plan)
     watch, checkpoint = Stopwatch(trainer), find_checkpoint(folder)
-    if config.train.max_steps == 0:  # for testing the comparison: the adapter stays as it was initialised
-        return trainer, watch
-    if checkpoint and _is_of_last_update(trainer, checkpoint):
+    untrained = config.train.max_steps == 0  # for testing the comparison: the adapter stays as it was initialised
+    if untrained or (checkpoint and _is_of_last_update(trainer, checkpoint)):
         return trainer, watch
     try:
         with session.stop:
@@ -154,8 +152,8 @@ def _fall_back(run: StageRun, plan: StepPlan, model, first: dict) -> StepPlan:
 def checkpoint_dir(run: StageRun) -> Path:
     """Where this run's checkpoints go: a folder named by settings and rows, so that no other run's are resumed."""
     inputs = digests(record_files(run.path, run.stage.inputs))
-    basis = json.dumps([run.settings(run.stage), run.record(run.stage)["computed_on"], inputs], sort_keys=True)
-    return run.file("training/checkpoints") / hashlib.sha256(basis.encode()).hexdigest()[:12]
+    basis = [run.settings(run.stage), run.record(run.stage)["computed_on"], inputs]
+    return run.file("training/checkpoints") / digest_of(basis, length=12)
 
 
 def find_checkpoint(folder: Path) -> str | None:
