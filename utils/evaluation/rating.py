@@ -61,9 +61,8 @@ def draw_pairs(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[Pair]:
     chosen = asked.iloc[rng.permutation(len(asked))].drop_duplicates("group").head(_PAIRS)["id"]
     pairs = []
     for name, swapped in zip(chosen, rng.permutation(len(chosen)) % 2, strict=True):
-        one, other = base.answers[name]["text"], tuned.answers[name]["text"]
-        pair = Pair(name, ("tuned", "base"), (other, one)) if swapped else Pair(name, ("base", "tuned"), (one, other))
-        pairs.append(pair)
+        models, texts = ("base", "tuned"), (base.answers[name]["text"], tuned.answers[name]["text"])
+        pairs.append(Pair(name, models[::-1], texts[::-1]) if swapped else Pair(name, models, texts))
     return pairs
 
 
