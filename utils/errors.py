@@ -63,3 +63,8 @@ class Interrupted(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for a sentence; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def last_line(output: str, nothing: str = "no message") -> str:
+    """The last line of a program's output that is not empty, for a sentence; `nothing` where there is none."""
+    return (output.strip().splitlines() or [nothing])[-1].strip()

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from utils.errors import HardwareError
+from utils.errors import HardwareError, last_line
 from utils.hardware import CUDA_STACK, STACK, gpus, installed, where
 from utils.project import ROOT
 
@@ -99,8 +99,7 @@ def _pip(*words: str) -> str:
     command = [sys.executable, "-m", "pip", words[0], "--quiet", *words[1:]]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
-        last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
-        raise HardwareError(f"pip {words[0]} failed: {last} Check that the internet is on.")
+        raise HardwareError(f"pip {words[0]} failed: {last_line(answer.stderr)} Check that the internet is on.")
     return answer.stdout
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from utils.errors import last_line
 from utils.project import ROOT, python_path
 
 _GRACE_S = 5.0  # between "please end" and SIGKILL
@@ -67,8 +68,7 @@ class Child(contextlib.AbstractContextManager):
         """The last line of its log that is not empty, for a sentence about why it ended; no secret, nor half of one."""
         from utils.secrets import redact  # which imports this module
 
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return redact(lines[-1])[:300] if lines else "no message"
+        return redact(last_line(self.log.read_text(encoding="utf-8", errors="replace")))[:300]
 
 
 def find_driver() -> psutil.Process | None:

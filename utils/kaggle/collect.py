@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from utils.errors import RunDirError
+from utils.errors import RunDirError, last_line
 from utils.files import list_files, parse_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.pipeline.console import read_sentence
@@ -121,7 +121,9 @@ def classify(status: str, message: str, target: Path, log: str) -> Collected:
         outcome = Outcome.INFRASTRUCTURE if state.kind == _OF_THE_MACHINE else Outcome.FAIL
         return Collected(outcome, f"{state.stage or 'the series'} failed: {state.sentence}")
     if state.state == "done" and status == "error":
-        return Collected(Outcome.FAIL, f"the series is done, but the notebook stopped after it: {_last_line(log)}")
+        return Collected(
+            Outcome.FAIL, f"the series is done, but the notebook stopped after it: {last_line(log, 'nothing')}"
+        )
     if state.state == "running" or status == "error":
         cut_off = "the session ended in the middle of the work, by its time limit or by a fault of the machine"
         return Collected(Outcome.INFRASTRUCTURE, f"{cut_off}.{remark}")
@@ -151,12 +153,8 @@ def _classify_by_log(status: str, remark: str, log: str) -> Collected:
         return Collected(Outcome.FAIL, f"the notebook stopped before the series began: {kind}: {sentence}")
     ended = "the kernel was saved and not run, or kept no output."
     if status != "complete":
-        ended = f"the session ended before the series began. Its log ends with: {_last_line(log)}"
+        ended = f"the session ended before the series began. Its log ends with: {last_line(log, 'nothing')}"
     return Collected(Outcome.INFRASTRUCTURE, f"{ended}{remark}")
-
-
-def _last_line(log: str) -> str:
-    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing")
 
 
 def show(collected: Collected, reference: str, target: Path, console: Console) -> None:

