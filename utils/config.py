@@ -5,6 +5,7 @@ One YAML file below notebooks/profiles is one kind of run; `--set a.b=value` and
 
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,8 +59,10 @@ def read_config(file: Path, overrides: Mapping[str, Any] | None = None) -> Confi
     values = _read_yaml(file, "bring it back, or begin anew with --fresh")
     if isinstance(values.get("data"), dict):
         values["data"].pop("shuffle", None)  # of runs from before rows were always drawn by seed
-    if overrides and _is_primary_automatic(values):
-        values["evaluate"]["primary"] = "auto"  # other data can carry another metric
+    with suppress(KeyError, TypeError, ValidationError):
+        automatic = values | {"evaluate": {**values["evaluate"], "primary": "auto"}}
+        if overrides and Config.model_validate(automatic).evaluate.primary == values["evaluate"]["primary"]:
+            values = automatic  # it was chosen by what is on file, and other data can carry another metric
     return _validate(_apply(values, overrides), str(file))
 
 
@@ -117,25 +120,6 @@ def _read_yaml(file: Path, remedy: str) -> dict[str, Any]:
     return values
 
 
-def _is_primary_automatic(values: Mapping[str, Any]) -> bool:
-    """Whether the primary metric on file is the one that `auto` picks for what is on file."""
-    try:
-        automatic = {**values, "evaluate": {**values["evaluate"], "primary": "auto"}}
-        return Config.model_validate(automatic).evaluate.primary == values["evaluate"]["primary"]
-    except (KeyError, TypeError, ValidationError):
-        return False
-
-
-def _apply(values: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    overrides = dotted_overrides(overrides)
-    for key, value in (_outlived_pins(values, overrides) | overrides).items():
-        if key == "profile":
-            raise ConfigError("profile is no setting of a run; choose it by --profile or PROFILE.")
-        _assign(values, key, value)
-    _measure_own_rows_by_loss(values, overrides)
-    return values
-
-
 _BELONGS_TO = {  # a name, and what says nothing about another one
     "model.name": ("model.revision", "export.base_revision"),
     "export.base": ("export.base_revision",),
@@ -146,11 +130,17 @@ _BELONGS_TO = {  # a name, and what says nothing about another one
 }
 
 
-def _outlived_pins(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, None]:
-    """None for each commit and subset whose name `overrides` change; the same name given again keeps them."""
-    before = flatten(values)
-    changed = [key for key in _BELONGS_TO if key in overrides and str(overrides[key]) != str(before.get(key))]
-    return {pin: None for key in changed for pin in _BELONGS_TO[key]}
+def _apply(values: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    overrides, before = dotted_overrides(overrides), flatten(values)
+    # The same name given again keeps its commit and subset.
+    renamed = [key for key in _BELONGS_TO if key in overrides and str(overrides[key]) != str(before.get(key))]
+    outlived = {pin: None for key in renamed for pin in _BELONGS_TO[key]}
+    for key, value in (outlived | overrides).items():
+        if key == "profile":
+            raise ConfigError("profile is no setting of a run; choose it by --profile or PROFILE.")
+        _assign(values, key, value)
+    _measure_own_rows_by_loss(values, overrides)
+    return values
 
 
 def dotted_overrides(overrides: Any) -> dict[str, Any]:
