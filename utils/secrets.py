@@ -1,6 +1,5 @@
 """Secrets, read by name (Kaggle, Colab, environment, .env, cached login, in that order) and hidden in all that leaves."""
 
-import json
 import netrc
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from utils.files import read_json
 from utils.hardware import hub_cache
 from utils.processes import find_driver
 from utils.progress import notebook_shell
@@ -97,21 +97,14 @@ def _dotenv() -> dict[str, str | None]:
 
 
 def _from_cached_login(name: str) -> str | None:
-    if name == "HF_TOKEN":
-        return _read_text(hub_cache() / "token")
     with suppress(OSError, UnicodeDecodeError, netrc.NetrcParseError):
+        if name == "HF_TOKEN":
+            return (hub_cache() / "token").read_text(encoding="utf-8")
         logins = netrc.netrc()
         for host in ("api.wandb.ai", "api.forge.coreweave.com"):  # the default server moved with wandb 0.31
             if found := logins.authenticators(host):
                 return found[2]
     return None
-
-
-def _read_text(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def share_secrets(*names: str) -> list[Secret]:
@@ -134,9 +127,11 @@ def redact(text: str) -> str:
 def _on_disk() -> frozenset[str]:
     """In .env and in the cached logins; read once, since this is asked for every line that is printed."""
     kaggle = Path(os.environ.get("KAGGLE_CONFIG_DIR") or Path.home() / ".kaggle")
-    values = [*map(_dotenv().get, _ALIASES), *map(_from_cached_login, NAMES), _read_text(kaggle / "access_token")]
-    with suppress(ValueError, KeyError, TypeError):
-        values.append(str(json.loads(_read_text(kaggle / "kaggle.json") or "")["key"]))
+    values = [*map(_dotenv().get, _ALIASES), *map(_from_cached_login, NAMES)]
+    with suppress(OSError, UnicodeDecodeError):
+        values.append((kaggle / "access_token").read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        values.append(str(read_json(kaggle / "kaggle.json")["key"]))
     return frozenset(value for value in values if value)
 
 
