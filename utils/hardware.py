@@ -67,10 +67,9 @@ def gpus() -> tuple[Gpu, ...]:
 def _ask_driver(fields: str) -> list[str]:
     """nvidia-smi's line for each GPU; none without a driver."""
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
+    with contextlib.suppress(subprocess.SubprocessError, OSError):
         return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-    except (subprocess.SubprocessError, OSError):
-        return []
+    return []
 
 
 @cache
@@ -127,10 +126,9 @@ def resolve_hardware(hardware: "HardwareSection") -> dict[str, str]:
 
 def cpu_multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for bfloat16 (AVX-512 or AMX): twice as fast as float32, else far slower."""
-    try:
+    with contextlib.suppress(OSError):  # macOS has no such file
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # macOS has no such file
-        return False
+    return False
 
 
 def memory_gib() -> float:
@@ -210,10 +208,9 @@ def peak_memory() -> dict[str, float]:
 
 def installed(package: str) -> str | None:
     """The installed version, or None."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def quiet_libraries() -> None:
