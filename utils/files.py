@@ -53,10 +53,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never half of either."""
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` so that a reader sees the old file or the new one, never half of either; returns `path`."""
     with atomic(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+    return path
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -89,8 +89,7 @@ def write_bundle(number: str = "") -> Path:
     """Write kaggle_kernel.ipynb, or bundles/NN_….ipynb; raises as `build_kernel` and `build_single`."""
     notebook = build_single(number) if number else build_kernel()
     path = SINGLES / f"{find_stage(number).name}.ipynb" if number else KERNEL
-    write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
-    return path
+    return write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
 def check_kernel() -> None:

@@ -29,8 +29,7 @@ def write_answers_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path
         outcomes=OUTCOMES,
         counts={outcome: sum(item["outcome"] == outcome for item in items) for outcome in OUTCOMES},
     )
-    write_text(run.file("comparison/answers.html"), page)
-    return run.file("comparison/answers.html")
+    return write_text(run.file("comparison/answers.html"), page)
 
 
 def write_rating_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path:
@@ -42,9 +41,8 @@ def write_rating_page(run: RunDir, base: Evaluation, tuned: Evaluation) -> Path:
     items = [{**about[pair.id], "id": pair.id, "replies": map(parse_completion, pair.texts)} for pair in pairs]
     # The nonce lets the page's own script run and no other: no answer can hold a digest of itself.
     text = _TEMPLATES.get_template("rate.html.j2").render(items=items, nonce=digest_pairs(pairs))
-    write_text(run.file("comparison/rate.html"), text)
     write_json(run.file("comparison/preference.json"), state_preference(run, base, tuned))
-    return run.file("comparison/rate.html")
+    return write_text(run.file("comparison/rate.html"), text)
 
 
 def _build_items(run: RunDir, base: Evaluation, tuned: Evaluation) -> list[dict]:

@@ -73,8 +73,7 @@ def write_report(run: RunDir) -> Path:
         pages={name for name in ("answers", "rate") if run.file(f"comparison/{name}.html").exists()},
         chapters=_write_chapters(run, templates),
     )
-    write_text(run.file("report/index.html"), page)
-    return run.file("report/index.html")
+    return write_text(run.file("report/index.html"), page)
 
 
 def _write_chapters(run: RunDir, templates: Environment) -> list[tuple[Stage, dict]]:
