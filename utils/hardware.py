@@ -114,13 +114,11 @@ def resolve_hardware(hardware: "HardwareSection") -> dict[str, str]:
         device = "cuda" if gpus() else "cpu"
     if backend == "auto":
         backend = "unsloth" if device == "cuda" and importlib.util.find_spec("unsloth") else "transformers"
-    if dtype == "auto":
-        # A T4 has 7.5, and no bfloat16.
+    if dtype == "auto" and device == "cpu":
+        dtype = "bfloat16" if cpu_multiplies_bfloat16() else "float32"
+    elif dtype == "auto":  # a T4 has 7.5, and no bfloat16
         modern = bool(gpus()) and float(gpus()[0].capability or 0) >= 8.0 and not hardware.emulate_t4
-        if device == "cpu":
-            dtype = "bfloat16" if cpu_multiplies_bfloat16() else "float32"
-        else:
-            dtype = "bfloat16" if modern else "float16"
+        dtype = "bfloat16" if modern else "float16"
     return {"device": device, "backend": backend, "dtype": dtype}
 
 
