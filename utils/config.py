@@ -31,10 +31,9 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
         key, sign, value = assignment.partition("=")
         if not sign or not key.strip():
             raise ConfigError(f"{assignment!r} is not KEY=VALUE; write for example --set train.max_steps=10.")
-        try:
-            overrides[key.strip()] = yaml.safe_load(value)
-        except Exception:  # not YAMLError alone: ValueError for 2024-99-99, IndexError for !!int ''
-            overrides[key.strip()] = value
+        with suppress(Exception):  # not YAMLError alone: ValueError for 2024-99-99, IndexError for !!int ''
+            value = yaml.safe_load(value)
+        overrides[key.strip()] = value
     return overrides
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -107,10 +108,8 @@ def _convert(table: pd.DataFrame, source: str, split: str) -> pd.DataFrame:
 def _options(cell: Any) -> Any:
     """{letter: text} from a dict, a list of {key, value}, or either as JSON text (in a CSV); empty ones fall away."""
     if isinstance(cell, str):
-        try:
+        with suppress(ValueError):
             cell = parse_json(cell)
-        except ValueError:
-            return cell
     if isinstance(cell, (list, np.ndarray)) and all(isinstance(o, dict) and {"key", "value"} <= set(o) for o in cell):
         cell = {option["key"]: option["value"] for option in cell}
     if not isinstance(cell, dict):

@@ -4,7 +4,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -98,10 +98,9 @@ def run_folder(output: Path) -> Path | None:
 
 def readable_log(log: str) -> str:
     """Kaggle's log (a JSON list of stream, time and data) as the text that was printed; anything else as it is."""
-    try:
+    with suppress(ValueError, TypeError, KeyError):
         return "".join(str(entry["data"]) for entry in parse_json(log))
-    except (ValueError, TypeError, KeyError):
-        return log
+    return log
 
 
 def classify(status: str, message: str, target: Path, log: str) -> Collected:

@@ -103,13 +103,12 @@ def choose_plan(run: StageRun, model, tokenizer, rows: pd.DataFrame, make_traine
 def plan_on_file(run: StageRun, rows: pd.DataFrame, world: int) -> StepPlan | None:
     """What training/step_plan.json holds for these settings, rows, GPU, and number of processes."""
     now = _conditions(run, rows, world)
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
         known = read_json(run.file(FILE))
         if world_size() > 1:  # all of them cut an update alike, or would wait for each other, whatever their own GPU is
             now["gpu"] = known["for"]["gpu"]
         return StepPlan(**known["step_plan"]) if known["for"] == now else None
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
-        return None
+    return None
 
 
 def _conditions(run: StageRun, rows: pd.DataFrame, world: int) -> dict:
