@@ -73,13 +73,9 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[str], resamples: int
     sums, sizes = group_sums(values, groups)
     if len(sums) == 1 or np.all(values == values[0]):
         return values.mean(), values.mean()
-
-    def mean(sums: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
-        return np.sum(sums, axis=axis) / np.sum(sizes, axis=axis)
-
     return stats.bootstrap(
         (sums, sizes),
-        mean,
+        lambda sums, sizes, axis: np.sum(sums, axis=axis) / np.sum(sizes, axis=axis),
         paired=True,
         confidence_level=1 - ALPHA,
         n_resamples=resamples,
