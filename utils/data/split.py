@@ -41,10 +41,8 @@ def split_rows(
     """
     data, asked = config.data, config.evaluate.questions
     if asked is not None and asked > data.eval_rows:
-        there = f"data.eval_rows holds out only {data.eval_rows} rows to ask"
-        raise DataError(
-            f"evaluate.questions asks for {asked} answers in words, but {there}; lower the one, or raise the other."
-        )
+        there = f"data.eval_rows holds out only {data.eval_rows} rows to ask; lower the one, or raise the other"
+        raise DataError(f"evaluate.questions asks for {asked} answers in words, but {there}.")
     if probed is not None:
         benchmark = pd.concat([benchmark, probed], ignore_index=True).drop_duplicates("id")
     parts, found = _split_embedded(data) if config.embedded_data else _split_loaded(data, benchmark)

@@ -160,9 +160,8 @@ def _explain(error: BaseException, what: str) -> UserError:
         return ServiceError(f"Kaggle refused {what} ({reason}){_HINTS.get(status, '')}.")
     if isinstance(error, ValueError):
         return ServiceError(f"Kaggle's client refused {what}: {error}")
-    return InfrastructureError(
-        f"Kaggle answered {what} with something that its package does not understand ({type(error).__name__}: {error})."
-    )
+    found = f"something that its package does not understand ({type(error).__name__}: {error})"
+    return InfrastructureError(f"Kaggle answered {what} with {found}.")
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -29,7 +29,6 @@ from utils.schema import Config
 from utils.training import step_plan as plans
 from utils.training.callbacks import BestCallback, HealthCallback, SessionCallback, ShowCallback, Stopwatch
 from utils.training.launch import SUMMARY
-from utils.training.step_plan import StepPlan
 
 
 def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> None:
@@ -71,7 +70,7 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
             tracker.finish()  # also after an error: what was logged so far is worth keeping
 
 
-def _train_by(plan: StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer, tracker):
+def _train_by(plan: plans.StepPlan, run: StageRun, model, tokenizer, rows: pd.DataFrame, make_trainer, tracker):
     """(trainer, stopwatch) once the last update is done, None where memory ran out; raises where the session ends."""
     config, folder = run.config, checkpoint_dir(run)
     validated, path = config.data.validation_rows, run.file("data/formatted/validation.parquet")
@@ -134,7 +133,7 @@ def _is_of_last_update(trainer, checkpoint: str) -> bool:
     return True
 
 
-def _fall_back(run: StageRun, plan: StepPlan, model, first: dict) -> StepPlan:
+def _fall_back(run: StageRun, plan: plans.StepPlan, model, first: dict) -> plans.StepPlan:
     """Put a smaller plan on file after `plan` ran out of memory, and return it; raises OutOfMemory where there is none."""
     if world_size() > 1:
         lower = "train.per_device_train_batch_size (with train.step_plan=given) or model.max_seq_length"
