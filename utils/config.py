@@ -138,7 +138,11 @@ def _apply(values: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[
         if key == "profile":
             raise ConfigError("profile is no setting of a run; choose it by --profile or PROFILE.")
         _assign(values, key, value)
-    _measure_own_rows_by_loss(values, overrides)
+    # A profile's benchmark says little about a reader's own rows: `primary: auto` is the held-out loss there.
+    evaluate, benchmark = values.get("evaluate") or {}, ("evaluate.benchmark.name", "evaluate.benchmark.path")
+    own_rows = overrides.get("data.path") and not any(map(overrides.get, benchmark))
+    if own_rows and isinstance(evaluate, Mapping) and evaluate.get("primary", "auto") == "auto":
+        values["evaluate"] = {**evaluate, "primary": "nll"}
     return values
 
 
@@ -155,15 +159,6 @@ def _validate(values: dict[str, Any], source: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
-
-
-def _measure_own_rows_by_loss(values: dict, overrides: Mapping[str, Any]) -> None:
-    """The profile's benchmark says little about a reader's own rows: `primary: auto` is the held-out loss there."""
-    evaluate = values.get("evaluate") or {}
-    named = any(overrides.get(f"evaluate.benchmark.{key}") for key in ("name", "path"))
-    own_rows = overrides.get("data.path") and not named
-    if own_rows and isinstance(evaluate, Mapping) and evaluate.get("primary", "auto") == "auto":
-        values["evaluate"] = {**evaluate, "primary": "nll"}
 
 
 _PATHS = ("path", ".accelerate_config")  # settings that are paths and nothing else
