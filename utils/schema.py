@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED = "embedded"
 Positive = Annotated[int, Field(gt=0)]
@@ -208,7 +208,8 @@ class Config(Section):
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     generate: GenerateSection = GenerateSection()
-    evaluate: EvaluateSection = EvaluateSection()
+    # In YAML a section without keys is None.
+    evaluate: Annotated[EvaluateSection, BeforeValidator(lambda given: given or {})] = EvaluateSection()
     export: ExportSection = ExportSection()
     tracking: TrackingSection = TrackingSection()
     hardware: HardwareSection = HardwareSection()
