@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from utils.errors import ModelError
-from utils.files import is_there, read_json
+from utils.files import is_there, parse_json, read_json
 from utils.progress import track
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -51,7 +51,7 @@ def find_shards(folder: Path, complete: bool = True) -> list[Path]:
     index, names = folder / INDEX, [SINGLE]
     if index.exists():
         try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
             if not names or any(not name or Path(name).name != name for name in names):
                 raise ValueError("its weight_map does not name files beside it")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from utils.data.hub import ask_hub, explain_hub
 from utils.errors import ModelError, first_line
-from utils.files import is_folder, read_json
+from utils.files import is_folder, parse_json
 from utils.hardware import GIB
 from utils.models import smollm2
 from utils.models.prompt_format import find_end
@@ -80,7 +80,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None):
         expected = "expected a Hub id that can be reached, or a folder with tokenizer.json"
         raise ModelError(f"No tokenizer could be loaded from {source} ({first_line(error)}); {expected}.") from None
     guard_tokenizer(tokenizer, str(source))
-    settings = read_json(Path(file)) if file else {}
+    settings = parse_json(Path(file).read_bytes()) if file else {}
     if settings.get("add_bos_token") and tokenizer.bos_token and not tokenizer("").input_ids:
         tokenizer.add_bos_token = True  # R1-Distill-Qwen's; transformers reads it for its own classes only
     tokenizer.eos_token = find_end(tokenizer) or tokenizer.eos_token
