@@ -43,6 +43,7 @@ from utils.evaluation.questions import Question
 from utils.files import write_json
 from utils.hardware import GIB, gpus
 from utils.models.memory import free_memory
+from utils.models.unsloth_patches import forget_cache
 from utils.schema import GenerateSection
 
 app = typer.Typer()
@@ -148,6 +149,7 @@ def time_generate(model, tokenizer, questions: list[Question], lengths: list[int
     """One call of `generate` on a batch, padded on the left, that runs until its longest answer is done."""
     import torch
 
+    forget_cache(model)
     rows = [tokenizer(question.prompt)["input_ids"] for question in questions]
     width, pad = max(map(len, rows)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
@@ -274,7 +276,8 @@ def real_job(
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON; what else it holds stays.")],
     rows: Annotated[Path, typer.Option(help="Open questions, JSONL.")],
     sorted_batches: Annotated[int, typer.Option(help="How many batches of sorted prompts.")] = 2,
-    part: Annotated[int, typer.Option(help="Every so many-th question only, for a dry run.")] = 1,
+    part: Annotated[int, typer.Option(help="Every so many-th question only.")] = 1,
+    name: Annotated[str, typer.Option(help="The evidence's key.")] = "real_job",
 ) -> None:
     """The whole job by the engine, samples of it by the peers; written after each step."""
     from utils.models.memory import sequences_that_fit
@@ -290,11 +293,11 @@ def real_job(
     measure_engine(model, tokenizer, questions[:4], long.model_copy(update={"max_new_tokens": 4}))  # compiles
     found["engine"] = measure_engine(model, tokenizer, questions, long, lengths)
 
-    def put(name: str, windows: list[dict]) -> None:
+    def put(peer: str, windows: list[dict]) -> None:
         ratio = round(found["engine"]["tokens_per_second"] / peer_speed(windows), 2)
-        found.update({name: windows, f"ratio_{name}": ratio})
-        add_to_file(out, {"real_job": found})
-        print(name, ratio, windows[-1], flush=True)
+        found.update({peer: windows, f"ratio_{peer}": ratio})
+        add_to_file(out, {name: found})
+        print(peer, ratio, windows[-1], flush=True)
 
     by_prompt = sorted(questions, key=lambda question: -len(tokenizer(question.prompt)["input_ids"]))
     prompt = len(tokenizer(by_prompt[0].prompt)["input_ids"])
@@ -337,12 +340,14 @@ def forced_logits(model, tokenizer, rows: list[list[int]], forced, places: list[
 
 def compare_steps(model, tokenizer, choices: list[Question]) -> dict:
     """The largest difference of logits between three rows in a batch and each alone, in standard deviations, and how many
-    of the likeliest tokens are the same; 300 steps, over both growths of the cache.
+    of the likeliest tokens are the same; at some of 300 steps, among them those around each growth of the cache.
     """
     import torch
 
     rows = [tokenizer(question.prompt)["input_ids"] for question in choices[:3]]
-    places = [0, 1, 2, 50, 120, 127, 128, 129, 200, 255, 256, 257, 299]
+    width = max(map(len, rows))
+    growths = [length - width for length in range(0, width + 299, 128) if length > width]
+    places = sorted({0, 1, 2, 299, *(place + by for place in growths for by in (-1, 0, 1))})
     tokens = np.random.default_rng(0).integers(10, min(90_000, model.config.vocab_size), (len(rows), 300))
     forced = torch.tensor(tokens, device=model.device)
     together = forced_logits(model, tokenizer, rows, forced, places)
@@ -352,6 +357,23 @@ def compare_steps(model, tokenizer, choices: list[Question]) -> dict:
         "largest_difference": round(float(((together - apart).abs().amax(-1) / apart.std(-1)).max()), 4),
         "same_likeliest": round(float((together.argmax(-1) == apart.argmax(-1)).float().mean()), 4),
     }
+
+
+def with_random_lora(model):
+    """The model with LoRA of rank 16 on every linear layer, its weights random: an adapter that changes the answers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from utils.models.load import ready_for_inference
+    from utils.schema import LoraSection
+
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=LoraSection().target_modules))
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.02)
+    return ready_for_inference(tuned)
 
 
 def time_step(model, tokenizer, choices: list[Question], length: int, rows: int, config: GenerateSection) -> dict:
@@ -395,7 +417,11 @@ def steps(
 ) -> None:
     """A batch's steps: their logits against each row alone, and their time by the ways to unpack 4-bit weights."""
     model, tokenizer, choices, decoding = load(standin, items, room=LIMIT + 1024)
-    found: dict = {**where(), "logits": compare_steps(model, tokenizer, choices), "ways": []}
+    before = json.loads(out.read_text(encoding="utf-8")).get("steps", {}) if out.exists() else {}
+    found = before | {**where(), "logits": [{"model": "base", **compare_steps(model, tokenizer, choices)}], "ways": []}
+    tuned = with_random_lora(model)
+    found["logits"].append({"model": "LoRA", **compare_steps(tuned, tokenizer, choices)})
+    model = tuned.unload()
     add_to_file(out, {"steps": found})
     if not gpus():
         return

@@ -247,8 +247,8 @@ def answering_steps() -> str:
     ]
     names = {
         "unpacked": "a graph; unpacked first",
-        "as this GPU": "a graph; unpacked in the product where that is faster here",
-        "as a T4": "a graph; unpacked in the product where that is faster on a T4",
+        "as this GPU": "a graph; fused where bitsandbytes expects it to pay on an H200",
+        "as a T4": "a graph; fused where bitsandbytes expects it to pay on a T4",
     }
     ways = [step | {"way": name} for way, name in names.items() for step in found["ways"] if step["way"] == way]
     rows = [
@@ -256,7 +256,7 @@ def answering_steps() -> str:
          f"{step['launches']:,}")
         for step in before + ways
     ]  # fmt: skip
-    where = f"8B shapes, 4-bit, fp16, a T4's limits. {found['gpu'][0]}, {found['date']}: {link('generation')}, `steps`."
+    where = f"8B shapes, 4-bit, fp16, a T4's limits; graphs beside other work on the same host. {found['gpu'][0]}, {found['date']}: {link('generation')}, `steps`."
     return markdown(
         ("a step; its 4-bit weights", "answers at once", "tokens each", "by the clock", "by kernel time", "kernels"),
         rows,

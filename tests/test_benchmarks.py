@@ -137,15 +137,15 @@ def test_half_of_the_real_job_took_the_time_of_its_batches_with_a_graph_for_each
     # What is left are the attempts that did not fit.
     assert 0.97 * engine["seconds"] < sum(seconds for _, _, seconds in batches) < engine["seconds"]
     assert job["ratio_single"] == round(engine["tokens_per_second"] / peer_speed(job["single"]), 2) >= 25
-    for quoted in (
-        f"took {engine['seconds']:.0f} s at {engine['tokens_per_second']:.0f} tokens/s",
-        f"{job['ratio_single']:.0f} times",
-    ):
-        assert quoted in text
+    before = peer_speed(GENERATION["real_job"]["single"][:3])  # of the same prompts
+    assert [w["tokens"] for w in job["single"]] == [w["tokens"] for w in GENERATION["real_job"]["single"][:3]]
+    assert f"took {engine['seconds']:.0f} s at {engine['tokens_per_second']:.0f} tokens/s" in text
+    assert f"ran at {peer_speed(job['single']):.1f} tokens/s; the same three had run at {before:.1f}" in text
+    assert f"{job['ratio_single']:.0f} or {engine['tokens_per_second'] / before:.0f} times as fast" in text
     milliseconds = [(rows, 1000 * seconds / steps) for rows, steps, seconds in batches]
-    several = statistics.median(ms for rows, ms in milliseconds if rows >= 10)
+    several = [ms for rows, ms in milliseconds if rows >= 10]
     alone = [ms for rows, ms in milliseconds if rows == 1]
-    assert f"A step** takes {several:.0f} ms" in text and dict(milliseconds)[78] < min(alone)
+    assert f"A step** takes {min(several):.0f} to {max(several):.0f} ms" in text and max(several) < max(alone)
     assert f"**The last answer alone** takes {min(alone):.0f} to {max(alone):.0f} ms a token" in text
     assert f"at work: {engine['tokens'] / engine['steps']:.0f} on average" in text
 
@@ -165,7 +165,7 @@ def test_attentions_backward_pass_gives_the_same_bits_and_splitting_its_keys_pay
     assert all(shape["same"] == {"None": True, "1": True} for shape in shapes)
     dearer = [shape["microseconds"]["1"] / shape["microseconds"]["None"] for shape in shapes]
     text = " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
-    assert f"takes {min(dearer):.1f} to {max(dearer):.0f} times as long" in text
+    assert f"the pass takes {min(dearer):.1f} to {max(dearer):.0f} times as long" in text
 
 
 def test_more_rows_cost_little_before_the_first_update_and_nothing_in_each():
@@ -273,9 +273,10 @@ def test_what_the_docs_say_was_tried_is_what_was_measured():
         by(ours) / by(packing) for by in (lambda c: c["tokens_per_second"], lambda c: c["kernels"]["tokens_per_second"])
     )
     assert f"{wall:.2f} and {kernel:.2f} times unsloth's packing" in text
-    one, two = (statistics.median(unsplit["two_gpus"][f"{n} GPU"]["update_seconds"]) for n in (1, 2))
+    gpus = [unsplit["two_gpus"][f"{count} GPU"] for count in (1, 2)]
+    assert all(g["seconds_per_update"] == round(statistics.median(g["update_seconds"][2:]), 4) for g in gpus)
+    assert unsplit["two_gpus"]["ratio"] == round(gpus[0]["seconds_per_update"] / gpus[1]["seconds_per_update"], 3)
     assert f"Two GPUs were {unsplit['two_gpus']['ratio']:.2f} times" in text
-    assert unsplit["two_gpus"]["ratio"] == pytest.approx(one / two, rel=0.02)
     # Launches of two updates; the optimizer's share is what the same plan has more with the 8-bit one.
     optimizer = (beside["cast once"]["kernels"]["launches"] - alone[both]["kernels"]["launches"]) // 2
     cast = (

@@ -194,7 +194,7 @@ class HardwareSection(Section):
     min_disk_gib: Annotated[float, Field(ge=0)] = 1.0  # for the run directory
     min_cache_gib: Annotated[float, Field(ge=0)] = 0.0  # for what is downloaded from the Hub
     max_hours: Annotated[float, Field(gt=0)] | None = None  # an older session ends itself; the next one resumes
-    emulate_t4: bool = False  # on a larger GPU: a T4's attention, its 4-bit products, 14 GiB (benchmarks use it)
+    emulate_t4: bool = False  # on a larger GPU: a T4's attention, choice of 4-bit products, 14 GiB (benchmarks use it)
     pins: Literal["enforce", "report"] = "enforce"
 
 

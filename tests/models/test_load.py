@@ -133,3 +133,23 @@ def test_the_dtype_is_what_the_profile_forces_and_on_a_cpu_what_its_processor_mu
     for has_instructions, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr("utils.hardware.cpu_multiplies_bfloat16", lambda found=has_instructions: found)
         assert torch_dtype(config_for(tiny_folder, **{"hardware.dtype": "auto"})) == dtype
+
+
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_an_emulated_t4_has_its_memory_attention_and_choice_of_4bit_products(monkeypatch, in_4bit):
+    ops, switched = SimpleNamespace(_gpu_dispatch_props="this GPU's"), []
+    for name, module in {
+        "bitsandbytes": None,
+        "bitsandbytes.backends": None,
+        "bitsandbytes.backends.cuda": ops,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(ops=module))
+    monkeypatch.setattr(load, "device", lambda config: "cuda")
+    monkeypatch.setattr(load, "gpu_ids", list)
+    for name in ("enable_flash_sdp", "enable_cudnn_sdp"):
+        monkeypatch.setattr(torch.backends.cuda, name, lambda on, name=name: switched.append((name, on)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=56 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, index: switched.append(share))
+    load.prepare_device(load_config("t4", {"hardware.emulate_t4": True, "model.load_in_4bit": in_4bit}))
+    assert switched == [("enable_flash_sdp", False), ("enable_cudnn_sdp", False), 0.25]
+    assert ops._gpu_dispatch_props == "this GPU's" if not in_4bit else ops._gpu_dispatch_props(0) == (40, 7, 5)

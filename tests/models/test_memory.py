@@ -42,6 +42,15 @@ def test_on_a_t4_some_dozens_of_8b_sequences_fit(monkeypatch, tiny_model):
     assert 18 <= sequences_that_fit(Model(), 1200, 512) <= 30
 
 
+def test_the_last_batch_is_freed_before_the_next_one_is_sized(tiny_model, monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr(memory, "forget_cache", lambda model: order.append("forget"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty"))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: order.append("count") or GIB)
+    sequences_that_fit(tiny_model[0], 10, 10)
+    assert order == ["forget", "empty", "count"]
+
+
 def test_one_sequence_is_always_tried(tiny_model, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
     assert sequences_that_fit(tiny_model[0], 100, 100) == 1

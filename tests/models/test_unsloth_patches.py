@@ -13,13 +13,14 @@ import torch
 from benchmarks.recipe import notebook_functions
 from utils.errors import HardwareError
 from utils.models import unsloth_patches as packing
+from utils.models.decode_graph import GROWTH, attend_by_groups
 from utils.models.unsloth_patches import (
     MADE_FOR,
     attend_within_documents,
     choose_attention,
     decode_in_graphs,
     forget_cache,
-    multiply_packed,
+    multiply_4bit,
 )
 from utils.project import ROOT
 from utils.training.step_plan import StepPlan
@@ -134,20 +135,53 @@ def test_the_cache_that_unsloth_leaves_on_its_modules_is_freed():
     forget_cache(model)  # and nothing to free is no error
 
 
-def test_weights_are_unpacked_within_the_product_where_that_pays(monkeypatch):
+def test_a_4bit_product_is_unsloths_for_few_rows_and_fused_where_that_pays(monkeypatch):
     rows, state, asked = torch.randn(5, 1, 64), SimpleNamespace(shape=torch.Size([96, 64])), []
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(matmul_4bit=lambda *given: given))
-    multiply = multiply_packed(lambda *shape: asked.append(shape) or shape[2] > 4)
-    assert multiply(rows, "packed", state, "out") == (rows, "packed", state)
-    assert multiply(rows[:3], "packed", state, "out") is None
+    few = lambda rows, *_: "unsloth's" if len(rows) == 2 else None  # noqa: E731
+    multiply = multiply_4bit(few, lambda *shape: asked.append(shape) or shape[2] > 4)
+    assert multiply(rows, "weight", state, "out") == (rows, "weight", state)
+    assert multiply(rows[:3], "weight", state, "out") is None
+    assert multiply(rows[:2], "weight", state, "out") == "unsloth's"
     assert asked == [(None, torch.float32, 5, 96, 64), (None, torch.float32, 3, 96, 64)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_unsloth_is_patched_once_with_or_without_bitsandbytes_fused_products(monkeypatch, fused):
+    llama = SimpleNamespace(run_attention=print, LlamaModel_fast_forward_inference=len, KV_CACHE_INCREMENT=512)
+    kernels, ops = SimpleNamespace(_gemv_rows=repr, _GEMV_MAX_ROWS=4), SimpleNamespace()
+    if fused:
+        ops = SimpleNamespace(_gemm_4bit_use_custom_fn=min, _gemm_4bit_custom_max_m=1536)
+    modules = {"unsloth.models": SimpleNamespace(llama=llama), "unsloth.kernels": SimpleNamespace(utils=kernels)}
+    modules |= {
+        "bitsandbytes": None,
+        "bitsandbytes.backends": None,
+        "bitsandbytes.backends.cuda": SimpleNamespace(ops=ops),
+    }
+    for name, module in {"unsloth": SimpleNamespace(), **modules}.items():
+        monkeypatch.setitem(sys.modules, name, module or SimpleNamespace())
+    monkeypatch.setattr(packing, "version", lambda _: MADE_FOR)
+    packing.patch_unsloth()
+    first = (llama.run_attention, llama.LlamaModel_fast_forward_inference, kernels._gemv_rows)
+    packing.patch_unsloth()
+    assert first == (llama.run_attention, llama.LlamaModel_fast_forward_inference, kernels._gemv_rows)
+    assert first[0].keeps_documents_apart and first[1] is not len and llama.KV_CACHE_INCREMENT == GROWTH
+    assert llama.scaled_dot_product_attention is attend_by_groups
+    assert (kernels._gemv_rows is not repr, kernels._GEMV_MAX_ROWS) == ((True, 1536) if fused else (False, 4))
 
 
 class Unsloth:
     """What `decode_in_graphs` wraps and is given: a causal model whose inner one keeps the decoder."""
 
     def __init__(self):
-        self.model, self.single = SimpleNamespace(layers=[]), []
+        self.model, self.single, self.asked = SimpleNamespace(layers=[SimpleNamespace(self_attn=self)]), [], []
+        self.rotary_emb = self
+
+    def extend_rope_embedding(self, like, length):
+        self.asked.append((like.dtype, length))
+
+    def get_cached(self, length, index):
+        return "cosines", "sines"
 
     def pass_(self, ids, past, positions, attention_mask=None, **more):
         self.single.append((ids.tolist(), more))
@@ -161,7 +195,8 @@ def decode(monkeypatch):
 
     class Noted:
         def __init__(self, model, past, mask, linear, tables):
-            self.cache, self.mask, self.linear, self.steps = past, mask, linear, []
+            self.cache, self.mask, self.linear, self.steps, self.tables = past, mask, linear, [], tables(7)
+            self.another = model.batch_decoder
             made.append(self)
 
         def past(self):
@@ -190,6 +225,8 @@ def test_a_batch_has_one_decoder_from_its_first_step_to_its_last(decode):
             assert output.last_hidden_state == number + 1
         assert len(made) == batch + 1 and self.model.batch_decoder is made[-1]
         assert made[-1].mask.shape == (2, 5) and made[-1].linear == "linear"
+        assert made[-1].tables == ("cosines", "sines") and self.asked[-1] == (torch.float32, 7)
+        assert made[-1].another is None  # the batch before has given its memory back
         assert made[-1].steps == [([[7], [8]], [[4 + n], [2 + n]]) for n in range(3)]
     assert self.single == []
 

@@ -169,6 +169,7 @@ def generate_batch(
     """Up to `steps` new token ids for each row; padded by hand, as unsloth pads on the right (issue 3283)."""
     import torch
 
+    forget_cache(model)
     width = max(one.length for one in batch)
     ids = torch.full((len(batch), width), tokenizer.pad_token_id)
     mask = torch.zeros((len(batch), width), dtype=torch.long)

@@ -46,10 +46,11 @@ def prepare_device(config: Config) -> None:
     if len(gpu_ids()) > 1 and "LOCAL_RANK" not in os.environ:
         # TRL raises for one process that sees two GPUs (sft_trainer.py), and unsloth would split batches badly.
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ids()[0]
-    if config.hardware.emulate_t4:  # compute and run out of memory as a T4 does
-        from bitsandbytes.backends.cuda import ops
+    if config.hardware.emulate_t4:  # choose kernels and run out of memory as on a T4
+        if config.model.load_in_4bit:
+            from bitsandbytes.backends.cuda import ops
 
-        ops._gpu_dispatch_props = lambda index: _T4_KIND  # which products unpack their 4-bit weights themselves
+            ops._gpu_dispatch_props = lambda index: _T4_KIND  # which 4-bit products are fused
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         total = torch.cuda.get_device_properties(local_rank()).total_memory / GIB

@@ -50,7 +50,7 @@ def bytes_per_sequence(config, prompt_tokens: int, new_tokens: int, dtype_bytes:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * heads * head_size * dtype_bytes
     active = dtype_bytes * (3 * config.intermediate_size + 4 * config.hidden_size)
-    cache = cached * (prompt_tokens + new_tokens + 128)  # unsloth's grows in steps of 128 tokens
+    cache = cached * (prompt_tokens + new_tokens + 128)  # it grows in steps of 128 tokens
     sampling = 64 * config.vocab_size  # logits, and what sorting and summing them for top-p takes
     return int(1.05 * max(prompt_tokens * (cached + active), cache)) + sampling
 
@@ -60,6 +60,6 @@ def sequences_that_fit(model, prompt_tokens: int, new_tokens: int) -> int:
     import torch
 
     forget_cache(model)
-    torch.cuda.empty_cache()  # pieces of the last batch's blocks are too small for the next one's; no GPU, nothing to do
+    torch.cuda.empty_cache()  # pieces of the last batch's blocks may be too small for the next one's
     each = bytes_per_sequence(model.config, prompt_tokens, new_tokens, model.dtype.itemsize)
     return max(1, min(_MOST_ROWS[model.device.type], free_bytes(model.device) // each))

@@ -1,7 +1,8 @@
-"""What we change in unsloth, for GPUs without flash attention such as a T4; to be retired as unsloth does so by itself.
+"""What we change in unsloth; to be retired as unsloth does so by itself.
 
-Training: one launch of the memory-efficient kernel takes all documents of a packed row, where unsloth launches one for each.
-Answers in batches: a step is one CUDA graph, and a 4-bit weight is unpacked within its product where that is faster.
+Training, for GPUs without flash attention such as a T4: one launch of the memory-efficient kernel takes all documents of a
+packed row, where unsloth launches one for each.
+Answers in batches: a step of Llama is one CUDA graph, and 4-bit products are fused where bitsandbytes expects it to pay.
 """
 
 from functools import cache
@@ -22,11 +23,16 @@ def patch_unsloth() -> None:
     from unsloth.kernels import utils as kernels
     from unsloth.models import llama
 
+    from utils.models.decode_graph import GROWTH, attend_by_groups
+
     if getattr(llama.run_attention, "keeps_documents_apart", False):
         return
     llama.run_attention = choose_attention(llama.run_attention)
-    kernels._gemv_rows = multiply_packed(ops._gemm_4bit_use_custom_fn)
-    kernels._GEMV_MAX_ROWS = ops._gemm_4bit_custom_max_m
+    if pays := getattr(ops, "_gemm_4bit_use_custom_fn", None):  # bitsandbytes 0.50's
+        kernels._gemv_rows = multiply_4bit(kernels._gemv_rows, pays)
+        kernels._GEMV_MAX_ROWS = ops._gemm_4bit_custom_max_m
+    llama.scaled_dot_product_attention = attend_by_groups  # for what is not Llama and decodes by Llama's attention
+    llama.KV_CACHE_INCREMENT = GROWTH  # its 512 takes 48 MiB more of an 8B model for each sequence
     llama.LlamaModel_fast_forward_inference = decode_in_graphs(llama.LlamaModel_fast_forward_inference)
 
 
@@ -103,16 +109,18 @@ def _document_attention():
     return DocumentAttention
 
 
-def multiply_packed(pays):
-    """What unsloth asks before it unpacks a 4-bit weight for several rows: their product by bitsandbytes' fused kernel, or
-    None where unpacking first is faster by `pays`, which bitsandbytes measured on a T4 and others (its pull request 1949).
+def multiply_4bit(unsloths, pays):
+    """What unsloth asks before it unpacks a 4-bit weight for several rows: their product by its own kernel for few rows, else
+    by bitsandbytes' fused one where that is faster by `pays`, measured on a T4 and others (its pull request 1949), or None.
     """
 
     def multiply(rows, weight, quant_state, out):
         from bitsandbytes import matmul_4bit
 
-        is_faster = pays(rows.device.index, rows.dtype, len(rows), *quant_state.shape)
-        return matmul_4bit(rows, weight, quant_state) if is_faster else None
+        few = unsloths(rows, weight, quant_state, out)
+        if few is not None or not pays(rows.device.index, rows.dtype, len(rows), *quant_state.shape):
+            return few
+        return matmul_4bit(rows, weight, quant_state)
 
     return multiply
 
@@ -136,6 +144,7 @@ def decode_in_graphs(unsloths):
                 rotary.extend_rope_embedding(keys, length)
                 return rotary.get_cached(length, keys.device.index)
 
+            self.model.batch_decoder = None  # another batch's: its memory first
             prompts = attention_mask[:, : keys.shape[2]]
             decoder = self.model.batch_decoder = Decoder(
                 self.model, past_key_values, prompts, fast_linear_forward, tables
