@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pandas as pd
@@ -191,12 +192,13 @@ class Unsloth:
 @pytest.fixture
 def decode(monkeypatch):
     """`decode_in_graphs` of an `Unsloth`, with a Decoder that notes its steps."""
-    made = []
+    made, living = [], weakref.WeakSet()
 
     class Noted:
         def __init__(self, model, past, mask, linear, tables):
             self.cache, self.mask, self.linear, self.steps, self.tables = past, mask, linear, [], tables(7)
-            self.another = model.batch_decoder
+            self.beside = len(living)
+            living.add(self)
             made.append(self)
 
         def past(self):
@@ -216,18 +218,19 @@ def decode(monkeypatch):
 
 def test_a_batch_has_one_decoder_from_its_first_step_to_its_last(decode):
     self, made, step = decode
-    for batch in range(2):
+    for _ in range(2):
         past, ids = [(torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 4))], torch.tensor([[7], [8]])
         for number in range(3):
             mask, positions = torch.ones(2, 6 + number), torch.tensor([[3, 4 + number], [1, 2 + number]])
             output = step(ids, past, positions, attention_mask=mask)
             past = output.past_key_values
             assert output.last_hidden_state == number + 1
-        assert len(made) == batch + 1 and self.model.batch_decoder is made[-1]
+        assert len(made) == 1 and self.model.batch_decoder is made[-1]
         assert made[-1].mask.shape == (2, 5) and made[-1].linear == "linear"
         assert made[-1].tables == ("cosines", "sines") and self.asked[-1] == (torch.float32, 7)
-        assert made[-1].another is None  # the batch before has given its memory back
+        assert made[-1].beside == 0  # the batch before has given its memory back
         assert made[-1].steps == [([[7], [8]], [[4 + n], [2 + n]]) for n in range(3)]
+        made.clear()
     assert self.single == []
 
 

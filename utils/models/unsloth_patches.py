@@ -144,7 +144,7 @@ def decode_in_graphs(unsloths):
                 rotary.extend_rope_embedding(keys, length)
                 return rotary.get_cached(length, keys.device.index)
 
-            self.model.batch_decoder = None  # another batch's: its memory first
+            decoder = self.model.batch_decoder = None  # another batch's: its memory first
             prompts = attention_mask[:, : keys.shape[2]]
             decoder = self.model.batch_decoder = Decoder(
                 self.model, past_key_values, prompts, fast_linear_forward, tables
