@@ -19,12 +19,11 @@ from utils.errors import HardwareError, RunDirError
 from utils.evaluation.questions import Question, register
 from utils.files import write_text
 from utils.pipeline import runner
-from utils.pipeline.run_dir import open_run
+from utils.pipeline.run_dir import open_run, read_state
 from utils.pipeline.runner import StageEnded
 from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES
-from utils.pipeline.state import read_state
 from utils.pipeline.time_limit import RESERVE_S, Deadline
 
 

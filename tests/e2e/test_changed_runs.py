@@ -12,7 +12,7 @@ import nbformat
 
 from tests.conftest import run_command
 from utils.files import write_lines
-from utils.pipeline.state import read_state
+from utils.pipeline.run_dir import read_state
 from utils.project import ROOT
 
 

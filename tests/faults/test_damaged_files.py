@@ -19,10 +19,9 @@ from utils.errors import RunDirError, ServiceError
 from utils.export.hub import plan_uploads, read_verdict
 from utils.files import read_lines
 from utils.kaggle.collect import Outcome, classify
-from utils.pipeline.run_dir import altered_files, open_run, read_manifest
+from utils.pipeline.run_dir import altered_files, open_run, read_manifest, read_state
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES, Stage, ancestors
-from utils.pipeline.state import read_state
 from utils.report.index import write_report
 
 KINDS = ("truncated", "emptied", "bit-flipped", "deleted", "of another run")

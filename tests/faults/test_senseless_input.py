@@ -38,9 +38,8 @@ from utils.files import read_lines, write_lines
 from utils.kaggle import push
 from utils.kaggle.collect import Outcome, classify
 from utils.kaggle.push import find_reference, read_metadata, title_of
-from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest
+from utils.pipeline.run_dir import RunDir, SeriesState, altered_files, open_run, read_manifest, read_state
 from utils.pipeline.stages import STAGES
-from utils.pipeline.state import SeriesState, read_state
 from utils.project import PROFILES
 from utils.schema import BenchmarkSection, Config
 

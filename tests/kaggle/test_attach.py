@@ -11,7 +11,7 @@ from utils.errors import RunDirError
 from utils.files import write_json
 from utils.kaggle import attach as kaggle_attach
 from utils.kaggle.attach import UserError, find_attached, finish_session, resume_from_attached
-from utils.pipeline.state import SeriesState, read_state, write_state
+from utils.pipeline.run_dir import SeriesState, read_state, write_state
 
 TODAY = "notebooks/alice/deepseek-r1-medical-lora/runs/t4"
 OLDER = "deepseek-r1-medical-lora/runs/t4"

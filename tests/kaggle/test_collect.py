@@ -12,9 +12,8 @@ from utils.config import load_config
 from utils.errors import RunDirError
 from utils.files import record_files, write_json
 from utils.kaggle.collect import classify, readable_log, run_folder
-from utils.pipeline.run_dir import RunDir
+from utils.pipeline.run_dir import RunDir, SeriesState, write_state
 from utils.pipeline.stages import STAGES
-from utils.pipeline.state import SeriesState, write_state
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
 SENTENCE = "After fine-tuning the model is better."

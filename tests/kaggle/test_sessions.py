@@ -62,7 +62,7 @@ class Scripted:
         return len(self.pushed), "https://…"
 
     def _peek(self, kaggle, reference):
-        from utils.pipeline.state import SeriesState
+        from utils.pipeline.run_dir import SeriesState
 
         end = next(self.ends)
         if end is None:

@@ -7,9 +7,7 @@ from pathlib import Path
 from utils.errors import RunDirError, UserError
 from utils.files import atomic_folder, sha256
 from utils.hardware import default_profile, where
-from utils.pipeline.run_dir import read_manifest
-from utils.pipeline.state import FILE as STATE
-from utils.pipeline.state import SeriesState, read_state, write_state
+from utils.pipeline.run_dir import STATE, SeriesState, read_manifest, read_state, write_state
 from utils.project import KAGGLE, ROOT, runs_dir
 
 DEPTH = 5  # notebooks/OWNER/SLUG/runs/PROFILE

@@ -16,9 +16,7 @@ from utils.errors import RunDirError, last_line
 from utils.files import list_files, parse_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.pipeline.console import read_sentence
-from utils.pipeline.run_dir import altered_files
-from utils.pipeline.state import FILE as STATE
-from utils.pipeline.state import SeriesState, read_state
+from utils.pipeline.run_dir import STATE, SeriesState, altered_files, read_state
 from utils.project import command
 from utils.secrets import redact
 

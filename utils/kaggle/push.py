@@ -16,7 +16,7 @@ from utils.files import is_there, read_json, write_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
 from utils.kaggle.bundle import MAXIMUM_BYTES, build_kernel, bundled_files
 from utils.kaggle.collect import peek
-from utils.pipeline.state import SeriesState
+from utils.pipeline.run_dir import SeriesState
 from utils.project import ROOT, command
 from utils.schema import Config
 from utils.secrets import redact

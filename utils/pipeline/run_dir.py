@@ -1,7 +1,7 @@
 """The run directory: one folder that every notebook reads and writes.
 
-`config.yaml` holds the settings in force, `manifest.json` what each stage rests on and wrote. A stage is current, and
-need not run again, while its settings, inputs, outputs and notebook are those on record.
+`config.yaml` holds the settings in force, `manifest.json` what each stage rests on and wrote, `state.json` how the run
+stands. A stage is current, and need not run again, while its settings, inputs, outputs and notebook are those on record.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from utils.pipeline.stages import BY_NAME, Stage, ancestors
 from utils.project import command, embedded_fingerprint, runs_dir
 from utils.schema import EMBEDDED, Config
 
-CONFIG = "config.yaml"
+CONFIG, STATE = "config.yaml", "state.json"
 _HEAD = "# Written by the series: the settings in force."
 _HEADER = f"{_HEAD} Edit one here, or pass --set / OVERRIDES: what rests on it runs again.\n"
 _MISSING, _DIFFERS = "is missing", "differs from what was written"
@@ -226,3 +226,30 @@ def notebook_digest(stage: Stage) -> str:
         return ""
     cells = files.read_json(stage.notebook)["cells"]
     return hashlib.sha256("\0".join("".join(cell["source"]) for cell in cells).encode()).hexdigest()
+
+
+class SeriesState(BaseModel):
+    """How a run stands, read by whoever brings it home or resumes it.
+
+    `running` on file means that the process died; `continue`, that the session ended before the work did.
+    """
+
+    state: Literal["running", "done", "continue", "failed"]
+    stage: str = ""  # the one that failed or is to be resumed
+    kind: str = ""  # the failure's type
+    sentence: str = ""
+    steps: int = 0  # checkpointed so far: two sessions in a row with the same number made no progress
+
+
+def write_state(run_dir: Path, state: SeriesState) -> None:
+    """Nothing where there is no run directory."""
+    if run_dir.is_dir():
+        files.write_json(run_dir / STATE, state.model_dump(mode="json"))
+
+
+def read_state(run_dir: Path) -> SeriesState | None:
+    """The state on file; None where there is none that can be read."""
+    try:
+        return SeriesState.model_validate(files.read_json(run_dir / STATE))
+    except (OSError, ValueError):
+        return None

@@ -19,11 +19,10 @@ from utils.config import differing_settings, read_config
 from utils.errors import HardwareError, Interrupted, SessionOver, UserError
 from utils.pipeline.console import LiveLine, make_console
 from utils.pipeline.lock import release_lock, take_lock
-from utils.pipeline.run_dir import CONFIG, RunDir, open_run
+from utils.pipeline.run_dir import CONFIG, RunDir, SeriesState, open_run, write_state
 from utils.pipeline.signals import StopRequest
 from utils.pipeline.stage import require_ancestors, require_hardware
 from utils.pipeline.stages import STAGES, Stage, find_stage
-from utils.pipeline.state import SeriesState, write_state
 from utils.pipeline.time_limit import Deadline
 from utils.progress import show_duration
 from utils.project import ROOT, command
