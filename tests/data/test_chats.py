@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from utils.data.chats import read_chats
+from utils.data.rows import read_chats
 
 
 @pytest.mark.parametrize(
