@@ -114,6 +114,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest_of(value: Any, length: int = 16) -> str:
+    """The first hex digits of the sha256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
 def relative_name(text: str) -> PurePosixPath | None:
     """`text` as the name of something below a folder; None where it points out of it or two systems read it differently."""
     path = PurePosixPath(text)

@@ -10,8 +10,8 @@ from utils.data.rows import read_table
 from utils.errors import ModelError
 from utils.evaluation.answer_parsing import CLOSE
 from utils.evaluation.generate import fit_or_none, last_logits
-from utils.evaluation.questions import Question, digest_of, find_letterless, matching_rows, require_rows
-from utils.files import append_lines
+from utils.evaluation.questions import Question, find_letterless, matching_rows, require_rows
+from utils.files import append_lines, digest_of
 from utils.models.prompt_format import tokenize_row
 from utils.pipeline.run_dir import RunDir
 from utils.progress import Progress, track

@@ -1,12 +1,10 @@
 """What both models are asked, and the answers on file: pure, so that scores can be recomputed without a model."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
@@ -14,7 +12,7 @@ from utils.data.prompts import format_multiple_choice, format_prompt
 from utils.data.rows import read_benchmark
 from utils.errors import DataError, RunDirError
 from utils.evaluation.answer_parsing import explicit_letter, parse_completion
-from utils.files import digests, read_json, read_lines, write_json
+from utils.files import digest_of, digests, read_json, read_lines, write_json
 from utils.hardware import gpus, processes
 from utils.pipeline.run_dir import RunDir
 from utils.pipeline.stages import BY_NAME
@@ -121,11 +119,6 @@ def register(run: RunDir, questions: Sequence[Question], references: Sequence[st
     planned["changed_after_answers"] = changed or (run.file("baseline/answers.jsonl").exists() and before != planned)
     write_json(path, planned)
     return planned
-
-
-def digest_of(value: Any, length: int = 16) -> str:
-    """The first hex digits of the sha256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def model_digest(run: RunDir, which: Model) -> str:

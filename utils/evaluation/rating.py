@@ -16,9 +16,9 @@ from scipy.stats import binomtest
 
 from utils.errors import DataError
 from utils.evaluation.evaluate import Evaluation
-from utils.evaluation.questions import Model, digest_of
+from utils.evaluation.questions import Model
 from utils.evaluation.statistics import ALPHA, Verdict, show_p, wilson_interval
-from utils.files import write_json
+from utils.files import digest_of, write_json
 from utils.pipeline.run_dir import RunDir
 
 _PAIRS = 100  # at most: more than this nobody rates

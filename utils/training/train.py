@@ -14,8 +14,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from utils.errors import Interrupted, OutOfMemory, SessionOver, TrainingError
-from utils.evaluation.questions import digest_of
-from utils.files import atomic, atomic_folder, digests, read_json, record_files, write_json
+from utils.files import atomic, atomic_folder, digest_of, digests, read_json, record_files, write_json
 from utils.hardware import global_rank, peak_memory, resolve_hardware, world_size
 from utils.models.load import count_fused_layers, torch_dtype, transformer_layers
 from utils.models.memory import free_memory
