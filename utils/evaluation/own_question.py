@@ -4,7 +4,6 @@ from utils.data.prompts import format_prompt
 from utils.errors import DataError, RunDirError
 from utils.evaluation.generate import Pending, generate_batch
 from utils.evaluation.questions import Question
-from utils.models.unsloth_patches import forget_cache
 from utils.pipeline.run_dir import RunDir, require_recorded
 from utils.pipeline.stages import BY_NAME
 from utils.schema import EMBEDDED
@@ -32,7 +31,6 @@ def ask(run: RunDir, model, tokenizer, question: str, max_new_tokens: int | None
         pending = Pending(Question("own", "open", prompt), ids)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         generate_batch(model, tokenizer, [pending], cap, run.config.generate, streamer)
-        forget_cache(model)
 
     with model.disable_adapter():
         answer("base")
