@@ -2,7 +2,10 @@
 
 
 class UserError(Exception):
-    """A mistake or a lack that the user can mend; a notebook shows its sentence, one printable line, the middle of a long one left out, and no stack."""
+    """A mistake or a lack that the user can mend.
+
+    A notebook shows its sentence, one printable line, the middle of a long one left out, and no stack.
+    """
 
     def __init__(self, message: object = ""):
         text = str(message)
