@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 import tenacity
@@ -21,14 +20,11 @@ from utils.errors import HardwareError, ModelError, UserError
 from utils.export.adapter import merge_adapter
 from utils.export.chat_template import make_modelfile
 from utils.export.compare_logits import NEW_TOKENS, Continuations, compare_tokens
-from utils.export.places import scratch_folder
+from utils.export.places import Plan, scratch_folder
 from utils.files import atomic_folder, read_json
 from utils.hardware import GIB, require_disk, where
 from utils.pipeline.stage import StageRun
 from utils.processes import Child
-
-if TYPE_CHECKING:
-    from utils.export.plan import Plan  # which imports this module
 
 BITS = {"q4_k_m": 4.9, "q8_0": 8.5, "f16": 16.0}  # of a file, for each weight; the smallest first
 LORA = "adapter-f32.gguf"  # the factors are small: kept as they are
@@ -84,7 +80,7 @@ def file_name(kind: str) -> str:
     return f"model-{kind}.gguf"
 
 
-def write_gguf(run: StageRun, plan: "Plan") -> Path | None:
+def write_gguf(run: StageRun, plan: Plan) -> Path | None:
     """export/gguf: the merged model and the LoRA for llama.cpp, and a Modelfile for Ollama; None where none is planned.
 
     Raises ModelError and HardwareError; on Kaggle and Colab these are a sentence of the plan, and the stage goes on.
@@ -105,7 +101,7 @@ def write_gguf(run: StageRun, plan: "Plan") -> Path | None:
         shutil.rmtree(scratch_folder(run, "on_the_way"), ignore_errors=True)
 
 
-def _convert_all(run: StageRun, plan: "Plan", target: Path) -> Path:
+def _convert_all(run: StageRun, plan: Plan, target: Path) -> Path:
     """A merged model that is no export, and an f16 that is none, are made in scratch."""
     scratch = scratch_folder(run, "on_the_way")
     merged = plan.places.get("merged") or merge_adapter(run, scratch / "merged")

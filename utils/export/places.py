@@ -1,7 +1,8 @@
-"""Where exports lie: in the run directory, or in scratch where the session's output has no room for them."""
+"""What is exported, and where it lies: in the run directory, or in scratch where the session's output has no room."""
 
 import hashlib
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import RunDirError
@@ -9,6 +10,20 @@ from utils.files import is_folder, read_json
 from utils.hardware import where
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME
+
+
+@dataclass
+class Plan:
+    """What is made: `places` is {gguf, merged: folder}, `kinds` are GGUF's, by `llama_cpp`; `left_out` is {what: why not}."""
+
+    kinds: list[str]
+    llama_cpp: Path | None = None
+    places: dict[str, Path] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines, *(f"{what} is not made: {why}" for what, why in self.left_out.items())])
 
 
 def scratch_folder(run: RunDir, kind: str) -> Path:

@@ -3,13 +3,11 @@
 import math
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from utils.errors import ModelError
 from utils.export.adapter import measure_base
 from utils.export.gguf import BITS, fetch_llama_cpp, find_llama_cpp
-from utils.export.places import scratch_folder
+from utils.export.places import Plan, scratch_folder
 from utils.hardware import GIB, free_disk_gib, require_disk, where
 from utils.pipeline.run_dir import RunDir
 from utils.project import KAGGLE
@@ -18,20 +16,6 @@ from utils.secrets import find_secret
 _OUTPUT_BYTES = 19e9  # of the 20 GB that Kaggle keeps of a session
 _TOO_LARGE = "{:.3g} GB, and {:.3g} GB are left; with export.push_to_hub and HF_TOKEN it is made, and uploaded"
 _NO_LLAMA_CPP = "no llama.cpp was found; LLAMA_CPP_DIR names yours, or python -m benchmarks.llama_cpp in a checkout"
-
-
-@dataclass
-class Plan:
-    """What is made: `places` is {gguf, merged: folder}, `kinds` are GGUF's, by `llama_cpp`; `left_out` is {what: why not}."""
-
-    kinds: list[str]
-    llama_cpp: Path | None = None
-    places: dict[str, Path] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return "\n".join([*self.lines, *(f"{what} is not made: {why}" for what, why in self.left_out.items())])
 
 
 def plan_exports(run: RunDir) -> Plan:
