@@ -1,7 +1,5 @@
 """Every setting of a run: its name, its type, its range. Names are those of the libraries that they reach."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -152,7 +150,7 @@ class EvaluateSection(Section):
     seed: NotNegative = 3407
 
     @model_validator(mode="after")
-    def _names_every_benchmark(self) -> EvaluateSection:
+    def _names_every_benchmark(self) -> "EvaluateSection":
         if not all(section.wanted for section in self.more_benchmarks):
             raise ValueError("each of more_benchmarks needs a name (a Hub id) or a path")
         return self
@@ -215,7 +213,7 @@ class Config(Section):
     hardware: HardwareSection = HardwareSection()
 
     @model_validator(mode="after")
-    def _register_primary(self) -> Config:
+    def _register_primary(self) -> "Config":
         """Replace `primary: auto` by what the data can carry, so that the run directory names it before any score."""
         if self.evaluate.primary == "auto":
             carried = "multiple_choice" if self.evaluate.benchmark.wanted else "nll"
@@ -226,7 +224,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _can_carry_primary(self) -> Config:
+    def _can_carry_primary(self) -> "Config":
         """A primary metric that these data can never carry is refused now, not after the training."""
         primary, benchmark = self.evaluate.primary, self.evaluate.benchmark
         if primary == "multiple_choice" and not benchmark.wanted:
@@ -238,7 +236,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _can_validate(self) -> Config:
+    def _can_validate(self) -> "Config":
         """What is decided by the validation loss needs validation rows, and checkpoints where it is measured."""
         train = self.train
         if self.data.validation_rows is None and (train.keep == "best" or train.early_stopping_patience):

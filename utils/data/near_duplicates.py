@@ -5,8 +5,6 @@ share counts little, frequencies are smoothed for small sets, a short text is no
 al. 1996), and few words in common prove less than many. At 0.5 all of 64 reworded questions (tests/planted/) are found.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata
@@ -39,7 +37,7 @@ class Vectors:
     matrix: sparse.csr_matrix
     lengths: np.ndarray
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> Vectors:
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Vectors":
         """Only these rows, in this order."""
         return Vectors(self.matrix[rows], self.lengths[rows])
 
