@@ -139,19 +139,17 @@ def verdict(result: Result, p_value: float | None = None) -> Verdict:
     return "better" if (result.difference > 0) == result.higher_is_better else "worse"
 
 
-def show_rate(
-    n: int, difference: float, *, asked: float = 0.0, discordant: float = 0.25, experiments: int = 2000, seed: int = 0
-) -> float:
+def show_rate(n: int, difference: float, *, asked: float = 0.0, experiments: int = 2000) -> float:
     """The chance that strict and forced accuracy both show a true difference at 5 %, by simulated experiments.
 
-    n independent items. A share `discordant`, or as many as the difference needs, one model alone knows; half of the rest
+    n independent items. A quarter of them, or as many as the difference needs, one model alone knows; half of the rest
     both know. A share `asked` of each model's answers states no letter: wrong strictly, and right once it is asked for.
     """
-    discordant = max(discordant, difference)
+    discordant = max(0.25, difference)
     gained, lost, both = (discordant + difference) / 2, (discordant - difference) / 2, (1 - discordant) / 2
     stated, one_stated = 1 - asked, both * asked * (1 - asked)
     cells = [gained * stated, gained * asked, lost * stated, lost * asked, one_stated, one_stated]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = rng.multinomial(n, [*cells, 1 - sum(cells)], size=experiments).T
     forced, strict = (drawn[0] + drawn[1], drawn[2] + drawn[3]), (drawn[0] + drawn[4], drawn[2] + drawn[5])
 
