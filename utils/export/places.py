@@ -1,12 +1,11 @@
 """What is exported, and where it lies: in the run directory, or in scratch where the session's output has no room."""
 
-import hashlib
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import RunDirError
-from utils.files import is_folder, read_json
+from utils.files import digest_of, is_folder, read_json
 from utils.hardware import where
 from utils.pipeline.run_dir import RunDir
 from utils.project import NAME
@@ -30,7 +29,7 @@ def scratch_folder(run: RunDir, kind: str) -> Path:
     """Where goes what is not kept: gone with a session of Kaggle's or Colab's, and elsewhere with the next stage."""
     if where() == "local":
         return run.file(f"export/.scratch.tmp/{kind}")
-    this_run = f"{run.path.name}-{hashlib.sha256(str(run.path).encode()).hexdigest()[:8]}"
+    this_run = f"{run.path.name}-{digest_of(str(run.path), 8)}"
     return Path(tempfile.gettempdir()) / NAME / this_run / kind
 
 

@@ -1,7 +1,6 @@
 """One run directory, one run at a time: a lock that ends with its process. Kernels below a driver need none."""
 
 import fcntl
-import hashlib
 import tempfile
 from contextlib import suppress
 from datetime import datetime
@@ -11,7 +10,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from utils.errors import RunDirError
-from utils.files import read_lines, write_lines
+from utils.files import digest_of, read_lines, write_lines
 from utils.project import NAME
 
 FILE = ".lock"
@@ -54,7 +53,7 @@ def _lockable(run_dir: Path) -> Path:
     except BlockingIOError:
         return file
     except OSError:
-        return Path(tempfile.gettempdir()) / f"{NAME}-{hashlib.sha256(bytes(run_dir)).hexdigest()[:16]}{FILE}"
+        return Path(tempfile.gettempdir()) / f"{NAME}-{digest_of(str(run_dir))}{FILE}"
     return file
 
 
