@@ -53,13 +53,12 @@ def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: 
 def finish_session(run_dir: str | Path) -> SeriesState:
     """Record how the series ended in a kernel, without checkpoints when done; raises UserError where it failed."""
     run_dir = Path(run_dir)
-    began = (run_dir / "manifest.json").exists()
-    state = read_state(run_dir) or SeriesState(
-        state="running" if began else "failed", sentence="it never began; the lines above say why."
-    )
-    if state.state == "running":
+    state = read_state(run_dir)
+    if state is None and not (run_dir / "manifest.json").exists():
+        state = SeriesState(state="failed", sentence="it never began; the lines above say why.")
+    elif state is None or state.state == "running":
         died = "its process died, most often because memory ran out."
-        state = state.model_copy(update={"state": "failed", "kind": "killed", "sentence": died})
+        state = SeriesState(state="failed", kind="killed", sentence=died)
     write_state(run_dir, state)
     if state.state == "failed":
         raise UserError(f"{state.stage or 'The series'} failed: {state.sentence} What finished is kept in {run_dir}.")

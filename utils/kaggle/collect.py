@@ -118,9 +118,8 @@ def classify(status: str, message: str, target: Path, log: str) -> Collected:
         outcome = Outcome.INFRASTRUCTURE if state.kind == _OF_THE_MACHINE else Outcome.FAIL
         return Collected(outcome, f"{state.stage or 'the series'} failed: {state.sentence}")
     if state.state == "done" and status == "error":
-        return Collected(
-            Outcome.FAIL, f"the series is done, but the notebook stopped after it: {last_line(log, 'nothing')}"
-        )
+        stopped = f"the series is done, but the notebook stopped after it: {last_line(log, 'nothing')}"
+        return Collected(Outcome.FAIL, stopped)
     if state.state == "running" or status == "error":
         cut_off = "the session ended in the middle of the work, by its time limit or by a fault of the machine"
         return Collected(Outcome.INFRASTRUCTURE, f"{cut_off}.{remark}")
