@@ -1,6 +1,7 @@
 """Shared plumbing of the notebook series; `utils.project.prepare` asserts by `SERIES` that it is this package."""
 
 import os
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -12,6 +13,8 @@ SERIES = "deepseek-r1-medical-lora"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # An image's older kernels warn, at every start, of a debugger that nobody asked for.
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each fork warns
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm without widgets draws text, which is fine
 
 
 def surface(package: str, **modules: str) -> tuple[list[str], Callable[[str], Any]]:

@@ -10,7 +10,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -209,12 +208,6 @@ def installed(package: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
-
-
-def quiet_libraries() -> None:
-    """Silence what libraries say in a notebook that a reader can do nothing about."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each fork warns
-    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm without widgets draws text, which is fine
 
 
 def describe() -> dict[str, object]:

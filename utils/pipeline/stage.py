@@ -69,7 +69,6 @@ def open_stage(
     Raises RunDirError where an earlier stage is not current or another process is at work, HardwareError, ConfigError.
     """
     hide_secrets()
-    hardware.quiet_libraries()
     stage, run = BY_NAME[name], open_run(profile, run_dir, overrides)
     if run.path.is_dir():
         take_lock(run.path, name)
