@@ -26,8 +26,7 @@ def chat_template(style: Prompt, adds_bos: bool = True) -> str:
 def chat_ids(tokenizer, question: str) -> list[int]:
     """What the tokenizer's chat template makes of one question, as token ids."""
     turn = [{"role": "user", "content": question}]
-    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return tokenizer(rendered, add_special_tokens=False).input_ids
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
 
 
 def prompt_ids(tokenizer, question: str, style: Prompt) -> list[int]:
