@@ -18,6 +18,16 @@ from utils.hardware import resolve_hardware
 from utils.project import PROFILES
 from utils.schema import Config
 
+_PATHS = ("path", ".accelerate_config")  # settings that are paths and nothing else
+_BELONGS_TO = {  # a name, and what says nothing about another one
+    "model.name": ("model.revision", "export.base_revision"),
+    "export.base": ("export.base_revision",),
+    "data.name": ("data.revision", "data.subset"),
+    "data.path": ("data.revision", "data.subset"),
+    "evaluate.benchmark.name": ("evaluate.benchmark.revision", "evaluate.benchmark.subset"),
+    "evaluate.benchmark.path": ("evaluate.benchmark.revision", "evaluate.benchmark.subset"),
+}
+
 
 def profile_names() -> list[str]:
     """The profiles that exist."""
@@ -119,16 +129,6 @@ def _read_yaml(file: Path, remedy: str) -> dict[str, Any]:
     return values
 
 
-_BELONGS_TO = {  # a name, and what says nothing about another one
-    "model.name": ("model.revision", "export.base_revision"),
-    "export.base": ("export.base_revision",),
-    "data.name": ("data.revision", "data.subset"),
-    "data.path": ("data.revision", "data.subset"),
-    "evaluate.benchmark.name": ("evaluate.benchmark.revision", "evaluate.benchmark.subset"),
-    "evaluate.benchmark.path": ("evaluate.benchmark.revision", "evaluate.benchmark.subset"),
-}
-
-
 def _apply(values: dict[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     overrides, before = dotted_overrides(overrides), flatten(values)
     # The same name given again keeps its commit and subset.
@@ -159,9 +159,6 @@ def _validate(values: dict[str, Any], source: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
-
-
-_PATHS = ("path", ".accelerate_config")  # settings that are paths and nothing else
 
 
 def absolute_overrides(overrides: Mapping[str, Any] | None, base: Path | None = None) -> dict[str, Any]:
