@@ -12,8 +12,8 @@ Same model, same prompts, same sampling, same limit of new tokens, in one proces
 answer, so every answer is as long as the limit; the last case draws lengths as a reasoning model's answers have them.
 `kill` kills a process in the middle of its answers and lets another go on. `real-job` has the shape of profile t4's work: 600
 multiple-choice and 16 open questions, lengths drawn with a median of 900 tokens, at most 4,096. The peers answer a sample of
-it: a dozen one at a time, a few batches of `generate` sorted by prompt, and a minute of transformers' continuous batching,
-which is not in the result yet. `steps` compares the logits of a batch's steps with those of each row alone, which unsloth
+it: a dozen one at a time and a few batches of `generate` sorted by prompt, by unsloth without the series' changes; `library`
+adds a minute of transformers' continuous batching. `steps` compares the logits of a batch's steps with those of each row alone, which unsloth
 computes, and times a step by how 4-bit weights are unpacked.
 The result lies in benchmarks/results/. On a busy host `real-job`'s engine takes 17 minutes, a dozen answers one at a time six.
 """
@@ -41,7 +41,7 @@ from utils.evaluation import generate as generation
 from utils.evaluation.generate import Pending
 from utils.evaluation.questions import Question
 from utils.files import write_json
-from utils.hardware import GIB, gpus
+from utils.hardware import GIB, gpu_ids, gpus
 from utils.models.memory import free_memory
 from utils.models.unsloth_patches import forget_cache
 from utils.schema import GenerateSection
@@ -50,6 +50,7 @@ app = typer.Typer()
 WINDOWS = 3  # of one-at-a-time generation, a prompt each
 LIMIT, MEDIAN, LOG_SD = 4096, 900, 0.5  # tokens of the real job's answers
 SINGLES, LIBRARY_SECONDS = 12, 60
+PEERS = ("sorted", "single")
 
 
 def load(standin: Path, items: Path, room: int = 4096, backend: str = "auto"):
@@ -275,30 +276,64 @@ def real_job(
     items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON; what else it holds stays.")],
     rows: Annotated[Path, typer.Option(help="Open questions, JSONL.")],
-    sorted_batches: Annotated[int, typer.Option(help="How many batches of sorted prompts.")] = 2,
-    part: Annotated[int, typer.Option(help="Every so many-th question only.")] = 1,
-    name: Annotated[str, typer.Option(help="The evidence's key.")] = "real_job",
 ) -> None:
-    """The whole job by the engine, samples of it by the peers; written after each step."""
+    """The whole job by the engine; samples of it by the peers, at the same time where there is a second GPU."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.generate",
+        "peers",
+        str(standin),
+        "--items",
+        str(items),
+        "--rows",
+        str(rows),
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        place, second = Path(scratch) / "peers.json", gpu_ids()[1:2]
+        command += ["--out", str(place)]
+        apart = {"UNSLOTH_COMPILE_LOCATION": str(Path(scratch) / "compiled")}
+        apart |= {"CUDA_VISIBLE_DEVICES": second[0]} if second else {}
+        peers = subprocess.Popen(command, env=os.environ | apart) if second else None
+        model, tokenizer, choices, decoding = load(standin, items, room=LIMIT + 1024)
+        questions, lengths = real_questions(choices, rows)
+        long = decoding.model_copy(update={"max_new_tokens": LIMIT})
+        found: dict = {
+            "what": f"{len(questions)} questions, median {MEDIAN} tokens, at most {LIMIT}; 4-bit, fp16, at most 14.0 GiB",
+            **where(),
+            "peers_at_the_same_time": bool(second),
+        }
+        measure_engine(model, tokenizer, questions[:4], long.model_copy(update={"max_new_tokens": 4}))  # compiles
+        found["engine"] = measure_engine(model, tokenizer, questions, long, lengths)
+        add_to_file(out, {"real_job": found})
+        print("engine", found["engine"]["tokens_per_second"], flush=True)
+        peers.wait() if peers else subprocess.run(command, check=False)
+        answered = json.loads(place.read_text(encoding="utf-8"))
+    speed = found["engine"]["tokens_per_second"]
+    for peer in [peer for peer in PEERS if peer in answered]:
+        found |= {peer: answered[peer], f"ratio_{peer}": round(speed / peer_speed(answered[peer]), 2)}
+    add_to_file(out, {"real_job": found})
+    print({key: value for key, value in found.items() if key.startswith("ratio_")})
+    raise typer.Exit(sorted(answered) != sorted(PEERS))
+
+
+@app.command()
+def peers(
+    standin: Path,
+    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON; what else it holds stays.")],
+    rows: Annotated[Path, typer.Option(help="Open questions, JSONL.")],
+    sorted_batches: Annotated[int, typer.Option(help="How many batches of sorted prompts.")] = 2,
+) -> None:
+    """Samples of the real job by unsloth as it is, without the series' changes: sorted batches, a dozen one at a time."""
+    from utils.models import load as loading
     from utils.models.memory import sequences_that_fit
 
+    loading.patch_unsloth = lambda: None
     model, tokenizer, choices, decoding = load(standin, items, room=LIMIT + 1024)
     questions, lengths = real_questions(choices, rows)
-    questions = questions[::part]
     long = decoding.model_copy(update={"max_new_tokens": LIMIT})
-    found: dict = {
-        "what": f"{len(questions)} questions, median {MEDIAN} tokens, at most {LIMIT}; 4-bit, fp16, at most 14.0 GiB",
-        **where(),
-    }
-    measure_engine(model, tokenizer, questions[:4], long.model_copy(update={"max_new_tokens": 4}))  # compiles
-    found["engine"] = measure_engine(model, tokenizer, questions, long, lengths)
-
-    def put(peer: str, windows: list[dict]) -> None:
-        ratio = round(found["engine"]["tokens_per_second"] / peer_speed(windows), 2)
-        found.update({peer: windows, f"ratio_{peer}": ratio})
-        add_to_file(out, {name: found})
-        print(peer, ratio, windows[-1], flush=True)
-
+    time_generate(model, tokenizer, questions[:2], [4], long)  # compiles
     by_prompt = sorted(questions, key=lambda question: -len(tokenizer(question.prompt)["input_ids"]))
     prompt = len(tokenizer(by_prompt[0].prompt)["input_ids"])
     size = min(sequences_that_fit(model, prompt, LIMIT), len(questions))
@@ -307,13 +342,15 @@ def real_job(
         first = (2 * i + 1) * len(questions) // (2 * sorted_batches) - size // 2
         batch = by_prompt[max(0, first) : max(0, first) + size]
         windows.append(time_generate(model, tokenizer, batch, [lengths[q.id] for q in batch], long))
-        put("sorted", windows)
+        add_to_file(out, {"sorted": windows})
+        print("sorted", windows[-1], flush=True)
     by_length = sorted(questions, key=lambda question: lengths[question.id])
     windows = []
     for i in sorted(range(SINGLES), key=lambda i: abs(2 * i + 1 - SINGLES)):  # the middle first, should time run out
         question = by_length[(2 * i + 1) * len(questions) // (2 * SINGLES)]
         windows.append(time_generate(model, tokenizer, [question], [lengths[question.id]], long))
-        put("single", windows)
+        add_to_file(out, {"single": windows})
+        print("single", windows[-1], flush=True)
 
 
 def forced_logits(model, tokenizer, rows: list[list[int]], forced, places: list[int]):

@@ -110,43 +110,35 @@ def test_what_was_killed_ended_the_same_on_one_gpu_and_within_a_thousandth_on_tw
     assert SEVERAL["answers"]["same"] == SEVERAL["answers"]["questions"] == 224
 
 
-def test_the_real_jobs_figures_follow_from_its_batches_and_windows():
-    job = GENERATION["real_job"]
+@pytest.mark.parametrize(
+    ("name", "out_of_memory", "sorted_batches"), [("real_job", [], 2), ("real_job_before_graphs", [18], 1)]
+)
+def test_the_real_jobs_figures_follow_from_its_batches_and_windows(name, out_of_memory, sorted_batches):
+    job = GENERATION[name]
     engine, batches = job["engine"], job["engine"]["batches"]
-    assert engine["questions"] == 616 and engine["reserved_gib"] <= 14.0 and engine["out_of_memory"] == [18]
+    assert engine["questions"] == 616 and engine["reserved_gib"] <= 14.0 and engine["out_of_memory"] == out_of_memory
     assert engine["steps"] == sum(steps for _, steps, _ in batches)
     assert engine["tokens"] <= sum(rows * steps for rows, steps, _ in batches)
     assert engine["tokens_per_second"] == pytest.approx(engine["tokens"] / engine["seconds"], abs=0.1)
-    few, many = (
-        statistics.median(1000 * seconds / steps for rows, steps, seconds in batches if low <= rows <= high)
-        for low, high in ((1, 9), (40, 99))
-    )
-    assert few == pytest.approx(38, abs=1) and many == pytest.approx(38, abs=1)  # milliseconds of a step
-    assert len(job["single"]) == SINGLES and len(job["sorted"]) == 1
+    assert 0.97 * engine["seconds"] < sum(seconds for _, _, seconds in batches) < engine["seconds"]
+    assert len(job["single"]) == SINGLES and len(job["sorted"]) == sorted_batches
     for peer in ("single", "sorted"):
         assert job[f"ratio_{peer}"] == round(engine["tokens_per_second"] / peer_speed(job[peer]), 2)
-    assert job["ratio_sorted"] >= 1.2
 
 
-def test_half_of_the_real_job_took_the_time_of_its_batches_with_a_graph_for_each_step():
-    job, text = GENERATION["half_job"], " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
-    engine, batches = job["engine"], job["engine"]["batches"]
-    assert engine["questions"] == 308 and engine["reserved_gib"] <= 14.0 and len(engine["out_of_memory"]) == 4
-    assert engine["steps"] == sum(steps for _, steps, _ in batches)
-    assert engine["tokens_per_second"] == pytest.approx(engine["tokens"] / engine["seconds"], abs=0.1)
-    # What is left are the attempts that did not fit.
-    assert 0.97 * engine["seconds"] < sum(seconds for _, _, seconds in batches) < engine["seconds"]
-    assert job["ratio_single"] == round(engine["tokens_per_second"] / peer_speed(job["single"]), 2) >= 25
-    before = peer_speed(GENERATION["real_job"]["single"][:3])  # of the same prompts
-    assert [w["tokens"] for w in job["single"]] == [w["tokens"] for w in GENERATION["real_job"]["single"][:3]]
-    assert f"took {engine['seconds']:.0f} s at {engine['tokens_per_second']:.0f} tokens/s" in text
-    assert f"ran at {peer_speed(job['single']):.1f} tokens/s; the same three had run at {before:.1f}" in text
-    assert f"{job['ratio_single']:.0f} or {engine['tokens_per_second'] / before:.0f} times as fast" in text
-    milliseconds = [(rows, 1000 * seconds / steps) for rows, steps, seconds in batches]
+def test_the_real_job_is_as_fast_as_the_docs_say():
+    job, before = GENERATION["real_job"], GENERATION["real_job_before_graphs"]
+    engine, text = job["engine"], " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
+    assert job["ratio_single"] >= 25 and job["ratio_sorted"] >= 1.2 and job["peers_at_the_same_time"]
+    assert f"took {engine['seconds']:.0f} s at {engine['tokens_per_second']:,.0f} tokens/s" in text
+    assert f"{job['ratio_single']:.0f} times as fast as a dozen" in text
+    assert f"{job['ratio_sorted']:.0f} times as fast as two batches" in text
+    assert f"took {before['engine']['seconds']:,.0f} s at {before['engine']['tokens_per_second']:.0f} tokens/s" in text
+    milliseconds = [(rows, 1000 * seconds / steps) for rows, steps, seconds in engine["batches"]]
     several = [ms for rows, ms in milliseconds if rows >= 10]
-    alone = [ms for rows, ms in milliseconds if rows == 1]
-    assert f"A step** takes {min(several):.0f} to {max(several):.0f} ms" in text and max(several) < max(alone)
-    assert f"**The last answer alone** takes {min(alone):.0f} to {max(alone):.0f} ms a token" in text
+    (alone,) = [ms for rows, ms in milliseconds if rows == 1]
+    assert f"A step** takes {min(several):.0f} to {max(several):.0f} ms" in text and max(several) < alone
+    assert f"**The last answer alone** took {alone:.0f} ms a token" in text
     assert f"at work: {engine['tokens'] / engine['steps']:.0f} on average" in text
 
 
