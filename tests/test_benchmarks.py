@@ -269,6 +269,7 @@ def test_what_the_docs_say_was_tried_is_what_was_measured():
     assert all(g["seconds_per_update"] == round(statistics.median(g["update_seconds"][2:]), 4) for g in gpus)
     assert unsplit["two_gpus"]["ratio"] == round(gpus[0]["seconds_per_update"] / gpus[1]["seconds_per_update"], 3)
     assert f"Two GPUs were {unsplit['two_gpus']['ratio']:.2f} times" in text
+    assert f"reserves {tried['loss_in_pieces']['reserved_gib']:.1f} GiB in place of {TRAIN['reserved_gib']:.1f}" in text
     # Launches of two updates; the optimizer's share is what the same plan has more with the 8-bit one.
     optimizer = (beside["cast once"]["kernels"]["launches"] - alone[both]["kernels"]["launches"]) // 2
     cast = (

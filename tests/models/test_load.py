@@ -42,13 +42,18 @@ def test_unsloth_without_a_gpu_is_a_sentence(tiny_folder):
         start_backend(config_for(tiny_folder, **{"hardware.backend": "unsloth"}))
 
 
-def test_unsloth_prepares_rows_in_this_process(tiny_folder, monkeypatch):
+@pytest.mark.parametrize(("plan", "target"), [("auto", "1"), ("given", None)])
+def test_unsloth_prepares_rows_in_this_process_and_cuts_the_loss_as_the_step_plan_reckons(
+    tiny_folder, monkeypatch, plan, target
+):
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(__spec__=SimpleNamespace()))
     monkeypatch.setattr(load, "patch_unsloth", lambda: None)
     monkeypatch.setattr(load, "resolve_hardware", lambda _: {"backend": "unsloth", "device": "cuda"})
-    monkeypatch.setenv("UNSLOTH_DATASET_NUM_PROC", "")
-    monkeypatch.delenv("UNSLOTH_DATASET_NUM_PROC")
-    assert start_backend(config_for(tiny_folder)) == "unsloth" and os.environ["UNSLOTH_DATASET_NUM_PROC"] == "0"
+    for name in ("UNSLOTH_DATASET_NUM_PROC", "UNSLOTH_CE_LOSS_TARGET_GB"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert start_backend(config_for(tiny_folder, **{"train.step_plan": plan})) == "unsloth"
+    assert os.environ["UNSLOTH_DATASET_NUM_PROC"] == "0" and os.environ.get("UNSLOTH_CE_LOSS_TARGET_GB") == target
 
 
 def loading(monkeypatch, config) -> dict:
