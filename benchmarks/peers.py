@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+from benchmarks.training_graphs import use_graphs
 from utils.errors import first_line
 from utils.hardware import gpus
 
@@ -41,6 +42,8 @@ CASES: dict[str, dict] = {
                              "train.gradient_accumulation_steps": 4},
     "ours, xformers' attention": {**_OURS, "what": "ours with xformers' cutlass kernel, a T4's", "attention": "xformers"},
     "ours, torch's attention": {**_OURS, "what": "ours without xformers where it loads", "attention": "torch"},
+    "ours, in graphs": {**_OURS, "what": "ours, a micro-batch's pass through the layers and back as two CUDA graphs",
+                        "attention": "graphs"},
     "ours, flex attention": {**_OURS, "what": "ours with torch's flex attention", "attention": "flex"},
 }  # fmt: skip
 LARGEST = 16  # packs in a micro-batch, at which the search for the largest one ends
@@ -96,7 +99,7 @@ def use_attention(kind: str) -> None:
     """Choose what attends within packed rows under unsloth, before a model is loaded.
 
     `ours` is what the series does, `unsloth` what unsloth does by itself, `xformers`, `torch` (its memory-efficient
-    kernel) and `flex` (torch's flex attention) that one. Raises SystemExit with a sentence that begins with "skipped: "
+    kernel) and `flex` (torch's flex attention) that one; `graphs` is ours in CUDA graphs. Raises SystemExit with a sentence that begins with "skipped: "
     for `xformers` and `torch`, where xformers does not load.
     """
     os.environ["UNSLOTH_TORCH_VARLEN"] = "0"  # flash attention, which unsloth takes from torch 2.12 on, switch or not
@@ -111,6 +114,8 @@ def use_attention(kind: str) -> None:
 
     choose = unsloth_patches.choose_attention if kind != "unsloth" else lambda unsloths: unsloths
     unsloth_patches.choose_attention = lambda unsloths: _as_on_a_t4(choose(unsloths), _BACKENDS.get(kind))
+    if kind == "graphs":
+        use_graphs()
     if kind == "flex":
         unsloth_patches.attend_within_documents = flex_attention_within_documents(bool(gpus()))
 

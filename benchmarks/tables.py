@@ -44,6 +44,7 @@ CONFIGURATIONS = {
     "ours, xformers' attention": "`t4` with xformers' cutlass kernel",
     "ours, torch's attention": "`t4` with torch's kernel, where xformers loads",
     "ours, flex attention": "`t4` with torch's flex attention",
+    "ours, in graphs": "`t4` in CUDA graphs",
 }
 REAL_METRICS = (
     "nll", "well_formed", "truncated", "parsed", "multiple_choice", "multiple_choice_forced", "reasoning_tokens",

@@ -174,6 +174,7 @@ def two_gpus(
                 "seconds_per_update": round(statistics.median(told["update_seconds"][2:]), 4),
                 "losses": summarise(run_dir)["training"]["losses"],
             }
+            add_to_file(out, {"two_gpus": found})
     if not found["failed"]:  # the same packs in every update
         one, two = (found[f"{count} GPU"]["seconds_per_update"] for count in (1, 2))
         found["ratio"] = round(one / two, 3)
