@@ -11,7 +11,7 @@ import pytest
 from utils.config import load_config
 from utils.data import hub
 from utils.data.hub import find_commits
-from utils.data.rows import check_rows, load_rows, read_benchmark, read_table, write_split
+from utils.data.rows import check_rows, load_rows, read_benchmark, read_chats, read_table, write_split
 from utils.data.split import split_rows
 from utils.errors import DataError
 from utils.schema import Config
@@ -329,3 +329,16 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
         DataError, match=r"has no column 'prompt', which data.columns.Question names; it has q, Response"
     ):
         load_rows(local(path, columns={"Question": "prompt"}).data)
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [{"role": "system", "content": [{"type": "text", "text": "x"}]}, {"role": "user", "content": "q"},
+         {"role": "assistant", "content": "a"}],
+        [{"role": ["user"], "content": "q"}, {"role": "assistant", "content": "a"}],
+    ],
+)  # fmt: skip
+def test_a_role_or_a_system_message_that_is_no_text_is_a_problem_of_its_row(chat):
+    _, problems = read_chats(pd.DataFrame({"messages": [chat]}), "messages", "rows.jsonl")
+    assert list(problems) == [0] and ("no text" in problems[0] or "expected one of user and assistant" in problems[0])

@@ -17,7 +17,7 @@ from utils import hardware as platforms
 from utils.errors import ConfigError, RunDirError
 from utils.files import write_text
 from utils.pipeline import run_dir as rundir
-from utils.pipeline.run_dir import altered_files, open_run, read_manifest
+from utils.pipeline.run_dir import STATE, SeriesState, altered_files, open_run, read_manifest, read_state, write_state
 from utils.pipeline.stage import open_stage
 from utils.pipeline.stages import BY_NAME, STAGES
 from utils.schema import Config
@@ -338,3 +338,26 @@ def test_a_run_from_before_rows_were_always_drawn_by_seed_is_read(tmp_path):
     settings["data"]["shuffle"] = True
     run.file("config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     assert open_run("auto", tmp_path).config == run.config
+
+
+def test_a_state_that_was_written_is_read(tmp_path):
+    state = SeriesState(state="continue", stage="03_lora_training", kind="SessionOver", sentence="8 h", steps=150)
+    write_state(tmp_path, state)
+    assert read_state(tmp_path) == state
+
+
+def test_where_there_is_no_run_directory_no_state_makes_one(tmp_path):
+    write_state(tmp_path / "none", SeriesState(state="running"))
+    assert not (tmp_path / "none").exists() and read_state(tmp_path / "none") is None
+
+
+def test_a_state_of_a_version_that_sealed_it_is_read(tmp_path):
+    old = {"state": "done", "stage": "", "kind": "", "sentence": "", "steps": 3, "left_in_scratch": {}, "seal": "0f1e"}
+    (tmp_path / STATE).write_text(json.dumps(old))
+    assert read_state(tmp_path) == SeriesState(state="done", steps=3)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"state": "sleeping"}', b"\xff\xfe", b"[]"])
+def test_a_state_that_cannot_be_read_is_none(tmp_path, content):
+    (tmp_path / STATE).write_bytes(content)
+    assert read_state(tmp_path) is None
