@@ -99,8 +99,8 @@ def use_attention(kind: str) -> None:
     """Choose what attends within packed rows under unsloth, before a model is loaded.
 
     `ours` is what the series does, `unsloth` what unsloth does by itself, `xformers`, `torch` (its memory-efficient
-    kernel) and `flex` (torch's flex attention) that one; `graphs` is ours in CUDA graphs. Raises SystemExit with a sentence that begins with "skipped: "
-    for `xformers` and `torch`, where xformers does not load.
+    kernel) and `flex` (torch's flex attention) that one; `graphs` is ours in CUDA graphs. Raises SystemExit with a sentence
+    that begins with "skipped: " for `xformers` and `torch`, where xformers does not load.
     """
     os.environ["UNSLOTH_TORCH_VARLEN"] = "0"  # flash attention, which unsloth takes from torch 2.12 on, switch or not
     if kind in ("xformers", "torch"):

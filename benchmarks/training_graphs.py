@@ -1,6 +1,6 @@
-"""Training in CUDA graphs, of the case "ours, in graphs": a micro-batch's pass through the layers and back, two for each length.
+"""Training in CUDA graphs, for the case "ours, in graphs": one for a micro-batch's pass through the layers, one for the way back.
 
-Such a pass of an 8B model is some 7,000 launches: where Python takes longer to make them than the GPU to run them, the GPU
+Such a pass of an 8B model is some 6,000 launches: where Python takes longer to make them than the GPU to run them, the GPU
 waits. A graph makes all of them at once, see https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/. The series does
 not train so: docs/performance.md says why. `use_graphs` replaces what it has to in the series and in unsloth.
 """
@@ -12,13 +12,16 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-_TOKENS, _DOCUMENTS = 64, 8  # lengths and numbers of documents are rounded up to multiples of these, to be fewer
+_TOKENS, _DOCUMENTS = (
+    64,
+    8,
+)  # tokens and documents are rounded up to multiples of these: each pair has graphs of its own
 
 
 class Documents(NamedTuple):
     """Where the documents of a micro-batch begin and the last one ends, and how many tokens one may have."""
 
-    lengths: torch.Tensor  # (documents,), of which nobody knows the values: a graph holds for any
+    lengths: torch.Tensor  # (documents,), unused: unsloth asks for a tensor, and a graph holds for any lengths
     boundaries: torch.Tensor  # (documents + 1,), int32
     longest: int
 
@@ -51,9 +54,10 @@ class TrainingGraphs:
         return _Replay.apply(current, tokens, *self.weights)
 
     def _make_room(self, length: int, documents: int) -> None:
-        """Outputs for `length` tokens, after a pass of as many launch by launch.
+        """Make states and their gradient for `length` tokens, after a pass of that length without a graph.
 
-        It sets libraries up, compiles kernels, and tells where memory is short: within a capture that would end the process.
+        That pass sets libraries up, compiles kernels, and fails where memory is short: within a capture that would end the
+        process.
         """
         self.passes.clear()
         with torch.enable_grad():
@@ -153,7 +157,7 @@ def use_graphs() -> None:
 
 
 def first_that_fits(measure: Callable, rows: int, layers: int) -> list[tuple]:
-    """(tokens per second, plan) of the smallest micro-batches: launches cost nothing, so larger ones save little."""
+    """[(tokens per second, plan)] with micro-batches of one row, as few layers recomputing as fit; larger ones are not tried."""
     from utils.training.step_plan import StepPlan
 
     for count in (*range(0, layers, max(1, layers // 8)), layers):

@@ -20,7 +20,10 @@ from benchmarks.training_graphs import (
     first_that_fits,
     recompute_in_graphs,
     train_in_graphs,
+    use_graphs,
 )
+from utils.models import load
+from utils.training import callbacks, step_plan
 from utils.training.callbacks import RecomputeCallback
 
 DEVICES = [
@@ -38,17 +41,18 @@ BATCHES = [
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch):
-    """On a CPU a graph is what it would be captured from; counts the captures, there and back."""
-    count = []
+    """On a CPU a graph is what it would be captured from; notes the length of each capture, there and back."""
+    noted, real = [], training_graphs.capture
 
     def capture(launch, pool):
-        count.append(launch.__self__.tokens)
+        noted.append(launch.__self__.tokens)
+        if pool is not None:
+            return real(launch, pool)
         launch()
         return launch
 
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(training_graphs, "capture", capture)
-    return count
+    monkeypatch.setattr(training_graphs, "capture", capture)
+    return noted
 
 
 class Layers(torch.nn.Module):
@@ -131,7 +135,7 @@ def test_a_larger_micro_batch_makes_room_and_captures_anew(launches):
     assert launches == [64, 64, 128, 128, 64, 64] and len(layers.graphs.states) == 128
 
 
-def test_several_processes_average_the_gradients(monkeypatch):
+def test_distributed_data_parallel_takes_the_gradients_of_all_micro_batches(monkeypatch):
     monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -172,10 +176,10 @@ class Backbone(torch.nn.Module):
 @pytest.fixture
 def passes(monkeypatch):
     """What `forward` called: graphs answer "a graph's", or raise what `passes.error` holds."""
-    called = SimpleNamespace(error=None, unsloths=0, graphs=[], streams=[], known={})
+    called = SimpleNamespace(error=None, unsloths=[], graphs=[], streams=[], known={})
 
     def unsloths(self, **given):
-        called.unsloths += 1
+        called.unsloths.append(given)
         return SimpleNamespace(last_hidden_state="unsloth's")
 
     def run(self, ids, positions, lengths):
@@ -236,7 +240,10 @@ def test_unsloth_is_told_of_documents_without_asking_the_gpu(passes):
     passes.forward(backbone, **packed())
     ids = torch.ones((1, 64), dtype=torch.long)
     assert passes.graphs[0].run_layers(ids, ids, documents) == "unsloth's"
-    assert passes.known[ids.device] == {"seq_lengths": documents.lengths, "result": documents}
+    (told,) = passes.unsloths
+    assert told["input_ids"] is told["position_ids"] is ids and not told["use_cache"]
+    assert passes.known[ids.device]["seq_lengths"] is told["packed_seq_lengths"] is documents.lengths
+    assert passes.known[ids.device]["result"] is documents
 
 
 def test_layers_recompute_without_looking_up_random_numbers(monkeypatch):
@@ -258,3 +265,23 @@ def test_the_first_plan_that_fits_ends_the_search():
     ((speed, plan),) = first_that_fits(measure, 4, 32)
     assert tried == [(1, 4, 0), (1, 4, 4), (1, 4, 8)] and (speed, plan.recompute_layers) == (5.0, 8)
     assert first_that_fits(lambda plan: None, 4, 32) == []
+
+
+def test_the_case_in_graphs_changes_what_the_series_and_unsloth_call(monkeypatch):
+    llama = SimpleNamespace(run_attention=min, LlamaModel_fast_forward=max)
+    for name, module in {"unsloth": SimpleNamespace(), "unsloth.models": SimpleNamespace(llama=llama)}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    patched = []
+    monkeypatch.setattr(load, "patch_unsloth", lambda: patched.append("as before"))
+    for module, name in ((callbacks, "RecomputeCallback"), (step_plan, "RecomputeCallback"), (step_plan, "search")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    use_graphs.__wrapped__()
+    for _ in range(2):  # as each model that is loaded asks for it
+        load.patch_unsloth()
+    assert patched == ["as before"] and llama.run_attention is not min
+    assert llama.LlamaModel_fast_forward.__wrapped__ is max  # wrapped once
+    assert step_plan.search is first_that_fits and step_plan.RecomputeCallback is callbacks.RecomputeCallback
+    assert (
+        issubclass(step_plan.RecomputeCallback, RecomputeCallback)
+        and step_plan.RecomputeCallback is not RecomputeCallback
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -43,17 +42,21 @@ def test_unsloth_without_a_gpu_is_a_sentence(tiny_folder):
 
 
 @pytest.mark.parametrize(("plan", "target"), [("auto", "1"), ("given", None)])
-def test_unsloth_prepares_rows_in_this_process_and_cuts_the_loss_as_the_step_plan_reckons(
-    tiny_folder, monkeypatch, plan, target
+def test_before_unsloth_is_imported_it_is_told_to_prepare_rows_here_and_how_much_the_loss_may_take(
+    tiny_folder, tmp_path, monkeypatch, plan, target
 ):
-    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(__spec__=SimpleNamespace()))
+    (tmp_path / "unsloth.py").write_text("import os\nfound = dict(os.environ)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    monkeypatch.delitem(sys.modules, "unsloth")
     monkeypatch.setattr(load, "patch_unsloth", lambda: None)
     monkeypatch.setattr(load, "resolve_hardware", lambda _: {"backend": "unsloth", "device": "cuda"})
     for name in ("UNSLOTH_DATASET_NUM_PROC", "UNSLOTH_CE_LOSS_TARGET_GB"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     assert start_backend(config_for(tiny_folder, **{"train.step_plan": plan})) == "unsloth"
-    assert os.environ["UNSLOTH_DATASET_NUM_PROC"] == "0" and os.environ.get("UNSLOTH_CE_LOSS_TARGET_GB") == target
+    found = sys.modules["unsloth"].found
+    assert found["UNSLOTH_DATASET_NUM_PROC"] == "0" and found.get("UNSLOTH_CE_LOSS_TARGET_GB") == target
 
 
 def loading(monkeypatch, config) -> dict:

@@ -31,9 +31,9 @@ def start_backend(config: Config) -> str:
     if importlib.util.find_spec("unsloth") is None:
         raise HardwareError("hardware.backend=unsloth, but unsloth is not installed; run 00_setup to install it.")
     os.environ.setdefault("UNSLOTH_DATASET_NUM_PROC", "0")  # starting its eight processes costs each trial seconds
-    if config.train.step_plan == "auto":
-        # The loss in four pieces a pack. By itself unsloth takes half of what is free when it first looks, and keeps to that:
-        # on a full GPU hundreds of pieces, each of which reads the whole output head.
+    if config.train.step_plan == "auto":  # a step plan fills the memory
+        # GiB for the loss, read on import: four pieces for 2,048 tokens. By itself unsloth takes half of what is free when it
+        # first looks: on a full GPU that makes dozens of pieces, each of which reads the whole output head.
         os.environ.setdefault("UNSLOTH_CE_LOSS_TARGET_GB", "1")
     import unsloth  # noqa: F401
 
