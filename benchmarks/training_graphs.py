@@ -12,10 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-_TOKENS, _DOCUMENTS = (
-    64,
-    8,
-)  # tokens and documents are rounded up to multiples of these: each pair has graphs of its own
+# Tokens and documents are rounded up to multiples of these: each pair of numbers has graphs of its own.
+_TOKENS, _DOCUMENTS = 64, 8
 
 
 class Documents(NamedTuple):
