@@ -49,9 +49,11 @@ from utils.processes import Child
 from utils.schema import GenerateSection
 
 app = typer.Typer()
+Items = Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")]
+Rows = Annotated[Path, typer.Option(help="Open questions, JSONL.")]
 WINDOWS = 3  # of one-at-a-time generation, a prompt each
 LIMIT, MEDIAN, LOG_SD = 4096, 900, 0.5  # tokens of the real job's answers
-SINGLES, LIBRARY_SECONDS = 12, 60
+SINGLES, SORTED, LIBRARY_SECONDS = 12, 2, 60  # answers one at a time, sorted batches, of the peers
 
 
 def load(standin: Path, items: Path, room: int = 4096, backend: str = "auto"):
@@ -261,7 +263,7 @@ def answer(standin: Path, items: Path, path: Path) -> None:
 @app.command()
 def kill(
     standin: Path,
-    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    items: Items,
     out: Annotated[Path, typer.Option(help="The evidence of `measure`, to which this is added.")],
 ) -> None:
     """Kill -9 in the middle, start again, and count; exit 1 where an answer is missing or was generated twice."""
@@ -274,9 +276,9 @@ def kill(
 @app.command()
 def real_job(
     standin: Path,
-    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    items: Items,
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON; what else it holds stays.")],
-    rows: Annotated[Path, typer.Option(help="Open questions, JSONL.")],
+    rows: Rows,
 ) -> None:
     """The whole job by the engine; samples of it by `peers`, at the same time where there is a second GPU, else after it."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as children:
@@ -320,10 +322,9 @@ def real_job(
 @app.command()
 def peers(
     standin: Path,
-    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    items: Items,
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON; what else it holds stays.")],
-    rows: Annotated[Path, typer.Option(help="Open questions, JSONL.")],
-    sorted_batches: Annotated[int, typer.Option(help="How many batches of sorted prompts.")] = 2,
+    rows: Rows,
 ) -> None:
     """Samples of the real job by unsloth as it is, without the series' changes: sorted batches, a dozen one at a time."""
     from utils.models import load as loading
@@ -338,8 +339,8 @@ def peers(
     prompt = len(tokenizer(by_prompt[0].prompt)["input_ids"])
     size = min(sequences_that_fit(model, prompt, LIMIT), len(questions))
     windows = []
-    for i in range(sorted_batches):  # from the middle of equal parts of the whole
-        first = (2 * i + 1) * len(questions) // (2 * sorted_batches) - size // 2
+    for i in range(SORTED):  # from the middle of equal parts of the whole
+        first = (2 * i + 1) * len(questions) // (2 * SORTED) - size // 2
         batch = by_prompt[max(0, first) : max(0, first) + size]
         windows.append(time_generate(model, tokenizer, batch, [lengths[q.id] for q in batch], long))
         add_to_file(out, {"sorted": windows})
@@ -449,7 +450,7 @@ def time_step(model, tokenizer, choices: list[Question], length: int, rows: int,
 @app.command()
 def steps(
     standin: Path,
-    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    items: Items,
     out: Annotated[Path, typer.Option(help="The evidence of `measure`, to which this is added.")],
 ) -> None:
     """A batch's steps: their logits against each row alone, and their time by the ways to unpack 4-bit weights."""
@@ -488,9 +489,9 @@ def steps(
 @app.command()
 def library(
     standin: Path,
-    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    items: Items,
     out: Annotated[Path, typer.Option(help="The evidence of `real-job`, to which this is added.")],
-    rows: Annotated[Path, typer.Option(help="Open questions, JSONL.")],
+    rows: Rows,
 ) -> None:
     """transformers' own continuous batching on the same job, on the plain backend, for a minute."""
     model, tokenizer, choices, decoding = load(standin, items, backend="transformers")
@@ -507,7 +508,7 @@ def library(
 @app.command()
 def measure(
     standin: Path,
-    items: Annotated[Path, typer.Option(help="Multiple-choice items, JSONL.")],
+    items: Items,
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
     rows: Annotated[Path, typer.Option(help="Open questions, JSONL: the headline.")],
     limit: Annotated[int, typer.Option(help="New tokens of an answer; drawn lengths go up to twelve times it.")] = 128,

@@ -175,7 +175,7 @@ def test_the_real_jobs_engine_is_compared_with_what_its_peers_left(short_job, mo
         def __init__(self, command, log, environment):
             commands.append([str(part) for part in command])
             place = Path(command[command.index("--out") + 1])
-            generate.peers(**given, out=place, sorted_batches=2)
+            generate.peers(**given, out=place)
 
         __enter__, __exit__, wait = lambda self: self, lambda self, *_: None, lambda self: 0
 
