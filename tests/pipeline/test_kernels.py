@@ -40,6 +40,22 @@ def test_a_run_that_went_well_says_nothing_of_its_kernel(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_cell_whose_last_message_comes_late_has_not_failed(tmp_path):
+    """Its reply is there, and what it printed is not yet: on a busy machine, or where the run was suspended in between."""
+    late = (
+        "import time\n"
+        "kernel = get_ipython().kernel\n"
+        "publish = kernel._publish_status\n"
+        "def publish_late(status, *rest, **more):\n"
+        "    time.sleep(6 if status == 'idle' else 0)\n"
+        "    publish(status, *rest, **more)\n"
+        "kernel._publish_status = publish_late"
+    )
+    started = time.monotonic()
+    run(tmp_path, late)
+    assert time.monotonic() - started > 6
+
+
 def test_asked_in_the_middle_of_a_cell_the_kernel_is_interrupted_and_its_notebook_saved(tmp_path):
     cells = [f"open({str(tmp_path / 'begun')!r}, 'w').close()\nimport time\ntime.sleep(60)", "never = 1"]
     started = time.monotonic()

@@ -31,6 +31,7 @@ from utils.secrets import redact
 _OWNER = "python -m utils run"
 # ipykernel warns that its port is not encrypted, and tells of the interrupt that comes before each shutdown.
 _QUIET = ["--log-level=CRITICAL"]
+_OUTPUT_S = 600  # a cell's last output may come late, on a busy machine or one that slept; nbclient gives it 4 s
 _WORTH_BEGINNING_S = 1800.0  # loading the model takes some minutes of it
 _ANSWERS = tuple(
     f"{folder}/{name}" for folder in ("baseline", "tuned") for name in ("answers.jsonl", "forced.jsonl", "probe.jsonl")
@@ -163,6 +164,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], stop: Stop
             kernel_name="python3",
             progress_bar=False,
             extra_arguments=_QUIET,
+            iopub_timeout=_OUTPUT_S,
             on_cell_execute=lambda **_: check(stop),
         )
     except KeyboardInterrupt:  # it cuts nbclient's task short, and asyncio would print how that ended as a traceback
