@@ -32,8 +32,8 @@ from utils.hardware import gpus
 SEED, UPDATES = 1, 120
 
 
-def settings(processes: int) -> list[str]:
-    """--set of every run: packed training as profile t4 has it, a T4's arithmetic where there is a GPU."""
+def settings(processes: int) -> dict:
+    """What every run sets: packed training as profile t4 has it, a T4's arithmetic where there is a GPU."""
     values = {"train.packing": True, "train.step_plan": "auto", "model.max_seq_length": 480, "train.max_steps": UPDATES,
               "train.save_steps": 20, "train.gradient_checkpointing": True, "train.per_device_train_batch_size": 2,
               "train.gradient_accumulation_steps": 2, "hardware.processes": processes, "hardware.pins": "report"}  # fmt: skip
@@ -42,13 +42,14 @@ def settings(processes: int) -> list[str]:
                    "hardware.backend": "unsloth", "train.optim": "adamw_8bit"}  # fmt: skip
     else:
         values |= {"train.packing": False, "train.max_steps": 24, "train.save_steps": 4}
-    return [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value).strip(chr(34))}")]
+    return values
 
 
 def command(run_dir: Path, processes: int, stage: str) -> list[str]:
     """`python -m utils run` of one stage."""
     stages = ["--from", stage, "--to", stage]
-    return [sys.executable, "-m", "utils", "run", "--profile", "demo", "--run-dir", str(run_dir), *stages, *settings(processes)]  # fmt: skip
+    chosen = [f"--set={key}={json.dumps(value).strip(chr(34))}" for key, value in settings(processes).items()]
+    return [sys.executable, "-m", "utils", "run", "--profile", "demo", "--run-dir", str(run_dir), *stages, *chosen]
 
 
 def run(run_dir: Path, processes: int, stage: str) -> float:
