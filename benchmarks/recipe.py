@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +23,10 @@ def notebook_source() -> str:
 
 
 def notebook_functions() -> tuple[Callable, Callable]:
-    """load_with_lora and make_trainer, ready to be called."""
-    names: dict = {}
-    exec(compile(notebook_source(), "03_lora_training.ipynb", "exec"), names)
+    """load_with_lora and make_trainer, ready to be called, and to be read as a kernel's are."""
+    names, source, place = {}, notebook_source(), "03_lora_training.ipynb"
+    linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
+    exec(compile(source, place, "exec"), names)
     return names["load_with_lora"], names["make_trainer"]
 
 

@@ -110,7 +110,8 @@ def test_a_killed_run_of_two_processes_ends_with_the_same_weights_as_an_undistur
         process.kill()
     started.wait()
     assert not torn.file(SUMMARY).exists()  # it was not done yet
-    train_adapter(torn, *recipe())
+    train_adapter(torn, *recipe(SLOWER))
+    assert len(list(torn.path.glob("training/checkpoints/*"))) == 1  # it resumed there
     assert apart(whole, torn) == 0
     logs = [pd.read_csv(run.file("training/log.csv")) for run in (whole, torn)]
     pd.testing.assert_frame_equal(*logs)
@@ -126,7 +127,7 @@ def test_out_of_memory_in_one_process_is_a_sentence_that_names_what_to_lower(tra
     run = training_run(hardware__processes=2)
     none_left = """if trainer.state.global_step == 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")"""
-    with pytest.raises(OutOfMemory, match=r"micro-batch 2 x 1.*lower train\.per_device_train_batch_size"):
+    with pytest.raises(OutOfMemory, match=r"micro-batch 2 x 1.*batch_size=1, train.gradient_accumulation_steps=4"):
         train_adapter(run, *recipe(none_left))
 
 

@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.recipe import notebook_functions
+from benchmarks.recipe import notebook_functions, notebook_source
+from tests.conftest import import_file
 from utils.data import synthetic as demo_data
 from utils.data.prompts import format_row
 from utils.errors import SessionOver, TrainingError
@@ -216,6 +217,26 @@ def test_sessions_that_end_in_time_lead_to_the_same_adapter_as_one_long_one(trai
     short = training_run("short", train__max_steps=3)
     train_adapter(short, *functions)
     assert apart(parts, short) == 0
+
+
+def test_an_edited_recipe_is_trained_from_the_start_and_a_comment_in_it_is_no_edit(training_run, tmp_path):
+    def functions(name: str, old: str = "", new: str = ""):
+        path = tmp_path / f"{name}.py"
+        path.write_text(notebook_source().replace(old, new), encoding="utf-8")
+        cells = import_file(path)
+        return cells.load_with_lora, cells.make_trainer
+
+    rate = "learning_rate=config.train.learning_rate"
+    edited = functions("edited", rate, "learning_rate=1e-5")
+    run, fresh = training_run("run", train__max_steps=3), training_run("fresh", train__max_steps=3)
+    train_adapter(run, *functions("plain"))
+    train_adapter(run, *functions("said", rate, f"# as the profile has it\n        {rate}"))
+    assert len(list(run.path.glob("training/checkpoints/*"))) == 1
+    train_adapter(run, *edited)
+    train_adapter(fresh, *edited)
+    assert apart(run, fresh) == 0 and len(list(run.path.glob("training/checkpoints/*"))) == 2
+    train_adapter(run, *functions("rank", "r=config.lora.r", "r=4"))  # its checkpoints fit no other rank's
+    assert next(value for name, value in adapter(run).items() if "lora_A" in name).shape[0] == 4
 
 
 VALIDATED = {"data__validation_rows": 5, "train__eval_steps": 2, "train__save_steps": 4}

@@ -1,7 +1,7 @@
 """Notebook 03's training, in the notebook's own process or in one process for each GPU.
 
-With several GPUs, the notebook's two functions go into training/recipe.py, and `accelerate launch` starts a process for
-each GPU (DistributedDataParallel), all of which run it:
+The notebook's two functions go into training/recipe.py. With several GPUs, `accelerate launch` starts a process for each
+(DistributedDataParallel), all of which run it:
 
     accelerate launch --config_file machine.yaml -m utils.training.launch RUN_DIR     # by hand, on several machines
 """
@@ -42,12 +42,12 @@ def train_adapter(run: StageRun, load_with_lora: Callable, make_trainer: Callabl
     an SFTTrainer; see notebook 03. Raises what they raise, and TrainingError where a process ended without a word.
     """
     count = processes_that_divide(run)
+    write_recipe(run, load_with_lora, make_trainer)
     if count == 1 and run.config.hardware.accelerate_config is None:
         from utils.training.train import train_here
 
         train_here(run, load_with_lora, make_trainer)
     else:
-        write_recipe(run, load_with_lora, make_trainer)
         _launch(run, count)
     return read_json(run.file(SUMMARY))
 
@@ -79,8 +79,14 @@ def _processes_in(path: Path) -> int:
 
 
 def write_recipe(run: StageRun, *functions: Callable) -> None:
-    """training/recipe.py: the notebook's functions as they stand in its cells, for the other processes."""
-    write_text(run.file(RECIPE), "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in functions))
+    """training/recipe.py: the notebook's functions as they stand in its cells; TrainingError where no source is to be had."""
+    try:
+        text = "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in functions)
+    except OSError:  # below %%time, say
+        raise TrainingError(
+            "The recipe's two functions cannot be read; define them in cells without a magic."
+        ) from None
+    write_text(run.file(RECIPE), text)
 
 
 def read_recipe(run: StageRun) -> tuple[Callable, Callable]:

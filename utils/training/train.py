@@ -1,5 +1,6 @@
 """One process's training: step plan, checkpoints to resume from, what to do when memory runs out, what is left at the end."""
 
+import ast
 import contextlib
 import math
 import time
@@ -27,7 +28,7 @@ from utils.report.tracking import Tracker
 from utils.schema import Config
 from utils.training import step_plan as plans
 from utils.training.callbacks import BestCallback, HealthCallback, SessionCallback, ShowCallback, Stopwatch
-from utils.training.launch import SUMMARY
+from utils.training.launch import RECIPE, SUMMARY
 
 
 def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> None:
@@ -135,9 +136,13 @@ def _is_of_last_update(trainer, checkpoint: str) -> bool:
 def _fall_back(run: StageRun, plan: plans.StepPlan, model, first: dict) -> plans.StepPlan:
     """Put a smaller plan on file after `plan` ran out of memory, and return it; raises OutOfMemory where there is none."""
     if world_size() > 1:
-        lower = "train.per_device_train_batch_size (with train.step_plan=given) or model.max_seq_length"
+        rows, most = run.config.train.rows_per_update, max(1, plan.per_device_train_batch_size // 2)
+        micro = next(n for n in range(most, 0, -1) if rows % n == 0)
+        cut = f"train.per_device_train_batch_size={micro}, train.gradient_accumulation_steps={rows // micro}"
         found = f"One of {world_size()} processes ran out of memory with {plan}"
-        raise OutOfMemory(f"{found}; lower {lower}, and run 03 again.")
+        raise OutOfMemory(
+            f"{found}; set train.step_plan=given, {cut}, or lower model.max_seq_length, and run 03 again."
+        )
     layers = len(transformer_layers(model)) if run.config.train.gradient_checkpointing else plan.recompute_layers
     smaller, last = plans.smaller_plan(plan, layers), find_checkpoint(checkpoint_dir(run))
     write_json(run.file(plans.FILE), read_json(run.file(plans.FILE)) | {"step_plan": asdict(smaller)})
@@ -148,9 +153,10 @@ def _fall_back(run: StageRun, plan: plans.StepPlan, model, first: dict) -> plans
 
 
 def checkpoint_dir(run: StageRun) -> Path:
-    """Where this run's checkpoints go: a folder named by settings and rows, so that no other run's are resumed."""
-    inputs = digests(record_files(run.path, run.stage.inputs))
-    basis = [run.settings(run.stage), run.record(run.stage)["computed_on"], inputs]
+    """Where this run's checkpoints go: a folder named by settings, rows and recipe, so that no other run's are resumed."""
+    inputs, path = digests(record_files(run.path, run.stage.inputs)), run.file(RECIPE)
+    recipe = ast.unparse(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else ""  # without its comments
+    basis = [run.settings(run.stage), run.record(run.stage)["computed_on"], inputs, recipe]
     return run.file("training/checkpoints") / digest_of(basis, length=12)
 
 
