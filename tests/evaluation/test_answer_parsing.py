@@ -160,6 +160,19 @@ def test_an_option_named_in_full_and_alone_counts_as_its_letter_unless_it_is_neg
     assert explicit_letter(answer, options) == letter
 
 
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        ({"A": "yes", "B": "no", "C": "maybe"}, "The answer is yes."),  # "The answer is no." would be none
+        ({"A": "yes", "B": "no", "C": "maybe"}, "No, it did not help. Maybe larger trials would show more."),
+        ({"A": "No treatment", "B": "Aspirin"}, "No treatment is needed. Aspirin would only add risk."),
+    ],
+)
+def test_where_an_option_negates_only_a_letter_counts(options, answer):
+    assert explicit_letter(answer, options) is None
+    assert explicit_letter(f"{answer} The answer is A.", options) == "A"
+
+
 def test_a_name_is_found_however_its_apostrophe_is_written_and_across_the_stop_in_it():
     options = {"A": "Fabry’s disease", "B": "E. coli infection", "C": 'Gout\n"'}
     answers = ("It is Fabry's disease.", "It is an E. coli infection.", "It is gout.")

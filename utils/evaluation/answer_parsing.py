@@ -104,11 +104,14 @@ def explicit_letter(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter of the one option that an answer states, by its letter or else by its full text; None for none or several.
 
     A text counts as whole words where its sentence negates nothing: first what sentences give as the answer, else what
-    the first one names. What is only discussed further on is no answer.
+    the first one names. What is only discussed further on is no answer. Where an option itself negates ("No treatment"),
+    texts cannot be told from what takes them back, and only letters count.
     """
     if letters := _stated_letters(answer, options):
         return letters[0] if len(letters) == 1 else None
     texts = {letter: text.translate(_PLAIN).strip(' ."\n') for letter, text in options.items()}
+    if any(map(_NEGATION.search, texts.values())):
+        return None
     sentences = [_REASON.sub("", sentence) for sentence in _SENTENCES.split(answer.translate(_PLAIN).strip())]
     affirmed = [sentence for sentence in sentences if not _NEGATION.search(sentence)]
     given = [sentence[match.end() :] for sentence in affirmed if (match := _GIVEN_AS.search(sentence))]
