@@ -11,7 +11,7 @@ import pytest
 from utils.config import load_config
 from utils.data import hub
 from utils.data.hub import find_commits
-from utils.data.rows import check_rows, load_rows, read_benchmark, read_chats, read_table, write_split
+from utils.data.rows import check_rows, load_rows, read_benchmark, read_chats, read_table, write_frame, write_split
 from utils.data.split import split_rows
 from utils.errors import DataError
 from utils.schema import Config
@@ -197,12 +197,46 @@ def test_an_empty_cell_of_a_csv_is_refused(tmp_path):
     assert "row 2: Complex_CoT is empty" in refusal(tmp_path / "rows.csv")
 
 
-def test_extra_columns_are_kept_and_white_space_around_text_is_not(tmp_path):
-    path = write_jsonl(
-        tmp_path / "rows.jsonl", [{"Question": " a\n", "Complex_CoT": "b", "Response": "c", "group": "g"}]
-    )
-    row = check_rows(read_table(path), "rows").iloc[0]
+def test_a_group_is_kept_white_space_and_columns_that_nobody_reads_are_not(tmp_path):
+    text = {"Question": " a\n", "Complex_CoT": "b", "Response": "c", "group": "g"}
+    odd = [{"score": 3, "metadata": {}, "size": 10**30}, {"score": "n/a", "metadata": {}, "size": 1}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [text | more for more in odd])
+    rows = check_rows(read_table(path), "rows")
+    write_frame(tmp_path / "rows.parquet", rows)
+    assert list(rows.columns) == ["Question", "Complex_CoT", "Response", "group", "id"]
+    row = rows.iloc[0]
     assert (row["Question"], row["group"], len(row["id"])) == ("a", "g", 12)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_what_a_rule_can_check_is_one_of_a_list_of_texts_and_anything_else_is_none(tmp_path, suffix):
+    choices = ["gout", "lupus"]
+    pairs = [("gout", choices), ("B", choices), ("gout", {"A": "gout"}), ("gout", "gout, lupus"), (None, None)]
+    if suffix == ".csv":
+        pairs = [(answer, json.dumps(cell) if isinstance(cell, list) else cell) for answer, cell in pairs]
+    if suffix == ".parquet":  # which has one type for a column
+        pairs = [(answer, cell if isinstance(cell, list) else None) for answer, cell in pairs]
+    rows = [{"Question": f"q{i}", "Complex_CoT": "b", "Response": "c", "answer": answer, "choices": cell}
+            for i, (answer, cell) in enumerate(pairs)]  # fmt: skip
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".jsonl":
+        write_jsonl(path, rows)
+    else:
+        frame = pd.DataFrame(rows)
+        frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
+    found = check_rows(read_table(path), "rows")
+    assert list(found["choices"]) == [choices, None, None, None, None]
+    assert found["answer"].iloc[0] == "gout" and found["answer"].iloc[1:].isna().all()
+
+
+def test_accuracy_by_rule_is_refused_where_a_held_out_row_cannot_be_checked(tmp_path):
+    rows = [row | {"answer": "A", "choices": ["gout", "lupus"]} for row in numbered(6)]
+    config = local(write_jsonl(tmp_path / "rows.jsonl", rows), eval_rows=2)
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"primary": "accuracy"})})
+    with pytest.raises(
+        DataError, match="not all held-out rows have choices, a list of texts, and an answer among them"
+    ):
+        split_rows(config)
 
 
 def test_a_written_split_is_read_back_as_it_was(tmp_path):

@@ -1,12 +1,13 @@
 """Rows: read, checked, and written once they are split.
 
 A row has Question, Complex_CoT and Response, under these names, under those of data.columns, or as a chat; `answer` and
-`choices` where a rule can check it, as in the demo; and `group`, which rows share that depend on each other.
+`choices` (texts, of which it is one) where a rule can check it, as in the demo; and `group`, which rows share that depend on each other.
 """
 
 import hashlib
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from utils.files import atomic, is_there, parse_json, write_json, write_text
 from utils.schema import DataSection
 
 COLUMNS = ("Question", "Complex_CoT", "Response")
+_CHECKED = ("answer", "choices")
 _REASONING = COLUMNS[1]
 _CHATS = ("messages", "conversations")
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -172,14 +174,26 @@ def _find_fault(column: str, cell: Any, reasoning: str) -> str | None:
 
 
 def _tidy(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows that can be used, cells stripped and with an `id` from the question's text."""
-    rows = rows.reset_index(drop=True)
+    """Rows that can be used, cells stripped and with an `id` from the question's text; no columns that nobody reads."""
+    rows = rows[[name for name in (*COLUMNS, *_CHECKED, "group") if name in rows.columns]].reset_index(drop=True)
+    if set(_CHECKED) <= set(rows.columns):
+        pairs = [(answer, _texts(choices)) for answer, choices in zip(rows["answer"], rows["choices"], strict=True)]
+        pairs = [(answer, choices) if answer in choices else (None, None) for answer, choices in pairs]
+        rows["answer"], rows["choices"] = zip(*pairs, strict=True)
     for column in COLUMNS:
         rows[column] = ["" if _is_blank(cell) else cell.strip() for cell in rows[column]]
     if "group" in rows.columns:
         rows["group"] = [None if _is_blank(group) else str(group) for group in rows["group"]]
     rows["id"] = [hashlib.sha256(normalise(question).encode()).hexdigest()[:12] for question in rows["Question"]]
     return rows
+
+
+def _texts(cell: Any) -> list[str]:
+    """A list of texts, or such a list as JSON text (in a CSV); empty for anything else."""
+    with suppress(ValueError):
+        cell = parse_json(cell) if isinstance(cell, str) else cell
+    is_list = isinstance(cell, (list, np.ndarray)) and all(isinstance(text, str) for text in cell)
+    return list(cell) if is_list else []
 
 
 def write_split(directory: Path, parts: dict[str, pd.DataFrame], benchmark: pd.DataFrame | None, report: dict) -> None:

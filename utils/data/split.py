@@ -47,8 +47,8 @@ def split_rows(
         benchmark = pd.concat([benchmark, probed], ignore_index=True).drop_duplicates("id")
     parts, found = _split_embedded(data) if config.embedded_data else _split_loaded(data, benchmark)
     train, validation, held_out = (part.reset_index(drop=True) for part in parts)
-    if config.evaluate.primary == "accuracy" and not {"answer", "choices"} <= set(held_out.columns):
-        found = "evaluate.primary is accuracy, but the rows have no answer and choices that a rule can check"
+    if config.evaluate.primary == "accuracy" and ("answer" not in held_out or held_out["answer"].isna().any()):
+        found = "evaluate.primary is accuracy, but not all held-out rows have choices, a list of texts, and an answer among them"
         raise DataError(f"{found}; take nll, or multiple_choice with a benchmark.")
     if data.shuffle_answers:  # a control that must come out worse: every question with another row's answer
         order = np.random.default_rng(data.seed).permutation(len(train))
@@ -58,12 +58,10 @@ def split_rows(
         "revision": None if data.path else data.revision,
         "seed": data.seed,
         "train_rows": len(train),
-        "train_rows_asked_for": data.train_rows,
         "validation_rows": len(validation),
         "eval_rows": len(held_out),
         "train_sha256": _digest(train),  # of the ids in order: splits with the same digests hold the same questions
         "eval_sha256": _digest(held_out),
-        "benchmark_commits": {s.name: s.revision for s in config.evaluate.benchmarks if s.path is None},
         **{"dropped": [], "excluded": [], "contamination": {}, "tutorial_question": {}},
         **found,
     }
