@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from utils.config import load_config, read_config
-from utils.data.benchmarks import COLUMNS, describe_primary, load_benchmarks
+from utils.data.benchmarks import COLUMNS, describe_primary, load_benchmarks, load_items
 from utils.errors import ConfigError, DataError
 from utils.schema import BenchmarkSection, EvaluateSection
 
@@ -208,6 +208,8 @@ def test_near_duplicates_inside_a_benchmark_share_a_group(tmp_path):
     ]
     items = benchmark(tmp_path, [ITEM | {"id": str(i), "question": q} for i, q in enumerate(questions)])
     assert items["group"].tolist() == ["0", "0", "2"]
+    probed = load_items(BenchmarkSection(path=tmp_path / "items.jsonl", rows=1))  # all, and as many units
+    assert probed["group"].tolist() == ["0", "0", "2"]
 
 
 def test_a_hub_benchmark_is_loaded_with_its_subset_revision_and_split(monkeypatch):

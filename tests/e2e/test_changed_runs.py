@@ -113,7 +113,7 @@ def test_with_the_letter_probe_on_no_training_row_is_near_any_item_of_the_benchm
     near = {entry["near"] for entry in json.loads((data / "split.json").read_text(encoding="utf-8"))["dropped"]}
     assert len(near) >= 0.9 * len(facts) and len(read_jsonl(data / "benchmark.jsonl")) == 3
     probed = read_jsonl(data / "probe_items.jsonl")
-    assert len(probed) == len(facts) and set(probed[0]) == {"id", "question", "options", "gold"}
+    assert len(probed) == len(facts) and set(probed[0]) == {"id", "question", "options", "gold", "group"}
 
 
 def test_a_notebook_runs_by_papermill_from_another_directory(small_copy, tmp_path):

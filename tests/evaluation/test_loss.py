@@ -227,6 +227,7 @@ def test_letters_are_read_as_the_evaluation_harness_reads_them(tiny_model, items
     from lm_eval.models.huggingface import HFLM
 
     found = measure_letters(*tiny_model, items, tmp_path / "probe.jsonl", "model")
+    assert list(found["group"]) == list(items["id"])  # as 00 once froze them, without groups
     harness = HFLM(pretrained=tiny_model[0], tokenizer=tiny_model[1], batch_size=1, add_bos_token=True)
     for row, letters in zip(items.itertuples(), found.itertuples(), strict=True):
         prompt = format_letter_prompt(row.question, row.options)

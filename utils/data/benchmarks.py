@@ -46,16 +46,19 @@ def load_benchmarks(evaluate: EvaluateSection) -> pd.DataFrame | None:
         frames.append(items)
     if not frames:
         return None
-    together = pd.concat(frames, ignore_index=True)
-    pairs = near_pairs(vectorise(list(together["stem"])))
-    numbers = pd.Series(group_duplicates(len(together), (pairs.left, pairs.right)))
-    together["group"] = together["id"].groupby(numbers).transform("first")
-    return together[list(COLUMNS)]
+    return _grouped(pd.concat(frames, ignore_index=True))[list(COLUMNS)]
 
 
 def load_items(section: BenchmarkSection) -> pd.DataFrame:
-    """All items of one benchmark, for the letters' log-probabilities: id, question, options, gold and stem; raises as `load_benchmarks`."""
-    return _read(section, "evaluate.benchmark")[0][["id", "question", "options", "gold", "stem"]]
+    """All items of one benchmark, for the letters' log-probabilities: COLUMNS but `benchmark`; raises as `load_benchmarks`."""
+    return _grouped(_read(section, "evaluate.benchmark")[0])[[name for name in COLUMNS if name != "benchmark"]]
+
+
+def _grouped(items: pd.DataFrame) -> pd.DataFrame:
+    """The items with `group`: near duplicates share the first one's id."""
+    pairs = near_pairs(vectorise(list(items["stem"])))
+    numbers = pd.Series(group_duplicates(len(items), (pairs.left, pairs.right)))
+    return items.assign(group=items["id"].groupby(numbers).transform("first"))
 
 
 def describe_primary(config: Config) -> str:

@@ -90,7 +90,7 @@ def _pair_values(base: Evaluation, tuned: Evaluation) -> Iterator[tuple[str, pd.
             full_name = name if benchmark == base.benchmarks[0] else f"{name}:{benchmark}"
             yield pair(full_name, column, (scored["kind"] == "choice") & (scored["benchmark"] == benchmark))
     if base.letters is not None and tuned.letters is not None:
-        yield "letter_logprobs", base.letters["correct"], tuned.letters["correct"], list(base.letters["id"])
+        yield "letter_logprobs", base.letters["correct"], tuned.letters["correct"], list(base.letters["group"])
     if len(base.loss):
         for name, column in _OF_LOSS.items():
             yield name, base.loss[column], tuned.loss[column], list(base.loss["group"])

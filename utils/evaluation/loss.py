@@ -147,11 +147,12 @@ def format_letter_prompt(question: str, options: Mapping[str, str]) -> str:
 
 
 def read_letters(items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
-    """What `measure_letters` wrote, in the order of `items`, with `correct`; RunDirError unless every item is there."""
+    """What `measure_letters` wrote, in the order of `items`, with `correct` and `group`; RunDirError unless every item is there."""
     keys = _letter_keys(items, digest)
     rows = require_rows(path, keys, "letters, with evaluate.letter_logprobs on")
     found = pd.DataFrame([rows[identifier] for identifier in keys])
-    return found.assign(correct=found["letter"] == items["gold"].to_numpy())
+    groups = items.get("group", items["id"])  # 00 did not write them before version 0.2.1
+    return found.assign(correct=found["letter"] == items["gold"].to_numpy(), group=list(groups))
 
 
 def _letter_keys(items: pd.DataFrame, digest: str) -> dict[str, str]:
