@@ -71,7 +71,9 @@ def ask(standin: Path, rows: Path, items: Path, backend: str, out: Path) -> None
         ]
     across = texts_of_length(tokenizer, prompts[: len(ACROSS)], reasoning, list(ACROSS))
     questions = [Question(f"{length} tokens", "choice", text) for length, text in zip(ACROSS, across, strict=True)]
-    write_json(out, {"letters": letters, "batch": check_batching(model, tokenizer, questions, len(ACROSS), NEW_TOKENS)})
+    write_json(
+        out, {"letters": letters, "batch": check_batching(model, tokenizer, questions, "auto", len(ACROSS), NEW_TOKENS)}
+    )
 
 
 def compare(unsloth: dict, plain: dict) -> dict:

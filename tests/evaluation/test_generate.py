@@ -318,6 +318,7 @@ def test_a_batch_that_ignores_its_padding_is_stopped(tiny_model, monkeypatch):
     )
     with pytest.raises(ModelError, match=r"otherwise than alone.*generate.batch_size=1"):
         check_batching(*tiny_model, questions())
+    assert check_batching(*tiny_model, questions(), batch_size=1)["prompts"] == 0
 
 
 def test_a_near_tie_is_rounding_and_not_an_error(tiny_model, monkeypatch):

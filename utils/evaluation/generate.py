@@ -222,12 +222,17 @@ def sampling_processors(config: GenerateSection, streams: Sequence[np.ndarray], 
     return LogitsProcessorList([TemperatureLogitsWarper(config.temperature), *top_p, DrawByStream()])
 
 
-def check_batching(model, tokenizer, questions: Sequence[Question], count: int = 4, tokens: int = 32) -> dict:
+def check_batching(
+    model, tokenizer, questions: Sequence[Question], batch_size: int | str = "auto", count: int = 4, tokens: int = 32
+) -> dict:
     """Answer `count` prompts of different lengths greedily, in one batch and one by one: the numbers of `prompts`, of
     `identical` ones, and of `near_ties`, where both tokens are as likely as rounding can make them.
 
-    Raises ModelError elsewhere: unsloth's batched generate ignored padding for months (issues 1066, 3699, 4100).
+    Raises ModelError elsewhere: unsloth's batched generate ignored padding for months (issues 1066, 3699, 4100). Where
+    batches are of one there is nothing to check.
     """
+    if batch_size == 1:
+        return {"prompts": 0, "identical": 0, "near_ties": 0}
     ordered = sorted(questions, key=lambda q: len(q.prompt))
     count = min(count, len(ordered))
     chosen = [ordered[i * (len(ordered) - 1) // max(1, count - 1)] for i in range(count)]
@@ -244,8 +249,9 @@ def check_batching(model, tokenizer, questions: Sequence[Question], count: int =
         gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
         if gap > _TIE:
             found = f"answers the question {row.question.id} otherwise than alone, from token {place + 1} on"
-            instead = "set hardware.backend=transformers or generate.batch_size=1"
-            raise ModelError(f"In a batch the model {found}; {instead}.")
+            raise ModelError(
+                f"In a batch the model {found}; set hardware.backend=transformers or generate.batch_size=1."
+            )
         near_ties += 1
     return {"prompts": count, "identical": count - near_ties, "near_ties": near_ties}
 
