@@ -62,10 +62,11 @@ def test_a_model_folder_that_lacks_files_names_them(tmp_path):
         check_model(config_for(tmp_path))
 
 
-def test_a_model_that_is_neither_local_nor_reachable_is_a_sentence(monkeypatch):
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "models/llama/8b", "my model", "owner/name/"])
+def test_a_model_that_is_neither_local_nor_reachable_is_a_sentence(monkeypatch, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="neither a local folder nor reachable"):
-        check_model(config_for("nobody/no-such-model"))
+        check_model(config_for(name))
 
 
 ROW = {"Question": "Why?", "Complex_CoT": "Hmm.", "Response": "So."}

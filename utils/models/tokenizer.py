@@ -1,5 +1,6 @@
 """Where a pretrained model comes from, what its folder may hold, and its tokenizer, proven to keep text as it is."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from utils.data.hub import ask_hub, explain_hub
@@ -45,8 +46,9 @@ def check_model(config: Config) -> tuple[str, str | None]:
     try:
         info = ask_hub("models", name, config.model.revision)
     except Exception as error:  # offline, unknown, gated: huggingface_hub has a type for each
-        if try_to_load_from_cache(name, "config.json", revision=config.model.revision):
-            return f"{name}, from the cache (the Hub is out of reach)", None
+        with suppress(ValueError):  # of what can be no id
+            if try_to_load_from_cache(name, "config.json", revision=config.model.revision):
+                return f"{name}, from the cache (the Hub is out of reach)", None
         found = f"The model {name} is neither a local folder nor reachable on the Hub"
         raise ModelError(f"{found} ({explain_hub(error)}).") from None
     weights = (file for file in info["siblings"] if file["rfilename"].endswith(".safetensors"))
