@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from rich.console import Console
 
+from utils.config import differing_settings
 from utils.errors import RunDirError
 from utils.files import write_text
 from utils.pipeline.console import read_sentence, summarise
@@ -58,6 +59,7 @@ def write_report(run: RunDir) -> Path:
     metrics = _read_json(run, "comparison/metrics.json")
     page = templates.get_template("report.html.j2").render(
         run=run,
+        settings=differing_settings(run.config),
         metrics=metrics,
         preference=_read_json(run, "comparison/preference.json") or [],
         stale=run.out_of_date(BY_NAME["04_comparison"]) if metrics else None,
