@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
         f"{error.name} is not installed for {sys.executable}; run make demo, then .venv/bin/python -m utils."
     ) from None
 
-from utils.config import parse_overrides
+from utils.config import parse_overrides, profile_names
 from utils.errors import InfrastructureError, Interrupted, RunDirError, ServiceError, UserError
 from utils.pipeline.console import make_console
 from utils.pipeline.run_dir import RunDir, altered_files, open_run, read_manifest, require_recorded
@@ -24,7 +24,7 @@ from utils.secrets import find_secret, hide_secrets, share_secrets
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = make_console()
 RunDirArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
-ProfileOption = Annotated[str, typer.Option(help="demo, smollm2, tutorial, t4 or full; auto picks by the hardware.")]
+ProfileOption = Annotated[str, typer.Option(help=f"{', '.join(profile_names())}; auto picks by the hardware.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.max_steps=10.")]
 RatingsOption = Annotated[Path | None, typer.Option(help="What comparison/rate.html saved; later scores keep it.")]
 UserOption = Annotated[str, typer.Option(help="Your Kaggle user name; else the one that you are signed in as.")]
@@ -168,7 +168,10 @@ def push(
     sessions: Annotated[int, typer.Option(help="With --until-done: at most so many.")] = 6,
     poll: PollOption = 30.0,
 ) -> None:
-    """Push the series to Kaggle; exits 0 when it was taken, 1 when it was refused, 3 when Kaggle cannot be reached."""
+    """Push the series to Kaggle; exits 0 when it was taken, 1 when refused, 3 when Kaggle cannot be reached.
+
+    With --wait also 1 when the session failed, 3 when it was cancelled; with --until-done as `collect` does.
+    """
     from utils.kaggle import push as kaggle_push
     from utils.kaggle.api import Kaggle
 

@@ -97,6 +97,8 @@ def test_a_series_that_failed_exits_1_with_its_own_sentence(kaggle_server, home,
     done = collect(kaggle_server, home)
     assert done.returncode == 1 and "fail: 03_lora_training failed: Loss was not finite." in done.stdout
     assert f"https://www.kaggle.com/code/{REFERENCE}" in done.stdout
+    again = "push --continue --username alice --slug deepseek-r1-medical-lora"
+    assert "resume it, once that is mended: " in done.stdout and again in done.stdout
 
 
 def test_a_session_that_lacked_what_the_run_asks_for_is_infrastructure(kaggle_server, home, tmp_path):
@@ -237,13 +239,12 @@ def test_the_log_is_readable_in_both_forms():
 def test_the_run_directory_is_found_by_its_manifest(tmp_path):
     def put(*names: str) -> None:
         for name in names:
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).touch()
+            write_json(tmp_path / name, {"profile": "t4", "stages": {}})
 
-    put("plot.png", "images/manifest.json")
+    write_json(tmp_path / "images/manifest.json", {"pictures": []})
     assert run_folder(tmp_path) is None
-    put("runs/t4/manifest.json", "runs/t4/data/manifest.json.bak")
-    assert run_folder(tmp_path) == tmp_path / "runs" / "t4"
+    put("mine/lora/manifest.json", "mine/lora/data/manifest.json.bak")  # where RUN_DIR put it
+    assert run_folder(tmp_path) == tmp_path / "mine" / "lora"
     put("runs/full/manifest.json")
     with pytest.raises(RunDirError, match="holds 2 runs"):
         run_folder(tmp_path)

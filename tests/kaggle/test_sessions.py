@@ -10,8 +10,10 @@ from rich.console import Console
 from tests.kaggle.test_collect import serve, write_run
 from tests.loopback import Answer, series_call
 from utils.errors import ServiceError
+from utils.files import write_lines
 from utils.kaggle.push import Submission, push_until_done
-from utils.pipeline.runner import checkpointed_steps
+from utils.pipeline.runner import count_saved
+from utils.pipeline.stages import BY_NAME
 
 REFERENCE = "alice/deepseek-r1-medical-lora"
 
@@ -32,7 +34,15 @@ def test_continue_attaches_the_last_output_and_keeps_the_runs_own_profile(kaggle
     assert 'PROFILE = "auto"' in body["text"].replace('\\"', '"')  # the attached run knows its own
 
 
-@pytest.mark.parametrize("state", ["done", "failed", None])
+@pytest.mark.parametrize("state", ["failed", "running"])
+def test_a_session_that_failed_or_was_cut_off_is_resumed_by_what_it_kept(kaggle_server, home, tmp_path, state):
+    serve(kaggle_server, write_run(tmp_path / "run", state, stage="03_lora_training"))
+    done = series_call(kaggle_server, home, "push", "--continue")
+    assert done.returncode == 0, done.stderr
+    assert kaggle_server.versions[0]["kernelDataSources"] == [REFERENCE]
+
+
+@pytest.mark.parametrize("state", ["done", None])
 def test_there_has_to_be_something_to_continue(kaggle_server, home, tmp_path, state):
     if state:
         serve(kaggle_server, write_run(tmp_path / "run", state))
@@ -84,7 +94,7 @@ def test_sessions_follow_each_other_until_one_is_done(monkeypatch):
 
 
 def test_a_run_that_stands_still_is_not_pushed_a_third_time(monkeypatch):
-    with pytest.raises(ServiceError, match="Two sessions in a row ended at 03_lora_training, step 50"):
+    with pytest.raises(ServiceError, match="Two sessions in a row ended at 03_lora_training with 50 saved"):
         chain([("03_lora_training", 50)] * 9, monkeypatch)
 
 
@@ -110,8 +120,12 @@ def test_the_last_sessions_state_is_read_without_its_other_files(kaggle_server, 
     assert f'kernel_sources: ["{REFERENCE}"]' in done.stdout
 
 
-def test_the_newest_checkpoint_says_how_far_a_training_came(tmp_path):
-    assert checkpointed_steps(tmp_path) == 0
+def test_answers_on_file_or_the_newest_checkpoint_say_how_far_a_stage_came(tmp_path):
+    answers, training = BY_NAME["01_baseline_inference"], BY_NAME["03_lora_training"]
+    assert count_saved(tmp_path, answers) == count_saved(tmp_path, training) == 0
+    write_lines(tmp_path / "baseline/answers.jsonl", [{"id": "a"}, {"id": "b"}])
+    write_lines(tmp_path / "baseline/forced.jsonl", [{"id": "a"}])
+    assert count_saved(tmp_path, answers) == 3
     for name in ("abc/checkpoint-60", "abc/checkpoint-120", "abc/checkpoint-120.tmp", "def/checkpoint-9"):
         (tmp_path / "training" / "checkpoints" / name).mkdir(parents=True)
-    assert checkpointed_steps(tmp_path) == 120
+    assert count_saved(tmp_path, training) == 120

@@ -15,6 +15,7 @@ from rich.text import Text
 from utils.errors import RunDirError, last_line
 from utils.files import list_files, parse_json, write_text
 from utils.kaggle.api import FINISHED, Kaggle, page, split_reference
+from utils.kaggle.attach import DEPTH, is_ours
 from utils.pipeline.console import read_sentence
 from utils.pipeline.run_dir import STATE, SeriesState, altered_files, read_state
 from utils.project import command
@@ -49,7 +50,7 @@ def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> C
     """
     status, message = kaggle.status(reference)
     if status not in FINISHED:
-        sentence = f"{reference} has not ended yet ({status}); collect it later, or push --wait."
+        sentence = f"{reference} has not ended yet ({status}); collect it later, or by --wait."
         return Collected(Outcome.INFRASTRUCTURE, sentence)
     target.mkdir(parents=True, exist_ok=True)
     with _fetched(kaggle, reference, within=target) as (folder, run):
@@ -86,8 +87,9 @@ def _fetched(
 
 
 def run_folder(output: Path) -> Path | None:
-    """The run directory in a kernel's output: the output itself, or what lies below its folder `runs`; None without."""
-    found = [path.parent for path in (output / "manifest.json", *output.glob("runs/**/manifest.json")) if path.exists()]
+    """The run directory in a kernel's output, wherever RUN_DIR put it; None without."""
+    files = (file for depth in range(DEPTH + 1) for file in output.glob("*/" * depth + "manifest.json"))
+    found = [file.parent for file in files if is_ours(file)]
     if len(found) > 1:
         names = ", ".join(str(path.relative_to(output)) for path in found)
         raise RunDirError(f"The output holds {len(found)} runs ({names}); expected one.")
@@ -162,5 +164,8 @@ def show(collected: Collected, reference: str, target: Path, console: Console) -
         console.print(f"look at {target / 'report' / 'index.html'}; upload it: {upload}")
         return
     console.print(f"  {page(reference)}")
-    if collected.outcome == Outcome.CONTINUE:
-        console.print(f"resume it: {command('push', '--continue')}")
+    state = read_state(target)
+    if state is not None and state.state != "done":
+        owner, slug = split_reference(reference)
+        again = command("push", "--continue", "--username", owner, "--slug", slug)
+        console.print(f"resume it{'' if collected.outcome == Outcome.CONTINUE else ', once that is mended'}: {again}")

@@ -186,10 +186,10 @@ def wait(
 
 
 def require_unfinished(kaggle: Kaggle, reference: str) -> None:
-    """Raise ServiceError where the last session does not ask for another."""
+    """Raise ServiceError where the last session left nothing, or is done; one that failed kept what it had finished."""
     state = peek(kaggle, reference)
-    if state is None or state.state != "continue":
-        word = "left no run directory" if state is None else f"ended as {state.state!r}"
+    if state is None or state.state == "done":
+        word = "left no run directory" if state is None else "is done"
         raise ServiceError(f"The last session of {reference} {word}, so there is nothing to resume; drop --continue.")
 
 
@@ -210,8 +210,8 @@ def push_until_done(
             return state
         reached = (state.stage, state.steps)  # their names are in order
         if reached <= before:
-            found = f"Two sessions in a row ended at {state.stage}, step {state.steps}: {state.sentence}"
+            found = f"Two sessions in a row ended at {state.stage} with {state.steps} saved: {state.sentence}"
             raise ServiceError(f"{found}; raise hardware.max_hours, or lower train.save_steps.")
         before, what = reached, what.resuming()
-        console.print(f"  to be continued at {state.stage}, step {state.steps}")
+        console.print(f"  to be continued at {state.stage}, with {state.steps} steps or answers saved")
     raise ServiceError(f"The series is not done after {sessions} sessions; push --continue --until-done for more.")

@@ -95,7 +95,7 @@ def run_series(
                 ended = _ended_by(error, run, stage, stop)
                 if ended is None:
                     raise
-                state, steps = "failed" if ended.exit_code == 1 else "continue", checkpointed_steps(run.path)
+                state, steps = "failed" if ended.exit_code == 1 else "continue", count_saved(run.path, stage)
                 about = {"stage": stage.name, "kind": ended.kind, "sentence": str(ended), "steps": steps}
                 with suppress(OSError):  # on a full disk the failure itself is what has to be told
                     write_state(run.path, SeriesState(state=state, **about))
@@ -219,8 +219,11 @@ def _ended_by(error: BaseException, run: RunDir, stage: Stage, stop: StopRequest
     return ended
 
 
-def checkpointed_steps(run_dir: Path) -> int:
-    """The training step of the newest checkpoint on file, 0 without one."""
+def count_saved(run_dir: Path, stage: Stage) -> int:
+    """What an unfinished stage has on file: answers and letters, or else the training step of the newest checkpoint."""
+    if stage.number in ("01", "04"):
+        files = (run_dir / name for name in _SAVED_ON_THE_WAY[stage.number])
+        return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
     folders = run_dir.glob("training/checkpoints/*/checkpoint-*")
     return max((int(folder.name.rpartition("-")[2]) for folder in folders if folder.name[-1].isdigit()), default=0)
 
