@@ -144,6 +144,14 @@ def test_a_series_that_died_without_a_word_is_recorded_as_killed(run):
     assert (read_state(run).state, read_state(run).kind) == ("failed", "killed")
 
 
+def test_a_second_run_that_was_refused_does_not_show_how_the_first_one_ended(run):
+    write_state(run, SeriesState(state="done"))
+    assert resume_from_attached("t4", run) == run and read_state(run) is None
+    with pytest.raises(UserError, match="it never began; the lines above say why"):
+        finish_session(run)
+    assert (run / "training/checkpoints").exists()
+
+
 def test_a_series_that_never_began_says_so(tmp_path):
     with pytest.raises(UserError, match="it never began"):
         finish_session(tmp_path / "nothing")

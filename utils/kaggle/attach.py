@@ -13,6 +13,11 @@ from utils.project import KAGGLE, ROOT, runs_dir
 DEPTH = 5  # notebooks/OWNER/SLUG/runs/PROFILE
 
 
+def is_ours(manifest: Path) -> bool:
+    """Whether this series wrote a manifest.json, damaged as it may be."""
+    return all(word in manifest.read_bytes() for word in (b'"profile"', b'"stages"'))
+
+
 def find_attached(profile: str = "auto", root: Path | None = None) -> Path | None:
     """The run directory of `profile` among the inputs, or None; raises RunDirError for several, or a damaged one."""
     root, found = root or KAGGLE / "input", {}
@@ -20,8 +25,8 @@ def find_attached(profile: str = "auto", root: Path | None = None) -> Path | Non
         try:
             manifest = read_manifest(file.parent)
         except RunDirError:
-            if all(word in file.read_bytes() for word in (b'"profile"', b'"stages"')):
-                raise  # ours, and damaged: to start anew would throw an earlier session's work away
+            if is_ours(file):
+                raise  # and damaged: to start anew would throw an earlier session's work away
             continue  # somebody else's manifest.json
         if profile in ("auto", manifest["profile"]):
             found.setdefault(sha256(file), file.parent)  # one output can be mounted twice
@@ -32,7 +37,7 @@ def find_attached(profile: str = "auto", root: Path | None = None) -> Path | Non
 
 
 def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: Path | None = None) -> Path:
-    """The run directory to work in: `run_dir`, or the default one; a copy of the attached run while it is empty."""
+    """The run directory to work in, without state.json: `run_dir`, or the default one; while empty a copy of the attached."""
     attached = None if run_dir and read_manifest(Path(run_dir)) else find_attached(profile, root)
     if run_dir:
         target = Path(run_dir)
@@ -45,8 +50,8 @@ def resume_from_attached(profile: str = "auto", run_dir: str | Path = "", root: 
             shutil.copytree(attached, scratch, dirs_exist_ok=True)
             for path in (scratch, *scratch.rglob("*")):
                 path.chmod(path.stat().st_mode | stat.S_IWUSR)  # the mount's are read-only
-            (scratch / STATE).unlink(missing_ok=True)  # that was the other session's
         print(f"resuming {attached}, copied to {target}")
+    (target / STATE).unlink(missing_ok=True)
     return target.resolve()
 
 
@@ -54,9 +59,9 @@ def finish_session(run_dir: str | Path) -> SeriesState:
     """Record how the series ended in a kernel, without checkpoints when done; raises UserError where it failed."""
     run_dir = Path(run_dir)
     state = read_state(run_dir)
-    if state is None and not (run_dir / "manifest.json").exists():
+    if state is None:
         state = SeriesState(state="failed", sentence="it never began; the lines above say why.")
-    elif state is None or state.state == "running":
+    elif state.state == "running":
         died = "its process died, most often because memory ran out."
         state = SeriesState(state="failed", kind="killed", sentence=died)
     write_state(run_dir, state)
