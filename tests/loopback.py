@@ -24,6 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tests import fake_tokens
+from utils.files import read_json, write_json
 from utils.project import ROOT, python_path
 
 DEAD = "http://127.0.0.1:9"  # nothing listens there: a request that strays outside fails at once
@@ -351,10 +352,13 @@ def series_call(server: Loopback, home: Path, *words: str | Path, **variables: s
     from utils.__main__ import main
 
     environment = kaggle_environment(server, home) | variables
+    metadata = home / ".series" / "kernel-metadata.json"  # a fork's names its owner
+    write_json(metadata, read_json(ROOT / metadata.name) | {"id": "OWNER/deepseek-r1-medical-lora"})
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         patch.dict(os.environ, environment, clear=True),
         patch.object(sys, "argv", ["utils", *map(str, words)]),
+        patch("utils.kaggle.push.METADATA", metadata),
         patch("time.sleep"),
         contextlib.chdir(home),
         contextlib.redirect_stdout(out),
@@ -379,8 +383,9 @@ def forget_kaggle() -> None:
 def series_cli(
     server: Loopback, home: Path, *words: str | Path, timeout: float = 120, **variables: str
 ) -> subprocess.CompletedProcess:
-    """`python -m utils WORDS`, which talks to `server` as if it were Kaggle."""
-    command = [sys.executable, "-m", "utils", *map(str, words)]
+    """`python -m utils WORDS`, which talks to `server` as if it were Kaggle; alice's, whoever forked the series."""
+    owner = ("--username", "alice") if words[0] in ("push", "collect") else ()
+    command = [sys.executable, "-m", "utils", *map(str, words), *owner]
     environment = kaggle_environment(server, home, COLUMNS="200", PYTHONPATH=python_path()) | variables
     return subprocess.run(
         command, cwd=home, env=environment, capture_output=True, text=True, check=False, timeout=timeout
