@@ -241,6 +241,7 @@ def test_accuracy_by_rule_is_refused_where_a_held_out_row_cannot_be_checked(tmp_
 
 def test_a_written_split_is_read_back_as_it_was(tmp_path):
     train, _, held_out, report = split_rows(local(write_jsonl(tmp_path / "rows.jsonl", numbered(6)), eval_rows=2))
+    assert report["source"] == "rows.jsonl"  # cards are published: no path of this machine
     items = pd.DataFrame([{"id": "007", "question": "医\u2028/?", "options": {"A": "a", "B": "b"}, "gold": "B"}])
     write_split(tmp_path, {"train": train, "eval": held_out}, items, report)
     assert pd.read_parquet(tmp_path / "train.parquet").to_dict("records") == train.to_dict("records")

@@ -54,7 +54,7 @@ def split_rows(
         order = np.random.default_rng(data.seed).permutation(len(train))
         train.loc[order, _ANSWERS] = train.loc[np.roll(order, 1), _ANSWERS].to_numpy()
     report = {
-        "source": "embedded synthetic data" if config.embedded_data else str(data.path or data.name),
+        "source": "embedded synthetic data" if config.embedded_data else data.path.name if data.path else data.name,
         "revision": None if data.path else data.revision,
         "seed": data.seed,
         "train_rows": len(train),
