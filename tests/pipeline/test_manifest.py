@@ -39,7 +39,7 @@ def test_a_damaged_manifest_is_refused_and_left_as_it_is(tmp_path, content, open
     complete(tmp_path, "00")
     (tmp_path / "manifest.json").write_bytes(content)
     before = snapshot(tmp_path)
-    with pytest.raises(RunDirError, match=r"manifest.json cannot be read .*delete it to run every stage again"):
+    with pytest.raises(RunDirError, match=r"manifest.json cannot be read .*delete it to run all again by the profile"):
         opener("demo", tmp_path)
     assert snapshot(tmp_path) == before
 

@@ -203,6 +203,8 @@ def test_an_interrupted_or_failed_stage_is_stale(tmp_path):
         ("generate.max_new_tokens", 8, {"00", "01", "04"}, "generate"),
         ("generate.batch_size", 8, set(), ""),
         ("train.save_steps", 8, set(), ""),
+        ("export.push_to_hub", "you/name", set(), ""),
+        ("export.install_llama_cpp", True, {"05_export"}, "export.install_llama_cpp"),  # there are GGUF files then
         ("train.loss_on", "all", {"02", "03"}, "train"),
         ("train.max_steps", 0, {"03"}, "train"),
         ("lora.r", 8, {"03"}, "lora"),
@@ -329,15 +331,6 @@ def test_a_run_whose_manifest_was_deleted_and_a_folder_of_other_files_are_taken(
     run.file("data/train.parquet").write_text("rows")
     run.manifest_path.unlink()
     assert open_run("demo", tmp_path).path == tmp_path
-
-
-def test_a_run_from_before_rows_were_always_drawn_by_seed_is_read(tmp_path):
-    run = open_run("demo", tmp_path)
-    run.save()
-    settings = yaml.safe_load(run.file("config.yaml").read_text(encoding="utf-8"))
-    settings["data"]["shuffle"] = True
-    run.file("config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    assert open_run("auto", tmp_path).config == run.config
 
 
 def test_a_state_that_was_written_is_read(tmp_path):

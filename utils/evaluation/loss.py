@@ -76,7 +76,7 @@ def check_same_base(model, tokenizer, rows: pd.DataFrame, baseline: pd.DataFrame
     worst = float((after / before[after.index] - 1).abs().max()) if len(after) else 0.0
     if worst > _SAME_BASE:
         found = f"With the adapter switched off the loss differs by {worst:.1%} from the baseline's"
-        raise ModelError(f"{found}; this is not the base model that answered in 01: run 01 here again.")
+        raise ModelError(f"{found}; it is not the base model that answered in 01: delete baseline/, and run 01 again.")
     return worst
 
 

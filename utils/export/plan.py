@@ -15,7 +15,9 @@ from utils.secrets import find_secret
 
 _OUTPUT_BYTES = 19e9  # of the 20 GB that Kaggle keeps of a session
 _TOO_LARGE = "{:.3g} GB, and {:.3g} GB are left; with export.push_to_hub and HF_TOKEN it is made, and uploaded"
-_NO_LLAMA_CPP = "no llama.cpp was found; LLAMA_CPP_DIR names yours, or python -m benchmarks.llama_cpp in a checkout"
+_NO_LLAMA_CPP = (
+    "no llama.cpp was found: set export.install_llama_cpp=true; or set LLAMA_CPP_DIR, delete export/, run 05 again"
+)
 
 
 def plan_exports(run: RunDir) -> Plan:

@@ -29,7 +29,7 @@ _MISSING, _DIFFERS = "is missing", "differs from what was written"
 _NO_RESULT = {
     "train": {"save_steps", "logging_steps", "step_plan"},
     "generate": {"batch_size"},
-    "export": {"push_to_hub", "install_llama_cpp"},
+    "export": {"push_to_hub"},
 }
 
 
@@ -192,7 +192,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].removeprefix('Value error, ')}"
     except (ValueError, OSError) as error:
         reason = str(error)
-    raise RunDirError(f"{file} cannot be read ({reason}); restore it, or delete it to run every stage again.")
+    raise RunDirError(f"{file} cannot be read ({reason}); restore it, or delete it to run all again by the profile.")
 
 
 def altered_files(path: Path) -> list[str]:
@@ -238,7 +238,7 @@ class SeriesState(BaseModel):
     stage: str = ""  # the one that failed or is to be resumed
     kind: str = ""  # the failure's type
     sentence: str = ""
-    steps: int = 0  # checkpointed so far: two sessions in a row with the same number made no progress
+    steps: int = 0  # or answers, saved in that stage: two sessions in a row with the same number made no progress
 
 
 def write_state(run_dir: Path, state: SeriesState) -> None:

@@ -86,7 +86,8 @@ def _begin(run: RunDir, stage: Stage) -> StageRun:
     before = run.record(BY_NAME["01_baseline_inference"]).get("computed_on", {})
     if stage.name == "04_comparison" and before != computed_on:  # it would be compared as fine-tuning
         there, here = (", ".join(found.values()) for found in (before, computed_on))
-        raise RunDirError(f"The baseline was answered on {there}, this is {here}; run 01_baseline_inference again.")
+        again = f"go on there, or delete {run.file('baseline')} and run 01_baseline_inference again"
+        raise RunDirError(f"The baseline was answered on {there}, this is {here}; {again}.")
     take_lock(run.path, stage.name)  # which makes the folder: only now that nothing stands against it
     sweep_scratch(run.path)
     run.save()
