@@ -132,10 +132,16 @@ def test_public_has_to_be_said(hub_server, run):
     assert hub_server.repos["alice/medical"]["private"] is False
 
 
-def test_a_repository_that_is_public_already_is_not_filled_unsaid(hub_server, run):
+def test_a_repository_is_filled_only_where_as_many_see_it_as_was_said(hub_server, run):
     hub_server.repos["alice/medical"] = {"private": False, "commits": []}
     done = publish(hub_server, run, "--repo", "alice/medical")
     assert done.returncode == 1 and "exists and is public" in done.stderr
+    hub_server.repos["alice/medical"] = {"private": True, "commits": []}
+    done = publish(hub_server, run, "--repo", "alice/medical", "--public")
+    assert (
+        done.returncode == 1
+        and "exists and is private; publish with --private, change that in its settings" in done.stderr
+    )
     assert not hub_server.repos["alice/medical"]["commits"]
 
 

@@ -47,8 +47,8 @@ def plan_uploads(run_dir: Path, repo: str, kinds: Sequence[str] = ("adapter",)) 
         files = recorded_files(run, kind)
         if not files:
             why = "05_export was not asked for it, or it ended with its session's scratch"
-            again = command("run", "--run-dir", run_dir, "--from", "05")
-            raise ServiceError(f"{run_dir / 'export' / kind} is not there ({why}); run {again} first.")
+            again = f"ask for it by export.{kind}, or delete {run_dir / 'export'}, and run the series again"
+            raise ServiceError(f"{run_dir / 'export' / kind} is not there ({why}); {again}.")
         uploads.append(Upload(kind, repo + _BESIDE[kind], files))
     return uploads
 
@@ -104,12 +104,15 @@ def upload_model(upload: Upload, token: Secret, private: bool = True, again: str
     try:
         operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
         api.create_repo(upload.repo, private=private, exist_ok=True)
-        if not private or api.repo_info(upload.repo).private is not False:
+        found = api.repo_info(upload.repo).private  # one that exists stays as it is
+        if found is None or found == private:
             return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
     except Exception as error:  # huggingface_hub has many types and wraps a thread's in RuntimeError; Xet has its own
         wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
         raise _explain(error.__cause__ if wrapped else error, upload, token, again) from None
-    raise ServiceError(f"{upload.repo} exists and is public; name another repository, or publish with --public.")
+    now = "public" if private else "private"
+    instead = f"publish with --{now}, change that in its settings on the Hub, or name another repository"
+    raise ServiceError(f"{upload.repo} exists and is {now}; {instead}.")
 
 
 def _explain(error: Exception, upload: Upload, token: Secret, again: str) -> ServiceError | InfrastructureError:
