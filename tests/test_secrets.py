@@ -85,6 +85,13 @@ def test_without_any_store_a_secret_is_absent_and_false(name):
     assert secret == Secret(name, "absent") and not secret and secret.value is None
 
 
+def test_a_login_is_found_where_huggingface_hub_keeps_it(monkeypatch, tmp_path):
+    (tmp_path / "caches" / "huggingface").mkdir(parents=True)
+    (tmp_path / "caches" / "huggingface" / "token").write_text("from-login\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert find_secret("HF_TOKEN") == found("HF_TOKEN", "cached login", "from-login")
+
+
 def test_the_stores_are_asked_in_order_kaggle_colab_environment_dotenv_cached_login(kaggle, monkeypatch, tmp_path):
     log_in(tmp_path, monkeypatch, "from-login")
     assert find_secret("HF_TOKEN") == found("HF_TOKEN", "cached login", "from-login")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import HardwareError, RunDirError, first_line
-from utils.project import KAGGLE
+from utils.project import KAGGLE, cache_dir
 
 if TYPE_CHECKING:
     from utils.schema import HardwareSection  # pydantic: not before it is installed
@@ -135,7 +135,7 @@ def memory_gib() -> float:
 
 def hub_cache() -> Path:
     """huggingface_hub's folder, for downloads and the token."""
-    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return Path(os.environ.get("HF_HOME") or cache_dir().with_name("huggingface"))
 
 
 def free_disk_gib(path: Path) -> float:
