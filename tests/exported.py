@@ -53,19 +53,17 @@ def write_evidence(run: RunDir, verdict: str = "worse", **metrics) -> None:
     """What a card is made from; the figures are invented, and worse."""
     sentence = f"On 200 questions, accuracy went from 55.0% to 48.0%. The fine-tuned model is {verdict} on this metric."
     primary = result("multiple_choice", 0.55, 0.48, -0.12, -0.02, label="multiple-choice accuracy, strict")
-    lengths = {"reasoning_tokens_mean": 9.0, "reasoning_tokens_median": 9.0, "answer_tokens_mean": 3.0}
     write_json(
         run.file("comparison/metrics.json"),
         {
             "profile": "demo",
             "primary": primary,
             "secondary": [
+                result("truncated", 0.25, 0.125, -0.2, -0.05, label="answers cut off at the limit"),
                 result("multiple_choice:pubmedqa", 0.7, 0.71, -0.02, 0.04),
                 result("nll", 1.5, 1.2, -0.4, -0.2, unit="nats per token", p_holm=0.0001),
                 result("well_formed", 0.9, 0.95, 0.01, 0.09),
             ],
-            "form": {"base": {}, "tuned": {}},
-            "length": {"base": lengths | {"truncated": 0.25}, "tuned": lengths | {"truncated": 0.125}},
             "contamination": {"near_benchmark": 7, "exact_duplicates": 3, "largest_group": None},
             "registration": {
                 "primary": "multiple_choice", "open_questions": 16, "choice_questions": 200, "questions_sha256": "0",

@@ -55,8 +55,9 @@ def test_the_fine_tuned_model_is_better_on_at_least_200_held_out_questions(demo_
     assert primary["name"] == "accuracy" and primary["n"] >= 200 and primary["groups"] == 32
     assert primary["tuned"] > primary["base"] and primary["p_value"] < 0.01 and primary["ci95"][0] > 0
     assert metrics["verdict"] == "better" and "better" in metrics["sentence"]
-    assert metrics["length"]["tuned"]["reasoning_tokens_mean"] < metrics["length"]["base"]["reasoning_tokens_mean"]
-    assert metrics["form"]["base"]["bullets"] > 0.9 and metrics["form"]["tuned"]["bullets"] < 0.1
+    found = {result["name"]: result for result in metrics["secondary"]}
+    assert found["reasoning_tokens"]["tuned"] < found["reasoning_tokens"]["base"]
+    assert found["bullets"]["base"] > 0.9 and found["bullets"]["tuned"] < 0.1
 
 
 def test_the_base_is_loaded_five_times_on_one_device_and_the_merged_model_once(demo_run):

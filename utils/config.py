@@ -66,8 +66,6 @@ def load_config(profile: str, overrides: Mapping[str, Any] | None = None) -> Con
 def read_config(file: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """A run's config.yaml with `overrides` applied, validated together; raises ConfigError as `load_config` does."""
     values = _read_yaml(file, "bring it back, or begin anew with --fresh")
-    if isinstance(values.get("data"), dict):
-        values["data"].pop("shuffle", None)  # of runs from before rows were always drawn by seed
     with suppress(KeyError, TypeError, ValidationError):
         automatic = values | {"evaluate": {**values["evaluate"], "primary": "auto"}}
         if overrides and Config.model_validate(automatic).evaluate.primary == values["evaluate"]["primary"]:

@@ -73,7 +73,7 @@ def run(tmp_path) -> RunDir:
 def test_the_file_is_json_and_holds_what_the_design_asks_for(run):
     metrics = compare_models(run, *evaluations())
     assert metrics == json.loads(json.dumps(metrics, allow_nan=False))
-    assert set(metrics) >= {"primary", "secondary", "form", "length", "contamination", "verdict", "sentence", "claims"}
+    assert set(metrics) >= {"primary", "secondary", "contamination", "registration", "verdict", "sentence", "claims"}
     for result in (metrics["primary"], *metrics["secondary"]):
         assert set(result) >= {"name", "n", "base", "tuned", "difference", "ci95", "p_value"}
         assert result["ci95"][0] <= result["difference"] <= result["ci95"][1]
@@ -81,8 +81,8 @@ def test_the_file_is_json_and_holds_what_the_design_asks_for(run):
     assert metrics["contamination"] == CONTAMINATION
     names = [result["name"] for result in metrics["secondary"]]
     assert metrics["primary"]["name"] == "multiple_choice" and metrics["primary"]["n"] == 40
-    assert {"multiple_choice_forced", "parsed", "truncated", "nll", "nll_reasoning", "nll_response", "well_formed",
-            "reasoning_tokens", "answer_tokens", "multiple_choice:pubmedqa"} <= set(names)  # fmt: skip
+    assert {"multiple_choice_forced", "parsed", "truncated", "nll", "nll_reasoning", "nll_response", "well_formed", "bullets",
+            "one_paragraph", "reasoning_tokens", "answer_tokens", "multiple_choice:pubmedqa"} <= set(names)  # fmt: skip
 
 
 def test_holms_correction_is_statsmodels_over_what_is_only_described(run):

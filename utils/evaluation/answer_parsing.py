@@ -104,8 +104,7 @@ def explicit_letter(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter of the one option that an answer states, by its letter or else by its full text; None for none or several.
 
     A text counts as whole words where its sentence negates nothing: first what sentences give as the answer, else what
-    the first one names. What is only discussed further on is no answer. Where an option itself negates ("No treatment"),
-    texts cannot be told from what takes them back, and only letters count.
+    the first one names. What is only discussed further on is no answer. Where an option negates too, only letters count.
     """
     if letters := _stated_letters(answer, options):
         return letters[0] if len(letters) == 1 else None

@@ -18,7 +18,6 @@ _OF_CHOICES = {"multiple_choice": "correct", "multiple_choice_forced": "forced",
 _OF_KNOWLEDGE = ("multiple_choice", "multiple_choice_forced")
 _OF_LOSS = {"nll": "completion", "nll_reasoning": "reasoning", "nll_response": "response"}
 _OF_ANSWERS = ("well_formed", "one_paragraph", "bullets", "truncated", "reasoning_tokens", "answer_tokens")
-_FORM = ("well_formed", "one_paragraph", "bullets", "stopped", "parsed")
 _CLAIMS = {  # {claim: its words for better and for worse}, beside the metrics that could decide it
     "knows more": ("It answers more questions rightly.", "It answers fewer questions rightly."),
     "reasons shorter": ("Its reasoning is shorter.", "Its reasoning is longer."),
@@ -50,21 +49,11 @@ def compare_models(run: RunDir, base: Evaluation, tuned: Evaluation) -> dict:
     adjusted = multipletests([r.p_value for r in described], method="holm")[1] if described else []
     corrected = {r.name: float(p) for r, p in zip(described, adjusted, strict=True)}
     split, registration = (read_json(run.file(f"data/{name}.json")) for name in ("split", "registration"))
-    models = {which: one.scored for which, one in (("base", base), ("tuned", tuned))}
     return {
         "profile": run.config.profile,
         "benchmarks": list(base.benchmarks),  # the first one's metrics carry no name after a colon
         "primary": results[name].model_dump(mode="json"),
         "secondary": [{**r.model_dump(mode="json"), "p_holm": corrected.get(r.name)} for r in secondary],
-        "form": {which: scored[[*_FORM]].mean().dropna().to_dict() for which, scored in models.items()},
-        "length": {
-            which: {
-                **scored[["reasoning_tokens", "answer_tokens"]].mean().add_suffix("_mean").to_dict(),
-                "reasoning_tokens_median": float(scored["reasoning_tokens"].median()),
-                "truncated": float(scored["truncated"].mean()),
-            }
-            for which, scored in models.items()
-        },
         "nll_rows_left_out": base.left_out,  # longer than model.max_seq_length: in no loss, of neither model
         "contamination": split.get("contamination", {}),
         "registration": registration,

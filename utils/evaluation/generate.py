@@ -222,19 +222,14 @@ def sampling_processors(config: GenerateSection, streams: Sequence[np.ndarray], 
     return LogitsProcessorList([TemperatureLogitsWarper(config.temperature), *top_p, DrawByStream()])
 
 
-def check_batching(
-    model, tokenizer, questions: Sequence[Question], batch_size: int | str = "auto", count: int = 4, tokens: int = 32
-) -> dict:
+def check_batching(model, tokenizer, questions: Sequence[Question], batch_size="auto", count=4, tokens=32) -> dict:
     """Answer `count` prompts of different lengths greedily, in one batch and one by one: the numbers of `prompts`, of
     `identical` ones, and of `near_ties`, where both tokens are as likely as rounding can make them.
 
-    Raises ModelError elsewhere: unsloth's batched generate ignored padding for months (issues 1066, 3699, 4100). Where
-    batches are of one there is nothing to check.
+    Raises ModelError elsewhere: unsloth's batched generate ignored padding for months (issues 1066, 3699, 4100).
     """
-    if batch_size == 1:
-        return {"prompts": 0, "identical": 0, "near_ties": 0}
     ordered = sorted(questions, key=lambda q: len(q.prompt))
-    count = min(count, len(ordered))
+    count = 0 if batch_size == 1 else min(count, len(ordered))
     chosen = [ordered[i * (len(ordered) - 1) // max(1, count - 1)] for i in range(count)]
     greedy = GenerateSection(do_sample=False, max_new_tokens=tokens)
     rows = [Pending(q, tokenizer(q.prompt)["input_ids"]) for q in chosen]
