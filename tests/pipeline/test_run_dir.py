@@ -204,7 +204,7 @@ def test_an_interrupted_or_failed_stage_is_stale(tmp_path):
         ("generate.batch_size", 8, set(), ""),
         ("train.save_steps", 8, set(), ""),
         ("export.push_to_hub", "you/name", set(), ""),
-        ("export.install_llama_cpp", True, {"05_export"}, "export.install_llama_cpp"),  # there are GGUF files then
+        ("export.install_llama_cpp", True, {"05"}, "export"),  # there are GGUF files then
         ("train.loss_on", "all", {"02", "03"}, "train"),
         ("train.max_steps", 0, {"03"}, "train"),
         ("lora.r", 8, {"03"}, "lora"),
