@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -227,6 +228,11 @@ def test_what_a_rule_can_check_is_one_of_a_list_of_texts_and_anything_else_is_no
     found = check_rows(read_table(path), "rows")
     assert list(found["choices"]) == [choices, None, None, None, None]
     assert found["answer"].iloc[0] == "gout" and found["answer"].iloc[1:].isna().all()
+    text = {"Question": "q", "Complex_CoT": "b", "Response": "c"}
+    alone = check_rows(pd.DataFrame([text | {"answer": 3}, text | {"answer": "n/a"}]), "rows")
+    assert "answer" not in alone  # without choices nothing can be checked
+    several = check_rows(pd.DataFrame([text | {"answer": np.array(["a", "b"]), "choices": ["a"]}]), "rows")
+    assert several["answer"].isna().all()
 
 
 def test_accuracy_by_rule_is_refused_where_a_held_out_row_cannot_be_checked(tmp_path):

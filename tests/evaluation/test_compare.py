@@ -85,6 +85,14 @@ def test_the_file_is_json_and_holds_what_the_design_asks_for(run):
             "one_paragraph", "reasoning_tokens", "answer_tokens", "multiple_choice:pubmedqa"} <= set(names)  # fmt: skip
 
 
+def test_near_duplicates_of_the_letter_probe_are_resampled_together(run):
+    letters = pd.DataFrame({"id": [f"p{k}" for k in range(40)], "group": [f"p{k // 4}" for k in range(40)]})
+    both = [replace(one, letters=letters.assign(correct=[k % 3 > number for k in range(40)]))
+            for number, one in enumerate(evaluations())]  # fmt: skip
+    found = {result["name"]: result for result in compare_models(run, *both)["secondary"]}["letter_logprobs"]
+    assert (found["n"], found["groups"]) == (40, 10)
+
+
 def test_holms_correction_is_statsmodels_over_what_is_only_described(run):
     """Strict and forced accuracy decide whether more is known: both at 5 %, neither corrected."""
     secondary = {r["name"]: r for r in compare_models(run, *evaluations())["secondary"]}

@@ -51,7 +51,8 @@ def load_benchmarks(evaluate: EvaluateSection) -> pd.DataFrame | None:
 
 def load_items(section: BenchmarkSection) -> pd.DataFrame:
     """All items of one benchmark, for the letters' log-probabilities: COLUMNS but `benchmark`; raises as `load_benchmarks`."""
-    return _grouped(_read(section, "evaluate.benchmark")[0])[[name for name in COLUMNS if name != "benchmark"]]
+    items = _read(section, "evaluate.benchmark")[0].reset_index(drop=True)
+    return _grouped(items)[["id", "question", "options", "gold", "group", "stem"]]
 
 
 def _grouped(items: pd.DataFrame) -> pd.DataFrame:

@@ -175,10 +175,14 @@ def _find_fault(column: str, cell: Any, reasoning: str) -> str | None:
 
 def _tidy(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows that can be used, cells stripped and with an `id` from the question's text; no columns that nobody reads."""
-    rows = rows[[name for name in (*COLUMNS, *_CHECKED, "group") if name in rows.columns]].reset_index(drop=True)
-    if set(_CHECKED) <= set(rows.columns):
+    checked = _CHECKED if set(_CHECKED) <= set(rows.columns) else ()
+    rows = rows[[name for name in (*COLUMNS, *checked, "group") if name in rows.columns]].reset_index(drop=True)
+    if checked:
         pairs = [(answer, _texts(choices)) for answer, choices in zip(rows["answer"], rows["choices"], strict=True)]
-        pairs = [(answer, choices) if answer in choices else (None, None) for answer, choices in pairs]
+        pairs = [
+            (answer, choices) if isinstance(answer, str) and answer in choices else (None, None)
+            for answer, choices in pairs
+        ]
         rows["answer"], rows["choices"] = zip(*pairs, strict=True)
     for column in COLUMNS:
         rows[column] = ["" if _is_blank(cell) else cell.strip() for cell in rows[column]]
@@ -192,8 +196,7 @@ def _texts(cell: Any) -> list[str]:
     """A list of texts, or such a list as JSON text (in a CSV); empty for anything else."""
     with suppress(ValueError):
         cell = parse_json(cell) if isinstance(cell, str) else cell
-    is_list = isinstance(cell, (list, np.ndarray)) and all(isinstance(text, str) for text in cell)
-    return list(cell) if is_list else []
+    return list(cell) if isinstance(cell, (list, np.ndarray)) and all(isinstance(t, str) for t in cell) else []
 
 
 def write_split(directory: Path, parts: dict[str, pd.DataFrame], benchmark: pd.DataFrame | None, report: dict) -> None:
