@@ -182,6 +182,7 @@ def test_a_session_whose_time_is_up_ends_between_two_batches_and_the_next_goes_o
     )
     state = read_state(tmp_path / "run")
     assert (state.state, state.stage, state.kind) == ("continue", "01_baseline_inference", "SessionOver")
+    assert state.steps == 80
     answers = tmp_path / "run" / "baseline" / "answers.jsonl"
     second = run_command(*words)  # each session gets one batch further
     assert second.returncode == 4 and "144 of 224 questions wait for their answers" in second.stdout.replace("\n", " ")

@@ -139,7 +139,7 @@ def test_a_series_that_failed_stops_the_notebook_with_its_sentence(run):
 
 def test_a_series_that_died_without_a_word_is_recorded_as_killed(run):
     write_state(run, SeriesState(state="running"))
-    with pytest.raises(UserError, match="its process died"):
+    with pytest.raises(UserError, match="it died, most often because memory ran out"):
         finish_session(run)
     assert (read_state(run).state, read_state(run).kind) == ("failed", "killed")
 
@@ -147,7 +147,7 @@ def test_a_series_that_died_without_a_word_is_recorded_as_killed(run):
 def test_a_second_run_that_was_refused_does_not_show_how_the_first_one_ended(run):
     write_state(run, SeriesState(state="done"))
     assert resume_from_attached("t4", run) == run and read_state(run) is None
-    with pytest.raises(UserError, match="it never began; the lines above say why"):
+    with pytest.raises(UserError, match="it never began; what it printed says why"):
         finish_session(run)
     assert (run / "training/checkpoints").exists()
 

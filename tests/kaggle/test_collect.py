@@ -80,6 +80,8 @@ def test_a_session_that_goes_on_has_no_outcome_and_exits_3(kaggle_server, home, 
     kaggle_server.statuses = [{"status": status}]
     done = collect(kaggle_server, home)
     assert done.returncode == 3 and f"has not ended yet ({status})" in done.stdout
+    write_run(home / "collected", "continue")  # of an earlier session
+    assert "resume it" not in collect(kaggle_server, home).stdout
 
 
 def test_waiting_first_collects_afterwards(kaggle_server, home, tmp_path):

@@ -124,7 +124,7 @@ def test_answers_on_file_or_the_newest_checkpoint_say_how_far_a_stage_came(tmp_p
     answers, training = BY_NAME["01_baseline_inference"], BY_NAME["03_lora_training"]
     assert count_saved(tmp_path, answers) == count_saved(tmp_path, training) == 0
     write_lines(tmp_path / "baseline/answers.jsonl", [{"id": "a"}, {"id": "b"}])
-    write_lines(tmp_path / "baseline/forced.jsonl", [{"id": "a"}])
+    write_lines(tmp_path / "baseline/answers.1.jsonl", [{"id": "c"}])  # another process's share
     assert count_saved(tmp_path, answers) == 3
     for name in ("abc/checkpoint-60", "abc/checkpoint-120", "abc/checkpoint-120.tmp", "def/checkpoint-9"):
         (tmp_path / "training" / "checkpoints" / name).mkdir(parents=True)

@@ -60,10 +60,9 @@ def finish_session(run_dir: str | Path) -> SeriesState:
     run_dir = Path(run_dir)
     state = read_state(run_dir)
     if state is None:
-        state = SeriesState(state="failed", sentence="it never began; the lines above say why.")
+        state = SeriesState(state="failed", sentence="it never began; what it printed says why.")
     elif state.state == "running":
-        died = "its process died, most often because memory ran out."
-        state = SeriesState(state="failed", kind="killed", sentence=died)
+        state = SeriesState(state="failed", kind="killed", sentence="it died, most often because memory ran out.")
     write_state(run_dir, state)
     if state.state == "failed":
         raise UserError(f"{state.stage or 'The series'} failed: {state.sentence} What finished is kept in {run_dir}.")

@@ -41,6 +41,7 @@ class Collected(NamedTuple):
 
     outcome: Outcome
     sentence: str
+    resumable: bool = False
 
 
 def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> Collected:
@@ -67,7 +68,8 @@ def collect(kaggle: Kaggle, reference: str, target: Path, console: Console) -> C
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, place)
     console.print(f"{len(files)} file(s) are in {target}")
-    return classify(status, message, target, log)
+    state = read_state(target)
+    return classify(status, message, target, log)._replace(resumable=state is not None and state.state != "done")
 
 
 def peek(kaggle: Kaggle, reference: str) -> SeriesState | None:
@@ -164,8 +166,7 @@ def show(collected: Collected, reference: str, target: Path, console: Console) -
         console.print(f"look at {target / 'report' / 'index.html'}; upload it: {upload}")
         return
     console.print(f"  {page(reference)}")
-    state = read_state(target)
-    if state is not None and state.state != "done":
+    if collected.resumable:
         owner, slug = split_reference(reference)
         again = command("push", "--continue", "--username", owner, "--slug", slug)
         console.print(f"resume it{'' if collected.outcome == Outcome.CONTINUE else ', once that is mended'}: {again}")
