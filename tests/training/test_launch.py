@@ -27,6 +27,13 @@ def test_the_functions_arrive_as_they_stand_in_the_notebook(training_run, tmp_pa
     assert make_trainer.__code__.co_code == cells.make_trainer.__code__.co_code
 
 
+def test_a_function_without_a_source_is_told_so(training_run):
+    names = {}
+    exec("def load_with_lora(config): pass", names)
+    with pytest.raises(TrainingError, match="cannot be read; define them in cells without a magic"):
+        write_recipe(training_run(), names["load_with_lora"])
+
+
 def test_processes_share_an_update_evenly_or_the_number_is_refused(training_run, monkeypatch):
     assert processes_that_divide(training_run("two", hardware__processes=2)) == 2
     with pytest.raises(ConfigError, match="3 processes cannot share the 4 rows"):

@@ -82,7 +82,7 @@ def write_recipe(run: StageRun, *functions: Callable) -> None:
     """training/recipe.py: the notebook's functions as they stand in its cells; TrainingError where no source is to be had."""
     try:
         text = "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in functions)
-    except OSError:  # below %%time, say
+    except (OSError, TypeError):  # below %%time, say
         raise TrainingError(
             "The recipe's two functions cannot be read; define them in cells without a magic."
         ) from None

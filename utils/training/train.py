@@ -34,7 +34,7 @@ from utils.training.launch import RECIPE, SUMMARY
 def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) -> None:
     """Train in this process, one of `world_size()`; the first one leaves adapter, log, curve and training/summary.json.
 
-    Resumes from the last checkpoint of the same rows and settings. Raises SessionOver or Interrupted, with a checkpoint
+    Resumes from the last checkpoint of the same rows, settings and recipe. Raises SessionOver or Interrupted, with a checkpoint
     saved, where the session ends before the work does, and OutOfMemory where there is no smaller plan to fall back to.
     """
     rows = pd.read_parquet(run.file("data/formatted/train.parquet"))
@@ -135,15 +135,16 @@ def _is_of_last_update(trainer, checkpoint: str) -> bool:
 
 def _fall_back(run: StageRun, plan: plans.StepPlan, model, first: dict) -> plans.StepPlan:
     """Put a smaller plan on file after `plan` ran out of memory, and return it; raises OutOfMemory where there is none."""
+    layers = len(transformer_layers(model)) if run.config.train.gradient_checkpointing else plan.recompute_layers
     if world_size() > 1:
         rows, most = run.config.train.rows_per_update, max(1, plan.per_device_train_batch_size // 2)
         micro = next(n for n in range(most, 0, -1) if rows % n == 0)
-        cut = f"train.per_device_train_batch_size={micro}, train.gradient_accumulation_steps={rows // micro}"
-        found = f"One of {world_size()} processes ran out of memory with {plan}"
+        given = f"train.per_device_train_batch_size={micro}, train.gradient_accumulation_steps={rows // micro}"
+        smaller = micro < plan.per_device_train_batch_size or plan.recompute_layers < layers
+        instead = f"set train.step_plan=given, {given}, or lower" if smaller else "lower"
         raise OutOfMemory(
-            f"{found}; set train.step_plan=given, {cut}, or lower model.max_seq_length, and run 03 again."
+            f"One of {world_size()} processes ran out of memory with {plan}; {instead} model.max_seq_length."
         )
-    layers = len(transformer_layers(model)) if run.config.train.gradient_checkpointing else plan.recompute_layers
     smaller, last = plans.smaller_plan(plan, layers), find_checkpoint(checkpoint_dir(run))
     write_json(run.file(plans.FILE), read_json(run.file(plans.FILE)) | {"step_plan": asdict(smaller)})
     print(f"Out of memory with {plan}; resuming from {Path(last).name if last else 'the start'} with {smaller}.")
