@@ -1,6 +1,6 @@
 """Where two trainings of two processes part, though nothing disturbs either: gradients to the bit, matrix by matrix.
 
-    python -m benchmarks.parting --out parting.json
+    python -m benchmarks.parting measure --out parting.json
 
 The demo's task as in `benchmarks.several`, a few updates, several times from the same rows and weights. Each process notes
 digests of its own gradients before they are added up, and of what the optimizer gets. Backward passes run from the last

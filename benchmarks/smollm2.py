@@ -133,7 +133,7 @@ def run_jobs(jobs: list[Job], bench: Bench, at_once: int = 1) -> None:
 def read_run(run_dir: Path) -> dict:
     """Settings, verdict, sentence, claims, and every metric with its interval, of a run that has passed 04."""
     found = json.loads((run_dir / "comparison" / "metrics.json").read_text(encoding="utf-8"))
-    told = {key: found[key] for key in ("verdict", "sentence", "claims", "length")}
+    told = {key: found[key] for key in ("verdict", "sentence", "claims")}
     metrics = {one["name"]: one for one in (found["primary"], *found["secondary"])}
     settings = open_run("auto", run_dir).config.sections("model.load_in_4bit", "lora", "train", "generate")
     return {"settings": settings, "primary": found["primary"]["name"], **told, "metrics": metrics}

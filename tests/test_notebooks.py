@@ -44,6 +44,12 @@ def calls(name: str, function: str) -> list[ast.Call]:
     ]
 
 
+@pytest.mark.parametrize("name", ["01_baseline_inference", "04_comparison"])
+def test_batches_are_checked_unless_the_reader_answers_one_by_one(name):
+    (call,) = calls(name, "check_batching")
+    assert ast.unparse(call.args[-1]) == "config.generate.batch_size"
+
+
 def test_there_is_one_notebook_for_each_stage_and_no_other():
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
 
