@@ -104,8 +104,7 @@ def upload_model(upload: Upload, token: Secret, private: bool = True, again: str
     try:
         operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(upload.files.items())]
         api.create_repo(upload.repo, private=private, exist_ok=True)
-        found = api.repo_info(upload.repo).private  # one that exists stays as it is
-        if found is None or found == private:
+        if api.repo_info(upload.repo).private in (None, private):  # one that exists stays as it is
             return api.create_commit(upload.repo, operations, commit_message=f"Upload {upload.kind}").commit_url
     except Exception as error:  # huggingface_hub has many types and wraps a thread's in RuntimeError; Xet has its own
         wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
