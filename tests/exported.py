@@ -84,7 +84,8 @@ def write_evidence(run: RunDir, verdict: str = "worse", **metrics) -> None:
     computed = {"device": "cuda", "backend": "unsloth", "dtype": "float16"}
     manifest = run.manifest()
     manifest["stages"]["03_lora_training"] = {
-        "figures": {"steps": 60}, "seconds": 2640.0, "peak_memory": {"rss_gib": 4.2, "gpu_reserved_gib": 9.1},
+        "figures": {"steps": 60, "optim": "adamw_8bit", "learning_rate": 0.0002, "lr_scheduler_type": "cosine", "seed": 1},
+        "seconds": 2640.0, "peak_memory": {"rss_gib": 4.2, "gpu_reserved_gib": 9.1},
         "computed_on": computed, "versions": {"torch": "2.11.0", "unsloth": "2026.10.7", "trl": None},
     }  # fmt: skip
     write_json(run.manifest_path, manifest)

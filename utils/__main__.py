@@ -125,8 +125,7 @@ def verify(run_dir: RunDirArgument) -> None:
 
 @app.command()
 def ask(
-    run_dir: RunDirArgument,
-    question: Annotated[str, typer.Argument(help="A question of your own, in quotes.")],
+    run_dir: RunDirArgument, question: Annotated[str, typer.Argument(help="A question of your own, in quotes.")]
 ) -> None:
     """Answer a question of your own by the base and the fine-tuned model, as they write; the run stays as it is."""
     from utils import evaluation

@@ -15,6 +15,7 @@ from tests.exported import make_run, result, write_evidence
 from utils.config import load_config
 from utils.export.adapter import copy_adapter, merge_adapter
 from utils.export.model_card import make_card, write_cards
+from utils.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,8 @@ def hub_run(tiny_folder, tmp_path):
     hub = {"evaluate.more_benchmarks": [{"name": "qiaojin/PubMedQA", "split": "train"}], "model.revision": "a" * 40}
     hub["export.base_revision"] = "a" * 40  # of the 16-bit sibling
     run.config = load_config("t4", hub | {"evaluate.benchmark.revision": "e" * 40, "prompt.style": "native"})
+    lora = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+    write_json(run.file("export/adapter/adapter_config.json"), lora)
     return run
 
 
@@ -124,6 +127,19 @@ def test_the_body_tells_recipe_data_split_truncation_contamination_limits_and_li
         assert fact in body, fact
     assert "largest group" not in body  # was not looked for: no number is made up
     assert "trl None" not in body
+
+
+def test_the_recipe_is_told_as_it_was_trained_and_not_as_it_was_configured(hub_run):
+    """A reader may have edited notebook 03's cells."""
+    write_json(
+        hub_run.file("export/adapter/adapter_config.json"),
+        {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["up_proj"]},
+    )
+    manifest = hub_run.manifest()
+    manifest["stages"]["03_lora_training"]["figures"] |= {"learning_rate": 0.003, "optim": "sgd"}
+    write_json(hub_run.manifest_path, manifest)
+    card = str(card_of(hub_run))
+    assert "| r 4, alpha 8, dropout 0.1, on up_proj |" in card and "sgd, learning rate 0.003, cosine" in card
 
 
 def test_tables_are_tables_and_no_template_syntax_is_left(exported):

@@ -233,7 +233,7 @@ def test_an_edited_recipe_is_trained_from_the_start_and_a_comment_in_it_is_no_ed
     train_adapter(run, *functions("said", rate, f"# as the profile has it\n        {rate}"))
     assert len(list(run.path.glob("training/checkpoints/*"))) == 1
     train_adapter(run, *edited)
-    train_adapter(fresh, *edited)
+    assert train_adapter(fresh, *edited)["figures"]["learning_rate"] == 1e-5  # which the card will say
     assert apart(run, fresh) == 0 and len(list(run.path.glob("training/checkpoints/*"))) == 2
     train_adapter(run, *functions("rank", "r=config.lora.r", "r=4"))  # its checkpoints fit no other rank's
     assert next(value for name, value in adapter(run).items() if "lora_A" in name).shape[0] == 4

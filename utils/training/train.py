@@ -54,6 +54,8 @@ def train_here(run: StageRun, load_with_lora: Callable, make_trainer: Callable) 
             tracker.image("loss", draw_loss(log, run.file("training/loss.png")))
             tracker.image("lengths", run.file("data/lengths.png"))
             figures |= {"steps": trainer.state.global_step, "processes": world_size(), **asdict(plan)}
+            names = ("optim", "learning_rate", "lr_scheduler_type", "seed")  # as in the cell, which can be edited
+            figures |= {name: getattr(value := getattr(trainer.args, name), "value", value) for name in names}
             if watch.ends:
                 began = datetime.fromisoformat(run.record(run.stage)["started"]).timestamp()
                 passed = time.time() - began - (time.monotonic() - watch.ends[0])
