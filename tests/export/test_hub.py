@@ -135,12 +135,12 @@ def test_public_has_to_be_said(hub_server, run):
 def test_a_repository_is_filled_only_where_as_many_see_it_as_was_said(hub_server, run):
     hub_server.repos["alice/medical"] = {"private": False, "commits": []}
     done = publish(hub_server, run, "--repo", "alice/medical")
-    assert done.returncode == 1 and "exists and is public" in done.stderr
+    assert done.returncode == 1 and "alice/medical is public; publish with --public" in done.stderr
     hub_server.repos["alice/medical"] = {"private": True, "commits": []}
     done = publish(hub_server, run, "--repo", "alice/medical", "--public")
     assert (
         done.returncode == 1
-        and "exists and is private; publish with --private, change that in its settings" in done.stderr
+        and "alice/medical is private; publish with --private, change that on the Hub" in done.stderr
     )
     assert not hub_server.repos["alice/medical"]["commits"]
 

@@ -226,7 +226,7 @@ def test_a_changed_input_makes_the_stages_that_read_it_stale_and_those_after_the
     write_text(run.file("data/train.parquet"), "other rows")
     assert stale(run) == {
         "00": "one of its outputs changed (data/train.parquet differs from what was written)",
-        "02": "one of its inputs changed (data/train.parquet differs from what was written)",
+        "02": "one of its inputs changed (data/train.parquet was written anew)",
     }
     with pytest.raises(RunDirError, match=r"03_lora_training needs 00_setup, but one of its outputs"):
         open_stage("03_lora_training", "demo", tmp_path)
@@ -252,8 +252,8 @@ def test_a_file_that_changed_under_its_old_time_and_size_is_found(tmp_path):
     os.utime(file, ns=(time, time))
     assert stale(run) == {
         "03": "one of its outputs changed (training/adapter/part.txt differs from what was written)",
-        "04": "one of its inputs changed (training/adapter/part.txt differs from what was written)",
-        "05": "one of its inputs changed (training/adapter/part.txt differs from what was written)",
+        "04": "one of its inputs changed (training/adapter/part.txt was written anew)",
+        "05": "one of its inputs changed (training/adapter/part.txt was written anew)",
     }
 
 

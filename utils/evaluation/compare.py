@@ -22,7 +22,7 @@ _CLAIMS = {  # {claim: its words for better and for worse}, beside the metrics t
     "knows more": ("It answers more questions rightly.", "It answers fewer questions rightly."),
     "reasons shorter": ("Its reasoning is shorter.", "Its reasoning is longer."),
     "keeps form": ("More of its answers are well formed.", "Fewer of its answers are well formed."),
-    "imitates the reference": ("The references surprise it less: it writes more like them.", "They surprise it more."),
+    "imitates the reference": ("The references surprise it less.", "They surprise it more."),
 }
 _DECIDED_BY = (("multiple_choice", "accuracy"), ("reasoning_tokens",), ("well_formed",), ("nll",))
 # What an answer without its end means for a metric.

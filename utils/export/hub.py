@@ -110,8 +110,7 @@ def upload_model(upload: Upload, token: Secret, private: bool = True, again: str
         wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
         raise _explain(error.__cause__ if wrapped else error, upload, token, again) from None
     now = "public" if private else "private"
-    instead = f"publish with --{now}, change that in its settings on the Hub, or name another repository"
-    raise ServiceError(f"{upload.repo} exists and is {now}; {instead}.")
+    raise ServiceError(f"{upload.repo} is {now}; publish with --{now}, change that on the Hub, or name another.")
 
 
 def _explain(error: Exception, upload: Upload, token: Secret, again: str) -> ServiceError | InfrastructureError:

@@ -105,7 +105,8 @@ class RunDir:
             found = files.record_files(self.path, names, known)
             before, now = files.digests(known), files.digests(found)
             if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
-                word = "was added" if changed[0] not in before else _DIFFERS if changed[0] in now else _MISSING
+                there = "was written anew" if kind == "input" else _DIFFERS
+                word = "was added" if changed[0] not in before else there if changed[0] in now else _MISSING
                 more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
                 return f"one of its {kind}s changed ({changed[0]} {word}{more})"
         return None

@@ -89,6 +89,7 @@ def _write_chapters(run: RunDir, templates: Environment) -> list[tuple[Stage, di
         finished = record.get("finished")
         # A notebook run by hand leaves no executed copy here: an older one would show another run.
         if not source.exists() or (finished and source.stat().st_mtime < datetime.fromisoformat(finished).timestamp()):
+            run.file(f"report/{stage.name}.html").unlink(missing_ok=True)
             continue
         try:
             notebook, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.read(source, as_version=4), {})
