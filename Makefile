@@ -94,7 +94,7 @@ tables: $(VENV)/installed  ## the tables in docs/, from benchmarks/results/, the
 # Made anew only when the lock is newer than the last installation that worked.
 $(VENV)/installed: requirements-cpu.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make $(MAKECMDGOALS) PYTHON=python3.12")'
-	@echo "Installing about 2 GB into $(VENV); this takes some minutes, once."
+	@echo "Installing 2 to 6 GB into $(VENV); this takes some minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(IN) -m pip install --quiet -r requirements-cpu.lock
 	@touch $@
