@@ -77,10 +77,12 @@ def test_a_setting_is_kept_on_which_no_stage_rests(ran, tmp_path):
 def test_fresh_runs_everything_again_and_starts_from_no_answer_checkpoint_or_registration(ran, tmp_path):
     go(tmp_path, **{"lora.r": 8})
     write_text(tmp_path / "training/checkpoints/part.txt", "hours of work")
+    write_text(tmp_path / "baseline/answers.1.jsonl", "")  # another process's share
     go(tmp_path, fresh=True)
     assert len(ran) == 12 and open_run("auto", tmp_path).config.lora.r == 16
     assert (tmp_path / "training/checkpoints.old/part.txt").read_text() == "hours of work"
     assert (tmp_path / "baseline/answers.jsonl.old").exists() and (tmp_path / "data/registration.json.old").exists()
+    assert [path.name for path in tmp_path.glob("baseline/answers.1*")] == ["answers.1.jsonl.old"]
 
 
 def test_a_fresh_00_alone_leaves_no_answers_that_would_be_older_than_its_registration(ran, tmp_path):

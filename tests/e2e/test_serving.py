@@ -28,6 +28,7 @@ from benchmarks.serving import (
 from benchmarks.tables import evidence
 from tests.exported import make_run, write_evidence
 from utils.errors import ModelError
+from utils.export.adapter import copy_adapter
 from utils.export.gguf import file_name
 from utils.export.model_card import make_card
 from utils.pins import read_pins
@@ -66,6 +67,7 @@ def test_the_evidence_holds_what_the_page_claims():
 def test_cards_and_page_give_the_lines_that_were_run(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path / "run")
     write_evidence(run)
+    copy_adapter(run)
     (tmp_path / file_name(KINDS[-1])).write_bytes(b"GGUF")
     cards = {kind: str(make_card(run, kind, {kind: tmp_path}, {})) for kind in ("merged", "gguf")}
     page, servers = PAGE.read_text(encoding="utf-8"), evidence("serving")["servers"]

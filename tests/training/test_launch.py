@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -27,11 +28,13 @@ def test_the_functions_arrive_as_they_stand_in_the_notebook(training_run, tmp_pa
     assert make_trainer.__code__.co_code == cells.make_trainer.__code__.co_code
 
 
-def test_a_function_without_a_source_is_told_so(training_run):
+@pytest.mark.parametrize("kind", ["below a magic", "partial"])
+def test_a_function_without_a_source_is_told_so(training_run, kind):
     names = {}
     exec("def load_with_lora(config): pass", names)
-    with pytest.raises(TrainingError, match="cannot be read; define them in cells without a magic"):
-        write_recipe(training_run(), names["load_with_lora"])
+    function = partial(print) if kind == "partial" else names["load_with_lora"]
+    with pytest.raises(TrainingError, match="cannot be read; define them by def, in cells without a magic"):
+        write_recipe(training_run(), function)
 
 
 def test_processes_share_an_update_evenly_or_the_number_is_refused(training_run, monkeypatch):

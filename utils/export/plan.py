@@ -15,7 +15,7 @@ from utils.secrets import find_secret
 
 _OUTPUT_BYTES = 19e9  # of the 20 GB that Kaggle keeps of a session
 _TOO_LARGE = "{:.3g} GB, and {:.3g} GB are left; with export.push_to_hub and HF_TOKEN it is made, and uploaded"
-_NO_LLAMA_CPP = "no llama.cpp was found; build one by python -m benchmarks.llama_cpp, or set LLAMA_CPP_DIR, and delete export/ to run 05 again"
+_NO_LLAMA_CPP = "no llama.cpp was found; get one as docs/exports.md says, then delete export/ and run 05 again"
 
 
 def plan_exports(run: RunDir) -> Plan:

@@ -34,9 +34,9 @@ _QUIET = ["--log-level=CRITICAL"]
 _OUTPUT_S = 600  # a cell's last output may come late, on a busy machine or one that slept; nbclient gives it 4 s
 _WORTH_BEGINNING_S = 1800.0  # loading the model takes some minutes of it
 _ANSWERS = tuple(
-    f"{folder}/{name}" for folder in ("baseline", "tuned") for name in ("answers.jsonl", "forced.jsonl", "probe.jsonl")
+    f"{folder}/{name}" for folder in ("baseline", "tuned") for name in ("answers*.jsonl", "forced.jsonl", "probe.jsonl")
 )
-# By stage what it would resume from; with the registration go all answers that were given under it.
+# By stage what it would resume from, as patterns; with the registration go all answers that were given under it.
 _SAVED_ON_THE_WAY = {
     "00": ("data/registration.json", *_ANSWERS),
     "01": _ANSWERS[:3],
@@ -231,7 +231,7 @@ def _move_aside(run: RunDir, stages: Sequence[Stage]) -> None:
     """Rename what `stages` would resume from, so that `--fresh` begins anew and loses nothing."""
     for stage in stages:
         for name in _SAVED_ON_THE_WAY.get(stage.number, ()):
-            place, aside = run.file(name), run.file(f"{name}.old")
-            if place.exists():
+            for place in [*run.path.glob(name)]:
+                aside = place.with_name(f"{place.name}.old")
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
                 place.rename(aside)

@@ -84,7 +84,7 @@ def write_recipe(run: StageRun, *functions: Callable) -> None:
         text = "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in functions)
     except (OSError, TypeError):  # below %%time, say
         raise TrainingError(
-            "The recipe's two functions cannot be read; define them in cells without a magic."
+            "The recipe's two functions cannot be read; define them by def, in cells without a magic."
         ) from None
     write_text(run.file(RECIPE), text)
 
