@@ -151,7 +151,7 @@ def read_letters(items: pd.DataFrame, path: Path, digest: str) -> pd.DataFrame:
     keys = _letter_keys(items, digest)
     rows = require_rows(path, keys, "letters, with evaluate.letter_logprobs on")
     found = pd.DataFrame([rows[identifier] for identifier in keys])
-    groups = items.get("group", items["id"])  # 00 did not write them before version 0.2.1
+    groups = items.get("group", items["id"])  # a run that began earlier may have none
     return found.assign(correct=found["letter"] == items["gold"].to_numpy(), group=list(groups))
 
 
