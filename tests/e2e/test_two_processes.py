@@ -23,7 +23,7 @@ from tests.conftest import import_file
 from utils.errors import Interrupted, OutOfMemory
 from utils.project import python_path
 from utils.training import train_adapter
-from utils.training.launch import SUMMARY, write_recipe
+from utils.training.launch import RECIPE, SUMMARY, write_recipe
 from utils.training.train import checkpoint_dir
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -135,6 +135,8 @@ def test_ctrl_c_stops_two_processes_at_one_step_with_a_checkpoint(training_run, 
     run = training_run(hardware__processes=2)
 
     def ask():
+        while not run.file(RECIPE).exists():  # by which its checkpoints are named
+            time.sleep(0.01)
         wait_for_checkpoint(checkpoint_dir(run))
         os.kill(os.getpid(), signal.SIGINT)
 

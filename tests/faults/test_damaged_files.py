@@ -32,6 +32,7 @@ UNRECORDED = {
     "config.yaml": "refused where it is no configuration any more; a change of it is a change of settings",
     "report/": "written anew after each stage; of the executed notebooks a damaged one is left out",
     "training/checkpoints/": "a torn one is passed over: tests/training",
+    "training/recipe.py": "written anew by 03 before it is read",
     "training/launch.log": "never read back",
     "tracking/": "never read back; `publish` hands it to wandb, which says what it cannot read",
 }
