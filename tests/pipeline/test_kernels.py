@@ -104,18 +104,21 @@ def test_a_kernel_that_was_not_ready_yet_is_not_left_behind(tmp_path, monkeypatc
     def interrupted_while_it_starts(*_, **__):
         manager = AsyncKernelManager(kernel_name="python3")
         asyncio.run(manager.start_kernel())
-        started.append(manager.provisioner.process)
+        started.extend((manager, manager.provisioner.process))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("utils.pipeline.runner.papermill.execute_notebook", interrupted_while_it_starts)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "1")
-    assert started[0].wait(10) == -signal.SIGKILL
+    manager, process = started
+    assert process.wait(10) == -signal.SIGKILL
+    asyncio.run(manager.cleanup_resources())  # its context would wait for its socket, whenever garbage is collected
 
 
 def test_cut_short_by_a_second_ctrl_c_nothing_is_told_of_the_task_that_was_left(tmp_path, monkeypatch, caplog):
     """nbclient's ended in DeadKernelError while the kernel was killed, once in many runs."""
     left = []
+    gc.freeze()  # other tests' garbage, which may wait for a kernel, is not this one's to collect
 
     def cut_short(*_, **__):
         loop = asyncio.new_event_loop()
@@ -133,4 +136,5 @@ def test_cut_short_by_a_second_ctrl_c_nothing_is_told_of_the_task_that_was_left(
         run(tmp_path, "1")
     left.clear()
     gc.collect()
+    gc.unfreeze()
     assert not caplog.records
