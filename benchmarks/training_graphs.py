@@ -159,8 +159,8 @@ def first_that_fits(measure: Callable, rows: int, layers: int) -> list[tuple]:
     from utils.training.step_plan import StepPlan
 
     for count in (*range(0, layers, max(1, layers // 8)), layers):
-        if (speed := measure(plan := StepPlan(1, rows, count))) is not None:
-            return [(speed, plan)]
+        if (found := measure(plan := StepPlan(1, rows, count))) is not None:
+            return [(found[0], plan)]
     return []
 
 

@@ -128,11 +128,6 @@ def cpu_multiplies_bfloat16() -> bool:
     return False
 
 
-def memory_gib() -> float:
-    """This machine's main memory in GiB."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-
-
 def hub_cache() -> Path:
     """huggingface_hub's folder, for downloads and the token."""
     return Path(os.environ.get("HF_HOME") or cache_dir().with_name("huggingface"))
@@ -217,7 +212,7 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(memory_gib(), 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "gpus": [asdict(gpu) for gpu in gpus()],
     }
 

@@ -32,14 +32,11 @@ class Child(contextlib.AbstractContextManager):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stream:
             self._watcher = subprocess.Popen(
-                [sys.executable, "-m", "utils.processes", *map(str, command)],
-                stdin=subprocess.PIPE,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
+                [sys.executable, "-m", "utils.processes", *map(str, command)], cwd=ROOT,
                 env={**os.environ, "PYTHONPATH": python_path(), **(environment or {})},
+                stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we decide what becomes of it
-            )
+            )  # fmt: skip
 
     def __exit__(self, *_) -> None:
         self.end()

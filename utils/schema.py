@@ -218,9 +218,7 @@ class Config(Section):
         if self.evaluate.primary == "auto":
             carried = "multiple_choice" if self.evaluate.benchmark.wanted else "nll"
             primary = "accuracy" if self.embedded_data else carried
-            self.__dict__["evaluate"] = self.evaluate.model_copy(
-                update={"primary": primary}
-            )  # frozen only from here on
+            self.__dict__["evaluate"] = self.evaluate.model_copy(update={"primary": primary})  # frozen from here on
         return self
 
     @model_validator(mode="after")

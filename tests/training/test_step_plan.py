@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from types import SimpleNamespace
 
@@ -46,8 +47,9 @@ class Gpu:
         work = 1 + 0.5 * plan.recompute_layers / LAYERS
         return 1 / (work + self.overhead_s / plan.per_device_train_batch_size)
 
-    def measure(self, plan: StepPlan) -> float | None:
-        return self.speed(plan) if self.peak(plan) <= self.gib else None
+    def measure(self, plan: StepPlan) -> tuple[float, float] | None:
+        taken = (self.peak(plan) - self.base) / (self.gib - self.base) if self.gib > self.base else 2.0
+        return (self.speed(plan), taken) if taken <= 1 else None
 
 
 def fastest(gpu: Gpu, rows: int) -> float:
@@ -64,15 +66,24 @@ def test_small_micro_batches_win_where_launches_cost_little_and_large_ones_where
     assert len(trials) == (2 if micro == 1 else 3)  # a larger micro-batch that is slower ends the search
 
 
-def test_no_plan_is_tried_with_as_many_rows_times_kept_layers_as_did_not_fit():
-    gpu, tried = Gpu(gib=13.25, overhead_s=3.0), []
+@pytest.mark.parametrize(
+    ("gib", "plans"),
+    [
+        (13.25, [(1, 0), (1, 4), (2, 20), (4, 28)]),
+        (14.0, [(1, 0), (2, 20), (4, 28)]),  # the first one took nearly all, so twice its layers cannot fit
+        (34.0, [(1, 0), (2, 0), (4, 4)]),
+        (99.0, [(1, 0), (2, 0), (4, 0)]),
+    ],
+)
+def test_no_plan_is_tried_that_cannot_fit_by_what_others_took(gib, plans):
+    gpu, tried = Gpu(gib=gib, overhead_s=3.0), []
 
-    def measure(plan: StepPlan) -> float | None:
+    def measure(plan: StepPlan) -> tuple[float, float] | None:
         tried.append((plan.per_device_train_batch_size, plan.recompute_layers))
         return gpu.measure(plan)
 
     search(measure, 4, LAYERS)
-    assert tried == [(1, 0), (1, 4), (2, 20), (4, 28)]
+    assert tried == plans
 
 
 @given(
@@ -117,7 +128,8 @@ def loaded(training_run):
 def test_a_trial_measures_speed_and_a_search_leaves_the_weights_as_they_were(loaded, capsys):
     run, model, tokenizer, rows = loaded
     before = trainable_weights(model)
-    assert run_trial(model, tokenizer, run.config, rows.head(1), MAKE, StepPlan(2, 2, 1)) > 0
+    speed, taken = run_trial(model, tokenizer, run.config, rows.head(1), MAKE, StepPlan(2, 2, 1))
+    assert speed > 0 and taken == 0  # nothing of a GPU's
     after = trainable_weights(model)
     assert any(not torch.equal(before[name], after[name]) for name in before)  # it did train
     model.load_state_dict(before, strict=False)
@@ -127,6 +139,21 @@ def test_a_trial_measures_speed_and_a_search_leaves_the_weights_as_they_were(loa
     plan = trials[0][1]
     assert plan.per_device_train_batch_size * plan.gradient_accumulation_steps == 4 and len(trials) >= 2
     assert "tokens/s" in capsys.readouterr().out
+    assert gc.get_freeze_count() == 0
+
+
+def test_no_trial_has_to_look_through_what_the_model_left_in_memory(loaded, monkeypatch):
+    run, model, tokenizer, rows = loaded
+    set_aside = []
+
+    def trial(*_):
+        set_aside.append(gc.get_freeze_count())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step_plan, "run_trial", trial)
+    with pytest.raises(KeyboardInterrupt):
+        step_plan.try_plans(model, tokenizer, run.config, rows, MAKE, 4)
+    assert set_aside[0] > 10_000 and gc.get_freeze_count() == 0
 
 
 def test_running_out_of_memory_in_a_trial_is_an_answer_and_any_other_error_is_not(loaded):

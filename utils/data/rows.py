@@ -178,12 +178,9 @@ def _tidy(rows: pd.DataFrame) -> pd.DataFrame:
     checked = _CHECKED if set(_CHECKED) <= set(rows.columns) else ()
     rows = rows[[name for name in (*COLUMNS, *checked, "group") if name in rows.columns]].reset_index(drop=True)
     if checked:
-        pairs = [(answer, _texts(choices)) for answer, choices in zip(rows["answer"], rows["choices"], strict=True)]
-        pairs = [
-            (answer, choices) if isinstance(answer, str) and answer in choices else (None, None)
-            for answer, choices in pairs
-        ]
-        rows["answer"], rows["choices"] = zip(*pairs, strict=True)
+        pairs = zip(rows["answer"], map(_texts, rows["choices"]), strict=True)
+        named = [(one, of) if isinstance(one, str) and one in of else (None, None) for one, of in pairs]
+        rows["answer"], rows["choices"] = zip(*named, strict=True)
     for column in COLUMNS:
         rows[column] = ["" if _is_blank(cell) else cell.strip() for cell in rows[column]]
     if "group" in rows.columns:

@@ -73,15 +73,12 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[str], resamples: int
     sums, sizes = group_sums(values, groups)
     if len(sums) == 1 or np.all(values == values[0]):
         return values.mean(), values.mean()
-    return stats.bootstrap(
-        (sums, sizes),
-        lambda sums, sizes, axis: np.sum(sums, axis=axis) / np.sum(sizes, axis=axis),
-        paired=True,
-        confidence_level=1 - ALPHA,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+
+    def mean(sums, sizes, axis):
+        return np.sum(sums, axis=axis) / np.sum(sizes, axis=axis)
+
+    settings = {"n_resamples": resamples, "method": "percentile", "rng": np.random.default_rng(seed)}
+    return stats.bootstrap((sums, sizes), mean, paired=True, confidence_level=1 - ALPHA, **settings).confidence_interval
 
 
 def mean_interval(values: np.ndarray, groups: Sequence[str], resamples: int, seed: int) -> Interval:

@@ -4,6 +4,7 @@ It decides speed and memory, never what is learnt: every plan takes the same row
 """
 
 import contextlib
+import gc
 import io
 import math
 import tempfile
@@ -23,9 +24,12 @@ from utils.schema import Config
 from utils.training.callbacks import RecomputeCallback, Stopwatch
 
 FILE = "training/step_plan.json"
-_UPDATES = 3  # of one trial; the first warms up, of the others the faster one counts
+_UPDATES = 2  # of one trial; the first warms up and compiles, the second counts
 _LEAST_UPDATES = 24  # a shorter training is over before trials of all micro-batches would be
 _SPARE_GIB = 0.25  # packs differ in how many documents they hold, and so a little in memory: a trial knows one kind
+Measured = (
+    tuple[float, float] | None
+)  # tokens per second, and the share of the free memory; None where it was not enough
 
 
 @dataclass(frozen=True)
@@ -41,23 +45,26 @@ class StepPlan:
         return f"micro-batch {cut}, {self.recompute_layers} layers recompute"
 
 
-def search(measure: Callable[[StepPlan], float | None], rows: int, layers: int) -> list[tuple[float, StepPlan]]:
+def search(measure: Callable[[StepPlan], Measured], rows: int, layers: int) -> list[tuple[float, StepPlan]]:
     """(tokens per second, plan) for each micro-batch of an update of `rows` rows, the fastest first; none where none fits.
 
-    Each recomputes as few layers as fit, in steps of an eighth; where so many rows times kept layers did not fit, no plan
-    with as many is tried.
+    Each recomputes as few layers as fit, in steps of an eighth; where so many rows times kept layers did not fit, or would
+    not by what a smaller micro-batch took, no plan with as many is tried.
     """
     trials: list[tuple[float, StepPlan]] = []
     counts, too_many = [*range(0, layers, max(1, layers // 8)), layers], math.inf
     for micro in _divisors(rows):
         counts = [count for count in counts if micro * (layers - count) < too_many]
-        while counts and (speed := measure(plan := StepPlan(micro, rows // micro, counts[0]))) is None:
+        while counts and (found := measure(plan := StepPlan(micro, rows // micro, counts[0]))) is None:
             too_many = micro * (layers - counts.pop(0))
         if not counts:
             break
+        speed, taken = found
         trials.insert(0, (speed, plan))
         if len(trials) > 1 and speed <= trials[1][0]:  # larger ones would be slower still
             break
+        if (kept := micro * (layers - plan.recompute_layers)) and taken:
+            too_many = min(too_many, 0.9 * kept / taken)  # a tenth at least of what a row takes is not its layers'
     return sorted(trials, key=lambda one: -one[0])
 
 
@@ -144,24 +151,29 @@ def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
         times = config.model.max_seq_length // int(rows["tokens"].max()) + 2
         longest = longest.assign(completion=longest["completion"] * times)
 
-    def measure(plan: StepPlan) -> float | None:
-        speed = run_trial(model, tokenizer, config, longest, make_trainer, plan)
+    def measure(plan: StepPlan) -> Measured:
+        found = run_trial(model, tokenizer, config, longest, make_trainer, plan)
         model.load_state_dict(weights, strict=False)
-        print(f"  {plan}: {'does not fit' if speed is None else f'{speed:,.0f} tokens/s'}")
-        return speed
+        print(f"  {plan}: {'does not fit' if found is None else f'{found[0]:,.0f} tokens/s'}")
+        return found
 
     print(f"trials of {_UPDATES} updates:")
-    return search(measure, share, len(transformer_layers(model)))
+    gc.collect()
+    gc.freeze()  # each trial has the garbage collected half a dozen times: what the model left in memory takes it 0.4 s
+    try:
+        return search(measure, share, len(transformer_layers(model)))
+    finally:
+        gc.unfreeze()
 
 
-def run_trial(model, tokenizer, config, row: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> float | None:
-    """Tokens per second of a few updates by `plan` on copies of `row`; None where they do not fit into memory."""
+def run_trial(model, tokenizer, config, row: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> Measured:
+    """What a few updates by `plan` on copies of `row` come to."""
     # Two micro-batches tell: gradients are held while the second is computed, as in all after it.
     plan = replace(plan, gradient_accumulation_steps=min(2, plan.gradient_accumulation_steps))
     count = plan.per_device_train_batch_size * plan.gradient_accumulation_steps * _UPDATES
-    rows, speed = pd.concat([row] * count, ignore_index=True), None
+    rows, found = pd.concat([row] * count, ignore_index=True), None
     free_memory(model)
-    room = free_bytes(model.device) + torch.cuda.memory_allocated() - _SPARE_GIB * GIB
+    held, room = torch.cuda.memory_allocated(), free_bytes(model.device) - _SPARE_GIB * GIB
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
@@ -169,12 +181,12 @@ def run_trial(model, tokenizer, config, row: pd.DataFrame, make_trainer: Callabl
         trainer.args.max_steps, trainer.args.save_strategy = _UPDATES, "no"
         trainer.add_callback(RecomputeCallback(plan.recompute_layers))
         watch = Stopwatch(trainer)
-        if train_if_it_fits(trainer) and torch.cuda.max_memory_allocated() <= room:
-            speed = max(n / s for n, s in zip(watch.tokens[1:], watch.seconds(), strict=False))
+        if train_if_it_fits(trainer) and (taken := torch.cuda.max_memory_allocated() - held) <= room:
+            found = watch.tokens[-1] / watch.seconds()[-1], taken / room
     release_trainer(trainer)
     del trainer, watch
     free_memory(model)
-    return speed
+    return found
 
 
 def train_if_it_fits(trainer, checkpoint: str | None = None) -> bool:
