@@ -1,11 +1,13 @@
-"""Where two trainings of two processes part, though nothing disturbs either: gradients to the bit, matrix by matrix.
+"""Where trainings of two processes part, from another undisturbed one and from one that resumed: to the bit, by matrix.
 
     python -m benchmarks.parting measure --out parting.json
 
-The demo's task as in `benchmarks.several`, a few updates, several times from the same rows and weights. Each process notes
-digests of its own gradients before they are added up, and of what the optimizer gets. Backward passes run from the last
-layer to the first, so the first matrix that differs, in that order, is where it enters. What the environment sets
-(TORCH_COMPILE_DISABLE=1, CUBLAS_WORKSPACE_CONFIG=:4096:8) holds for all runs. Without a GPU it is a dry run on the CPU.
+The demo's task as in `benchmarks.several`, a few updates, several times from the same rows and weights, and once from the
+checkpoint in the middle. At each update each process notes digests of its rows and fp16's scale, of its weights, of its own
+gradients before they are added up, and of what the optimizer gets. Backward passes run from the last layer to the first, so
+the first matrix that differs, in that order, is where it enters. `--by-time` lets inductor choose kernels by how fast they
+are, as it does by itself and the series does not. What the environment sets (TORCH_COMPILE_DISABLE=1) holds for all runs.
+Without a GPU it is a dry run on the CPU.
 """
 
 from __future__ import annotations
@@ -27,44 +29,58 @@ from benchmarks.evidence import where
 from benchmarks.recipe import notebook_source
 from utils.files import digest_of, write_json, write_text
 
-PROCESSES, UPDATES = 2, 4
+PROCESSES, UPDATES, CHECKPOINT = 2, 8, 4
 _DECISIVE = ("TORCH_COMPILE_DISABLE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")
+_BY_TIME = "PARTING_BY_TIME"  # tells the processes
 
 app = typer.Typer()
 
 
 class Digests(TrainerCallback):
-    """Notes, for every update, {"own", "summed"}: a digest of each matrix's gradient, the last layer's first."""
+    """Notes, for every update by its number: {"given", "weights", "own", "summed"}, of each a digest for each name."""
 
     def __init__(self, trainer, path: Path):
-        self.trainer, self.path, self.updates = trainer, path, []
+        self.trainer, self.path, self.updates, self.rows = trainer, path, {}, []
+        take = trainer.get_batch_samples
+
+        def noting(*arguments, **keywords):
+            batches, items = take(*arguments, **keywords)
+            self.rows = [digest(batch["input_ids"]) for batch in batches]
+            return batches, items
+
+        trainer.get_batch_samples = noting
 
     def on_train_begin(self, args, state, control, **_):
         wrapped = self.trainer.model_wrapped
         self.names = {id(weight): name for name, weight in wrapped.module.named_parameters() if weight.requires_grad}
         wrapped.register_comm_hook(None, self.add_up)
 
-    def on_step_begin(self, args, state, control, **_):
-        self.updates.append({"own": {}, "summed": {}})
+    def on_step_begin(self, args, state, control, model=None, **_):
+        scaler = self.trainer.accelerator.scaler
+        given = {"rows": " ".join(self.rows), "scale": str(scaler.get_scale() if scaler else None)}
+        weights = {name: digest(weight) for name, weight in last_first(model)}
+        self.now = self.updates[state.global_step + 1] = {"given": given, "weights": weights, "own": {}, "summed": {}}
 
     def add_up(self, _, bucket):
         """What DistributedDataParallel does with a bucket of gradients, once they are noted."""
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         for weight, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            self.updates[-1]["own"][self.names[id(weight)]] = digest(gradient)
+            self.now["own"][self.names[id(weight)]] = digest(gradient)
         return allreduce_hook(None, bucket)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        last_first = reversed(
-            [(name, weight.grad) for name, weight in model.named_parameters() if weight.requires_grad]
-        )
-        update, own = self.updates[-1], self.updates[-1]["own"]
-        update["summed"] = {name: digest(gradient) for name, gradient in last_first}
-        update["own"] = {name: own[name] for name in update["summed"]}
+        own = self.now["own"]
+        self.now["summed"] = {name: digest(weight.grad) for name, weight in last_first(model)}
+        self.now["own"] = {name: own[name] for name in self.now["summed"]}
 
     def on_train_end(self, args, state, control, **_):
         write_json(self.path, self.updates)
+
+
+def last_first(model) -> list[tuple]:
+    """(name, weight) of what is trained, the last layer's first."""
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad][::-1]
 
 
 def digest(tensor) -> str:
@@ -75,6 +91,8 @@ def digest(tensor) -> str:
 @app.command()
 def worker(run_dir: Path, folder: Path) -> None:
     """One of the processes that `accelerate launch` starts: trains, and leaves FOLDER/RANK.json."""
+    from torch._inductor import config as inductor
+
     from utils.hardware import global_rank
     from utils.training import launch
 
@@ -84,6 +102,8 @@ def worker(run_dir: Path, folder: Path) -> None:
         load_with_lora, make_trainer = as_written(run)
 
         def noting(*given, **more):
+            if _BY_TIME in os.environ:
+                inductor.deterministic = False
             trainer = make_trainer(*given, **more)
             trainer.add_callback(Digests(trainer, folder / f"{global_rank()}.json"))
             return trainer
@@ -94,9 +114,9 @@ def worker(run_dir: Path, folder: Path) -> None:
     launch.run_worker(str(run_dir))
 
 
-def train(run_dir: Path, folder: Path) -> list[list[dict]]:
+def train(run_dir: Path, folder: Path) -> list[dict]:
     """What each process noted of the updates of a training in `run_dir`; SystemExit where it failed."""
-    settings = several.settings(PROCESSES) | {"train.max_steps": UPDATES, "train.step_plan": "given"}
+    settings = several.settings(PROCESSES) | {"train.max_steps": UPDATES, "train.save_steps": CHECKPOINT}
     opening = (
         f"from utils.pipeline import open_stage; open_stage('03_lora_training', 'demo', {str(run_dir)!r}, {settings!r})"
     )
@@ -111,41 +131,49 @@ def train(run_dir: Path, folder: Path) -> list[list[dict]]:
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
 
 
-def compare(one: list[list[dict]], other: list[list[dict]]) -> list[dict]:
-    """For each update and process: how many matrices' gradients differ between two trainings, and the first that does."""
+def compare(one: list[dict], other: list[dict]) -> list[dict]:
+    """How many digests differ between two trainings, and the first that does, at each update and process where any does."""
     found = []
-    for update in range(len(one[0])):
+    for update in other[0]:
         for rank, (mine, theirs) in enumerate(zip(one, other, strict=True)):
-            entry: dict = {"update": update, "process": rank}
+            entry: dict = {"update": int(update), "process": rank}
             for kind, digests in mine[update].items():
                 differ = [name for name, value in digests.items() if theirs[update][kind].get(name) != value]
                 entry[kind] = {"of": len(digests), "differ": len(differ), "first": differ[0] if differ else None}
-            found.append(entry)
+            if any(entry[kind]["differ"] for kind in mine[update]):
+                found.append(entry)
     return found
 
 
 @app.command()
 def measure(
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
-    runs: Annotated[int, typer.Option(help="Trainings, each compared with the first.")] = 3,
+    runs: Annotated[int, typer.Option(help="Undisturbed trainings, each compared with the first.")] = 2,
+    by_time: Annotated[bool, typer.Option("--by-time", help="Let inductor choose kernels by their time.")] = False,
 ) -> None:
-    """Train several times, and add to OUT where each training parts from the first."""
+    """Train several times, resume the first from its checkpoint, and add to OUT where each parts from the first."""
     evidence = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"trials": []}
+    if by_time:
+        os.environ[_BY_TIME] = "1"
     with tempfile.TemporaryDirectory() as scratch:
-        base, noted = Path(scratch) / "base", []
+        place, noted = Path(scratch), []
         for stage in ("00", "02"):
-            several.run(base, 1, stage)
-        for number in range(runs):
-            run_dir, folder = Path(scratch) / f"run-{number}", Path(scratch) / f"digests-{number}"
-            shutil.copytree(base, run_dir)
-            folder.mkdir()
-            noted.append(train(run_dir, folder))
+            several.run(place / "base", 1, stage)
+        for number in range(runs + 1):
+            shutil.copytree(place / ("base" if number < runs else "run-0"), place / f"run-{number}")
+            for last in place.glob(f"run-{number}/training/checkpoints/*/checkpoint-{UPDATES}"):
+                shutil.rmtree(last)
+            (place / f"digests-{number}").mkdir()
+            noted.append(train(place / f"run-{number}", place / f"digests-{number}"))
+            print(f"training {number + 1} of {runs + 1}: updates {', '.join(noted[-1][0])}", flush=True)
     environment = {name: os.environ[name] for name in _DECISIVE if name in os.environ}
-    parted = [compare(noted[0], other) for other in noted[1:]]
-    evidence["trials"].append({**where(), "environment": environment, "against_the_first": parted})
+    *undisturbed, resumed = [compare(noted[0], other) for other in noted[1:]]
+    parted = {"undisturbed": undisturbed, "resumed": resumed}
+    counts = {"by_time": by_time, "updates": UPDATES, "checkpoint": CHECKPOINT}
+    evidence["trials"].append({**where(), "environment": environment, **counts, **parted})
     write_json(out, evidence)
-    for number, entries in enumerate(parted, 2):
-        print(number, *entries, sep="\n  ")
+    for name, entries in [*((f"undisturbed {n}", one) for n, one in enumerate(undisturbed, 2)), ("resumed", resumed)]:
+        print(name, *(entries or ["the same to the bit"]), sep="\n  ")
 
 
 if __name__ == "__main__":

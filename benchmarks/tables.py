@@ -388,20 +388,15 @@ def repeatability() -> str:
 def killed() -> str:
     found = evidence("several")
     rows = [
-        (run["processes"], run["killed_after_checkpoint"], f"{run['last_loss_difference']:.5f}",
+        (run["processes"], run["date"], run["killed_after_checkpoint"], f"{run['last_loss_difference']:.5f}",
          f"{run['largest_loss_difference']:.5f}", f"{run['largest_weight_difference']:.5f}")
         for run in found["resumed"]
     ]  # fmt: skip
-    header = ("GPUs", "killed after step", "last loss apart", "largest loss apart", "largest weight apart")
+    header = ("GPUs", "measured", "killed after step", "last loss apart", "largest loss apart", "largest weight apart")
     source = (f"A killed and resumed training against an undisturbed one, {found['resumed'][0]['gpu'][0]}, the demo's task; "
               f"two GPUs gave {found['answers']['same']} of {found['answers']['questions']} answers as one did "
               f"({link('several')}).")  # fmt: skip
-    if "parting" not in found:  # taken by hand, once
-        return markdown(header, rows, source)
-    first = found["parting"]["updates"][0]
-    parted = (f"Two undisturbed runs of two processes, {found['parting']['date']}: at update {first['update']} the same "
-              f"{', '.join(first['same']).replace('_', ' ')} to the bit, but not the same {' and '.join(first['differ']).replace('_', ' ')}.")  # fmt: skip
-    return markdown(header, rows, f"{source} {parted}")
+    return markdown(header, rows, source)
 
 
 def colab_image() -> str:

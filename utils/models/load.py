@@ -36,7 +36,9 @@ def start_backend(config: Config) -> str:
         # first looks: on a full GPU that makes dozens of pieces, each of which reads the whole output head.
         os.environ.setdefault("UNSLOTH_CE_LOSS_TARGET_GB", "1")
     import unsloth  # noqa: F401
+    from torch._inductor import config as inductor
 
+    inductor.deterministic = True  # kernels chosen by how fast they were would let a resumed training part from another
     patch_unsloth()
     return "unsloth"
 
