@@ -9,13 +9,13 @@
     python -m benchmarks.generate steps /tmp/standin-8b --items medqa_sample.jsonl --out generation.json
 
 Same prompts, same sampling, same limit of new tokens. A model of random weights hardly ever ends an answer, so almost every
-answer is as long as the limit; the last case of `measure` draws lengths as a reasoning model's answers have them. `kill` kills
-a process in the middle of its answers and lets another go on. `real-job` has the shape of profile t4's work: 600
-multiple-choice and 16 open questions, lengths drawn with a median of 900 tokens, at most 4,096. Its peers answer a sample in a
-process of their own (`peers`), by unsloth without the series' changes: a dozen one at a time, and two batches of `generate`
-sorted by prompt. `library` adds a minute of transformers' continuous batching, which is not in the result yet. `steps` compares
-the logits of a batch's steps with those of each row alone, which unsloth computes, and times a step by how 4-bit weights are
-unpacked. The result lies in benchmarks/results/. On an H200 `real-job` takes ten minutes with a second GPU, twenty without.
+answer is as long as the limit; the last case of `measure` draws lengths as a reasoning model's answers have them. `kill`
+kills a process in the middle of its answers and lets another go on. `real-job` has the shape of profile t4's work: 600
+multiple-choice and 16 open questions, lengths drawn with a median of 900 tokens, at most 4,096. Its peers answer a sample
+in a process of their own (`peers`), by unsloth without the series' changes: a dozen one at a time, and two batches of
+`generate` sorted by prompt. `library` adds a minute of transformers' continuous batching. `steps` compares the logits of a
+batch's steps with those of each row alone, which unsloth computes, and times a step by how 4-bit weights are unpacked. The
+result lies in benchmarks/results/. On an H200 `real-job` takes ten minutes with a second GPU, twenty without.
 """
 
 from __future__ import annotations
@@ -501,7 +501,7 @@ def library(
     if not window["tokens"]:
         raise SystemExit("continuous batching answered nothing; its log says why")
     ratio = round(found["engine"]["tokens_per_second"] / peer_speed([window]), 2)
-    add_to_file(out, {"real_job": found | {"library": [window], "ratio_library": ratio}})
+    add_to_file(out, {"real_job": found | {"library": [where() | window], "ratio_library": ratio}})
     print("library", ratio, window)
 
 
