@@ -29,7 +29,7 @@ from benchmarks.evidence import where
 from benchmarks.recipe import notebook_source
 from utils.files import digest_of, write_json, write_text
 
-PROCESSES, UPDATES, CHECKPOINT = 2, 8, 4
+PROCESSES = 2
 _DECISIVE = ("TORCH_COMPILE_DISABLE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")
 _BY_TIME = "PARTING_BY_TIME"  # tells the processes
 
@@ -114,9 +114,9 @@ def worker(run_dir: Path, folder: Path) -> None:
     launch.run_worker(str(run_dir))
 
 
-def train(run_dir: Path, folder: Path) -> list[dict]:
-    """What each process noted of the updates of a training in `run_dir`; SystemExit where it failed."""
-    settings = several.settings(PROCESSES) | {"train.max_steps": UPDATES, "train.save_steps": CHECKPOINT}
+def train(run_dir: Path, folder: Path, updates: list[int], checkpoint: int) -> list[dict]:
+    """What each process noted of the `updates` of a training in `run_dir`; SystemExit where it failed, or made others."""
+    settings = several.settings(PROCESSES) | {"train.max_steps": updates[-1], "train.save_steps": checkpoint}
     opening = (
         f"from utils.pipeline import open_stage; open_stage('03_lora_training', 'demo', {str(run_dir)!r}, {settings!r})"
     )
@@ -128,7 +128,10 @@ def train(run_dir: Path, folder: Path) -> list[dict]:
         done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{command} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
+    noted = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
+    if any([*map(int, one)] != updates for one in noted):
+        raise SystemExit(f"expected the updates {updates}, but {run_dir} made {[[*one] for one in noted]}")
+    return noted
 
 
 def compare(one: list[dict], other: list[dict]) -> list[dict]:
@@ -150,6 +153,8 @@ def measure(
     out: Annotated[Path, typer.Option(help="Where the evidence goes, JSON.")],
     runs: Annotated[int, typer.Option(help="Undisturbed trainings, each compared with the first.")] = 2,
     by_time: Annotated[bool, typer.Option("--by-time", help="Let inductor choose kernels by their time.")] = False,
+    updates: Annotated[int, typer.Option(help="Updates of a training.")] = 8,
+    checkpoint: Annotated[int, typer.Option(help="The update after which one resumes: not in the latter half.")] = 4,
 ) -> None:
     """Train several times, resume the first from its checkpoint, and add to OUT where each parts from the first."""
     evidence = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"trials": []}
@@ -161,15 +166,18 @@ def measure(
             several.run(place / "base", 1, stage)
         for number in range(runs + 1):
             shutil.copytree(place / ("base" if number < runs else "run-0"), place / f"run-{number}")
-            for last in place.glob(f"run-{number}/training/checkpoints/*/checkpoint-{UPDATES}"):
-                shutil.rmtree(last)
-            (place / f"digests-{number}").mkdir()
-            noted.append(train(place / f"run-{number}", place / f"digests-{number}"))
-            print(f"training {number + 1} of {runs + 1}: updates {', '.join(noted[-1][0])}", flush=True)
+            for later in place.glob(f"run-{number}/training/checkpoints/*/checkpoint-*"):
+                if later.name != f"checkpoint-{checkpoint}":
+                    shutil.rmtree(later)
+            folder, first = place / f"digests-{number}", 1 if number < runs else checkpoint + 1
+            folder.mkdir()
+            noted.append(train(place / f"run-{number}", folder, [*range(first, updates + 1)], checkpoint))
+            print(f"training {number + 1} of {runs + 1}: updates {first} to {updates}", flush=True)
     environment = {name: os.environ[name] for name in _DECISIVE if name in os.environ}
     *undisturbed, resumed = [compare(noted[0], other) for other in noted[1:]]
     parted = {"undisturbed": undisturbed, "resumed": resumed}
-    counts = {"by_time": by_time, "updates": UPDATES, "checkpoint": CHECKPOINT}
+    digests = sum(map(len, noted[0][0]["1"].values()))
+    counts = {"by_time": by_time, "updates": updates, "checkpoint": checkpoint, "digests_of_an_update": digests}
     evidence["trials"].append({**where(), "environment": environment, **counts, **parted})
     write_json(out, evidence)
     for name, entries in [*((f"undisturbed {n}", one) for n, one in enumerate(undisturbed, 2)), ("resumed", resumed)]:

@@ -350,15 +350,18 @@ def test_where_the_trials_time_went_adds_up_to_what_the_wall_has_of_them():
     assert all(trials[key] == wall[key] for key in ("date", "gpu", "processors", "versions"))
     collected = trials["garbage_collector"]
     assert f"{collected['seconds'] / collected['calls']:.2f} s each time: {collected['seconds']:.0f} s of a run" in text
-    assert f"came {wall['first_update_seconds']:.0f} s after 03's start" in text
 
 
-def test_two_processes_part_where_kernels_are_chosen_by_their_time_and_nowhere_else():
+def test_two_processes_part_within_eight_updates_where_kernels_are_chosen_by_their_time_alone():
     text = (ROOT / "benchmarks" / "results" / "parting.json").read_text(encoding="utf-8")
     by_time, eager, now = json.loads(text)["trials"]
+    assert all((trial["updates"], trial["digests_of_an_update"]) == (8, 128) for trial in (by_time, eager, now))
     for trial in (eager, now):
         assert trial["undisturbed"] == [[]] and trial["resumed"] == []
-    assert (by_time["by_time"], now["by_time"], eager["environment"]) == (True, False, {"TORCH_COMPILE_DISABLE": "1"})
+    assert (by_time["by_time"], now["by_time"]) == (True, False)
+    assert (
+        eager["environment"] == {"TORCH_COMPILE_DISABLE": "1"} and not by_time["environment"] and not now["environment"]
+    )
     for parted, matrices in ((by_time["undisturbed"][0], 21), (by_time["resumed"], 42)):
         first = parted[0]
         assert first["given"]["differ"] == first["weights"]["differ"] == 0

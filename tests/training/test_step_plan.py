@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.recipe import notebook_functions
 from utils.config import load_config
 from utils.errors import OutOfMemory
+from utils.hardware import GIB
 from utils.training import step_plan
 from utils.training.step_plan import (
     StepPlan,
@@ -34,14 +36,23 @@ LAYERS = 32
 
 
 class Gpu:
-    """Memory is linear in kept layers and micro-batch; a layer that recomputes costs half as much again."""
+    """Memory is linear in kept layers and micro-batch, but for a `share` of what is free; a layer that recomputes costs
+    half as much again."""
 
-    def __init__(self, gib: float, overhead_s: float, base: float = 7.0, fixed: float = 0.5, each: float = 0.2):
-        self.gib, self.overhead_s, self.base, self.fixed, self.each = gib, overhead_s, base, fixed, each
+    def __init__(self, gib: float, overhead_s: float, fixed: float = 0.5, each: float = 0.2, share: float = 0.0):
+        self.gib, self.overhead_s, self.base, self.fixed, self.each, self.share = (
+            gib,
+            overhead_s,
+            7.0,
+            fixed,
+            each,
+            share,
+        )
 
     def peak(self, plan: StepPlan) -> float:
         kept = LAYERS - plan.recompute_layers
-        return self.base + plan.per_device_train_batch_size * (self.fixed + self.each * kept)
+        rows = plan.per_device_train_batch_size * (self.fixed + self.each * kept)
+        return self.base + self.share * (self.gib - self.base) + rows
 
     def speed(self, plan: StepPlan) -> float:
         work = 1 + 0.5 * plan.recompute_layers / LAYERS
@@ -70,8 +81,8 @@ def test_small_micro_batches_win_where_launches_cost_little_and_large_ones_where
     ("gib", "plans"),
     [
         (13.25, [(1, 0), (1, 4), (2, 20), (4, 28)]),
-        (14.0, [(1, 0), (2, 20), (4, 28)]),  # the first one took nearly all, so twice its layers cannot fit
-        (34.0, [(1, 0), (2, 0), (4, 4)]),
+        (14.0, [(1, 0), (2, 16), (2, 20), (4, 28)]),  # the first one took nearly all, so twice its layers cannot fit
+        (34.0, [(1, 0), (2, 0), (4, 0), (4, 4)]),
         (99.0, [(1, 0), (2, 0), (4, 0)]),
     ],
 )
@@ -87,21 +98,28 @@ def test_no_plan_is_tried_that_cannot_fit_by_what_others_took(gib, plans):
 
 
 @given(
-    gib=st.floats(7.0, 40.0),
+    gib=st.floats(7.1, 40.0),
     overhead=st.floats(0.0, 5.0),
     each=st.floats(0.0, 1.0),
+    fixed=st.floats(0.0, 1.0),
+    share=st.floats(0.0, 0.24),
     rows=st.integers(1, 24),
 )
-def test_whatever_the_gpu_the_choice_fits_and_takes_every_row(gib, overhead, each, rows):
-    gpu = Gpu(gib, overhead, each=each)
+def test_whatever_the_gpu_the_choice_takes_every_row_and_recomputes_as_little_as_fits(
+    gib, overhead, each, fixed, share, rows
+):
+    gpu = Gpu(gib, overhead, fixed, each, share)
     trials = search(gpu.measure, rows, LAYERS)
     if not trials:
         assert gpu.peak(StepPlan(1, rows, LAYERS)) > gib
         return
     plan = trials[0][1]
-    assert gpu.peak(plan) <= gib and 0 <= plan.recompute_layers <= LAYERS
     assert plan.per_device_train_batch_size * plan.gradient_accumulation_steps == rows
     assert gpu.speed(plan) == max(speed for speed, _ in trials)
+    for _, plan in trials:
+        assert gpu.measure(plan) and 0 <= plan.recompute_layers <= LAYERS
+        less = replace(plan, recompute_layers=plan.recompute_layers - LAYERS // 8)
+        assert plan.recompute_layers == 0 or gpu.measure(less) is None
 
 
 @pytest.mark.parametrize("start", [StepPlan(4, 3, 0), StepPlan(12, 1, 32), StepPlan(1, 1, 5), StepPlan(7, 1, 0)])
@@ -140,6 +158,16 @@ def test_a_trial_measures_speed_and_a_search_leaves_the_weights_as_they_were(loa
     assert plan.per_device_train_batch_size * plan.gradient_accumulation_steps == 4 and len(trials) >= 2
     assert "tokens/s" in capsys.readouterr().out
     assert gc.get_freeze_count() == 0
+
+
+def test_a_trials_share_of_memory_is_of_what_was_free_before_it(loaded, monkeypatch):
+    run, model, tokenizer, rows = loaded
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 6 * GIB)
+    monkeypatch.setattr(step_plan, "free_bytes", lambda _: 8.25 * GIB)
+    for peak, share in ((10, 0.5), (14, 1.0), (14.1, None)):
+        monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda peak=peak: peak * GIB)
+        found = run_trial(model, tokenizer, run.config, rows.head(1), MAKE, StepPlan(1, 1, 0))
+        assert (found and found[1]) == share
 
 
 def test_no_trial_has_to_look_through_what_the_model_left_in_memory(loaded, monkeypatch):

@@ -38,7 +38,9 @@ def start_backend(config: Config) -> str:
     import unsloth  # noqa: F401
     from torch._inductor import config as inductor
 
-    inductor.deterministic = True  # kernels chosen by how fast they were would let a resumed training part from another
+    inductor.deterministic = (
+        True  # kernels chosen by how fast they were let a resumed training part from the undisturbed
+    )
     patch_unsloth()
     return "unsloth"
 

@@ -24,12 +24,12 @@ from utils.schema import Config
 from utils.training.callbacks import RecomputeCallback, Stopwatch
 
 FILE = "training/step_plan.json"
-_UPDATES = 2  # of one trial; the first warms up and compiles, the second counts
+_UPDATES = 3  # of one trial; the first warms up, of the others the faster one counts
 _LEAST_UPDATES = 24  # a shorter training is over before trials of all micro-batches would be
+_FIXED = 0.25  # at most this share of the free memory does not grow with rows and layers: the loss, the optimizer
 _SPARE_GIB = 0.25  # packs differ in how many documents they hold, and so a little in memory: a trial knows one kind
-Measured = (
-    tuple[float, float] | None
-)  # tokens per second, and the share of the free memory; None where it was not enough
+# Of a trial: tokens per second, and the share of the free memory that it took; None where that was not enough
+Measured = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def search(measure: Callable[[StepPlan], Measured], rows: int, layers: int) -> l
         trials.insert(0, (speed, plan))
         if len(trials) > 1 and speed <= trials[1][0]:  # larger ones would be slower still
             break
-        if (kept := micro * (layers - plan.recompute_layers)) and taken:
-            too_many = min(too_many, 0.9 * kept / taken)  # a tenth at least of what a row takes is not its layers'
+        if (kept := micro * (layers - plan.recompute_layers)) and taken > _FIXED:
+            too_many = min(too_many, kept * (1 - _FIXED) / (taken - _FIXED))
     return sorted(trials, key=lambda one: -one[0])
 
 
@@ -159,7 +159,7 @@ def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
 
     print(f"trials of {_UPDATES} updates:")
     gc.collect()
-    gc.freeze()  # each trial has the garbage collected half a dozen times: what the model left in memory takes it 0.4 s
+    gc.freeze()  # a trial has the garbage collected several times, and each takes half a second with the model's objects
     try:
         return search(measure, share, len(transformer_layers(model)))
     finally:
@@ -167,7 +167,7 @@ def try_plans(model, tokenizer, config, rows: pd.DataFrame, make_trainer: Callab
 
 
 def run_trial(model, tokenizer, config, row: pd.DataFrame, make_trainer: Callable, plan: StepPlan) -> Measured:
-    """What a few updates by `plan` on copies of `row` come to."""
+    """Tokens per second of a few updates by `plan` on copies of `row`, and their share of the free memory; None: no room."""
     # Two micro-batches tell: gradients are held while the second is computed, as in all after it.
     plan = replace(plan, gradient_accumulation_steps=min(2, plan.gradient_accumulation_steps))
     count = plan.per_device_train_batch_size * plan.gradient_accumulation_steps * _UPDATES
@@ -182,7 +182,7 @@ def run_trial(model, tokenizer, config, row: pd.DataFrame, make_trainer: Callabl
         trainer.add_callback(RecomputeCallback(plan.recompute_layers))
         watch = Stopwatch(trainer)
         if train_if_it_fits(trainer) and (taken := torch.cuda.max_memory_allocated() - held) <= room:
-            found = watch.tokens[-1] / watch.seconds()[-1], taken / room
+            found = max(n / s for n, s in zip(watch.tokens[1:], watch.seconds(), strict=False)), taken / room
     release_trainer(trainer)
     del trainer, watch
     free_memory(model)
