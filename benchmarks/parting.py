@@ -154,7 +154,9 @@ def measure(
     runs: Annotated[int, typer.Option(help="Undisturbed trainings, each compared with the first.")] = 2,
     by_time: Annotated[bool, typer.Option("--by-time", help="Let inductor choose kernels by their time.")] = False,
     updates: Annotated[int, typer.Option(help="Updates of a training.")] = 8,
-    checkpoint: Annotated[int, typer.Option(help="The update after which one resumes: not in the latter half.")] = 4,
+    checkpoint: Annotated[
+        int, typer.Option(help="The update after which one resumes: of the latter half, two are kept.")
+    ] = 4,
 ) -> None:
     """Train several times, resume the first from its checkpoint, and add to OUT where each parts from the first."""
     evidence = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"trials": []}
