@@ -44,6 +44,7 @@ CONFIGURATIONS = {
     "ours, xformers' attention": "`t4` with xformers' cutlass kernel",
     "ours, torch's attention": "`t4` with torch's kernel, where xformers loads",
     "ours, flex attention": "`t4` with torch's flex attention",
+    "ours, one pack at a time": "`t4` by the plan of least arithmetic",
     "ours, in graphs": "`t4` in CUDA graphs",
 }
 REAL_METRICS = (

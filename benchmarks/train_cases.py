@@ -13,11 +13,13 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import typer
 
 from benchmarks.peers import CASES, largest_plan, pack_without_unsloth, settings_of, use_attention
 from benchmarks.recipe import format_rows, notebook_functions
+from benchmarks.training_graphs import first_that_fits
 from utils.config import load_config
 from utils.files import write_json
 from utils.hardware import GIB
@@ -49,13 +51,14 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     """One configuration, in this process: writes OUT, JSON."""
     import torch
 
+    from utils.training import step_plan
     from utils.training.callbacks import Stopwatch
-    from utils.training.step_plan import FILE, choose_plan, recompute_as
 
     started = time.monotonic()
     run, model, tokenizer, frame, make_trainer = prepare(name, standin, rows, run_dir, count)
     config, loaded, cuda = run.config, time.monotonic(), torch.cuda.is_available()
-    plan = choose_plan(run, model, tokenizer, frame, make_trainer)
+    with mock.patch.object(step_plan, "search", first_that_fits if CASES[name].get("one") else step_plan.search):
+        plan = step_plan.choose_plan(run, model, tokenizer, frame, make_trainer)
     if CASES[name].get("largest"):
         plan = largest_plan(plan, model, tokenizer, config, frame, make_trainer)
     tried = time.monotonic()
@@ -67,12 +70,12 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
         trainer = make_trainer(model, tokenizer, config, frame, plan, scratch)
         prepared = time.monotonic()
         trainer.args.max_steps = measured + (PROFILED if cuda else 0)
-        recompute_as(trainer, config, plan)
+        step_plan.recompute_as(trainer, config, plan)
         watch = Stopwatch(trainer)
         profiler = _Profiler(trainer, measured) if cuda else None
         trainer.train()
     windows = _windows(watch)
-    trials = json.loads(run.file(FILE).read_text(encoding="utf-8"))["trials"]
+    trials = json.loads(run.file(step_plan.FILE).read_text(encoding="utf-8"))["trials"]
     result = {
         "what": CASES[name]["what"],
         "windows": windows,

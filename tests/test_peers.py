@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from benchmarks import peers, train, train_cases
 from benchmarks.standin import build_standin
+from benchmarks.training_graphs import first_that_fits
 from utils.data import synthetic
 from utils.files import append_lines
 from utils.models import unsloth_patches
+from utils.training import step_plan
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,23 @@ def test_where_xformers_does_not_load_its_case_is_skipped_by_a_sentence(monkeypa
             monkeypatch.setitem(sys.modules, name, module)
         with pytest.raises(SystemExit, match=r"^skipped: xformers does not load here"):
             peers.use_attention("xformers")
+
+
+@pytest.mark.parametrize(
+    ("name", "search"), [("ours", step_plan.search), ("ours, one pack at a time", first_that_fits)]
+)
+def test_of_one_pack_at_a_time_the_first_plan_that_fits_is_measured(standin, tmp_path, monkeypatch, name, search):
+    searched = []
+
+    def choose(*_):
+        searched.append(step_plan.search)
+        raise KeyboardInterrupt
+
+    before = step_plan.search
+    monkeypatch.setattr(step_plan, "choose_plan", choose)
+    with pytest.raises(KeyboardInterrupt):
+        train_cases.case(name, *standin, tmp_path / "case.json", tmp_path / "run", 60)
+    assert searched == [search] and step_plan.search is before
 
 
 def test_torchs_kernel_is_forced_on_packed_rows_alone(monkeypatch):
