@@ -24,7 +24,7 @@ export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo real test test-rest test-all faults lint lock lowest drift colab bundle bench tables address clean
 
-demo: $(VENV)/installed  ## the whole series on a CPU: about three minutes the first time, then half of that
+demo: $(VENV)/installed  ## the whole series on a CPU: three to five minutes the first time, then half of that
 	$(IN) -m utils run --profile demo --run-dir runs/demo
 
 real: $(VENV)/installed  ## a real model on real rows: half an hour to an hour on two cores; ROWS and ITEMS (files) take the place of the Hub's

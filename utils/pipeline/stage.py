@@ -113,7 +113,7 @@ def require_ancestors(run: RunDir, stage: Stage) -> None:
     """Raise RunDirError unless every stage that this one rests on is done and current."""
     if found := run.first_stale(ancestors(stage)):
         needed, reason = found
-        first = f"run notebooks/{needed.name}.ipynb first, with the same PROFILE and RUN_DIR"
+        first = f"run notebooks/{needed.name}.ipynb first, with the same PROFILE, RUN_DIR and OVERRIDES"
         raise RunDirError(f"{stage.name} needs {needed.name}, but {reason} in {run.path}; {first}.")
 
 
