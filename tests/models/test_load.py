@@ -62,6 +62,18 @@ def test_before_unsloth_is_imported_it_is_told_to_prepare_rows_here_and_how_much
     assert found["UNSLOTH_DATASET_NUM_PROC"] == "0" and found.get("UNSLOTH_CE_LOSS_TARGET_GB") == target
 
 
+@pytest.mark.parametrize(("four_bit", "stored"), [(False, {"quant_method": "bitsandbytes"}), (True, {}), (False, None)])
+def test_a_model_stored_in_4_bits_is_not_called_16_bit(tiny_folder, monkeypatch, four_bit, stored):
+    config = config_for(tiny_folder, **{"model.load_in_4bit": four_bit})
+    loaded = SimpleNamespace(config=SimpleNamespace(quantization_config=stored))
+    monkeypatch.setattr(load, "load_plain", lambda *_: loaded)
+    if stored and not four_bit:
+        with pytest.raises(ModelError, match=r"stored quantised, but model\.load_in_4bit is false; name the"):
+            load_model(config)
+    else:
+        assert load_model(config)[0] is loaded
+
+
 def loading(monkeypatch, config) -> dict:
     """What `load_plain` asks transformers for."""
     asked: dict = {}
@@ -155,7 +167,7 @@ def test_an_emulated_t4_has_its_memory_attention_and_choice_of_4bit_products(mon
         "bitsandbytes.backends.cuda": ops,
     }.items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(ops=module))
-    monkeypatch.setattr(load, "device", lambda config: "cuda")
+    monkeypatch.setattr(load, "resolve_hardware", lambda _: {"device": "cuda"})
     monkeypatch.setattr(load, "gpu_ids", list)
     for name in ("enable_flash_sdp", "enable_cudnn_sdp"):
         monkeypatch.setattr(torch.backends.cuda, name, lambda on, name=name: switched.append((name, on)))

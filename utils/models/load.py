@@ -49,7 +49,7 @@ def prepare_device(config: Config) -> None:
     """What both backends need before torch starts: the Hub token, one visible GPU, a T4's limits if asked for."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     share_secrets("HF_TOKEN")
-    if device(config) == "cpu":
+    if resolve_hardware(config.hardware)["device"] == "cpu":
         return
     if len(gpu_ids()) > 1 and "LOCAL_RANK" not in os.environ:
         # TRL raises for one process that sees two GPUs (sft_trainer.py), and unsloth would split batches badly.
@@ -63,11 +63,6 @@ def prepare_device(config: Config) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
         total = torch.cuda.get_device_properties(local_rank()).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, _T4_GIB / total), local_rank())
-
-
-def device(config: Config) -> str:
-    """`cuda` or `cpu`."""
-    return resolve_hardware(config.hardware)["device"]
 
 
 def torch_dtype(config: Config):
@@ -109,6 +104,9 @@ def load_model(config: Config, adapter: Path | None = None, max_seq_length: int 
     except (OSError, ValueError, SafetensorError) as error:
         expected = "expected a Hub id that can be reached, or a folder with config.json and safetensors"
         raise ModelError(f"The model {source} could not be loaded ({first_line(error)}); {expected}.") from None
+    if getattr(model.config, "quantization_config", None) and not config.model.load_in_4bit:
+        instead = "name the repository of its 16-bit weights, or leave model.load_in_4bit on"
+        raise ModelError(f"The model {source} is stored quantised, but model.load_in_4bit is false; {instead}.")
     if adapter is not None:
         from peft import PeftModel  # it would load a pickle, weights only, where there is no safetensors file
 
@@ -190,7 +188,7 @@ def load_plain(config: Config, source: str):
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     LOADS[Path(source).name] += 1
-    dtype, four_bit = torch_dtype(config), None
+    device, dtype, four_bit = resolve_hardware(config.hardware)["device"], torch_dtype(config), None
     own = AutoConfig.from_pretrained(source, revision=config.model.revision, trust_remote_code=False)
     if stored := getattr(own, "quantization_config", None):
         # Its maker's dtype for computing comes with it: bfloat16 mostly, which a T4 only emulates.
@@ -207,6 +205,6 @@ def load_plain(config: Config, source: str):
         use_safetensors=True,
         dtype=dtype,
         attn_implementation="sdpa",
-        device_map={"": torch.device("cuda", local_rank()) if device(config) == "cuda" else "cpu"},
+        device_map={"": torch.device("cuda", local_rank()) if device == "cuda" else "cpu"},
         quantization_config=four_bit,
     )
