@@ -44,7 +44,7 @@ CASES: dict[str, dict] = {
                              "train.gradient_accumulation_steps": 4},
     "ours, xformers' attention": {**_OURS, "what": "ours with xformers' cutlass kernel, a T4's", "attention": "xformers"},
     "ours, torch's attention": {**_OURS, "what": "ours without xformers where it loads", "attention": "torch"},
-    "ours, in graphs": {**_OURS, "what": "ours, a micro-batch's pass through the layers and back as two CUDA graphs",
+    "ours, in graphs": {**_OURS, "one": True, "what": "ours, a micro-batch's pass through the layers and back as two CUDA graphs",
                         "attention": "graphs"},
     "ours, flex attention": {**_OURS, "what": "ours with torch's flex attention", "attention": "flex"},
 }  # fmt: skip
@@ -71,6 +71,16 @@ def pack_without_unsloth(make_trainer: Callable) -> Callable:
             return make_trainer(*arguments, **more)
 
     return make
+
+
+def first_that_fits(measure: Callable, rows: int, layers: int) -> list[tuple]:
+    """[(tokens per second, plan)] with micro-batches of one row, as few layers recomputing as fit; larger ones are not tried."""
+    from utils.training.step_plan import StepPlan
+
+    for count in (*range(0, layers, max(1, layers // 8)), layers):
+        if (found := measure(plan := StepPlan(1, rows, count))) is not None:
+            return [(found[0], plan)]
+    return []
 
 
 def largest_batch(fits: Callable[[int], bool], known: int) -> int:

@@ -17,9 +17,8 @@ from unittest import mock
 
 import typer
 
-from benchmarks.peers import CASES, largest_plan, pack_without_unsloth, settings_of, use_attention
+from benchmarks.peers import CASES, first_that_fits, largest_plan, pack_without_unsloth, settings_of, use_attention
 from benchmarks.recipe import format_rows, notebook_functions
-from benchmarks.training_graphs import first_that_fits
 from utils.config import load_config
 from utils.files import write_json
 from utils.hardware import GIB

@@ -135,7 +135,7 @@ class _Replay(torch.autograd.Function):
 
 @cache
 def use_graphs() -> None:
-    """Let this process train in graphs, before a model is loaded: 1 x 4, as few layers recomputing as fit."""
+    """Let this process train in graphs, before a model is loaded."""
     from utils.models import load
     from utils.training import callbacks, step_plan
 
@@ -151,17 +151,6 @@ def use_graphs() -> None:
 
     load.patch_unsloth = patch_unsloth
     callbacks.RecomputeCallback = step_plan.RecomputeCallback = recompute_in_graphs(callbacks.RecomputeCallback)
-    step_plan.search = first_that_fits
-
-
-def first_that_fits(measure: Callable, rows: int, layers: int) -> list[tuple]:
-    """[(tokens per second, plan)] with micro-batches of one row, as few layers recomputing as fit; larger ones are not tried."""
-    from utils.training.step_plan import StepPlan
-
-    for count in (*range(0, layers, max(1, layers // 8)), layers):
-        if (found := measure(plan := StepPlan(1, rows, count))) is not None:
-            return [(found[0], plan)]
-    return []
 
 
 def recompute_in_graphs(callback: type) -> type:

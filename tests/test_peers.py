@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import peers, train, train_cases
+from benchmarks.peers import first_that_fits
 from benchmarks.standin import build_standin
-from benchmarks.training_graphs import first_that_fits
 from utils.data import synthetic
 from utils.files import append_lines
 from utils.models import unsloth_patches
@@ -122,6 +122,18 @@ def test_where_xformers_does_not_load_its_case_is_skipped_by_a_sentence(monkeypa
             monkeypatch.setitem(sys.modules, name, module)
         with pytest.raises(SystemExit, match=r"^skipped: xformers does not load here"):
             peers.use_attention("xformers")
+
+
+def test_the_first_plan_that_fits_ends_the_search():
+    tried = []
+
+    def measure(plan):
+        tried.append((plan.per_device_train_batch_size, plan.gradient_accumulation_steps, plan.recompute_layers))
+        return (5.0, 0.9) if plan.recompute_layers >= 8 else None
+
+    ((speed, plan),) = first_that_fits(measure, 4, 32)
+    assert tried == [(1, 4, 0), (1, 4, 4), (1, 4, 8)] and (speed, plan.recompute_layers) == (5.0, 8)
+    assert first_that_fits(lambda plan: None, 4, 32) == []
 
 
 @pytest.mark.parametrize(

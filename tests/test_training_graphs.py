@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaModel
 
 from benchmarks import training_graphs
+from benchmarks.peers import CASES
 from benchmarks.training_graphs import (
     Documents,
     TrainingGraphs,
     attend_in_graphs,
-    first_that_fits,
     recompute_in_graphs,
     train_in_graphs,
     use_graphs,
@@ -255,32 +255,20 @@ def test_layers_recompute_without_looking_up_random_numbers(monkeypatch):
     assert all(layer._gradient_checkpointing_func.keywords["preserve_rng_state"] is False for layer in layers)
 
 
-def test_the_first_plan_that_fits_ends_the_search():
-    tried = []
-
-    def measure(plan):
-        tried.append((plan.per_device_train_batch_size, plan.gradient_accumulation_steps, plan.recompute_layers))
-        return (5.0, 0.9) if plan.recompute_layers >= 8 else None
-
-    ((speed, plan),) = first_that_fits(measure, 4, 32)
-    assert tried == [(1, 4, 0), (1, 4, 4), (1, 4, 8)] and (speed, plan.recompute_layers) == (5.0, 8)
-    assert first_that_fits(lambda plan: None, 4, 32) == []
-
-
 def test_the_case_in_graphs_changes_what_the_series_and_unsloth_call(monkeypatch):
     llama = SimpleNamespace(run_attention=min, LlamaModel_fast_forward=max)
     for name, module in {"unsloth": SimpleNamespace(), "unsloth.models": SimpleNamespace(llama=llama)}.items():
         monkeypatch.setitem(sys.modules, name, module)
     patched = []
     monkeypatch.setattr(load, "patch_unsloth", lambda: patched.append("as before"))
-    for module, name in ((callbacks, "RecomputeCallback"), (step_plan, "RecomputeCallback"), (step_plan, "search")):
+    for module, name in ((callbacks, "RecomputeCallback"), (step_plan, "RecomputeCallback")):
         monkeypatch.setattr(module, name, getattr(module, name))
     use_graphs.__wrapped__()
     for _ in range(2):  # as each model that is loaded asks for it
         load.patch_unsloth()
     assert patched == ["as before"] and llama.run_attention is not min
     assert llama.LlamaModel_fast_forward.__wrapped__ is max  # wrapped once
-    assert step_plan.search is first_that_fits and step_plan.RecomputeCallback is callbacks.RecomputeCallback
+    assert CASES["ours, in graphs"]["one"] and step_plan.RecomputeCallback is callbacks.RecomputeCallback
     assert (
         issubclass(step_plan.RecomputeCallback, RecomputeCallback)
         and step_plan.RecomputeCallback is not RecomputeCallback

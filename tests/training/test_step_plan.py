@@ -40,14 +40,8 @@ class Gpu:
     half as much again."""
 
     def __init__(self, gib: float, overhead_s: float, fixed: float = 0.5, each: float = 0.2, share: float = 0.0):
-        self.gib, self.overhead_s, self.base, self.fixed, self.each, self.share = (
-            gib,
-            overhead_s,
-            7.0,
-            fixed,
-            each,
-            share,
-        )
+        self.gib, self.overhead_s, self.base = gib, overhead_s, 7.0
+        self.fixed, self.each, self.share = fixed, each, share
 
     def peak(self, plan: StepPlan) -> float:
         kept = LAYERS - plan.recompute_layers
