@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import weakref
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+import trl.trainer
 
 from benchmarks.recipe import notebook_functions
 from utils.errors import HardwareError
@@ -21,12 +23,28 @@ from utils.models.unsloth_patches import (
     choose_attention,
     decode_in_graphs,
     forget_cache,
+    import_unsloth,
     multiply_4bit,
 )
 from utils.project import ROOT
 from utils.training.step_plan import StepPlan
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; evidence in train-fast.json")
+
+
+def test_unsloth_finds_the_one_trainer_to_rewrite_that_is_used(tmp_path, monkeypatch):
+    looking = "import trl.trainer\nfrom importlib import util\nnames, found = dir(trl.trainer), util.find_spec"
+    (tmp_path / "unsloth.py").write_text(
+        f"{looking}\nexperimental, other = map(found, ('trl.experimental', 'trl.models'))"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    monkeypatch.delitem(sys.modules, "unsloth")
+    import_unsloth()
+    seen = sys.modules["unsloth"]
+    assert {"SFTTrainer", "SFTConfig", "sft_trainer"} <= {*seen.names}
+    assert not {"DPOTrainer", "dpo_trainer"} & {*seen.names} and seen.experimental is None and seen.other
+    assert "DPOTrainer" in dir(trl.trainer) and find_spec("trl.experimental")  # for whoever looks later
 
 
 def call(**changed):

@@ -132,9 +132,7 @@ def _round_of(one: Pending) -> int:
     return len(one.generated) // ROUND_TOKENS
 
 
-def _choose_batch(
-    model, pending: list[Pending], config: GenerateSection, shares: dict
-) -> tuple[list[Pending], int, int]:
+def _choose_batch(model, pending: list[Pending], config, shares: dict) -> tuple[list[Pending], int, int]:
     """The next batch, how many tokens to add, and how many rows should fit. A batch is of one round, longest prompt first: of the
     furthest that fills it, so that answers come to an end, or else of the earliest, which fills the later ones.
     """
@@ -244,9 +242,8 @@ def check_batching(model, tokenizer, questions: Sequence[Question], batch_size="
         gap = float(logits[alone[place]] - logits[together[place]]) / max(float(logits.std()), 1e-9)
         if gap > _TIE:
             found = f"answers the question {row.question.id} otherwise than alone, from token {place + 1} on"
-            raise ModelError(
-                f"In a batch the model {found}; set hardware.backend=transformers or generate.batch_size=1."
-            )
+            instead = "set hardware.backend=transformers or generate.batch_size=1"
+            raise ModelError(f"In a batch the model {found}; {instead}.")
         near_ties += 1
     return {"prompts": count, "identical": count - near_ties, "near_ties": near_ties}
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from utils.errors import HardwareError, ModelError, first_line
 from utils.hardware import GIB, gpu_ids, local_rank, resolve_hardware
 from utils.models.tokenizer import load_tokenizer, model_source, require_safetensors
-from utils.models.unsloth_patches import patch_unsloth
+from utils.models.unsloth_patches import import_unsloth, patch_unsloth
 from utils.schema import Config, LoraSection
 from utils.secrets import share_secrets
 
@@ -35,12 +35,10 @@ def start_backend(config: Config) -> str:
         # GiB for the loss, read on import: four pieces for 2,048 tokens. By itself unsloth takes half of what is free when it
         # first looks: on a full GPU that makes dozens of pieces, each of which reads the whole output head.
         os.environ.setdefault("UNSLOTH_CE_LOSS_TARGET_GB", "1")
-    import unsloth  # noqa: F401
+    import_unsloth()
     from torch._inductor import config as inductor
 
-    inductor.deterministic = (
-        True  # kernels chosen by how fast they were let a resumed training part from the undisturbed
-    )
+    inductor.deterministic = True  # kernels chosen by their speed let a resumed training part from the undisturbed
     patch_unsloth()
     return "unsloth"
 

@@ -5,6 +5,7 @@ packed row, where unsloth launches one for each.
 Answers in batches: a step of Llama is one CUDA graph, and 4-bit products are fused where bitsandbytes expects it to pay.
 """
 
+import importlib.util
 from functools import cache
 from importlib.metadata import version
 
@@ -12,6 +13,19 @@ from utils.errors import HardwareError
 
 MADE_FOR = "2026.10.7"  # of unsloth, whose internals these patches replace
 _CAUSAL = 1  # aten::_efficient_attention_forward: custom_mask_type, from each document's first token on
+
+
+def import_unsloth() -> None:
+    """Import unsloth, which rewrites each trainer of TRL that it finds: here SFTTrainer alone, the others take seconds."""
+    import trl.trainer
+
+    find, names = importlib.util.find_spec, trl.trainer.__all__
+    importlib.util.find_spec = lambda name, package=None: None if name == "trl.experimental" else find(name, package)
+    trl.trainer.__all__ = ["sft_trainer", "SFTConfig", "SFTTrainer"]  # what dir() tells of what is not loaded yet
+    try:
+        import unsloth  # noqa: F401
+    finally:
+        importlib.util.find_spec, trl.trainer.__all__ = find, names
 
 
 def patch_unsloth() -> None:
@@ -146,9 +160,8 @@ def decode_in_graphs(unsloths):
 
             decoder = self.model.batch_decoder = None  # another batch's: its memory first
             prompts = attention_mask[:, : keys.shape[2]]
-            decoder = self.model.batch_decoder = Decoder(
-                self.model, past_key_values, prompts, fast_linear_forward, tables
-            )
+            decoder = Decoder(self.model, past_key_values, prompts, fast_linear_forward, tables)
+            self.model.batch_decoder = decoder
         states = decoder.step(input_ids, position_ids[:, -1:])
         return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=decoder.past())
 

@@ -144,9 +144,8 @@ def _fall_back(run: StageRun, plan: plans.StepPlan, model, first: dict) -> plans
         given = f"train.per_device_train_batch_size={micro}, train.gradient_accumulation_steps={rows // micro}"
         smaller = micro < plan.per_device_train_batch_size or plan.recompute_layers < layers
         instead = f"set train.step_plan=given, {given}, or lower" if smaller else "lower"
-        raise OutOfMemory(
-            f"One of {world_size()} processes ran out of memory with {plan}; {instead} model.max_seq_length."
-        )
+        found = f"One of {world_size()} processes ran out of memory with {plan}"
+        raise OutOfMemory(f"{found}; {instead} model.max_seq_length.")
     smaller, last = plans.smaller_plan(plan, layers), find_checkpoint(checkpoint_dir(run))
     write_json(run.file(plans.FILE), read_json(run.file(plans.FILE)) | {"step_plan": asdict(smaller)})
     print(f"Out of memory with {plan}; resuming from {Path(last).name if last else 'the start'} with {smaller}.")
