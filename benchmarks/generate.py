@@ -194,6 +194,7 @@ def time_library(model, tokenizer, questions: list[Question], lengths: dict[str,
     each = 2 * shape.num_hidden_layers * shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
     room = free_bytes(model.device) - 2**30  # logits and activations
     blocks = max(64, min(512, int(room // (block * each * model.dtype.itemsize))))
+    # Without CUDA graphs: transformers' default for paged attention under sdpa.
     engine = ContinuousBatchingConfig(block_size=block, num_blocks=blocks, max_batch_tokens=512, use_cuda_graph=False)
     model.set_attn_implementation("paged|sdpa")
     generation = GenerationConfig(max_new_tokens=LIMIT, **sampled(config, tokenizer))

@@ -1,4 +1,4 @@
-"""Where trainings of two processes part, from another undisturbed one and from one that resumed: to the bit, by matrix.
+"""Where trainings by two processes begin to differ, bit by bit: two undisturbed ones, and one that resumed.
 
     python -m benchmarks.parting measure --out parting.json
 
@@ -155,7 +155,10 @@ def measure(
     by_time: Annotated[bool, typer.Option("--by-time", help="Let inductor choose kernels by their time.")] = False,
     updates: Annotated[int, typer.Option(help="Updates of a training.")] = 8,
     checkpoint: Annotated[
-        int, typer.Option(help="The update after which one resumes: of the latter half, two are kept.")
+        int,
+        typer.Option(
+            help="The update after which one resumes: half of --updates or more, as two checkpoints are kept."
+        ),
     ] = 4,
 ) -> None:
     """Train several times, resume the first from its checkpoint, and add to OUT where each parts from the first."""

@@ -32,7 +32,7 @@ CASES: dict[str, dict] = {
               "hardware.backend": "transformers"},
     "ours": {**_OURS, "what": "profile t4: packed, step plan by trials"},
     "ours, one pack at a time": {**_OURS, "one": True,
-                                 "what": "the plan of least arithmetic, which limits a T4: 1 x 4, no layer recomputing that fits"},
+                                 "what": "the plan of least arithmetic, which limits a T4: 1 x 4, as few layers recomputing as fit"},
     "ours, 1,024 tokens": {**_OURS, "what": "packs of 1,024 tokens", "model.max_seq_length": 1024},
     "ours, 512 tokens": {**_OURS, "what": "packs of 512 tokens, longer rows cut", "model.max_seq_length": 512},
     "unsloth's attention": {**_OURS, "what": "ours without utils/models/unsloth_patches.py", "attention": "unsloth"},

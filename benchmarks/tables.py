@@ -45,7 +45,7 @@ CONFIGURATIONS = {
     "ours, torch's attention": "`t4` with torch's kernel, where xformers loads",
     "ours, flex attention": "`t4` with torch's flex attention",
     "ours, one pack at a time": "`t4` by the plan of least arithmetic",
-    "ours, in graphs": "`t4` in CUDA graphs",
+    "ours, in graphs": "not kept: `t4` in CUDA graphs",
 }
 REAL_METRICS = (
     "nll", "well_formed", "truncated", "parsed", "multiple_choice", "multiple_choice_forced", "reasoning_tokens",
@@ -115,26 +115,26 @@ def training_ratios() -> str:
         for key, peer in (("unsloth_packing", "unsloth's packing"), ("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"),
                           ("plain_packing", "TRL's packing"))
     ]  # fmt: skip
-    two = f"two GPUs against one, {found['two_gpus']['date']}"
+    two = "two GPUs against one, on another host"
     rows.append((two, f"{found['ratio_two_gpus']:.2f}", NOTHING, NOTHING, NOTHING))
     shares = [f"{run[key]:.0%}" for run in (found, busy) for key in ("peak_share", "peak_share_kernel")]
     rows.append(("`t4`'s share of the GPU's peak in matrix products", *shares))
     header = ("times as fast", "wall time", "kernel time", "wall time, busy host", "kernel time, busy host")
-    source = measured("train", "Ours and each peer by the faster configuration by that clock")
+    source = measured("train", "By each clock the faster configuration of ours, graphs left out, and of the peer")
     return markdown(header, rows, f"{source} The busy host: {busy['gpu'][0]}, {busy['date']}, {link('train-busy')}.")
 
 
 def training_operations() -> str:
-    cases, before = evidence("train-busy")["configurations"], evidence("train-unpadded")
-    columns = [before["operations"], cases["ours"]["operations"], cases["unsloth packing"]["operations"]]
+    cases = evidence("train")["configurations"]
+    columns = [cases[name]["operations"] for name in ("ours", "ours, one pack at a time", "unsloth packing")]
     rows = [
         (kind, *(f"{column[kind][1]:.0f}" for column in columns))
         for kind in cases["ours"]["operations"]
         if kind != "all else"
     ]
-    header = ("milliseconds of one update", "`t4` before padding", "`t4`", "unsloth's packing, 4 × 1")
-    source = measured("train-busy", "The last update of each measurement, of about as many tokens")
-    return markdown(header, rows, f"{source} Before padding: {link('train-unpadded')}.")
+    rows.append(("all", *(f"{sum(ms for _, ms in column.values()):.0f}" for column in columns)))
+    header = ("milliseconds of one update", "`t4`, 2 × 2", "`t4`, 1 × 4", "unsloth's packing, 4 × 1")
+    return markdown(header, rows, measured("train", "The last update of each measurement, of the same tokens"))
 
 
 def wall() -> str:
@@ -143,7 +143,8 @@ def wall() -> str:
     rows += [("all", f"{found['seconds']:.0f} s"), ("from `run` to the verdict", f"{found['verdict_seconds']:.0f} s"),
              ("from 03's start to its first update", f"{found['first_update_seconds']:.0f} s"),
              ("trials, of the time to train 4,000 rows", f"{found['trials_share']:.0%}")]  # fmt: skip
-    what = "Profile `t4` with 8B shapes, 32 updates, small numbers of questions, nothing merged"
+    what = ("Profile `t4` with 8B shapes, 32 updates, small numbers of questions, nothing merged; trials as `benchmarks.train` "
+            "measured them beside it")  # fmt: skip
     return markdown(("part", "time"), rows, measured("wall", what))
 
 
@@ -153,7 +154,7 @@ def training_rows() -> str:
         (f"{int(count):,}", f"{case['prepare_seconds']} s", f"{case['tokens_per_second']:,.0f}", case["host_rss_gib"])
         for count, case in found["by_rows"].items()
     ]
-    header = ("rows", "before the first update", "tokens/s", "GiB of main memory")
+    header = ("rows", "preparing them", "tokens/s", "GiB of main memory")
     what = "One window of three updates each, every layer recomputing; eight processes prepared the rows, which they do no more"
     return markdown(header, rows, f"{what}. {found['gpu'][0]}, {found['date']}: {link('train')}.")
 
@@ -231,7 +232,7 @@ def packing_parity() -> str:
     low, high = found["ci95"]
     ratio = f"Mean ratio {found['nll_ratio']:.4f} ({low:.4f} to {high:.4f}, 95 % interval over {len(rows)} seeds)"
     source = f"{ratio}. {found['gpu'][0]}, {found['date']}: {link('parity')}."
-    return markdown(("training", "padded", "packed", "ratio"), rows, source)
+    return markdown(("training", "held-out loss, padded", "packed", "ratio"), rows, source)
 
 
 def answering() -> str:
@@ -242,7 +243,7 @@ def answering() -> str:
         for name, case in found["cases"].items()
     ]  # fmt: skip
     header = ("questions", "n", "token limit", "one at a time, tokens/s", "batched, tokens/s", "ratio", "GiB reserved")
-    return markdown(header, rows, measured("generation", "8B shapes, 4-bit, fp16, a T4's limits"))
+    return markdown(header, rows, measured("generation", "8B shapes, 4-bit, fp16, a T4's limits, before CUDA graphs"))
 
 
 def answering_steps() -> str:

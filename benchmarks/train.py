@@ -32,7 +32,7 @@ from utils.hardware import gpus
 
 app = typer.Typer()
 QUICK = ("tutorial", "plain", "ours")
-OURS = ("ours", "ours, one pack at a time")  # what trials choose where launches limit, and where arithmetic does
+OURS = ("ours", "ours, one pack at a time")  # by trials on this GPU, and by the plan that a T4 would choose
 PEERS = {
     "unsloth_packing": ("unsloth packing", "unsloth packing, largest batch"),
     "tutorial": ("tutorial",),

@@ -266,11 +266,11 @@ def test_training_evidence_is_of_the_8b_shapes_within_fourteen_gib_and_the_ratio
     assert all(len(case["windows"]) >= 3 for case in cases.values()) and not found["failed"]
     speed = {name: statistics.median(case["windows"]) for name, case in cases.items()}
     kernel = {name: case["kernels"]["tokens_per_second"] for name, case in cases.items()}
+    assert ratios(found).items() <= found.items()
     assert found["ratio_vs_tutorial"] == round(speed["ours"] / speed["tutorial"], 2)
     assert found["ratio_vs_plain"] == round(speed["ours"] / speed["plain"], 2) >= 2.5
     assert found["ratio_vs_tutorial_kernel"] == round(kernel[least] / kernel["tutorial"], 2)
     assert found["ratio_vs_unsloth_packing_kernel"] == round(kernel[least] / kernel["unsloth packing"], 2) >= 1.4
-    assert kernel["unsloth packing"] > kernel.get("unsloth packing, largest batch", 0)
     assert found["reserved_gib"] == max(case["reserved_gib"] for case in cases.values()) <= 14.0
     flops = flops_per_token(LLAMA_8B, cases["ours"]["fit"]["recompute_layers"])
     head, layers = 4096 * 128256, 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
@@ -337,7 +337,7 @@ def test_what_the_docs_say_was_tried_is_what_was_measured():
     gpus = [unsplit["two_gpus"][f"{count} GPU"] for count in (1, 2)]
     assert all(g["seconds_per_update"] == round(statistics.median(g["update_seconds"][2:]), 4) for g in gpus)
     assert unsplit["two_gpus"]["ratio"] == round(gpus[0]["seconds_per_update"] / gpus[1]["seconds_per_update"], 3)
-    assert f"Two GPUs were {unsplit['two_gpus']['ratio']:.2f} times" in text
+    assert f"Two GPUs, by plans that recompute less, were {unsplit['two_gpus']['ratio']:.2f} times" in text
     allocated = [case["allocated_gib"] for case in (tried["loss_in_pieces"], BUSY["configurations"]["ours"])]
     assert f"{allocated[0]:.2f} GiB were allocated at most in place of {allocated[1]}" in text
     # Launches of two updates; the optimizer's share is what the same plan has more with the 8-bit one.
@@ -357,16 +357,19 @@ def test_what_the_docs_say_was_tried_is_what_was_measured():
     assert with_sums in text
 
 
-def test_where_the_trials_time_went_adds_up_to_what_the_wall_has_of_them():
+def test_where_the_trials_time_went_adds_up_and_the_first_update_comes_sooner():
     tried = json.loads((ROOT / "benchmarks" / "results" / "train-tried.json").read_text(encoding="utf-8"))
     wall = json.loads((ROOT / "benchmarks" / "results" / "wall.json").read_text(encoding="utf-8"))
     trials, text = tried["trials_by_part"], (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert sum(trials["seconds"].values()) == pytest.approx(trials["trials_seconds"], abs=0.2)
-    took = f"tried four plans in {wall['ours']['seconds']['trials']:.0f} s, and so did one before it in 25 s"
-    assert took in " ".join(text.split()) and trials["trials_seconds"] == 25.3
-    assert f"From 03's start to its first update it takes {wall['first_update_seconds']:.0f} s" in text
-    assert f"That is {wall['trials_share']:.0%} of what training".replace("%", " %") in text
-    assert f"together take {wall['parts']['loads']:.0f} s in place of 116" in text
+    said, before, now = " ".join(text.split()), tried["every_trainer_rewritten"], wall["ours"]["seconds"]
+    assert f"four plans took {now['trials']:.0f} s, and {trials['trials_seconds']:.0f} s in a run before" in said
+    first, first_before = wall["first_update_seconds"], before["first_update_seconds"]
+    assert f"it takes {first:.0f} s on an H100, trials included. It took {first_before:.0f} s on another" in said
+    assert f"That is {wall['trials_share']:.0%} of what training".replace("%", " %") in said
+    loads = f"loading takes {now['load']:.0f} s in place of {before['ours']['seconds']['load']:.0f}, and the loads of 01, 03 and 04"
+    assert f"{loads} together {wall['parts']['loads']:.0f} s in place of {before['parts']['loads']:.0f}" in said
+    assert f"did not fit, {trials['compiling_in_the_plan_that_did_not_fit']} s of it compiling" in said
     assert [seconds for seconds in trials["seconds"].values() if f"| {seconds} s |" not in text] == []
     assert all(trials[key] == wall[key] for key in ("gpu", "processors", "versions"))
     collected = trials["garbage_collector"]
@@ -379,7 +382,7 @@ def test_two_processes_part_within_eight_updates_where_kernels_are_chosen_by_the
     assert all((trial["updates"], trial["digests_of_an_update"]) == (8, 128) for trial in (by_time, eager, now))
     for trial in (eager, now):
         assert trial["undisturbed"] == [[]] and trial["resumed"] == []
-    assert (by_time["by_time"], now["by_time"]) == (True, False)
+    assert (by_time["by_time"], eager["by_time"], now["by_time"]) == (True, False, False)
     assert (
         eager["environment"] == {"TORCH_COMPILE_DISABLE": "1"} and not by_time["environment"] and not now["environment"]
     )
@@ -407,7 +410,17 @@ def test_graphs_train_to_the_same_losses_at_the_speeds_that_the_docs_say():
     chosen, least, graphs = ((case["tokens_per_second"], case["kernels"]["tokens_per_second"]) for case in now.values())
     said = f"{graphs[1]:,.0f} tokens/s by kernel time in graphs, and {least[1]:,.0f} without"
     assert f"{said}, which is {least[1] / graphs[1] - 1:.0%} more".replace("%", " %") in text
-    assert f"{graphs[0]:,.0f} and {chosen[0]:,.0f}" in text
+    packing, both = (TRAIN["configurations"][name] for name in ("unsloth packing", "ours"))
+    share = [by * packing["flops_per_token"] / TRAIN["peak"]["tflops"] / 1e12
+             for by in (packing["tokens_per_second"], packing["kernels"]["tokens_per_second"])]  # fmt: skip
+    assert f"unsloth's packing reaches {share[0]:.0%} by the clock and {share[1]:.0%}".replace("%", " %") in text
+    times = both["kernels"]["tokens_per_second"] / packing["kernels"]["tokens_per_second"]
+    assert f"`t4` is {times:.2f} times as fast as unsloth's packing by kernel time" in text
+    headline = [TRAIN[key] for key in ("ratio_vs_unsloth_packing", "ratio_vs_unsloth_packing_kernel")]
+    assert f"By the clock `t4` is {headline[0]} times" in text and f"it is {headline[1]} times as fast: that" in text
+    low, _, high = now["ours, in graphs"]["windows"]
+    assert f"reached {graphs[0]:,.0f} there, in windows that still rose from {low:,.0f} to {high:,.0f}" in text
+    assert f"without them {chosen[0]:,.0f}. On two" in text
     launched, replayed = (tried["losses"][way] for way in ("launch by launch", "in graphs"))
     apart = [abs(one - other) for (one, _), (other, _) in zip(launched["losses"], replayed["losses"], strict=True)]
     assert len(apart) == 12 and max(apart) < 1e-4

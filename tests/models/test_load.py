@@ -62,7 +62,10 @@ def test_before_unsloth_is_imported_it_is_told_to_prepare_rows_here_and_how_much
     assert found["UNSLOTH_DATASET_NUM_PROC"] == "0" and found.get("UNSLOTH_CE_LOSS_TARGET_GB") == target
 
 
-@pytest.mark.parametrize(("four_bit", "stored"), [(False, {"quant_method": "bitsandbytes"}), (True, {}), (False, None)])
+_STORED = {"quant_method": "bitsandbytes"}
+
+
+@pytest.mark.parametrize(("four_bit", "stored"), [(False, _STORED), (True, _STORED), (True, None), (False, None)])
 def test_a_model_stored_in_4_bits_is_not_called_16_bit(tiny_folder, monkeypatch, four_bit, stored):
     config = config_for(tiny_folder, **{"model.load_in_4bit": four_bit})
     loaded = SimpleNamespace(config=SimpleNamespace(quantization_config=stored))

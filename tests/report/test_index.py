@@ -24,11 +24,11 @@ def test_a_report_of_an_unfinished_run_shows_what_there_is(tmp_path):
 
 def test_a_report_names_the_settings_that_are_not_the_profiles(tmp_path):
     page = write_report(make_run(tmp_path)).read_text(encoding="utf-8")
-    assert "Settings beside" not in page
+    assert "Settings other than" not in page
     run = open_run("demo", tmp_path / "control", {"data.shuffle_answers": True})
     run.save()
     page = write_report(run).read_text(encoding="utf-8")
-    assert "Settings beside the profile's: <code>data.shuffle_answers=True</code>" in page
+    assert "Settings other than the profile's: <code>data.shuffle_answers=True</code>" in page
 
 
 def metrics_file(left_out: int | None) -> dict:

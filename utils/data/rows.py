@@ -32,7 +32,7 @@ def read_table(path: Path, setting: str = "data.path", columns: tuple[str, ...] 
     """A local JSONL, JSON, CSV or Parquet file as it stands; `setting` and `columns` are for DataError's messages."""
     expected = f"expected rows with {', '.join(columns)}"
     if not is_there(path) or not path.is_file():
-        raise DataError(f"There is no data file {path}; check {setting}, or leave it out for the profile's own data.")
+        raise DataError(f"There is no data file {path}; check {setting}, or empty it (--set {setting}=).")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path.name} ends in {path.suffix or 'nothing'}; expected one of {', '.join(_READERS)}.")

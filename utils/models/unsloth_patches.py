@@ -1,8 +1,8 @@
 """What we change in unsloth; to be retired as unsloth does so by itself.
 
 Training, for GPUs without flash attention such as a T4: one launch of the memory-efficient kernel takes all documents of a
-packed row, where unsloth launches one for each.
-Answers in batches: a step of Llama is one CUDA graph, and 4-bit products are fused where bitsandbytes expects it to pay.
+packed row, where unsloth launches one for each. Answers in batches: a step of Llama is one CUDA graph, and 4-bit products are
+fused where bitsandbytes expects it to pay. On import: the one trainer of TRL that is used is rewritten.
 """
 
 import importlib.util
@@ -16,12 +16,13 @@ _CAUSAL = 1  # aten::_efficient_attention_forward: custom_mask_type, from each d
 
 
 def import_unsloth() -> None:
-    """Import unsloth, which rewrites each trainer of TRL that it finds: here SFTTrainer alone, the others take seconds."""
+    """Import unsloth, which rewrites TRL's trainers, as its models/rl.py finds them: SFTTrainer alone, the others take 7 s."""
     import trl.trainer
 
     find, names = importlib.util.find_spec, trl.trainer.__all__
+    # By find_spec it looks for more of them, by dir() for what TRL offers.
     importlib.util.find_spec = lambda name, package=None: None if name == "trl.experimental" else find(name, package)
-    trl.trainer.__all__ = ["sft_trainer", "SFTConfig", "SFTTrainer"]  # what dir() tells of what is not loaded yet
+    trl.trainer.__all__ = ["sft_trainer", "SFTConfig", "SFTTrainer"]
     try:
         import unsloth  # noqa: F401
     finally:

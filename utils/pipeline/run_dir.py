@@ -144,7 +144,7 @@ def open_run(
         profile = manifest.get("profile") or default_profile()
     if manifest and manifest["profile"] != profile:
         found = f"{path} holds a run of the profile {manifest['profile']}, not {profile}"
-        raise RunDirError(f"{found}; name another run directory, or that profile.")
+        raise RunDirError(f"{found}; name another run directory, or the profile {manifest['profile']}.")
     given = absolute_overrides(overrides)
     config = read_config(path / CONFIG, given) if manifest and not fresh else load_config(profile, given)
     if manifest and fresh and keep_found:

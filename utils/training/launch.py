@@ -83,9 +83,8 @@ def write_recipe(run: StageRun, *functions: Callable) -> None:
     try:
         text = "\n\n".join(textwrap.dedent(inspect.getsource(function)) for function in functions)
     except (OSError, TypeError):  # below %%time, say
-        raise TrainingError(
-            "The recipe's two functions cannot be read; define them by def, in cells without a magic."
-        ) from None
+        instead = "define them by def, in cells without a magic"
+        raise TrainingError(f"The recipe's two functions cannot be read; {instead}.") from None
     write_text(run.file(RECIPE), text)
 
 
