@@ -155,10 +155,7 @@ def measure(
     by_time: Annotated[bool, typer.Option("--by-time", help="Let inductor choose kernels by their time.")] = False,
     updates: Annotated[int, typer.Option(help="Updates of a training.")] = 8,
     checkpoint: Annotated[
-        int,
-        typer.Option(
-            help="The update after which one resumes: half of --updates or more, as two checkpoints are kept."
-        ),
+        int, typer.Option(help="Resume after this update: half of --updates or more, as two are kept.")
     ] = 4,
 ) -> None:
     """Train several times, resume the first from its checkpoint, and add to OUT where each parts from the first."""

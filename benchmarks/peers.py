@@ -73,16 +73,6 @@ def pack_without_unsloth(make_trainer: Callable) -> Callable:
     return make
 
 
-def first_that_fits(measure: Callable, rows: int, layers: int) -> list[tuple]:
-    """[(tokens per second, plan)] with micro-batches of one row, as few layers recomputing as fit; larger ones are not tried."""
-    from utils.training.step_plan import StepPlan
-
-    for count in (*range(0, layers, max(1, layers // 8)), layers):
-        if (found := measure(plan := StepPlan(1, rows, count))) is not None:
-            return [(found[0], plan)]
-    return []
-
-
 def largest_batch(fits: Callable[[int], bool], known: int) -> int:
     """The largest micro-batch that `fits`, from one that is `known` to, by one pack at a time up to `LARGEST`."""
     while known < LARGEST and fits(known + 1):

@@ -115,8 +115,7 @@ def training_ratios() -> str:
         for key, peer in (("unsloth_packing", "unsloth's packing"), ("tutorial", "the tutorial's recipe"), ("plain", "plain TRL"),
                           ("plain_packing", "TRL's packing"))
     ]  # fmt: skip
-    two = "two GPUs against one, on another host"
-    rows.append((two, f"{found['ratio_two_gpus']:.2f}", NOTHING, NOTHING, NOTHING))
+    rows.append(("two GPUs against one, on another host", f"{found['ratio_two_gpus']:.2f}", NOTHING, NOTHING, NOTHING))
     shares = [f"{run[key]:.0%}" for run in (found, busy) for key in ("peak_share", "peak_share_kernel")]
     rows.append(("`t4`'s share of the GPU's peak in matrix products", *shares))
     header = ("times as fast", "wall time", "kernel time", "wall time, busy host", "kernel time, busy host")

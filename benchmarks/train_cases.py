@@ -17,7 +17,7 @@ from unittest import mock
 
 import typer
 
-from benchmarks.peers import CASES, first_that_fits, largest_plan, pack_without_unsloth, settings_of, use_attention
+from benchmarks.peers import CASES, largest_plan, pack_without_unsloth, settings_of, use_attention
 from benchmarks.recipe import format_rows, notebook_functions
 from utils.config import load_config
 from utils.files import write_json
@@ -56,7 +56,8 @@ def case(name: str, standin: Path, rows: Path, out: Path, run_dir: Path, count: 
     started = time.monotonic()
     run, model, tokenizer, frame, make_trainer = prepare(name, standin, rows, run_dir, count)
     config, loaded, cuda = run.config, time.monotonic(), torch.cuda.is_available()
-    with mock.patch.object(step_plan, "search", first_that_fits if CASES[name].get("one") else step_plan.search):
+    micro_batches = (lambda rows: [1]) if CASES[name].get("one") else step_plan._divisors
+    with mock.patch.object(step_plan, "_divisors", micro_batches):
         plan = step_plan.choose_plan(run, model, tokenizer, frame, make_trainer)
     if CASES[name].get("largest"):
         plan = largest_plan(plan, model, tokenizer, config, frame, make_trainer)

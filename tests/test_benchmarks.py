@@ -361,9 +361,10 @@ def test_where_the_trials_time_went_adds_up_and_the_first_update_comes_sooner():
     tried = json.loads((ROOT / "benchmarks" / "results" / "train-tried.json").read_text(encoding="utf-8"))
     wall = json.loads((ROOT / "benchmarks" / "results" / "wall.json").read_text(encoding="utf-8"))
     trials, text = tried["trials_by_part"], (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert sum(trials["seconds"].values()) == pytest.approx(trials["trials_seconds"], abs=0.2)
     said, before, now = " ".join(text.split()), tried["every_trainer_rewritten"], wall["ours"]["seconds"]
-    assert f"four plans took {now['trials']:.0f} s, and {trials['trials_seconds']:.0f} s in a run before" in said
+    trials_before = before["ours"]["seconds"]["trials"]
+    assert sum(trials["seconds"].values()) == pytest.approx(trials_before, abs=0.2)
+    assert f"four plans took {now['trials']:.0f} s, and {trials_before:.0f} s in a run before" in said
     first, first_before = wall["first_update_seconds"], before["first_update_seconds"]
     assert f"it takes {first:.0f} s on an H100, trials included. It took {first_before:.0f} s on another" in said
     assert f"That is {wall['trials_share']:.0%} of what training".replace("%", " %") in said
@@ -371,7 +372,8 @@ def test_where_the_trials_time_went_adds_up_and_the_first_update_comes_sooner():
     assert f"{loads} together {wall['parts']['loads']:.0f} s in place of {before['parts']['loads']:.0f}" in said
     assert f"did not fit, {trials['compiling_in_the_plan_that_did_not_fit']} s of it compiling" in said
     assert [seconds for seconds in trials["seconds"].values() if f"| {seconds} s |" not in text] == []
-    assert all(trials[key] == wall[key] for key in ("gpu", "processors", "versions"))
+    assert all(trials[key] == before[key] for key in ("date", "gpu", "processors", "versions"))
+    assert all(before[key] == wall[key] for key in ("gpu", "processors", "versions"))
     collected = trials["garbage_collector"]
     assert f"{collected['seconds'] / collected['calls']:.2f} s each time: {collected['seconds']:.0f} s of a run" in text
 

@@ -11,7 +11,6 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import peers, train, train_cases
-from benchmarks.peers import first_that_fits
 from benchmarks.standin import build_standin
 from utils.data import synthetic
 from utils.files import append_lines
@@ -124,33 +123,30 @@ def test_where_xformers_does_not_load_its_case_is_skipped_by_a_sentence(monkeypa
             peers.use_attention("xformers")
 
 
-def test_the_first_plan_that_fits_ends_the_search():
-    tried = []
+@pytest.mark.parametrize(
+    ("name", "tried"),
+    [
+        ("ours", [(1, 4, 0), (1, 4, 4), (1, 4, 8), (2, 2, 20), (4, 1, 28)]),
+        ("ours, one pack at a time", [(1, 4, 0), (1, 4, 4), (1, 4, 8)]),
+    ],
+)
+def test_of_one_pack_at_a_time_the_first_plan_that_fits_is_measured(standin, tmp_path, monkeypatch, name, tried):
+    measured, found = [], []
 
     def measure(plan):
-        tried.append((plan.per_device_train_batch_size, plan.gradient_accumulation_steps, plan.recompute_layers))
-        return (5.0, 0.9) if plan.recompute_layers >= 8 else None
-
-    ((speed, plan),) = first_that_fits(measure, 4, 32)
-    assert tried == [(1, 4, 0), (1, 4, 4), (1, 4, 8)] and (speed, plan.recompute_layers) == (5.0, 8)
-    assert first_that_fits(lambda plan: None, 4, 32) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "search"), [("ours", step_plan.search), ("ours, one pack at a time", first_that_fits)]
-)
-def test_of_one_pack_at_a_time_the_first_plan_that_fits_is_measured(standin, tmp_path, monkeypatch, name, search):
-    searched = []
+        measured.append((plan.per_device_train_batch_size, plan.gradient_accumulation_steps, plan.recompute_layers))
+        return (float(len(measured)), 0.9) if plan.recompute_layers >= 8 else None
 
     def choose(*_):
-        searched.append(step_plan.search)
+        found.extend([step_plan.search(measure, 4, 32), step_plan.search(lambda plan: None, 4, 32)])
         raise KeyboardInterrupt
 
-    before = step_plan.search
+    before = step_plan._divisors
     monkeypatch.setattr(step_plan, "choose_plan", choose)
     with pytest.raises(KeyboardInterrupt):
         train_cases.case(name, *standin, tmp_path / "case.json", tmp_path / "run", 60)
-    assert searched == [search] and step_plan.search is before
+    assert measured == tried and found[1] == [] and step_plan._divisors is before
+    assert found[0][0] == (float(len(tried)), step_plan.StepPlan(*tried[-1]))
 
 
 def test_torchs_kernel_is_forced_on_packed_rows_alone(monkeypatch):

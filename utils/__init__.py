@@ -15,7 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each fork warns
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm without widgets draws text, which is fine
-warnings.filterwarnings("ignore", message=".*Unsloth should be imported before")  # after trl; 03 counts fused layers
+warnings.filterwarnings("ignore", message=".*Unsloth should be imported")  # trl comes first; 03 counts fused layers
 
 
 def surface(package: str, **modules: str) -> tuple[list[str], Callable[[str], Any]]:

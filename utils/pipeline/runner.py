@@ -33,8 +33,8 @@ _OWNER = "python -m utils run"
 _QUIET = ["--log-level=CRITICAL"]
 _OUTPUT_S = 600  # a cell's last output may come late, on a busy machine or one that slept; nbclient gives it 4 s
 _WORTH_BEGINNING_S = 1800.0  # loading the model takes some minutes of it
-_FILES = ("answers*.jsonl", "forced.jsonl", "probe.jsonl")
-_ANSWERS = tuple(f"{folder}/{name}" for folder in ("baseline", "tuned") for name in _FILES)
+_ANSWER_FILES = ("answers*.jsonl", "forced.jsonl", "probe.jsonl")
+_ANSWERS = tuple(f"{folder}/{name}" for folder in ("baseline", "tuned") for name in _ANSWER_FILES)
 # By stage what it would resume from, as patterns; with the registration go all answers that were given under it.
 _SAVED_ON_THE_WAY = {
     "00": ("data/registration.json", *_ANSWERS),
